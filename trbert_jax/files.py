@@ -1,0 +1,121 @@
+"""Outputs appear whole or not at all: write under a temporary name, then rename.
+
+A process killed in the middle leaves at most a `*.partial-*` file or folder beside the target,
+never a half-written target. Errors of the operating system that a user can mend (no permission,
+disk full) become `UserError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from trbert_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def _explain(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(
+            f"{target}: no permission to write there; choose another output path or change its rights"
+        ) from error
+    except (NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        raise UserError(f"{target}: cannot be written, {error.strerror} ({error.filename})") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"{target}: cannot be written, {error.strerror}") from error
+
+
+def make_directory(path: str | Path) -> Path:
+    """Creates a directory with its parents. Raises `UserError` where that is not allowed."""
+    path = Path(path)
+    with _explain(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path`; renames it to `path` if the block ends well."""
+    path = Path(path)
+    make_directory(path.parent)
+    encoding = None if "b" in mode else "utf-8"
+    with _explain(path):
+        handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.partial-", dir=path.parent)
+        try:
+            with os.fdopen(handle, mode, encoding=encoding) as stream:
+                yield stream
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary directory; it takes the place of `path` if the block ends well."""
+    path = Path(path)
+    make_directory(path.parent)
+    with _explain(path):
+        temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-old-", dir=path.parent))
+                os.replace(path, old / "replaced")
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    with atomic_file(path) as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file. Raises `UserError` where it is missing, unreadable or malformed."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+
+
+def read_text(path: str | Path) -> str:
+    """Reads a UTF-8 text file. Raises `UserError` where it is missing or unreadable."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a directory, a file was expected") from error
+    except PermissionError as error:
+        raise UserError(f"{path}: no permission to read it") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8 first"
+        ) from error
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

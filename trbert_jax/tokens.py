@@ -1,0 +1,200 @@
+"""The selection step: which tokens an encoder goes on with.
+
+Everything here is a pure function of small `[B, S]` arrays (B rows, S padded positions), so that
+the selection is the same code whichever way the encoder runs. A *rule* decides at one point of
+reduction; it is any function `(stage, logits, valid) -> keep` with
+
+    stage   int, 0 for the first point of reduction,
+    logits  float32 [B, S], the selector's logit of every token,
+    valid   bool [B, S], tokens that are still there,
+    keep    bool [B, S], tokens the rule wants to go on with.
+
+Whatever a rule says, a row keeps its first token ([CLS]) and never gets a token back; `drop_tokens`
+sees to both. Source: paper, section 3; docs/method.md, "Selection".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Rule = Callable[[int, jax.Array, jax.Array], jax.Array]
+
+# Keeps the logarithm of a saturated probability finite; the published value, and part of the loss.
+LOG_EPSILON = 1e-6
+
+
+@struct.dataclass
+class TokenSet:
+    """Hidden states and which of them are tokens that still take part.
+
+    Attributes:
+      states: float [B, S, H].
+      valid: bool [B, S]; False for padding and for dropped tokens.
+    """
+
+    states: jax.Array
+    valid: jax.Array
+
+    def repeat(self, num_copies: int) -> TokenSet:
+        """Stacks copies of the batch: row `j * B + i` is copy j of example i."""
+        return jax.tree.map(lambda x: jnp.tile(x, (num_copies,) + (1,) * (x.ndim - 1)), self)
+
+
+@struct.dataclass
+class Selection:
+    """What happened at one point of reduction.
+
+    Attributes:
+      logits: float32 [B, S], selector logits.
+      scored: bool [B, S], tokens that were there to be judged.
+      keep: bool [B, S], tokens that went on; the first token always does.
+    """
+
+    logits: jax.Array
+    scored: jax.Array
+    keep: jax.Array
+
+    @property
+    def num_kept(self) -> jax.Array:
+        """int32 [B]."""
+        return jnp.sum(self.keep, axis=-1, dtype=jnp.int32)
+
+
+def drop_tokens(tokens: TokenSet, logits: jax.Array, stage: int, rule: Rule) -> tuple[TokenSet, Selection]:
+    """Applies a rule at one point of reduction.
+
+    Args:
+      tokens: the tokens before it, states [B, S, H].
+      logits: float32 [B, S].
+      stage: index of the point of reduction.
+      rule: see the module's docstring.
+
+    Returns:
+      The tokens after it (same static shape, dropped ones no longer valid) and the `Selection`.
+    """
+    keep = rule(stage, logits, tokens.valid)
+    # No gradient passes through the decision: the selectors learn from the policy loss alone.
+    keep = jax.lax.stop_gradient(keep.at[:, 0].set(True) & tokens.valid)
+    return tokens.replace(valid=keep), Selection(logits=logits, scored=tokens.valid, keep=keep)
+
+
+# Rules --------------------------------------------------------------------------------------------
+
+
+def keep_all(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
+    """Drops nothing, but lets the selectors speak (their initialisation needs the logits)."""
+    return valid
+
+
+def keep_probable(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
+    """Keeps every token with a keep probability of at least one half.
+
+    Looks at nothing but the token's own row, so a prediction never depends on what else is in the
+    batch. The default of evaluation and prediction.
+    """
+    return (logits >= 0) & valid
+
+
+def keep_batch_max(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
+    """The published evaluation of a batch: every row keeps as many tokens as the row that keeps most.
+
+    Rows that want fewer are filled up with their most probable remaining tokens, so results depend
+    on the composition of the batch. Offered for comparison only.
+    """
+    chosen = keep_probable(stage, logits, valid).at[:, 0].set(True)
+    most = jnp.max(jnp.sum(chosen & valid, axis=-1))
+    return top_tokens(logits.at[:, 0].set(jnp.inf), valid, jnp.broadcast_to(most, logits.shape[:1]))
+
+
+def replay(actions: jax.Array) -> Rule:
+    """Keeps what it is told: actions bool [stages, B, S]."""
+    return lambda stage, logits, valid: actions[stage] & valid
+
+
+def sample(row_keys: jax.Array) -> Rule:
+    """Draws every token's action from its own keep probability.
+
+    Args:
+      row_keys: PRNG keys [B], one a row, so that a row's draws depend neither on its place in the
+        batch nor on the batch's size or width.
+    """
+
+    def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
+        def draw(key: jax.Array) -> jax.Array:
+            return jax.random.uniform(jax.random.fold_in(key, stage), logits.shape[1:])
+
+        return (jax.vmap(draw)(row_keys) < jax.nn.sigmoid(logits)) & valid
+
+    return rule
+
+
+def imitate(guide: jax.Array, imitating: jax.Array, otherwise: Rule) -> Rule:
+    """Lets some rows follow the residual scores instead of the selector (the warm-up of the policy).
+
+    An imitating row keeps as many tokens as its probabilities sum to, rounded, and takes those with
+    the highest score. Paper, section 3.3; docs/method.md, "Imitation".
+
+    Args:
+      guide: float32 [B, stages, S], residual scores, not negative.
+      imitating: bool [B].
+      otherwise: the rule of the other rows.
+    """
+
+    def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
+        expected = jnp.sum(jnp.where(valid, jax.nn.sigmoid(logits), 0.0), axis=-1)
+        count = jnp.floor(expected + 0.5).astype(jnp.int32)
+        best = top_tokens(guide[:, stage], valid, count)
+        return jnp.where(imitating[:, None], best, otherwise(stage, logits, valid))
+
+    return rule
+
+
+def row_keys(rng: jax.Array, index: jax.Array) -> jax.Array:
+    """One PRNG key a row from the rows' indices in their data set, int32 [B] -> keys [B]."""
+    return jax.vmap(lambda i: jax.random.fold_in(rng, i))(index)
+
+
+def keep_first(counts: jax.Array) -> Rule:
+    """Baseline: the first `counts[stage, row]` tokens of a row; counts int32 [stages, B]."""
+
+    def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
+        position = jnp.broadcast_to(jnp.arange(logits.shape[1]), logits.shape)
+        return top_tokens(-position, valid, counts[stage])
+
+    return rule
+
+
+def keep_random(counts: jax.Array, row_keys: jax.Array) -> Rule:
+    """Baseline: [CLS] and random others, `counts[stage, row]` tokens in all; counts int32 [stages, B].
+
+    The draws are one fixed order of preference a row, so what the second point keeps is a uniform
+    choice among what the first kept. `row_keys` are PRNG keys [B].
+    """
+
+    def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
+        preference = jax.vmap(lambda key: jax.random.uniform(key, logits.shape[1:]))(row_keys)
+        return top_tokens(preference.at[:, 0].set(jnp.inf), valid, counts[stage])
+
+    return rule
+
+
+def top_tokens(score: jax.Array, valid: jax.Array, count: jax.Array) -> jax.Array:
+    """The `count[row]` valid tokens with the highest score; among equals, those that stand first.
+
+    Args:
+      score: [B, S], finite or +inf on valid tokens.
+      valid: bool [B, S].
+      count: int32 [B]; a row with fewer valid tokens keeps them all.
+
+    Returns:
+      bool [B, S].
+    """
+    # Two stable sorts give each token its rank; invalid ones come last. Sorting along a row needs
+    # no communication when rows are sharded, which lax.top_k would.
+    order = jnp.argsort(jnp.where(valid, -score, jnp.inf), axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1, stable=True)
+    return (rank < count[:, None]) & valid

@@ -1,0 +1,199 @@
+"""What each stage minimises: pure functions from parameters and a batch to one value an example.
+
+A batch is a dict of arrays: `input_ids` int32 [B, S], `mask` bool [B, S], optional
+`token_type_ids` int32 [B, S], `labels` int32 [B], `valid` bool [B] (False for rows that only fill
+the batch), and what the stage adds: `guide` float32 [B, stages, S] (residual scores), `rank`
+(same shape), `teacher_logits` float32 [B, C].
+
+Every objective returns `Objective`; `mean_over_examples` is the only place where examples are
+averaged, so accumulating micro-batches or sharding the batch cannot change what is computed.
+Source: paper, section 3.3; docs/method.md, "Training stages".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from trbert_jax import tokens
+from trbert_jax.losses import initialization, policy, task
+from trbert_jax.modeling.model import ModelOutput, Params, TokenReducingClassifier
+
+Batch = Mapping[str, jax.Array]
+
+
+@struct.dataclass
+class Objective:
+    """Per-example values of one stage.
+
+    Attributes:
+      total: float32 [B], what is minimised.
+      weight: float32 [B], each example's share in the mean: 1 for a real example, 0 for filler;
+        selector initialisation, a mean over tokens, counts tokens.
+      metrics: name -> float32 [B], logged as means over examples.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+    metrics: dict[str, jax.Array]
+
+    def sums(self) -> dict[str, jax.Array]:
+        """Weighted sums over examples, which add up over micro-batches and devices."""
+        values = {"loss": self.total, **self.metrics}
+        # where, not a product: a filler row may hold anything, NaN too.
+        summed = {k: jnp.sum(jnp.where(self.weight > 0, v * self.weight, 0.0)) for k, v in values.items()}
+        return {**summed, "weight": jnp.sum(self.weight)}
+
+
+def mean_over_examples(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Means from `Objective.sums`, added up over however many micro-batches."""
+    weight = jnp.maximum(sums["weight"], 1.0)
+    return {k: v / weight for k, v in sums.items() if k != "weight"}
+
+
+def forward(
+    model: TokenReducingClassifier,
+    params: Params,
+    batch: Batch,
+    *,
+    rule: tokens.Rule | None,
+    num_copies: int = 1,
+    dropout_rng: jax.Array | None = None,
+) -> ModelOutput:
+    """Runs the model on a batch; dropout is on exactly if there is an RNG for it."""
+    return model.apply(
+        {"params": params},
+        batch["input_ids"],
+        batch["mask"],
+        batch.get("token_type_ids"),
+        rule=rule,
+        num_copies=num_copies,
+        deterministic=dropout_rng is None,
+        rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+    )
+
+
+def dense_objective(
+    model: TokenReducingClassifier, params: Params, batch: Batch, *, dropout_rng: jax.Array | None = None
+) -> Objective:
+    """Fine-tuning of the dense model: cross entropy."""
+    logits = forward(model, params, batch, rule=None, dropout_rng=dropout_rng).logits
+    loss = task.cross_entropy(logits, batch["labels"])
+    correct = (logits.argmax(-1) == batch["labels"]).astype(jnp.float32)
+    return Objective(loss, batch["valid"].astype(jnp.float32), {"accuracy": correct})
+
+
+def initialization_objective(
+    model: TokenReducingClassifier, params: Params, batch: Batch, *, dropout_rng: jax.Array | None = None
+) -> Objective:
+    """Selector initialisation: mean over tokens of |keep probability - rank|, summed over selectors."""
+    output = forward(model, params, batch, rule=tokens.keep_all, dropout_rng=dropout_rng)
+    num_tokens = jnp.sum(batch["mask"], axis=-1)
+    error = initialization.rank_error(output.selections, batch["rank"]).sum(-1) / num_tokens
+    return Objective(error, num_tokens * batch["valid"].astype(jnp.float32), {})
+
+
+@struct.dataclass
+class PolicySamples:
+    """K sampled runs of a batch, everything [K, B] but `logits` [K * B, C] and the selections."""
+
+    task_loss: jax.Array
+    selector_nll: jax.Array
+    kept_ratio: jax.Array
+    reward: jax.Array
+    logits: jax.Array
+    selections: tuple[tokens.Selection, ...]
+
+
+def sample_policy(
+    model: TokenReducingClassifier,
+    params: Params,
+    batch: Batch,
+    *,
+    rule: tokens.Rule,
+    num_samples: int,
+    alpha: float,
+    max_length: int,
+    temperature: float = 1.0,
+    dropout_rng: jax.Array | None = None,
+) -> PolicySamples:
+    """Runs every example K times under a (sampling) rule and rewards the runs.
+
+    The task loss, and with it the reward, is the distillation loss where the batch brings
+    `teacher_logits` and the cross entropy with the labels otherwise.
+    """
+    output = forward(model, params, batch, rule=rule, num_copies=num_samples, dropout_rng=dropout_rng)
+
+    def copies(x: jax.Array) -> jax.Array:
+        return jnp.tile(x, (num_samples,) + (1,) * (x.ndim - 1))
+
+    def by_sample(x: jax.Array) -> jax.Array:
+        return x.reshape(num_samples, -1)
+
+    if "teacher_logits" in batch:
+        loss = task.distillation(output.logits, copies(batch["teacher_logits"]), temperature)
+    else:
+        loss = task.cross_entropy(output.logits, copies(batch["labels"]))
+    ratio = policy.kept_ratio(output.selections, max_length)
+    task_loss, ratio = by_sample(loss), by_sample(ratio)
+    return PolicySamples(
+        task_loss=task_loss,
+        selector_nll=by_sample(policy.selector_nll(output.selections)),
+        kept_ratio=ratio,
+        reward=policy.reward(task_loss, ratio, alpha),
+        logits=output.logits,
+        selections=output.selections,
+    )
+
+
+def policy_objective(batch: Batch, samples: PolicySamples) -> Objective:
+    """REINFORCE alone: the `policy` stage, which trains the selectors."""
+    loss = policy.policy_loss(samples.selector_nll, samples.reward)
+    return Objective(loss, batch["valid"].astype(jnp.float32), _policy_metrics(samples, loss))
+
+
+def joint_objective(batch: Batch, samples: PolicySamples) -> Objective:
+    """Task (or distillation) loss plus REINFORCE: the `joint` stage, which trains everything."""
+    loss = policy.policy_loss(samples.selector_nll, samples.reward)
+    total = samples.task_loss.mean(0) + loss
+    return Objective(total, batch["valid"].astype(jnp.float32), _policy_metrics(samples, loss))
+
+
+def sampling_rule(
+    rng: jax.Array, batch: Batch, num_samples: int, imitating: jax.Array | bool
+) -> tokens.Rule:
+    """The rule of a training step: sample; while `imitating`, each example's first copy follows the guide.
+
+    Args:
+      rng: key of this step's actions.
+      batch: `index` int32 [B], each row's number in the data set, makes its draws its own;
+        `guide` is needed if `imitating` is not the literal False.
+      num_samples: copies an example, K.
+      imitating: bool scalar, may be traced.
+    """
+    copy_rngs = jax.random.split(rng, num_samples)
+    keys = jax.vmap(lambda copy_rng: tokens.row_keys(copy_rng, batch["index"]))(copy_rngs)
+    rule = tokens.sample(keys.reshape(-1))
+    if imitating is False:
+        return rule
+    rows = batch["input_ids"].shape[0]
+    first_copy = jnp.arange(num_samples * rows) < rows
+    guide = jnp.tile(batch["guide"], (num_samples, 1, 1))
+    return tokens.imitate(guide, first_copy & imitating, rule)
+
+
+def _policy_metrics(samples: PolicySamples, loss: jax.Array) -> dict[str, jax.Array]:
+    kept = {
+        f"kept_tokens_{stage}": s.num_kept.reshape(samples.task_loss.shape).mean(0).astype(jnp.float32)
+        for stage, s in enumerate(samples.selections)
+    }
+    return {
+        "task_loss": samples.task_loss.mean(0),
+        "policy_loss": loss,
+        "reward": samples.reward.mean(0),
+        "kept_ratio": samples.kept_ratio.mean(0),
+        **kept,
+    }

@@ -1,0 +1,91 @@
+"""Residual scores: how much the loss would feel the work done on a token after a point of reduction.
+
+The guide of the policy's warm-up. Source: paper, section 3.3; docs/method.md, "Residual scores".
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trbert_jax.losses import task
+from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.model import Params, TokenReducingClassifier
+from trbert_jax.tokens import TokenSet
+from trbert_jax.training.objectives import Batch
+
+
+def score_layers(config: ModelConfig) -> tuple[tuple[int, ...], int]:
+    """The layers compared: the one before each selector's point of reduction, and layer 2L/3.
+
+    0-based; -1 stands for the embeddings. Always one entry a selector, also where a shallow model
+    has a single point of reduction.
+    """
+    before = [point - 1 for point in config.reduction_layers]
+    before += before[-1:] * (config.num_selectors - len(before))
+    return tuple(before), 2 * config.num_layers // 3
+
+
+def residual_scores(
+    model: TokenReducingClassifier, params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scores every token of a batch with the dense model.
+
+    `score[b, s, t] = |sum_h g[b, t, h] * (h_r[b, t, h] - h_s[b, t, h])|`, where h_r is the output
+    of layer 2L/3, g the gradient of example b's own loss by it, and h_s the state the token has at
+    point of reduction s.
+
+    Args:
+      model: dense execution is used; no dropout.
+      params: its parameters, fine-tuned.
+      batch: see `trbert_jax.training.objectives`.
+
+    Returns:
+      score float32 [B, stages, S] (0 on padding), logits float32 [B, C], loss float32 [B].
+    """
+    before, back = score_layers(model.config)
+    variables = {"params": params}
+
+    def run(tokens: TokenSet, layers: range) -> TokenSet:
+        return model.apply(variables, tokens, layers, method="run_layers")
+
+    tokens = model.apply(
+        variables, batch["input_ids"], batch["mask"], batch.get("token_type_ids"), method="embed"
+    )
+    states = {-1: tokens.states}
+    for layer in range(back + 1):
+        tokens = run(tokens, range(layer, layer + 1))
+        states[layer] = tokens.states
+
+    def loss_from(back_states: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        last = run(tokens.replace(states=back_states), range(back + 1, model.config.num_layers))
+        logits = model.apply(variables, last, method="classify")
+        loss = task.cross_entropy(logits, batch["labels"])
+        # Rows do not interact, so the gradient of the sum holds each example's own gradient.
+        return loss.sum(), (logits, loss)
+
+    gradient, (logits, loss) = jax.grad(loss_from, has_aux=True)(states[back])
+    work = jnp.stack([states[back] - states[layer] for layer in before], axis=1)  # [B, stages, S, H]
+    score = jnp.abs(jnp.einsum("bth,bsth->bst", gradient, work))
+    return jnp.where(batch["mask"][:, None, :], score, 0.0).astype(jnp.float32), logits, loss
+
+
+def rank_targets(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Targets of the selector initialisation from residual scores.
+
+    The token of rank k (0 = highest score) among the l real tokens of an example gets 1 - k / l;
+    padding gets 0. Among equal scores the earlier token ranks higher.
+
+    Args:
+      scores: float32 [B, stages, S].
+      lengths: int [B].
+
+    Returns:
+      float32 [B, stages, S].
+    """
+    position = np.arange(scores.shape[-1])
+    real = position < np.asarray(lengths)[:, None, None]
+    order = np.argsort(np.where(real, -scores, np.inf), axis=-1, kind="stable")
+    rank = np.argsort(order, axis=-1, kind="stable")
+    return np.where(real, 1 - rank / np.asarray(lengths)[:, None, None], 0.0).astype(np.float32)
