@@ -20,10 +20,10 @@ import optax
 from trbert_jax import tokens
 from trbert_jax.losses import policy
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import TokenReducingClassifier, init_params
+from trbert_jax.modeling.hf_config import model_config_from_dict
+from trbert_jax.modeling.model import TokenReducingClassifier, forward, init_params
 from trbert_jax.modeling.names import from_original_names, to_original_names
 from trbert_jax.modeling.weight_files import read_weights
-from trbert_jax.modeling.hf_config import model_config_from_dict
 from trbert_jax.training import objectives, optimizer, residual
 
 INPUTS = {"input_ids", "attention_mask", "labels", "guide", "rank", "teacher_logits"}
@@ -124,7 +124,7 @@ def _selection_outputs(selections: tuple[tokens.Selection, ...]) -> dict[str, An
 def run_eval(case: Case) -> dict[str, Any]:
     """Evaluation, each example alone; or, where the note says so, the published batch-max form."""
     rule = tokens.keep_batch_max if case.batch_max else tokens.keep_probable
-    output = jax.jit(lambda p: objectives.forward(case.model, p, case.batch, rule=rule))(case.params)
+    output = jax.jit(lambda p: forward(case.model, p, case.batch, rule=rule))(case.params)
     # The published ratio counts confident tokens and [CLS], not the fill of a batch, over the
     # length of the tensor the encoder was given.
     mask = case.arrays["attention_mask"]
@@ -140,11 +140,9 @@ def run_eval(case: Case) -> dict[str, Any]:
 
 
 def run_init(case: Case) -> dict[str, Any]:
-    length_factor = float(np.mean(1 / case.arrays["attention_mask"].sum(1)))  # the published accident
-
     def loss(params: Any) -> jax.Array:
-        objective = objectives.initialization_objective(case.model, params, case.batch)
-        return objectives.mean_over_examples(objective.sums())["loss"] * length_factor
+        objective = objectives.initialization_objective(case.model, params, case.batch, per_length_scale=True)
+        return objectives.mean_over_examples(objective.sums())["loss"]
 
     value, grads = jax.jit(jax.value_and_grad(loss))(case.params)
     return {"init_loss": value, **_gradients(grads, case)}
@@ -202,9 +200,7 @@ def run_joint(case: Case) -> dict[str, Any]:
 
 
 def run_residual(case: Case) -> dict[str, Any]:
-    score, logits, loss = jax.jit(
-        lambda p: residual.residual_scores(case.model, p, case.batch)
-    )(case.params)
+    score, logits, loss = jax.jit(lambda p: residual.residual_scores(case.model, p, case.batch))(case.params)
     # Published scores are of the batch-mean loss, ours of every example's own.
     return {"score": score / len(score), "logits": logits, "loss": loss.mean()}
 

@@ -59,7 +59,11 @@ def test_perturbed_arrays_are_refused(outputs: dict[str, tuple]) -> None:
             if name.startswith(("action_stage", "kept_stage")):
                 wrong[-1, 0] = ~wrong[-1, 0] if wrong.dtype == bool else 1 - wrong[-1, 0]
             else:
-                scale = max(1.0, np.nanmax(np.abs(wrong))) if not name.startswith("grad:") else np.abs(wrong).max()
+                scale = (
+                    max(1.0, np.nanmax(np.abs(wrong)))
+                    if not name.startswith("grad:")
+                    else np.abs(wrong).max()
+                )
                 wrong = wrong + 1e-3 * scale + (1e-3 if name.startswith("grad:") else 0)
             with pytest.raises(AssertionError):
                 golden_cases._compare(name, np.asarray(result[name]), wrong)

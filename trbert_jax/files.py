@@ -52,7 +52,8 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     with _explain(path):
         handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.partial-", dir=path.parent)
         try:
-            with os.fdopen(handle, mode, encoding=encoding) as stream:
+            os.close(handle)
+            with open(temporary, mode, encoding=encoding) as stream:
                 yield stream
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)

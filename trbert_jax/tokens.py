@@ -15,6 +15,7 @@ sees to both. Source: paper, section 3; docs/method.md, "Selection".
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -79,7 +80,7 @@ def drop_tokens(tokens: TokenSet, logits: jax.Array, stage: int, rule: Rule) -> 
     keep = rule(stage, logits, tokens.valid)
     # No gradient passes through the decision: the selectors learn from the policy loss alone.
     keep = jax.lax.stop_gradient(keep.at[:, 0].set(True) & tokens.valid)
-    return tokens.replace(valid=keep), Selection(logits=logits, scored=tokens.valid, keep=keep)
+    return dataclasses.replace(tokens, valid=keep), Selection(logits=logits, scored=tokens.valid, keep=keep)
 
 
 # Rules --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Source: paper, section 3; docs/method.md, "Reduction".
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,14 +45,12 @@ class Encoder(nn.Module):
         """int32 [B, S], bool [B, S] -> tokens with states [B, S, H]."""
         return TokenSet(self.embeddings(input_ids, token_type_ids, deterministic), mask)
 
-    def run_layers(
-        self, tokens: TokenSet, layers: Sequence[int], deterministic: bool = True
-    ) -> TokenSet:
+    def run_layers(self, tokens: TokenSet, layers: Sequence[int], deterministic: bool = True) -> TokenSet:
         """Runs the given layers, without reduction."""
         states = tokens.states
         for i in layers:
             states = self.layer[i](states, tokens.valid, deterministic)
-        return tokens.replace(states=states)
+        return dataclasses.replace(tokens, states=states)
 
     def before_selection(self, tokens: TokenSet, deterministic: bool = True) -> TokenSet:
         """Runs the layers before the first point of reduction: what samples of one example share."""
@@ -73,7 +72,9 @@ class Encoder(nn.Module):
         if rule is None:
             return self.run_layers(tokens, range(points[0], self.config.num_layers), deterministic), ()
         selections = []
-        for stage, (start, stop) in enumerate(zip(points, (*points[1:], self.config.num_layers), strict=True)):
+        for stage, (start, stop) in enumerate(
+            zip(points, (*points[1:], self.config.num_layers), strict=True)
+        ):
             logits = self.selector[stage](tokens.states)
             tokens, selection = drop_tokens(tokens, logits, stage, rule)
             selections.append(selection)

@@ -37,8 +37,10 @@ def precision(dtype: Dtype) -> jax.lax.Precision:
 
 
 def layer_norm(config: ModelConfig, dtype: Dtype) -> nn.LayerNorm:
-    """Statistics are taken in float32 whatever the compute dtype, and in two passes: the one-pass
-    variance loses the digits that parity with the published models needs."""
+    """LayerNorm with float32 statistics whatever the compute dtype.
+
+    In two passes: the one-pass variance loses the digits that parity with the published models needs.
+    """
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ from trbert_jax.modeling.heads import ClassificationHead
 from trbert_jax.tokens import Rule, Selection, TokenSet, keep_all
 
 Params = Any  # nested dict of arrays
+Batch = Mapping[str, jax.Array]  # `input_ids`, `mask`, ... of B rows
 
 
 @struct.dataclass
@@ -85,6 +86,28 @@ class TokenReducingClassifier(nn.Module):
     def run_layers(self, tokens: TokenSet, layers: Sequence[int]) -> TokenSet:
         """Layers without dropout or reduction; see `Encoder.run_layers`."""
         return self.encoder.run_layers(tokens, layers)
+
+
+def forward(
+    model: TokenReducingClassifier,
+    params: Params,
+    batch: Batch,
+    *,
+    rule: Rule | None,
+    num_copies: int = 1,
+    dropout_rng: jax.Array | None = None,
+) -> ModelOutput:
+    """Runs the model on a batch; dropout is on exactly if there is an RNG for it."""
+    return model.apply(
+        {"params": params},
+        batch["input_ids"],
+        batch["mask"],
+        batch.get("token_type_ids"),
+        rule=rule,
+        num_copies=num_copies,
+        deterministic=dropout_rng is None,
+        rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+    )
 
 
 def init_params(config: ModelConfig, rng: jax.Array) -> Params:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,12 @@ def load_pretrained(
 
 
 def save_pretrained(
-    directory: str | Path, config: ModelConfig, params: Tree, tokenizer: Tokenizer | None
+    directory: str | Path,
+    config: ModelConfig,
+    params: Tree,
+    tokenizer: Tokenizer | None,
+    *,
+    leave_out: Collection[str] = (),
 ) -> None:
     """Writes a model directory, whole or not at all.
 
@@ -156,12 +161,21 @@ def save_pretrained(
     (float32, original names) and the tokenizer's files. `load_pretrained` returns every bit of it;
     `transformers` loads the dense model from it. A directory already there is replaced.
 
+    Args:
+      directory: where.
+      config: the model's shape.
+      params: nested dict of arrays.
+      tokenizer: None writes no tokenizer files.
+      leave_out: parts that nothing has trained, named as in `Pretrained.fresh`; whoever loads the
+        model is told that they start afresh.
+
     Raises:
       UserError: the place cannot be written.
       ValueError: `params` lacks parameters of the model.
     """
-    weights = to_original_names(params, config)
-    lacking = sorted({p.name for p in parameters(config)} - set(weights))
+    wanted = {p.name for p in parameters(config) if p.part not in leave_out}
+    weights = {k: v for k, v in to_original_names(params, config).items() if k in wanted}
+    lacking = sorted(wanted - set(weights))
     if lacking:
         raise ValueError(f"parameters are missing: {', '.join(lacking)}")
     with atomic_directory(directory) as temporary:

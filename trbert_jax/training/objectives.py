@@ -20,9 +20,7 @@ from flax import struct
 
 from trbert_jax import tokens
 from trbert_jax.losses import initialization, policy, task
-from trbert_jax.modeling.model import ModelOutput, Params, TokenReducingClassifier
-
-Batch = Mapping[str, jax.Array]
+from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier, forward
 
 
 @struct.dataclass
@@ -54,28 +52,6 @@ def mean_over_examples(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {k: v / weight for k, v in sums.items() if k != "weight"}
 
 
-def forward(
-    model: TokenReducingClassifier,
-    params: Params,
-    batch: Batch,
-    *,
-    rule: tokens.Rule | None,
-    num_copies: int = 1,
-    dropout_rng: jax.Array | None = None,
-) -> ModelOutput:
-    """Runs the model on a batch; dropout is on exactly if there is an RNG for it."""
-    return model.apply(
-        {"params": params},
-        batch["input_ids"],
-        batch["mask"],
-        batch.get("token_type_ids"),
-        rule=rule,
-        num_copies=num_copies,
-        deterministic=dropout_rng is None,
-        rngs=None if dropout_rng is None else {"dropout": dropout_rng},
-    )
-
-
 def dense_objective(
     model: TokenReducingClassifier, params: Params, batch: Batch, *, dropout_rng: jax.Array | None = None
 ) -> Objective:
@@ -87,13 +63,24 @@ def dense_objective(
 
 
 def initialization_objective(
-    model: TokenReducingClassifier, params: Params, batch: Batch, *, dropout_rng: jax.Array | None = None
+    model: TokenReducingClassifier,
+    params: Params,
+    batch: Batch,
+    *,
+    per_length_scale: bool = False,
+    dropout_rng: jax.Array | None = None,
 ) -> Objective:
-    """Selector initialisation: mean over tokens of |keep probability - rank|, summed over selectors."""
+    """Selector initialisation: mean over tokens of |keep probability - rank|, summed over selectors.
+
+    `per_length_scale` also multiplies by the batch's mean of 1 / length, as the published code does.
+    """
     output = forward(model, params, batch, rule=tokens.keep_all, dropout_rng=dropout_rng)
     num_tokens = jnp.sum(batch["mask"], axis=-1)
+    valid = batch["valid"].astype(jnp.float32)
     error = initialization.rank_error(output.selections, batch["rank"]).sum(-1) / num_tokens
-    return Objective(error, num_tokens * batch["valid"].astype(jnp.float32), {})
+    if per_length_scale:
+        error = error * jnp.sum(valid / num_tokens) / jnp.maximum(valid.sum(), 1.0)
+    return Objective(error, num_tokens * valid, {})
 
 
 @struct.dataclass
@@ -162,9 +149,7 @@ def joint_objective(batch: Batch, samples: PolicySamples) -> Objective:
     return Objective(total, batch["valid"].astype(jnp.float32), _policy_metrics(samples, loss))
 
 
-def sampling_rule(
-    rng: jax.Array, batch: Batch, num_samples: int, imitating: jax.Array | bool
-) -> tokens.Rule:
+def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax.Array | bool) -> tokens.Rule:
     """The rule of a training step: sample; while `imitating`, each example's first copy follows the guide.
 
     Args:

@@ -57,8 +57,9 @@ def scale_by_published_adam(
     """
 
     def init(params: Params) -> optax.ScaleByAdamState:
-        zeros = optax.tree.zeros_like(params)
-        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros, nu=zeros)
+        # Two trees of zeros, not one twice: a training step donates their buffers.
+        mu, nu = optax.tree.zeros_like(params), optax.tree.zeros_like(params)
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=mu, nu=nu)
 
     def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
         count = optax.safe_increment(state.count)

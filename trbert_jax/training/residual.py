@@ -5,15 +5,16 @@ The guide of the policy's warm-up. Source: paper, section 3.3; docs/method.md, "
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.losses import task
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Params, TokenReducingClassifier
+from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier
 from trbert_jax.tokens import TokenSet
-from trbert_jax.training.objectives import Batch
 
 
 def score_layers(config: ModelConfig) -> tuple[tuple[int, ...], int]:
@@ -59,7 +60,7 @@ def residual_scores(
         states[layer] = tokens.states
 
     def loss_from(back_states: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        last = run(tokens.replace(states=back_states), range(back + 1, model.config.num_layers))
+        last = run(dataclasses.replace(tokens, states=back_states), range(back + 1, model.config.num_layers))
         logits = model.apply(variables, last, method="classify")
         loss = task.cross_entropy(logits, batch["labels"])
         # Rows do not interact, so the gradient of the sum holds each example's own gradient.

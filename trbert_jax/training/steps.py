@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from trbert_jax.modeling.model import Params
-from trbert_jax.training.objectives import Batch, Objective, mean_over_examples
+from trbert_jax.modeling.model import Batch, Params
+from trbert_jax.training.objectives import Objective, mean_over_examples
 from trbert_jax.training.optimizer import merge_params
 
 # (all parameters, micro-batch, PRNG key of the update, number of the update) -> Objective

@@ -1,0 +1,64 @@
+# Each target is enough on its own from a clean clone: it makes the virtual environment .venv, installs
+# what it needs and runs. Needs Python 3.11 or newer with the venv module.
+#
+#   make quickstart   train and evaluate a small model, offline, within minutes on a CPU
+#   make test         the quick tests
+#   make slow         the tests left out by `make test`
+#   make lint         ruff (rules and format) and mypy
+#   make clean        remove .venv and the caches
+#
+# Another interpreter: make test PYTHON=/path/to/python3.12
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
+    $(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)) python3)
+VENV := .venv
+BIN := $(VENV)/bin
+CREATED := $(VENV)/.created
+INSTALLED := $(VENV)/.installed
+
+# Another environment's packages must not stand in for an install step that is missing here.
+unexport PYTHONPATH
+unexport PYTHONHOME
+unexport VIRTUAL_ENV
+export PYTHONNOUSERSITE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test slow lint clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+quickstart: $(INSTALLED)
+	$(BIN)/trbert train --config configs/quickstart.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(INSTALLED): setup.cfg pyproject.toml $(CREATED)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(CREATED):
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "make: no $(PYTHON) here; install Python 3.11 or newer, or name one: make ... PYTHON=/path/to/python" >&2; \
+	    exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "make: Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) --version 2>&1`;" \
+	        "name another: make ... PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@

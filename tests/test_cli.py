@@ -1,0 +1,480 @@
+"""The command line: what it accepts, what it prints, how it ends. Fakes play the library."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import tiny_model
+
+from trbert_jax import __version__
+from trbert_jax.cli import main
+from trbert_jax.errors import UserError
+
+COMMANDS = ("train", "evaluate", "predict", "convert", "split-hyperpartisan")
+
+
+@dataclasses.dataclass
+class Prediction:
+    label: str
+    label_id: int
+    scores: np.ndarray
+    kept: tuple[np.ndarray, ...]
+    num_tokens: int
+    truncated: bool
+
+
+class FakeModel:
+    """Finds every text positive and keeps as many tokens as it has letters."""
+
+    chunks: list[int] = []  # noqa: RUF012 - reset by the fixture
+    config = types.SimpleNamespace(labels=("bad", "gut"))
+
+    @classmethod
+    def from_pretrained(cls, path: str) -> FakeModel:
+        if path == "missing":
+            raise UserError("missing: no such directory")
+        return cls()
+
+    def predict(self, texts: Sequence[str], batch_size: int) -> list[Prediction]:
+        self.chunks.append(len(texts))
+        scores = np.array([0.25, 0.75], np.float32)
+        return [
+            Prediction("gut", 1, scores, (np.arange(len(t)), np.array([0], np.int32)), len(t), len(t) > 99)
+            for t in texts
+        ]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a module of given contents in the place of one of the package."""
+
+    def put(name: str, **contents: Any) -> None:
+        module = types.ModuleType(f"trbert_jax.{name}")
+        module.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return put
+
+
+@pytest.fixture
+def predictor(fake: Callable[..., None]) -> type[FakeModel]:
+    FakeModel.chunks = []
+    fake("inference", TRBert=FakeModel)
+    return FakeModel
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+
+
+def type_in(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+# Arguments ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_explains_itself(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "example" in out
+    assert f"  trbert {' '.join(command)}" in out
+    if not command:
+        assert all(name in out for name in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"trbert {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["train"], "--config"),
+        (["train", "--config", "c.yaml", "--fast"], "unrecognized arguments: --fast"),
+        (["train", "--conf", "c.yaml"], "--config"),
+        (["train", "--config", "c.yaml", "--stages", "a,,b"], "argument --stages"),
+        (["evaluate"], "--model and --data"),
+        (["evaluate", "--model", "m"], "--model and --data"),
+        (["evaluate", "--model", "m", "--data", "d", "seed=1"], "key=value go with --all-checkpoints"),
+        (["evaluate", "--all-checkpoints"], "needs --config"),
+        (["evaluate", "--all-checkpoints", "--config", "c", "--data", "d"], "from --config alone"),
+        (["evaluate", "--model", "m", "--data", "d", "--batch-size", "0"], "argument --batch-size"),
+        (["evaluate", "--model", "m", "--data", "d", "--execution", "warp"], "'warp'"),
+        (["evaluate", "--model", "m", "--data", "d", "--execution", "dense", "--baselines"], "drops none"),
+        (["predict", "text"], "--model"),
+        (["predict", "--model", "m", "--batch-size", "many"], "argument --batch-size"),
+        (["convert", "--input", "a", "--output", "b", "--keep-layers", "0,x"], "argument --keep-layers"),
+        (["convert", "--input", "a", "--output", "b", "stray"], "unrecognized arguments: stray"),
+        (["split-hyperpartisan", "--input", "a"], "--output"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("trbert: error: ")
+    assert message in err
+    assert "--help`" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config", "c.yaml", "a.b=1", "c=2", "--stages", "score, policy"],
+        ["--config", "c.yaml", "a.b=1", "--stages", "score,policy", "c=2"],
+        ["a.b=1", "--stages", "score,policy", "c=2", "--config", "c.yaml"],
+    ],
+)
+def test_train_takes_overrides_anywhere(arguments: list[str], fake: Callable[..., None]) -> None:
+    calls: list[Any] = []
+    fake("config", load_config=lambda path, overrides: (path, overrides))
+    fake("training.pipeline", train=lambda config, stages: calls.append((config, stages)))
+    assert main(["train", *arguments]) == 0
+    assert calls == [((Path("c.yaml"), ["a.b=1", "c=2"]), ["score", "policy"])]
+
+
+# How a command ends -------------------------------------------------------------------------------
+
+
+def end_training(fake: Callable[..., None], error: BaseException) -> int:
+    def train(config: Any, stages: Any) -> None:
+        raise error
+
+    fake("config", load_config=lambda path, overrides: None)
+    fake("training.pipeline", train=train)
+    return main(["train", "--config", "c.yaml"])
+
+
+def test_a_users_mistake_is_one_line(fake: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    assert end_training(fake, UserError("c.yaml: seed: a number was expected")) == 2
+    assert capsys.readouterr().err == "trbert: error: c.yaml: seed: a number was expected\n"
+
+
+def test_interrupted_training_says_how_to_go_on(
+    fake: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end_training(fake, KeyboardInterrupt()) == 130
+    err = capsys.readouterr().err
+    assert "run the same command again to go on from the last checkpoint" in err
+
+
+def test_a_mistake_of_ours_is_not_hidden(fake: Callable[..., None]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        end_training(fake, ZeroDivisionError())
+
+
+def test_missing_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: no such file" in capsys.readouterr().err
+
+
+def test_reader_of_the_output_goes_away(tmp_path: Path) -> None:
+    # The reader takes one line of very many; the writer ends without a traceback.
+    code = (
+        "import sys, types; sys.path[:0] = ['tests']\n"
+        "import test_cli; from trbert_jax.cli import main\n"
+        "module = types.ModuleType('trbert_jax.inference'); module.TRBert = test_cli.FakeModel\n"
+        "sys.modules[module.__name__] = module\n"
+        "sys.exit(main(['predict', '--model', 'm', '--batch-size', '1']))\n"
+    )
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdin.write("some text that is not short\n" * 20_000)
+        process.stdin.close()
+        assert json.loads(process.stdout.readline())["label"] == "gut"
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(timeout=60) == 141
+    assert errors == ""
+
+
+# evaluate -----------------------------------------------------------------------------------------
+
+RESULT = {"accuracy": 0.868, "flops": 1234567890.0, "kept": [99.25, 47.0], "dense": {"examples": 1000}}
+
+
+def test_evaluate_prints_a_table_and_writes_json(
+    fake: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[Any] = []
+
+    def evaluate_file(model: str, data: Path, **options: Any) -> dict[str, Any]:
+        calls.append((model, data, options))
+        return RESULT
+
+    fake("evaluate", evaluate_file=evaluate_file)
+    target = tmp_path / "new" / "result.json"
+    arguments = [
+        "--model",
+        "m",
+        "--data",
+        "d.jsonl",
+        "--batch-size",
+        "4",
+        "--json",
+        str(target),
+        "--baselines",
+    ]
+    assert main(["evaluate", *arguments, "--predictions", "p.jsonl", "--execution", "batch_max"]) == 0
+    options = {
+        "batch_size": 4,
+        "execution": "batch_max",
+        "predictions": Path("p.jsonl"),
+        "baselines": ("random", "first_k"),
+    }
+    assert calls == [("m", Path("d.jsonl"), options)]
+    assert json.loads(target.read_text(encoding="utf-8")) == RESULT
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["accuracy", "0.868"],
+        ["flops", "1.235e+09"],
+        ["kept", "99.25, 47"],
+        ["dense.examples", "1000"],
+    ]
+
+
+def test_evaluate_all_checkpoints(fake: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    fake("config", load_config=lambda path, overrides: [path, *overrides])
+    fake("training.pipeline", evaluate_all_checkpoints=lambda config: {str(config[0]): config[1:]})
+    assert main(["evaluate", "--config", "c.yaml", "--all-checkpoints", "seed=1"]) == 0
+    assert capsys.readouterr().out.split() == ["c.yaml", "seed=1"]
+
+
+# predict ------------------------------------------------------------------------------------------
+
+
+def test_predict_texts_from_arguments(predictor: type[FakeModel], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "one", "--model", "m", "three"]) == 0
+    expected = {
+        "label": "gut",
+        "label_id": 1,
+        "scores": {"bad": 0.25, "gut": 0.75},
+        "kept": [[0, 1, 2], [0]],
+        "num_tokens": 3,
+        "truncated": False,
+    }
+    assert lines_of(capsys.readouterr().out) == [
+        expected,
+        {**expected, "kept": [[0, 1, 2, 3, 4], [0]], "num_tokens": 5},
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["--model", "m", "--", "-x", "y"], ["y", "--model", "m", "--", "-x"]])
+def test_predict_text_with_a_dash(
+    arguments: list[str], predictor: type[FakeModel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "--with-text", *arguments]) == 0
+    assert sorted(line["text"] for line in lines_of(capsys.readouterr().out)) == ["-x", "y"]
+
+
+TRICKY = "gr\u00fcn \u2028 und \u0085 rot \x0c oder \x1c blau"
+
+
+@pytest.mark.parametrize("final", ["", "\n"])
+def test_predict_lines_end_at_newlines_only(
+    final: str, predictor: type[FakeModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_bytes(f"{TRICKY}\nsecond{final}".encode())
+    assert main(["predict", "--model", "m", "--file", str(source), "--with-text"]) == 0
+    assert [line["text"] for line in lines_of(capsys.readouterr().out)] == [TRICKY, "second"]
+
+
+def test_predict_reads_standard_input(
+    predictor: type[FakeModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_in(monkeypatch, f"{TRICKY}\nsecond\n".encode())
+    assert main(["predict", "--model", "m", "--with-text"]) == 0
+    assert [line["text"] for line in lines_of(capsys.readouterr().out)] == [TRICKY, "second"]
+
+
+def test_predict_jsonl_to_a_file(
+    predictor: type[FakeModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "texts.jsonl", tmp_path / "out" / "predictions.jsonl"
+    records = [{"text": TRICKY, "label": 0}, {"text": "two\nlines"}]
+    source.write_text(
+        "\n".join(json.dumps(r, ensure_ascii=False) for r in records), encoding="utf-8", newline=""
+    )
+    arguments = ["--model", "m", "--file", str(source), "--output", str(target), "--with-text"]
+    assert main(["predict", *arguments]) == 0
+    assert capsys.readouterr().out == ""
+    assert [line["text"] for line in lines_of(target.read_text(encoding="utf-8"))] == [TRICKY, "two\nlines"]
+    assert os.listdir(target.parent) == ["predictions.jsonl"]
+
+
+def test_predict_hands_on_a_few_batches_at_a_time(
+    predictor: type[FakeModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_text("".join(f"{'x' * n}\n" for n in range(1, 71)), encoding="utf-8")
+    assert main(["predict", "--model", "m", "--file", str(source), "--batch-size", "1"]) == 0
+    assert predictor.chunks == [32, 32, 6]
+    assert [line["num_tokens"] for line in lines_of(capsys.readouterr().out)] == list(range(1, 71))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("texts.txt", b"", "texts.txt: is empty"),
+        ("texts.txt", b"ok\n\xff\n", "texts.txt: not UTF-8 (byte 3)"),
+        ("texts.jsonl", b'{"text": "ok"}\n{"text": \n', "texts.jsonl:2: not valid JSON"),
+        ("texts.jsonl", b'{"text": "ok"}\n{"body": "x"}\n', 'texts.jsonl:2: an object with a string "text"'),
+        ("texts.jsonl", b'{"text": 3}\n', "texts.jsonl:1: an object"),
+        ("texts.jsonl", b'["text"]\n', "texts.jsonl:1: an object"),
+        ("texts.jsonl", b'{"text": "a"}\n\n', "texts.jsonl:2: not valid JSON"),
+    ],
+)
+def test_predict_refuses_bad_files(
+    name: str,
+    content: bytes,
+    message: str,
+    predictor: type[FakeModel],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    output = tmp_path / "out.jsonl"
+    assert main(["predict", "--model", "m", "--file", str(tmp_path / name), "--output", str(output)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("trbert: error: ")
+    assert message in err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "standard input: is empty"), (b"caf\xe9", "standard input: not UTF-8 (byte 3)")],
+)
+def test_predict_refuses_bad_standard_input(
+    content: bytes,
+    message: str,
+    predictor: type[FakeModel],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    type_in(monkeypatch, content)
+    assert main(["predict", "--model", "m"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "m", "text", "--file", "f"], "both as arguments and by --file"),
+        (["--model", "m", "--file", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--model", "missing", "text"], "missing: no such directory"),
+    ],
+)
+def test_predict_mistakes(
+    arguments: list[str], message: str, predictor: type[FakeModel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+# convert, split-hyperpartisan ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def converter(fake: Callable[..., None]) -> list[Any]:
+    calls: list[Any] = []
+    config = types.SimpleNamespace(
+        model_type="bert", num_layers=3, hidden_size=8, max_positions=16, num_labels=2
+    )
+
+    def load_pretrained(path: str, **options: Any) -> Any:
+        calls.append((path, options))
+        return types.SimpleNamespace(config=config, params="params", tokenizer="tokenizer")
+
+    def save_pretrained(directory: Path, *parts: Any) -> None:
+        calls.append((directory, parts))
+
+    fake("modeling.pretrained", load_pretrained=load_pretrained, save_pretrained=save_pretrained)
+    return calls
+
+
+def test_convert(converter: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    arguments = ["--input", "in", "--output", str(output), "--max-positions", "16", "--keep-layers", "0,2,4"]
+    assert main(["convert", *arguments, "--labels", "neg,pos"]) == 0
+    (source, options), (target, parts) = converter
+    assert (source, target) == ("in", output)
+    assert options == {"labels": ["neg", "pos"], "max_positions": 16, "keep_layers": [0, 2, 4]}
+    assert parts[1:] == ("params", "tokenizer")
+    assert capsys.readouterr().out == f"{output}: bert, 3 layers of width 8, 16 positions, 2 labels\n"
+
+
+def test_convert_keeps_what_is_there(
+    converter: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert main(["convert", "--input", "in", "--output", str(tmp_path)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert converter == []
+    assert main(["convert", "--input", "in", "--output", str(tmp_path), "--overwrite"]) == 0
+    assert len(converter) == 2
+
+
+# With the real library ----------------------------------------------------------------------------
+
+
+def test_convert_a_model_and_predict_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tiny_model(tmp_path / "source"), tmp_path / "target"
+    changes = ["--keep-layers", "0,3", "--max-positions", "32", "--labels", "good,bad"]
+    assert main(["convert", "--input", str(source), "--output", str(target), *changes]) == 0
+    out = capsys.readouterr().out
+    assert out == f"{target}: bert, 2 layers of width 16, 32 positions, 2 labels\n"
+
+    assert main(["predict", "--model", str(target), "the film was good .", ""]) == 0
+    full, empty = lines_of(capsys.readouterr().out)
+    assert (full["num_tokens"], empty["num_tokens"], full["truncated"]) == (7, 2, False)
+    assert full["label"] == max(full["scores"], key=full["scores"].__getitem__)
+    assert set(full["scores"]) == {"good", "bad"}
+    assert sum(full["scores"].values()) == pytest.approx(1)
+    assert len(full["kept"]) == 1  # a model of two layers has one point of reduction
+    assert full["kept"][0][0] == 0
+
+
+# Speed --------------------------------------------------------------------------------------------
+
+
+def test_help_answers_at_once() -> None:
+    code = "import sys; from trbert_jax.cli import main; sys.exit(main(['--help']))"
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        assert shown.stdout.startswith("usage: trbert")
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 0.5

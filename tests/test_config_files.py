@@ -1,0 +1,101 @@
+"""The configurations of the project load, their keys are explained, and each is read by something."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from trbert_jax import config as config_module
+from trbert_jax.config import RunConfig, load_config
+from trbert_jax.config_typing import dotted_keys
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+BASES = sorted((ROOT / "configs/base").glob("*.yaml"))
+REQUIRED = ["workdir=runs/x", "data.name=stdlib", "model.init=scratch"]
+
+
+def test_the_configurations_are_there() -> None:
+    backbones = ("bert", "distilbert", "distilbert3")
+    published = {f"{data}_{b}" for data in ("imdb", "yelp_f", "20news", "hyperpartisan") for b in backbones}
+    assert published | {"quickstart", "imdb_minilm_cpu", "20news_minilm_cpu"} == {p.stem for p in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_configuration_loads_and_its_header_says_what_it_is(path: Path) -> None:
+    assert load_config(path).workdir == f"runs/{path.stem}"
+    header = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    assert all(line.startswith("#") for line in header)
+    assert f"trbert train --config configs/{path.name}" in "".join(header)
+    for item in ("command", "data", "hardware", "time", "result"):
+        assert any(line.startswith(f"#   {item} ") for line in header), item
+
+
+@pytest.mark.parametrize("path", BASES, ids=lambda p: p.stem)
+def test_base_loads_and_something_builds_on_it(path: Path) -> None:
+    keep_layers = ["model.keep_layers=null"]  # cannot go with init: scratch
+    assert load_config(path, REQUIRED + keep_layers).policy.num_samples == 8
+    users = [p for p in CONFIGS if f"base: base/{path.name}" in p.read_text(encoding="utf-8")]
+    users += [p for p in BASES if f"base: {path.name}" in p.read_text(encoding="utf-8")]
+    assert users
+
+
+def test_defaults_are_the_published_hyper_parameters(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("workdir: runs/x\n")
+    published = load_config(ROOT / "configs/base/classification.yaml", REQUIRED)
+    assert load_config(tmp_path / "run.yaml", REQUIRED) == published
+
+
+@pytest.mark.parametrize(
+    ("data", "policy", "joint"),
+    [("imdb", 1, 1), ("yelp_f", 2, 0.5), ("20news", 1, 1), ("hyperpartisan", 0.01, 0.01)],
+)
+@pytest.mark.parametrize("backbone", ["bert", "distilbert"])
+def test_published_run(data: str, backbone: str, policy: float, joint: float) -> None:
+    config = load_config(ROOT / f"configs/{data}_{backbone}.yaml")
+    assert (config.data.name, config.policy.alpha, config.joint.alpha) == (data, policy, joint)
+    assert ("init" in config.stages) == (data == "imdb")
+    for stage, epochs in ((config.finetune, 5), (config.init, 3), (config.policy, 3), (config.joint, 3)):
+        assert (stage.learning_rate, stage.epochs, stage.warmup_fraction) == (3e-5, epochs, 0.1)
+        assert stage.batch_size * stage.accumulation_steps == 32
+    long_input = (data, backbone) == ("hyperpartisan", "bert")
+    assert config.model.max_length == (1024 if long_input else 512)
+    assert config.model.max_positions == (1024 if long_input else None)
+
+
+def test_three_layer_runs_are_dense() -> None:
+    config = load_config(ROOT / "configs/imdb_distilbert3.yaml")
+    assert config.model.keep_layers == (0, 2, 4)
+    assert (config.stages, config.evaluate.execution) == (("finetune", "evaluate"), "dense")
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [c for c in vars(config_module).values() if dataclasses.is_dataclass(c) and isinstance(c, type)],
+    ids=lambda c: c.__name__,
+)
+def test_every_field_is_explained(cls: type) -> None:
+    inherited = {name for parent in cls.__mro__[1:] for name in getattr(parent, "__annotations__", {})}
+    lines = (cls.__doc__ or "").partition("Attributes:")[2].splitlines()
+    explained = {name.strip() for line in lines if ":" in line for name in line.split(":")[0].split(",")}
+    assert set(cls.__annotations__) - inherited <= explained
+
+
+@pytest.fixture(scope="module")
+def attributes_read() -> set[str]:
+    """Names of all attributes that the package, its configuration code aside, reads."""
+    names: set[str] = set()
+    for path in (ROOT / "trbert_jax").rglob("*.py"):
+        if not path.name.startswith("config") or path.parent.name != "trbert_jax":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+            names.update(node.attr for node in attributes if isinstance(node.ctx, ast.Load))
+    return names
+
+
+@pytest.mark.parametrize("key", dotted_keys(RunConfig))
+def test_every_key_is_read_by_something(key: str, attributes_read: set[str]) -> None:
+    assert key.rpartition(".")[2] in attributes_read

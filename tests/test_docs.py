@@ -1,0 +1,119 @@
+"""What the documentation names exists, and what the code cites of it too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trbert_jax.config import RunConfig
+from trbert_jax.config_schema import BackboneConfig, DataConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.is_file()]
+SOURCES = sorted(
+    p
+    for folder, suffix in (("trbert_jax", "py"), ("tests", "py"), ("configs", "yaml"))
+    for p in (ROOT / folder).rglob(f"*.{suffix}")
+    if p != Path(__file__)
+)
+# docs/PAGE.md, "Heading": the heading may stand on the next line, of a docstring or a comment.
+CITATION = re.compile(r"""docs/([\w-]+\.md),[\s#]+(["'])(.+?)\2""", re.DOTALL)
+
+WORDS = {"true": True, "false": False, "null": None, "–": "–"}  # in tables of settings; – is no such key
+
+
+def text_of(page: Path) -> str:
+    """A page without its code blocks, in which `#` is no heading and brackets are no link."""
+    return re.sub(r"^(```|~~~).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def headings(page: Path) -> list[str]:
+    return [h.strip() for h in re.findall(r"^#+ (.+)$", text_of(page), flags=re.MULTILINE)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings(page)}
+
+
+def citations() -> Iterator[tuple[Path, str, str]]:
+    for source in SOURCES:
+        for match in CITATION.finditer(source.read_text(encoding="utf-8")):
+            yield source, match[1], re.sub(r"\s+#?\s*", " ", match[3])
+
+
+def broken_links(page: Path) -> list[str]:
+    broken = []
+    for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)[^)]*\)", text_of(page)):
+        if re.match(r"[a-z]+:", target):  # http:, mailto:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            broken.append(target)
+    return broken
+
+
+def missing_paths(page: Path) -> list[str]:
+    named = re.findall(r"`((?:trbert_jax|configs|tests)/[^`\s]*)`", text_of(page))
+    return [path for path in named if not list(ROOT.glob(path.rstrip("/")))]
+
+
+def test_cited_headings_exist() -> None:
+    cited = list(citations())
+    assert len(cited) > 10
+    wrong = [
+        f'{source.relative_to(ROOT)}: docs/{page}, "{heading}"'
+        for source, page, heading in cited
+        if not (ROOT / "docs" / page).is_file() or heading not in headings(ROOT / "docs" / page)
+    ]
+    assert not wrong
+
+
+def test_pages_the_code_mentions_exist() -> None:
+    mentioned = {
+        (source.relative_to(ROOT).as_posix(), name)
+        for source in SOURCES
+        for name in re.findall(r"docs/([\w-]+\.md)", source.read_text(encoding="utf-8"))
+    }
+    assert {(source, name) for source, name in mentioned if not (ROOT / "docs" / name).is_file()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_page(page: Path) -> None:
+    assert broken_links(page) == []
+    assert missing_paths(page) == []
+    assert len(set(headings(page))) == len(headings(page))  # else a link or citation is ambiguous
+
+
+def test_broken_things_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A `b` c\n[ok](#a-b-c) [ok](page.md#a-b-c) [ok](https://x.y/z) [bad](#nowhere) [bad](gone.md)\n"
+        "`configs/*.yaml` `trbert_jax/tokens.py` `trbert_jax/gone.py`\n"
+        "```\n# no heading\n[no link](gone.md)\n```\n"
+    )
+    assert headings(page) == ["A `b` c"]
+    assert broken_links(page) == ["#nowhere", "gone.md"]
+    assert missing_paths(page) == ["trbert_jax/gone.py"]
+
+
+def test_hyper_parameters_are_the_defaults() -> None:
+    """The table of docs/method.md agrees with the schema, cell by cell."""
+    defaults = RunConfig(workdir="x", data=DataConfig(name="stdlib"), model=BackboneConfig(init="scratch"))
+    text = text_of(ROOT / "docs/method.md")
+    header, _, *rows = re.findall(r"^\| key \|.*?\n\n", text, re.MULTILINE | re.DOTALL)[0].splitlines()
+    stages = [cell.strip() for cell in header.strip("|").split("|")][1:]
+    compared = 0
+    for row in filter(None, rows):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        key = re.findall(r"`(\w+)`", cells[0])[0]
+        for stage, cell in zip(stages, cells[1:], strict=True):
+            default = getattr(getattr(defaults, stage), key, "–")
+            written = float(cell) if cell[0].isdigit() else WORDS[cell]
+            assert written == default, f"{stage}.{key}"
+            compared += 1
+    assert compared > 30

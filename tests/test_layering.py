@@ -1,0 +1,164 @@
+"""Who may import whom, and what an import may cost."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import graphlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import trbert_jax
+
+PACKAGE = Path(trbert_jax.__file__).parent
+ROOT = PACKAGE.parent
+
+BASE = {"errors", "files"}
+CONFIG = {"config", "config_schema", "config_tree", "config_typing"}
+LEAVES = BASE | CONFIG | {"tokens", "losses", "metrics"}
+MODEL = LEAVES | {"modeling"}
+RUN = MODEL | {"data", "checkpoint"}
+# Each part of the package (a module or a folder) and the parts it may import. A new part needs a line.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "files": {"errors"},
+    "config_tree": BASE,
+    "config_typing": BASE | {"config_tree"},
+    "config_schema": BASE | {"config_typing"},
+    "config": BASE | (CONFIG - {"config"}),
+    "tokens": BASE,
+    "losses": BASE | {"tokens"},
+    "metrics": BASE,
+    "modeling": LEAVES,
+    "data": BASE | CONFIG,
+    "checkpoint_folder": LEAVES,
+    "checkpoint": LEAVES | {"checkpoint_folder"},
+    "runner": RUN,
+    # The stages of training run the model as evaluation does.
+    "training": RUN | {"runner", "evaluate"},
+    "inference": RUN | {"runner"},
+    "evaluate": RUN | {"runner", "inference"},
+    "arguments": BASE,
+    "cli": RUN | {"arguments", "training", "inference", "evaluate"},
+}
+WITHOUT_JAX = {"errors", "files", "metrics", "data", "arguments", "cli"} | CONFIG
+ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
+# Slow to import, or not always installed: imported where they are used, never with the module.
+LAZY = {"tensorflow_datasets", "torch", "matplotlib"}
+
+
+def part_of(module: str) -> str:
+    """`trbert_jax.data.readers` -> `data`."""
+    return module.split(".")[1]
+
+
+def modules() -> list[str]:
+    names = (path.relative_to(ROOT).with_suffix("").parts for path in sorted(PACKAGE.rglob("*.py")))
+    dotted = (".".join(parts).removesuffix(".__init__") for parts in names)
+    return [name for name in dotted if name != "trbert_jax"]
+
+
+MODULES = modules()
+
+
+def source_of(module: str) -> ast.Module:
+    path = ROOT.joinpath(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(module: str) -> Iterator[tuple[str, bool]]:
+    """Full names of what a module imports anywhere, and whether that happens as the module is loaded."""
+
+    def walk(node: ast.AST, at_load: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            at_load = False
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            at_load = False
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, at_load) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"  # a module of a package, or something in a module
+                yield (name if name in MODULES else str(node.module)), at_load
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, at_load)
+
+    yield from walk(source_of(module), True)
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_no_circles() -> None:
+    graph = {module: {name for name, at_load in imports(module) if at_load} for module in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_nothing_imports_the_command_line() -> None:
+    assert not [part for part, allowed in MAY_IMPORT.items() if "cli" in allowed]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module: str) -> None:
+    part = part_of(module)
+    assert part in MAY_IMPORT, f"{part} is new: say in MAY_IMPORT what it may import"
+    used = {part_of(name) for name, _ in imports(module) if name.startswith("trbert_jax.")} - {part}
+    assert used <= MAY_IMPORT[part], f"{module} may not import {sorted(used - MAY_IMPORT[part])}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_outside_imports(module: str) -> None:
+    loaded = {name.split(".")[0] for name, at_load in imports(module) if at_load}
+    assert not loaded & LAZY, "import it inside the function that needs it"
+    if part_of(module) in WITHOUT_JAX:
+        anywhere = {name.split(".")[0] for name, _ in imports(module)}
+        assert not anywhere & ARRAY_LIBRARIES
+
+
+def test_parts_without_jax_do_not_load_it_by_a_detour() -> None:
+    names = [module for module in MODULES if part_of(module) in WITHOUT_JAX]
+    loaded = run(f"import sys, {', '.join(names)}; print(*(sys.modules.keys() & {ARRAY_LIBRARIES | LAZY!r}))")
+    assert loaded == ""
+
+
+def test_import_is_quick_and_light() -> None:
+    heavy = ARRAY_LIBRARIES | LAZY | {"transformers", "tokenizers", "numpy"}
+    code = (
+        "import time; start = time.perf_counter(); import trbert_jax; seconds = time.perf_counter() - start\n"
+        f"import sys; print(seconds, *(sys.modules.keys() & {heavy!r}))"
+    )
+    answers = [run(code).split() for _ in range(3)]
+    assert all(len(answer) == 1 for answer in answers), f"imports {answers[0][1:]}"
+    assert min(float(answer[0]) for answer in answers) < 0.5
+
+
+def test_dependencies_are_those_declared() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+
+    def names(requirements: str) -> set[str]:
+        lines = (line for line in requirements.splitlines() if line.strip() and not line.startswith("#"))
+        return {re.split(r"[\[<>=!~; ]", line.strip())[0].lower() for line in lines}
+
+    required = names(setup["options"]["install_requires"])
+    optional = names(setup["options.extras_require"]["torch"])
+    distributions = metadata.packages_distributions()
+    imported = {name.split(".")[0] for module in MODULES for name, _ in imports(module)}
+    outside = imported - sys.stdlib_module_names - {"trbert_jax", "torch"}
+    used = {name.lower().replace("_", "-") for module in outside for name in distributions[module]}
+    assert outside <= distributions.keys()
+    # What jax, flax and the like bring along, so not worth a line of its own.
+    assert used - required <= {"ml-dtypes", "jaxlib", "etils"}
+    assert required - used == set(), "declared, but nothing imports it"
+    assert optional == {"torch"}

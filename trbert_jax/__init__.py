@@ -1,0 +1,33 @@
+"""TR-BERT in JAX: text classifiers that learn which tokens they can stop reading early.
+
+    from trbert_jax import TRBert
+
+    model = TRBert.from_pretrained("work/model")
+    model.predict(["a gripping film", "two hours I want back"])[0].label
+
+Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trbert_jax.config import load_config
+    from trbert_jax.inference import TRBert
+
+__version__ = "0.1.0"
+__all__ = ["TRBert", "__version__", "load_config"]
+
+_MODULES = {"TRBert": "trbert_jax.inference", "load_config": "trbert_jax.config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,0 +1,232 @@
+"""What the command line accepts: commands, options and the help that explains them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trbert_jax import __version__
+
+PROGRAM = "trbert"
+BASELINES = ("random", "first_k")
+
+DESCRIPTION = """\
+Trains and runs text classifiers that read every word once and then drop the words they no longer
+need (TR-BERT), so that long texts cost less. All settings of a training run are in one YAML file.
+"""
+EXAMPLES = """\
+examples:
+  trbert train --config configs/quickstart.yaml
+  trbert predict --model work/quickstart/model "some text"
+  trbert COMMAND --help
+"""
+TRAIN_EXAMPLES = """\
+The stages run in order: finetune (the whole model, no tokens dropped), score (how much each token
+matters), policy (learn which tokens to drop), teacher (what the full model says), joint (train all
+of it together), evaluate. Each has a folder in the work directory. The same command run again
+skips finished stages and goes on with the one that was interrupted.
+
+examples:
+  trbert train --config configs/quickstart.yaml
+  trbert train --config configs/imdb_bert.yaml data.path=~/imdb workdir=/tmp/imdb policy.alpha=2
+  trbert train --config configs/imdb_bert.yaml --stages finetune,score
+"""
+EVALUATE_EXAMPLES = """\
+Prints accuracy, tokens kept at each reduction, FLOPs and speed.
+
+examples:
+  trbert evaluate --model work/imdb/model --data test.jsonl --json result.json
+  trbert evaluate --model work/imdb/model --data test.jsonl --execution dense
+  trbert evaluate --config configs/imdb_bert.yaml --all-checkpoints --json checkpoints.json
+"""
+PREDICT_EXAMPLES = """\
+Texts are arguments, lines of --file, or lines of standard input. Prints one JSON object a text, in
+order: "label", "label_id", "scores" (a probability for every label), "kept" (for each reduction
+the positions of the tokens that remained; 0 is the first token, [CLS]), "num_tokens" (special
+tokens included), "truncated" (the text was longer than the model reads).
+
+examples:
+  trbert predict --model work/imdb/model "A fine film." "A waste of time."
+  trbert predict --model work/imdb/model --file reviews.jsonl --output predictions.jsonl
+  cat reviews.txt | trbert predict --model work/imdb/model
+"""
+CONVERT_EXAMPLES = """\
+Reads a Hugging Face BERT or DistilBERT, or a checkpoint of the published TR-BERT code, and writes
+it in this project's form: config.json, model.safetensors, tokenizer files.
+
+examples:
+  trbert convert --input downloads/trbert-imdb --output models/imdb
+  trbert convert --input bert-base-uncased --output models/bert-1024 --max-positions 1024
+  trbert convert --input distilbert-base-uncased --output models/distil3 --keep-layers 0,2,4
+"""
+SPLIT_EXAMPLES = """\
+Shuffles with a fixed seed and writes train.jsonl, dev.jsonl and test.jsonl, the published split.
+
+example:
+  trbert split-hyperpartisan --input original_data.txt --output data/hyperpartisan
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: error: {message} (see `{self.prog} --help`)\n")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses a command line.
+
+    Args:
+      argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+      `command` and, under their own names, the options of that command.
+
+    Raises:
+      SystemExit: after help or the version (code 0), or a message about a wrong argument (code 2).
+    """
+    parser, commands = _build()
+    args, rest = parser.parse_known_args(argv)
+    command = commands[args.command]
+    # argparse gives up on positional arguments that stand after an option; they belong to the same list.
+    positional = {"train": "overrides", "evaluate": "overrides", "predict": "texts"}.get(args.command)
+    end_of_options = rest.index("--") if "--" in rest else len(rest)
+    late, literal = rest[:end_of_options], rest[end_of_options + 1 :]
+    strange = [word for word in late if positional is None or word.startswith("-")]
+    if strange:
+        command.error(f"unrecognized arguments: {' '.join(strange)}")
+    if positional:
+        getattr(args, positional).extend(late + literal)
+    if args.command == "evaluate":
+        _check_evaluate(command, args)
+    return args
+
+
+def _check_evaluate(command: _Parser, args: argparse.Namespace) -> None:
+    if args.all_checkpoints:
+        if not args.config:
+            command.error("--all-checkpoints needs --config, the settings the model was trained with")
+        if args.model or args.data or args.predictions or args.baselines:
+            command.error("--all-checkpoints takes model and data from --config alone")
+    elif args.config or args.overrides:
+        command.error(
+            "--config and key=value go with --all-checkpoints; for one model give --model and --data"
+        )
+    elif not (args.model and args.data):
+        command.error("--model and --data are needed (or --config with --all-checkpoints)")
+    elif args.baselines and args.execution == "dense":
+        command.error("--baselines keep as many tokens as the model; --execution dense drops none")
+
+
+def _build() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+
+    def command(name: str, summary: str, details: str) -> _Parser:
+        title = f"{summary[0].upper()}{summary[1:]}."
+        return subparsers.add_parser(name, help=summary, description=title, epilog=details)
+
+    train = command("train", "train a model through all stages, or go on with it", TRAIN_EXAMPLES)
+    train.add_argument(
+        "--config", required=True, metavar="FILE", type=Path, help="YAML file with the settings"
+    )
+    train.add_argument("--stages", metavar="A,B", type=_names, help="run only these stages")
+    _add_overrides(train)
+
+    evaluate = command("evaluate", "measure a model on labelled texts", EVALUATE_EXAMPLES)
+    evaluate.add_argument("--model", metavar="DIR", help="folder of a trained model")
+    evaluate.add_argument(
+        "--data", metavar="FILE", type=Path, help=".jsonl (text, label) or .csv (label, text)"
+    )
+    evaluate.add_argument(
+        "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
+    )
+    evaluate.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there, as JSON")
+    evaluate.add_argument(
+        "--execution",
+        choices=("masked", "batch_max", "dense"),
+        help="masked: each text keeps what it needs (default for a trained model); batch_max: each text keeps as many tokens"
+        " as the text that keeps most in its batch, as the published code does; dense: nothing is dropped",
+    )
+    evaluate.add_argument(
+        "--predictions", metavar="FILE", type=Path, help="write a JSON line for each text there"
+    )
+    evaluate.add_argument(
+        "--baselines",
+        action="store_const",
+        const=BASELINES,
+        default=(),
+        help="also measure random tokens and the first tokens, as many as the model keeps",
+    )
+    evaluate.add_argument("--config", metavar="FILE", type=Path, help="settings, for --all-checkpoints")
+    evaluate.add_argument(
+        "--all-checkpoints", action="store_true", help="measure every checkpoint that was kept"
+    )
+    _add_overrides(evaluate)
+
+    predict = command("predict", "label texts", PREDICT_EXAMPLES)
+    predict.add_argument("--model", required=True, metavar="DIR", help="folder of a trained model")
+    predict.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="texts (after `--` if one begins with a dash)"
+    )
+    predict.add_argument(
+        "--file", metavar="FILE", type=Path, help='one text a line; .jsonl: objects with "text"'
+    )
+    predict.add_argument("--output", metavar="FILE", type=Path, help="write there rather than print")
+    predict.add_argument(
+        "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
+    )
+    predict.add_argument("--with-text", action="store_true", help="repeat the text in each line")
+
+    convert = command("convert", "bring a checkpoint into this project's form", CONVERT_EXAMPLES)
+    convert.add_argument("--input", required=True, metavar="DIR", help="folder of a checkpoint, or a hub id")
+    convert.add_argument("--output", required=True, metavar="DIR", type=Path, help="folder to write")
+    convert.add_argument("--overwrite", action="store_true", help="replace --output if it is there")
+    convert.add_argument(
+        "--max-positions",
+        metavar="N",
+        type=_count,
+        help="longest input, in tokens; a longer one repeats positions",
+    )
+    convert.add_argument("--keep-layers", metavar="0,2,4", type=_integers, help="drop all other layers")
+    convert.add_argument(
+        "--labels", metavar="A,B", type=_names, help="names of the labels, in order of their ids"
+    )
+
+    split = command("split-hyperpartisan", "split the Hyperpartisan articles", SPLIT_EXAMPLES)
+    split.add_argument("--input", required=True, metavar="FILE", type=Path, help="original_data.txt")
+    split.add_argument("--output", required=True, metavar="DIR", type=Path, help="folder for the three files")
+    return parser, subparsers.choices
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file"
+    )
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"names with commas between them were expected, not {text!r}")
+    return names
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"numbers with commas between them were expected, not {text!r}"
+        ) from None
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number of at least 1 was expected, not {text!r}")
+    return int(text)

@@ -1,0 +1,221 @@
+"""The command line: `trbert train`, `evaluate`, `predict`, `convert`, `split-hyperpartisan`.
+
+Reads arguments, calls the library, prints. Whatever is slow to import is imported by the command
+that needs it, so that help and a mistyped argument answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from trbert_jax.arguments import parse_arguments
+from trbert_jax.errors import UserError
+from trbert_jax.files import atomic_file, read_text, write_json
+
+if TYPE_CHECKING:
+    from trbert_jax.inference import TRBert
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+RESUME = "run the same command again to go on from the last checkpoint"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+      The exit code: 0, or 2 where the user has to mend something, 130 after Ctrl-C, 141 where the
+      reader of the output has gone.
+    """
+    try:
+        args = parse_arguments(argv)
+    except SystemExit as stop:  # argparse has printed help, the version or what is wrong
+        return stop.code if isinstance(stop.code, int) else EXIT_USER_ERROR
+    try:
+        COMMANDS[args.command](args)
+        sys.stdout.flush()
+    except UserError as error:
+        _say(f"error: {error}")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        _say(f"interrupted; {RESUME}" if args.command == "train" else "interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return 0
+
+
+# Commands -----------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> None:
+    from trbert_jax.config import load_config
+
+    config = load_config(args.config, args.overrides)  # mistakes in it show before the slow import
+    from trbert_jax.training.pipeline import train
+
+    train(config, args.stages)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    if args.all_checkpoints:
+        from trbert_jax.config import load_config
+        from trbert_jax.training.pipeline import evaluate_all_checkpoints
+
+        result = evaluate_all_checkpoints(load_config(args.config, args.overrides))
+    else:
+        from trbert_jax.evaluate import evaluate_file
+
+        result = evaluate_file(
+            args.model,
+            args.data,
+            batch_size=args.batch_size,
+            execution=args.execution,
+            predictions=args.predictions,
+            baselines=args.baselines,
+        )
+    if args.json:
+        write_json(args.json, result)
+    print("\n".join(_table(result)))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    texts = _read_texts(args)
+    from trbert_jax.inference import TRBert
+
+    lines = _prediction_lines(TRBert.from_pretrained(args.model), texts, args.batch_size, args.with_text)
+    if args.output:
+        with atomic_file(args.output) as stream:
+            _write_lines(stream, lines)
+    else:
+        _write_lines(sys.stdout, lines)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from trbert_jax.modeling.pretrained import load_pretrained, save_pretrained
+
+    output = Path(args.output)
+    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
+        raise UserError(
+            f"{output}: exists and is not empty; choose another --output or replace it with --overwrite"
+        )
+    model = load_pretrained(
+        args.input, labels=args.labels, max_positions=args.max_positions, keep_layers=args.keep_layers
+    )
+    save_pretrained(output, model.config, model.params, model.tokenizer, leave_out=model.fresh)
+    shape = model.config
+    print(
+        f"{output}: {shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size},"
+        f" {shape.max_positions} positions, {shape.num_labels} labels"
+    )
+
+
+def _split_hyperpartisan(args: argparse.Namespace) -> None:
+    from trbert_jax.data.hyperpartisan import split_hyperpartisan
+
+    for name, count in split_hyperpartisan(args.input, args.output).items():
+        print(f"{args.output}/{name}.jsonl: {count} articles")
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "convert": _convert,
+    "split-hyperpartisan": _split_hyperpartisan,
+}
+
+
+# Input and output of predict, table of evaluate ---------------------------------------------------
+
+
+def _read_texts(args: argparse.Namespace) -> list[str]:
+    if args.texts and args.file:
+        raise UserError("texts are given both as arguments and by --file; give one of the two")
+    if args.texts:
+        return list(args.texts)
+    if args.file:
+        content, name = read_text(args.file), str(args.file)
+    else:
+        if sys.stdin.isatty():
+            _say("reading texts from the keyboard, one a line; Ctrl-D ends")
+        name = "standard input"
+        try:
+            content = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: not UTF-8 (byte {error.start}); convert it to UTF-8 first") from error
+    # Not str.splitlines, which also breaks lines at characters that occur inside texts.
+    lines = content.removesuffix("\n").split("\n") if content else []
+    if not lines:
+        raise UserError(f"{name}: is empty; one text a line was expected")
+    if name.endswith(".jsonl"):
+        return [_text_of_record(name, number, line) for number, line in enumerate(lines, 1)]
+    return lines
+
+
+def _text_of_record(name: str, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{name}:{number}: not valid JSON ({error.msg}); one object a line was expected"
+        ) from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise UserError(f'{name}:{number}: an object with a string "text" was expected')
+    return record["text"]
+
+
+def _prediction_lines(model: TRBert, texts: Sequence[str], batch_size: int, with_text: bool) -> Iterator[str]:
+    # A few batches at a time: output begins early, and texts of like length still share a batch.
+    chunk = 32 * batch_size
+    for start in range(0, len(texts), chunk):
+        some = texts[start : start + chunk]
+        for text, prediction in zip(some, model.predict(some, batch_size=batch_size), strict=True):
+            record = {
+                **({"text": text} if with_text else {}),
+                "label": prediction.label,
+                "label_id": prediction.label_id,
+                "scores": dict(zip(model.config.labels, prediction.scores.tolist(), strict=True)),
+                "kept": [positions.tolist() for positions in prediction.kept],
+                "num_tokens": prediction.num_tokens,
+                "truncated": prediction.truncated,
+            }
+            yield json.dumps(record, ensure_ascii=False)
+
+
+def _write_lines(stream: IO[str], lines: Iterable[str]) -> None:
+    for line in lines:
+        stream.write(line + "\n")
+        stream.flush()
+
+
+def _table(result: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Lines `name  value`, nested names joined by dots."""
+    for name, value in result.items():
+        if isinstance(value, dict):
+            yield from _table(value, f"{prefix}{name}.")
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            yield f"{prefix + name:<32}  {', '.join(_number(v) for v in values)}"
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.3e}"
+
+
+def _say(message: str) -> None:
+    print(f"trbert: {message}", file=sys.stderr)

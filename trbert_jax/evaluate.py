@@ -1,0 +1,122 @@
+"""Evaluation: accuracy, kept tokens, FLOPs and speed of a model on labelled texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trbert_jax.data.features import FeatureSet, build_features
+from trbert_jax.data.readers import read_file
+from trbert_jax.errors import UserError
+from trbert_jax.files import atomic_file
+from trbert_jax.inference import TRBert
+from trbert_jax.metrics import flops
+from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.model import Params
+from trbert_jax.runner import Outputs, Runner
+
+
+def evaluate_file(
+    model_dir: str | Path,
+    data_file: str | Path,
+    *,
+    batch_size: int = 32,
+    execution: str | None = None,
+    predictions: Path | None = None,
+    baselines: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluates a saved model on a file of labelled texts.
+
+    Args:
+      model_dir: see `TRBert.from_pretrained`.
+      data_file: `.jsonl` with `text` and `label`, or `.csv` with label and text.
+      batch_size: examples of one forward pass.
+      execution: `masked`, `batch_max` or `dense`; None for what suits the model (`masked`, if its
+        selectors have been trained).
+      predictions: file for one JSON line an example.
+      baselines: of `random`, `first_k`: selections that learned nothing, at the same kept counts.
+      seed: of the random baseline.
+
+    Returns:
+      The numbers of `summarize`, and one entry of them for each baseline.
+
+    Raises:
+      UserError: a model or file that cannot be read, a label the model does not have.
+    """
+    model = TRBert.from_pretrained(model_dir)
+    execution = execution or model.default_execution
+    if model.tokenizer is None:
+        raise UserError(f"{model_dir}: has no tokenizer files; put those of the model it was made of there")
+    dataset = read_file(data_file, model.config.labels)
+    features = build_features(dataset, model.tokenizer, model.config.max_length, cache_dir=None)
+    runner = model.runner(batch_size)
+    outputs = runner.run(model.params, features, execution)
+    if predictions is not None:
+        write_predictions(predictions, outputs, features, model.config.labels)
+    result = {"execution": execution, "batch_size": batch_size, **summarize(outputs, model.config)}
+    if execution != "dense" and baselines:
+        result["baselines"] = run_baselines(runner, model.params, features, outputs, baselines, seed)
+    return result
+
+
+def run_baselines(
+    runner: Runner,
+    params: Params,
+    features: FeatureSet,
+    outputs: Outputs,
+    kinds: Sequence[str],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates selections that learned nothing, with each example's own kept counts from `outputs`."""
+    return {
+        kind: summarize(runner.baseline(params, features, kind, outputs.num_kept, seed), runner.model.config)
+        for kind in kinds
+    }
+
+
+def summarize(outputs: Outputs, config: ModelConfig) -> dict[str, Any]:
+    """The numbers of an evaluation; FLOPs are 2 x MACs a text, padding not counted.
+
+    `flops` follows the published accounting and `flops_exact` counts what it leaves out
+    (docs/method.md, "FLOPs"); `flops_speedup` is the dense model's `flops` over the reduced ones.
+    """
+    shape, lengths = flops.EncoderShape.of(config), outputs.lengths
+    dense = float(flops.dense_flops(shape, lengths).mean())
+    summary: dict[str, Any] = {"accuracy": outputs.accuracy, "examples": len(outputs.labels)}
+    if outputs.kept:
+        used = float(flops.reduced_flops(shape, lengths, outputs.num_kept).mean())
+        exact = float(flops.exact_flops(shape, lengths, outputs.num_kept).mean())
+        summary |= {"flops": used, "flops_exact": exact, "flops_speedup": dense / used}
+        summary["kept"] = outputs.num_kept.mean(0).tolist()
+    else:
+        summary |= {"flops": dense, "flops_exact": float(flops.exact_dense_flops(shape, lengths).mean())}
+    base = float(flops.bert_base_flops(lengths, config.num_labels).mean())
+    summary["flops_speedup_over_bert_base"] = base / summary["flops"]
+    summary["tokens"] = float(lengths.mean())
+    summary["examples_per_second"] = len(outputs.labels) / max(outputs.seconds, 1e-9)
+    return summary
+
+
+def write_predictions(
+    path: str | Path, outputs: Outputs, features: FeatureSet, labels: Sequence[str]
+) -> None:
+    """Writes one JSON line an example: prediction, probabilities, kept positions, true label."""
+    scores = np.exp(outputs.logits - outputs.logits.max(-1, keepdims=True))
+    scores /= scores.sum(-1, keepdims=True)
+    winners = outputs.logits.argmax(-1)
+    with atomic_file(path) as stream:
+        for row, winner in enumerate(winners):
+            record = {
+                "id": features.ids[row],
+                "label": labels[outputs.labels[row]],
+                "prediction": labels[winner],
+                "scores": dict(zip(labels, scores[row].tolist(), strict=True)),
+                "kept": [stage[row].tolist() for stage in outputs.kept],
+                "num_tokens": int(outputs.lengths[row]),
+            }
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,189 @@
+"""How much computation an encoder does for an example, by a closed form.
+
+One FLOP count is 2 x the number of multiply-accumulates (MACs) of the matrix products, per example,
+for its real tokens: padding, embeddings, biases, softmax and layer norm are not counted. Two counts
+of a reduced model exist: the *reported* one, comparable with published numbers, and the *exact* one.
+They differ in the selectors (charged for the tokens they keep, or for those they look at) and in
+the H x H product between encoder and classifier (left out, or counted). docs/method.md, "FLOPs".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Counts = npt.NDArray[np.int64]
+
+BERT_BASE_LAYERS = 12
+BERT_BASE_HIDDEN = 768
+BERT_BASE_INTERMEDIATE = 3072
+
+
+class ModelShape(Protocol):
+    """The part of a model's configuration that FLOPs depend on."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_labels(self) -> int: ...
+    @property
+    def selector_hidden(self) -> int: ...
+    @property
+    def reduction_layers(self) -> tuple[int, ...]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderShape:
+    """Sizes of an encoder and its classifier.
+
+    Attributes:
+      num_layers: L.
+      hidden_size: H.
+      intermediate_size: I, width of the feed-forward layer.
+      num_labels: C, outputs of the classifier.
+      reduction_layers: 0-based layers before which tokens are dropped, ascending.
+      selector_hidden: width of a selector's hidden layer.
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_labels: int
+    reduction_layers: tuple[int, ...] = ()
+    selector_hidden: int = 32
+
+    @classmethod
+    def of(cls, config: ModelShape) -> EncoderShape:
+        """The shape of a configured model."""
+        return cls(
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_labels=config.num_labels,
+            reduction_layers=config.reduction_layers,
+            selector_hidden=config.selector_hidden,
+        )
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Layers before the first point of reduction, between the points, and after the last.
+
+        They sum to L: a 12-layer BERT has (1, 5, 6), a 3-layer DistilBERT (1, 2).
+        """
+        bounds = (0, *self.reduction_layers, self.num_layers)
+        return tuple(end - start for start, end in itertools.pairwise(bounds))
+
+    @property
+    def selector_macs(self) -> int:
+        """MACs of one selector for one token."""
+        return self.hidden_size * self.selector_hidden + self.selector_hidden
+
+    @property
+    def classifier_macs(self) -> int:
+        """MACs of the last linear layer, on [CLS] alone."""
+        return self.hidden_size * self.num_labels
+
+    @property
+    def pooler_macs(self) -> int:
+        """MACs of BERT's pooler or DistilBERT's pre-classifier, on [CLS] alone."""
+        return self.hidden_size**2
+
+
+def layer_macs(num_tokens: npt.ArrayLike, hidden_size: int, intermediate_size: int) -> Counts:
+    """MACs of one encoder layer over n tokens: 4nH^2 + 2nHI + 2n^2H.
+
+    Query, key, value and output projections, then the feed-forward layer, then the two products of
+    attention.
+
+    Args:
+      num_tokens: n, integers of any shape.
+      hidden_size: H.
+      intermediate_size: I.
+
+    Returns:
+      int64, shaped as `num_tokens`.
+    """
+    n = np.asarray(num_tokens, np.int64)
+    return n * (4 * hidden_size**2 + 2 * hidden_size * intermediate_size) + 2 * n**2 * hidden_size
+
+
+def dense_flops(shape: EncoderShape, lengths: npt.ArrayLike) -> Counts:
+    """FLOPs without reduction, as published work reports them.
+
+    Args:
+      shape: of the model, with its own depth; the points of reduction play no part.
+      lengths: int [n], tokens of each example, special ones included.
+
+    Returns:
+      int64 [n].
+    """
+    per_layer = layer_macs(lengths, shape.hidden_size, shape.intermediate_size)
+    return 2 * (shape.num_layers * per_layer + shape.classifier_macs)
+
+
+def exact_dense_flops(shape: EncoderShape, lengths: npt.ArrayLike) -> Counts:
+    """FLOPs without reduction, pooler or pre-classifier included: what `exact_flops` compares to."""
+    return dense_flops(shape, lengths) + 2 * shape.pooler_macs
+
+
+def bert_base_flops(lengths: npt.ArrayLike, num_labels: int) -> Counts:
+    """Reported FLOPs of a dense BERT-base, the reference that models of different size share."""
+    bert_base = EncoderShape(BERT_BASE_LAYERS, BERT_BASE_HIDDEN, BERT_BASE_INTERMEDIATE, num_labels)
+    return dense_flops(bert_base, lengths)
+
+
+def reduced_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
+    """FLOPs with reduction, as published work reports them: a selector costs what it keeps.
+
+    Args:
+      shape: of the model, T points of reduction.
+      lengths: int [n], tokens of each example, special ones included.
+      kept: int [n, T], tokens that go on after each point.
+
+    Returns:
+      int64 [n].
+
+    Raises:
+      ValueError: where `kept` is not [n, T] or keeps more tokens than there were.
+    """
+    tokens = _tokens_per_segment(shape, lengths, kept)
+    return 2 * (
+        _encoder_macs(shape, tokens) + shape.selector_macs * tokens[:, 1:].sum(1) + shape.classifier_macs
+    )
+
+
+def exact_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
+    """FLOPs with reduction, complete: a selector costs what it looks at, the pooler counts.
+
+    Arguments, result and errors are those of `reduced_flops`.
+    """
+    tokens = _tokens_per_segment(shape, lengths, kept)
+    head = shape.pooler_macs + shape.classifier_macs
+    return 2 * (_encoder_macs(shape, tokens) + shape.selector_macs * tokens[:, :-1].sum(1) + head)
+
+
+def _encoder_macs(shape: EncoderShape, tokens: Counts) -> Counts:
+    per_layer = layer_macs(tokens, shape.hidden_size, shape.intermediate_size)
+    return np.sum(per_layer * np.asarray(shape.segments, np.int64), axis=1)
+
+
+def _tokens_per_segment(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
+    """int64 [n, T + 1]: tokens that the layers of each segment work on."""
+    lengths, kept = np.asarray(lengths, np.int64), np.asarray(kept, np.int64)
+    expected = (*lengths.shape, len(shape.reduction_layers))
+    if lengths.ndim != 1 or kept.shape != expected:
+        raise ValueError(
+            f"kept is {list(kept.shape)}, expected {list(expected)}: a column a point of reduction"
+        )
+    tokens = np.column_stack([lengths, kept])
+    if np.any(np.diff(tokens, axis=1) > 0):
+        raise ValueError("an example keeps more tokens than it had")
+    return tokens

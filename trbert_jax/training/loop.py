@@ -1,0 +1,214 @@
+"""The training loop: batches in, updates, reports, evaluations, checkpoints.
+
+All I/O of training is here; what is computed is in `steps` and `objectives`. A run that is killed
+and started again goes on from the last checkpoint and ends with the same numbers: the data order
+and every random draw follow from the seed and the number of the update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trbert_jax.checkpoint import CheckpointStore
+from trbert_jax.config import TrainingConfig
+from trbert_jax.data.batching import epoch_order, pad_batch, width_ladder
+from trbert_jax.data.features import FeatureSet
+from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.model import Params
+from trbert_jax.training import optimizer as optim
+from trbert_jax.training.report import StageReport
+from trbert_jax.training.steps import ObjectiveFn, TrainState, init_state, train_step
+
+Announce = Callable[[str], None]
+LOG_EVERY = 10  # updates between lines of metrics.jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One training stage, ready to run.
+
+    Attributes:
+      name: the stage's name.
+      directory: its folder; checkpoints and metrics go there.
+      config: batch sizes, learning rate, ...
+      model_config: shape of the model.
+      seed: of the data order and of every draw.
+      features: training examples.
+      extras: name -> array [n, ...] of what the stage adds to a batch, rows as in `features`;
+        token-wise arrays [n, stages, max_length] are cut to the batch's width.
+      make_objective: number of updates -> what is minimised.
+      trains: which parameters are updated.
+      evaluate: parameters -> metrics on the development set; `accuracy` decides which is best.
+      fingerprint: what a checkpoint must agree with to be resumed from.
+    """
+
+    name: str
+    directory: Path
+    config: TrainingConfig
+    model_config: ModelConfig
+    seed: int
+    features: FeatureSet
+    extras: Mapping[str, np.ndarray]
+    make_objective: Callable[[int], ObjectiveFn]
+    trains: optim.Trains
+    evaluate: Callable[[Params], dict[str, float]]
+    fingerprint: Mapping[str, Any]
+
+    @property
+    def update_size(self) -> int:
+        """Examples an update."""
+        return self.config.batch_size * self.config.accumulation_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates an epoch; the last one takes what is left."""
+        return -(-len(self.features) // self.update_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates in all."""
+        return self.config.max_steps or self.steps_per_epoch * self.config.epochs
+
+    def checkpoints(self, announce: Announce = print) -> CheckpointStore:
+        """The stage's checkpoints."""
+        return CheckpointStore(
+            self.directory / "checkpoints",
+            keep=self.config.keep_checkpoints,
+            fingerprint=self.fingerprint,
+            announce=announce,
+        )
+
+    def optimizer(self) -> tuple[Any, Any]:
+        """The optimizer and its learning rate schedule."""
+        warmup = int(self.config.warmup_fraction * self.total_steps)
+        schedule = optim.linear_schedule(self.config.learning_rate, self.total_steps, warmup)
+        adamw = optim.adamw(
+            schedule,
+            self.model_config,
+            weight_decay=self.config.weight_decay,
+            clip_norm=self.config.clip_norm,
+            epsilon=self.config.adam_epsilon,
+        )
+        return adamw, schedule
+
+
+def run(training: Training, params: Params, announce: Announce = print) -> tuple[Params, dict[str, Any]]:
+    """Trains a stage, or the rest of it, and returns the parameters the next stage takes.
+
+    Args:
+      training: the stage.
+      params: the parameters it starts from.
+      announce: prints a line for the user.
+
+    Returns:
+      All parameters (of the best or the last checkpoint, as `config.output` asks) and a summary.
+    """
+    adamw, schedule = training.optimizer()
+    trained, frozen = optim.split_params(jax.tree.map(jnp.asarray, params), training.trains)
+    state = init_state(trained, adamw)
+    store = training.checkpoints(announce)
+    total, start = training.total_steps, store.latest_step() or 0
+    if start:
+        state = restore_state(store, start, state)
+        announce(f"{training.name}: going on from step {start} of {total}")
+
+    objective = training.make_objective(total)
+    step_fn = jax.jit(functools.partial(train_step, objective, adamw), donate_argnums=(0,))
+    rng = jax.random.fold_in(jax.random.key(training.seed), _stage_number(training.name))
+    eval_steps = training.config.eval_steps or training.steps_per_epoch
+    width = _training_width(training)
+
+    with StageReport(training.directory, training.name, total_steps=total, start_step=start) as report:
+        for step in range(start, total):
+            batches = update_batches(training, step, width)
+            state, metrics = step_fn(state, frozen, batches, rng)
+            done = step + 1
+            if done % LOG_EVERY == 0 or done in (1, total):
+                rate = float(schedule(step))
+                report.log(done, {**_floats(metrics), "learning_rate": rate})
+            report.progress(done, int(batches["valid"].sum()))
+            evaluated = None
+            if done % eval_steps == 0 or done == total:
+                evaluated = training.evaluate(optim.merge_params(state.trained, frozen))
+                report.log(done, {f"dev_{k}": v for k, v in evaluated.items()})
+            if evaluated is not None or done % training.config.save_steps == 0:
+                store.save(
+                    done,
+                    _checkpoint(training, state),
+                    metrics=evaluated,
+                    metric=None if evaluated is None else evaluated.get("accuracy"),
+                )
+
+    chosen = total
+    if training.config.output == "best":
+        chosen = store.best_step() or total
+    if chosen != total or start == total:
+        state = restore_state(store, chosen, state)
+    summary = {"steps": total, "output_step": chosen, "best_step": store.best_step()}
+    return optim.merge_params(state.trained, frozen), summary
+
+
+def update_batches(training: Training, step: int, width: int) -> dict[str, np.ndarray]:
+    """The examples of one update, arrays [accumulation_steps, batch_size, ...].
+
+    Depends on nothing but the seed and the number of the update. The last update of an epoch is
+    filled up with rows that do not count.
+    """
+    epoch, position = divmod(step, training.steps_per_epoch)
+    order = epoch_order(len(training.features), training.seed, epoch)
+    index = order[position * training.update_size :][: training.update_size]
+    batch = pad_batch(training.features, index, training.update_size, width)
+    rows = np.where(batch["index"] >= 0, batch["index"], 0)
+    for name, array in training.extras.items():
+        values = np.asarray(array[rows])
+        batch[name] = values[..., :width] if values.ndim == 3 else values
+    shape = (training.config.accumulation_steps, training.config.batch_size)
+    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
+
+
+def _training_width(training: Training) -> int:
+    """One padded length for the whole stage, so that its step compiles once."""
+    longest = int(training.features.lengths.max())
+    return next(w for w in width_ladder(training.model_config.max_length) if w >= longest)
+
+
+def _checkpoint(training: Training, state: TrainState) -> dict[str, Any]:
+    """Everything a run needs to go on: parameters, optimizer, the RNG's seed, position in the data."""
+    step = int(state.step)
+    epoch, position = divmod(step, training.steps_per_epoch)
+    return {
+        "trained": state.trained,
+        "opt_state": state.opt_state,
+        "step": np.asarray(step, np.int32),
+        "seed": np.asarray(training.seed, np.int64),
+        "epoch": np.asarray(epoch, np.int64),
+        "position": np.asarray(position * training.update_size, np.int64),
+    }
+
+
+def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainState:
+    """The state at a checkpoint; `like` has its structure and shapes."""
+    template = {"trained": like.trained, "opt_state": like.opt_state, "step": np.asarray(0, np.int32)}
+    template |= {name: np.asarray(0, np.int64) for name in ("seed", "epoch", "position")}
+    saved = store.restore(step, template)
+    # Copies on the device: the step donates its state's buffers.
+    return jax.tree.map(
+        jnp.array, TrainState(jnp.asarray(saved["step"]), saved["trained"], saved["opt_state"])
+    )
+
+
+def _stage_number(name: str) -> int:
+    """A number for a stage's name, so that each stage draws its own random numbers."""
+    return int.from_bytes(name.encode()[:4].ljust(4, b"\0"), "big") & 0x7FFFFFFF
+
+
+def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    return {k: float(v) for k, v in jax.device_get(dict(metrics)).items()}

@@ -1,0 +1,226 @@
+"""All stages of a run, in order, from one configuration; its results in one JSON and one table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from trbert_jax.config import STAGES, RunConfig, to_dict
+from trbert_jax.errors import UserError
+from trbert_jax.evaluate import run_baselines, summarize, write_predictions
+from trbert_jax.files import atomic_directory, make_directory, write_json
+from trbert_jax.runner import Runner
+from trbert_jax.training import loop, stages
+from trbert_jax.training.optimizer import merge_params, split_params
+from trbert_jax.training.report import plot_metrics
+from trbert_jax.training.run import Run
+from trbert_jax.training.steps import init_state
+
+PACKAGES = (
+    "trbert-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
+
+
+def train(
+    config: RunConfig, only: Sequence[str] | None = None, announce: loop.Announce = print
+) -> dict[str, Any]:
+    """Runs the stages of a configuration that are not finished yet.
+
+    Args:
+      config: the run.
+      only: the stages to run, in any order; None for all that the configuration names.
+      announce: prints a line for the user.
+
+    Returns:
+      What is written to `WORKDIR/results.json`.
+
+    Raises:
+      UserError: an unknown stage, a work directory of another configuration, missing inputs, bad data.
+    """
+    chosen = _chosen_stages(config, only)
+    run = Run(config, announce)
+    run.claim()
+    for stage in chosen:
+        done = run.finished(stage)
+        if done is not None:
+            announce(f"{stage}: finished before, skipped (delete {run.directory(stage)} to run it again)")
+            continue
+        announce(f"{stage}: starting, files in {run.directory(stage)}")
+        start = time.perf_counter()
+        make_directory(run.directory(stage))
+        summary = _RUN[stage](run) if stage in _RUN else stages.train_stage(run, stage)
+        seconds = time.perf_counter() - start
+        write_json(run.directory(stage) / "done.json", {**summary, "seconds": seconds})
+        announce(f"{stage}: done in {seconds:.1f} s")
+    results = collect_results(run)
+    write_json(run.workdir / "results.json", results)
+    folders = [
+        run.directory(stage) for stage in config.stages if (run.directory(stage) / "metrics.jsonl").exists()
+    ]
+    plot_metrics(folders, run.workdir / "curves.png")
+    announce("\n".join(results_table(run, results)))
+    return results
+
+
+def evaluate_stage(run: Run) -> dict[str, Any]:
+    """Evaluates the dense model, every model with selectors, and the baselines; exports the last one."""
+    split, settings = run.config.evaluate.split, run.config.evaluate
+    directory = run.directory("evaluate")
+    result: dict[str, Any] = {}
+    reduced_stages = [s for s in ("policy", "joint") if s in run.config.stages]
+    for stage in ["finetune", *reduced_stages]:
+        model = run.load(stage, "evaluate")
+        features = run.features(split, model)
+        runner = Runner(run.module(model.config), settings.batch_size)
+        params = jax.device_put(model.params)
+        execution = "dense" if stage == "finetune" else settings.execution
+        outputs = runner.run(params, features, execution)
+        summary = summarize(outputs, model.config)
+        last = stage == run.last_model_stage
+        if stage == "finetune":
+            result["dense"] = summary
+        else:
+            result["reduced" if last else stage] = summary
+        write_predictions(directory / f"predictions_{stage}.jsonl", outputs, features, model.config.labels)
+        if last:
+            write_predictions(run.workdir / "predictions.jsonl", outputs, features, model.config.labels)
+            if outputs.kept:
+                result["baselines"] = run_baselines(
+                    runner, params, features, outputs, settings.baselines, run.config.seed
+                )
+    source = run.output_of(run.last_model_stage, "model", "evaluate")
+    with atomic_directory(run.workdir / "model") as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+    return {"split": split, "execution": settings.execution, **result}
+
+
+def evaluate_all_checkpoints(config: RunConfig, announce: loop.Announce = print) -> dict[str, Any]:
+    """Evaluates every checkpoint that the training stages have kept, on the configured split.
+
+    Returns:
+      stage -> `step_N` -> the numbers of `summarize`, and which step is `best` and which `last`.
+
+    Raises:
+      UserError: the work directory belongs to another configuration or has no checkpoint.
+    """
+    run = Run(config, announce)
+    run.claim()
+    results: dict[str, Any] = {}
+    for stage in config.stages:
+        if stage in _RUN or not (run.directory(stage) / "checkpoints").is_dir():
+            continue
+        prepared = stages.prepare(run, stage)
+        training, model_config = prepared.training, prepared.start.config
+        store = training.checkpoints(announce)
+        features = run.features(config.evaluate.split, prepared.start)
+        runner = Runner(run.module(model_config), config.evaluate.batch_size)
+        execution = "dense" if stage == "finetune" else config.evaluate.execution
+        trained, frozen = split_params(jax.device_put(prepared.start.params), training.trains)
+        like = init_state(trained, training.optimizer()[0])
+        results[stage] = {"best": store.best_step(), "last": store.latest_step()}
+        for step in store.steps():
+            announce(f"{stage}: evaluating step {step}")
+            params = merge_params(loop.restore_state(store, step, like).trained, frozen)
+            outputs = runner.run(params, features, execution)
+            results[stage][f"step_{step}"] = summarize(outputs, model_config)
+    if not results:
+        raise UserError(
+            f"{run.workdir}: has no checkpoints; run `trbert train` with this configuration first"
+        )
+    return results
+
+
+def collect_results(run: Run) -> dict[str, Any]:
+    """Everything there is to say about a run so far."""
+    done = {stage: summary for stage in run.config.stages if (summary := run.finished(stage)) is not None}
+    evaluated = {k: v for k, v in done.pop("evaluate", {}).items() if k != "steps"}
+    seconds = {"evaluate": {"seconds": evaluated.pop("seconds")}} if evaluated else {}
+    return {
+        **evaluated,
+        "stages": {**done, **seconds},
+        "config": to_dict(run.config),
+        "seed": run.config.seed,
+        "versions": _versions(),
+        "machine": _machine(),
+    }
+
+
+def results_table(run: Run, results: dict[str, Any]) -> Iterator[str]:
+    """Lines for people: accuracy, tokens and FLOPs of each model, seconds of each stage, what is where."""
+    rows = [
+        ("dense", results.get("dense")),
+        ("after policy", results.get("policy")),
+        ("reduced", results.get("reduced")),
+    ]
+    rows += [(f"{name} tokens", summary) for name, summary in results.get("baselines", {}).items()]
+    yield ""
+    if any(summary for _, summary in rows):
+        yield f"{'model':<16} {'accuracy':>9} {'tokens kept':>22} {'MFLOPs':>9} {'speed-up':>9}"
+    for name, summary in rows:
+        if summary:
+            kept = " -> ".join(f"{x:.1f}" for x in [summary["tokens"], *summary.get("kept", [])])
+            speedup = f"{summary.get('flops_speedup', 1.0):.2f}x"
+            accuracy, flops = f"{summary['accuracy']:.1%}", f"{summary['flops'] / 1e6:.1f}"
+            yield f"{name:<16} {accuracy:>9} {kept:>22} {flops:>9} {speedup:>9}"
+    yield ""
+    yield "seconds a stage:  " + ", ".join(f"{k} {v['seconds']:.0f}" for k, v in results["stages"].items())
+    yield f"numbers           {run.workdir / 'results.json'}"
+    yield f"training curves   {run.workdir / 'curves.png'}"
+    if (run.workdir / "model").is_dir():
+        yield f"model             {run.workdir / 'model'}"
+        yield f'next              trbert predict --model {run.workdir / "model"} "some text"'
+
+
+_RUN: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "score": stages.score_stage,
+    "teacher": stages.teacher_stage,
+    "evaluate": evaluate_stage,
+}
+
+
+def _chosen_stages(config: RunConfig, only: Sequence[str] | None) -> list[str]:
+    if only is None:
+        return list(config.stages)
+    for stage in only:
+        if stage not in STAGES:
+            raise UserError(f"--stages: no stage is called {stage!r}; expected some of {', '.join(STAGES)}")
+        if stage not in config.stages:
+            raise UserError(
+                f"--stages: this configuration does not have the stage {stage}; "
+                f"its stages are {', '.join(config.stages)}"
+            )
+    return [stage for stage in STAGES if stage in only]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+    }

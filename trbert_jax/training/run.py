@@ -1,0 +1,196 @@
+"""One run: its work directory, data and models, shared by all stages.
+
+WORKDIR/config.json       the configuration the directory belongs to
+WORKDIR/cache/            tokenized examples
+WORKDIR/STAGE/done.json   what a finished stage says of itself; its presence means finished
+WORKDIR/STAGE/model/      the model a training stage made
+WORKDIR/model/            the model of the last stage, for `TRBert.from_pretrained`
+WORKDIR/results.json      numbers of the whole run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trbert_jax.config import RunConfig, diff_configs, to_dict
+from trbert_jax.data.features import FeatureSet, build_features
+from trbert_jax.data.readers import Dataset, read_examples
+from trbert_jax.errors import UserError
+from trbert_jax.files import make_directory, read_json, write_json
+from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.model import TokenReducingClassifier, init_params
+from trbert_jax.modeling.pretrained import Pretrained, load_pretrained
+from trbert_jax.modeling.tokenizer_files import load_tokenizer
+
+Announce = Callable[[str], None]
+
+# Settings that may change between calls of one run: they do not touch what is in the directory.
+_FREE_KEYS = ("workdir", "stages", "data.cache_dir")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A configuration at work.
+
+    Attributes:
+      config: of the whole run.
+      announce: prints a line for the user.
+    """
+
+    config: RunConfig
+    announce: Announce = print
+
+    @property
+    def workdir(self) -> Path:
+        """Folder of everything the run writes."""
+        return Path(self.config.workdir)
+
+    def directory(self, stage: str) -> Path:
+        """Folder of a stage."""
+        return self.workdir / stage
+
+    def claim(self) -> None:
+        """Makes the work directory this configuration's own.
+
+        Raises:
+          UserError: it belongs to another one (with what differs), or cannot be written to.
+        """
+        make_directory(self.workdir)
+        path, mine = self.workdir / "config.json", to_dict(self.config)
+        if path.exists():
+            differences = [
+                line
+                for line in diff_configs(read_json(path), mine)
+                if line.partition(":")[0] not in _FREE_KEYS
+            ]
+            if differences:
+                raise UserError(
+                    f"{self.workdir}: this work directory belongs to another configuration, "
+                    "which differs in\n  "
+                    + "\n  ".join(differences)
+                    + "\nset the values back, or choose another `workdir`"
+                )
+        write_json(path, mine)
+
+    # Stages -------------------------------------------------------------------------------------
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage says of itself, or None."""
+        path = self.directory(stage) / "done.json"
+        return read_json(path) if path.exists() else None
+
+    def output_of(self, stage: str, name: str, needed_by: str) -> Path:
+        """A finished stage's output file or folder.
+
+        Raises:
+          UserError: the stage has not been run; names it.
+        """
+        path = self.directory(stage) / name
+        if self.finished(stage) is None or not path.exists():
+            raise UserError(
+                f"stage {needed_by} needs {path}, which stage {stage} makes; run that first "
+                f"(`--stages {stage},{needed_by}`, or leave --stages out to run all)"
+            )
+        return path
+
+    @property
+    def last_model_stage(self) -> str:
+        """The configured stage whose model is the run's result."""
+        trained = [s for s in ("finetune", "init", "policy", "joint") if s in self.config.stages]
+        return trained[-1] if trained else "finetune"
+
+    # Models -------------------------------------------------------------------------------------
+
+    def load(self, stage: str, needed_by: str) -> Pretrained:
+        """The model a finished stage made."""
+        path = self.output_of(stage, "model", needed_by)
+        return load_pretrained(path, announce=self.announce, seed=self.config.seed)
+
+    def base_model(self) -> Pretrained:
+        """The model before any training, with a fresh classifier for the data's labels."""
+        model, labels = self.config.model, self.dataset("train").label_names
+        if model.init == "scratch":
+            return self._scratch(labels)
+        loaded = load_pretrained(
+            model.init,
+            labels=labels,
+            max_positions=model.max_positions,
+            keep_layers=model.keep_layers,
+            max_length=model.max_length,
+            announce=self.announce,
+            seed=self.config.seed,
+        )
+        tokenizer = load_tokenizer(model.tokenizer) if model.tokenizer else loaded.tokenizer
+        if tokenizer is None:
+            raise UserError(
+                f"model.init: {model.init} has no tokenizer files; set model.tokenizer to a folder that has"
+            )
+        return dataclasses.replace(loaded, tokenizer=tokenizer)
+
+    def _scratch(self, labels: tuple[str, ...]) -> Pretrained:
+        from trbert_jax.data.wordpiece import train_wordpiece
+
+        model, shape = self.config.model, self.config.model.scratch
+        if model.tokenizer:
+            tokenizer = load_tokenizer(model.tokenizer)
+        else:
+            texts = [example.text for example in self.dataset("train").examples]
+            tokenizer = train_wordpiece(texts, shape.vocab_size)
+            self.announce(f"trained a WordPiece vocabulary of {len(tokenizer)} tokens on {len(texts)} texts")
+        config = ModelConfig(
+            model_type=shape.model_type,
+            vocab_size=len(tokenizer),
+            hidden_size=shape.hidden_size,
+            num_layers=shape.num_layers,
+            num_heads=shape.num_heads,
+            intermediate_size=shape.intermediate_size,
+            max_positions=model.max_positions or model.max_length,
+            type_vocab_size=2 if shape.model_type == "bert" else 0,
+            classifier_dropout=0.1 if shape.model_type == "bert" else 0.2,
+            labels=labels,
+            max_length=model.max_length,
+        )
+        params = jax.device_get(init_params(config, jax.random.key(self.config.seed)))
+        return Pretrained(config, params, tokenizer, fresh=("selectors", "classifier"))
+
+    def module(self, config: ModelConfig) -> TokenReducingClassifier:
+        """The model that computes, in the configured dtype."""
+        return TokenReducingClassifier(config, DTYPES[self.config.model.dtype])
+
+    # Data ---------------------------------------------------------------------------------------
+
+    @functools.cache  # noqa: B019 - a run lives as long as the process
+    def dataset(self, split: str) -> Dataset:
+        """Raw examples of `train`, `dev` or `test`."""
+        return read_examples(self.config.data, split, self.config.seed, self.announce)
+
+    @functools.cache  # noqa: B019
+    def _features(self, split: str, tokenizer: Any) -> FeatureSet:
+        cache = self.config.data.cache_dir or self.workdir / "cache"
+        return build_features(
+            self.dataset(split), tokenizer, self.config.model.max_length, Path(cache), announce=self.announce
+        )
+
+    def features(self, split: str, model: Pretrained) -> FeatureSet:
+        """Tokenized examples of a split for a model."""
+        return self._features(split, model.tokenizer)
+
+    def fingerprint(self, stage: str, features: FeatureSet) -> dict[str, Any]:
+        """What a stage's checkpoints depend on."""
+        settings = to_dict(self.config)
+        return {
+            "stage": stage,
+            "seed": self.config.seed,
+            "model": settings["model"],
+            "settings": settings[stage],
+            "examples": len(features),
+            "data": features.digest,
+        }

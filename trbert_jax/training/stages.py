@@ -1,0 +1,266 @@
+"""The stages of a run: what each one reads, minimises and writes.
+
+`finetune -> score -> [init] -> policy -> teacher -> joint`; evaluation is in `pipeline`.
+Source: docs/method.md, "Training stages".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trbert_jax.config import InitConfig, JointConfig, PolicyConfig, TrainingConfig
+from trbert_jax.data.batching import length_batches, pad_batch, width_ladder
+from trbert_jax.data.features import FeatureSet
+from trbert_jax.errors import UserError
+from trbert_jax.files import atomic_file
+from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier
+from trbert_jax.modeling.pretrained import Pretrained, save_pretrained
+from trbert_jax.runner import Runner
+from trbert_jax.training import loop, objectives, optimizer, residual
+from trbert_jax.training.report import StageReport
+from trbert_jax.training.run import Run
+from trbert_jax.training.steps import ObjectiveFn
+
+SCORES, LOGITS = "scores.npy", "logits.npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A training stage before its first update: where it starts from and how it trains."""
+
+    start: Pretrained
+    training: loop.Training
+
+
+def prepare(run: Run, stage: str) -> Prepared:
+    """Gathers what a training stage needs.
+
+    Raises:
+      UserError: an earlier stage's output is missing; names the stage to run.
+    """
+    start = run.base_model() if stage == "finetune" else run.load(_predecessor(run, stage), stage)
+    features = run.features("train", start)
+    module = run.module(start.config)
+    config: TrainingConfig = getattr(run.config, stage)
+    training = loop.Training(
+        name=stage,
+        directory=run.directory(stage),
+        config=config,
+        model_config=start.config,
+        seed=run.config.seed,
+        features=features,
+        extras=_extras(run, stage, features),
+        make_objective=lambda total_steps: _OBJECTIVES[stage](run, module, total_steps),
+        trains=_TRAINS[stage](start.config),
+        evaluate=_dev_evaluation(run, stage, start, module),
+        fingerprint=run.fingerprint(stage, features),
+    )
+    return Prepared(start, training)
+
+
+def train_stage(run: Run, stage: str) -> dict[str, Any]:
+    """Runs a training stage and writes its model; returns what to remember of it."""
+    prepared = prepare(run, stage)
+    params, summary = loop.run(prepared.training, prepared.start.params, run.announce)
+    save_pretrained(
+        run.directory(stage) / "model",
+        prepared.start.config,
+        jax.device_get(params),
+        prepared.start.tokenizer,
+        leave_out=("selectors",) if stage == "finetune" else (),
+    )
+    return summary
+
+
+def score_stage(run: Run) -> dict[str, Any]:
+    """Residual scores of all training tokens: `scores.npy`, float32 [n, stages, max_length]."""
+    model = run.load("finetune", "score")
+    features, module = run.features("train", model), run.module(model.config)
+    width_limit, size = model.config.max_length, run.config.score.batch_size
+    batches = list(length_batches(features, size, width_ladder(width_limit)))
+    score = jax.jit(lambda params, batch: residual.residual_scores(module, params, batch)[::2])
+    params = jax.device_put(model.params)
+
+    shape = (len(features), model.config.num_selectors, width_limit)
+    losses = np.zeros(len(features))
+    with (
+        StageReport(run.directory("score"), "score", total_steps=len(batches)) as report,
+        atomic_file(run.directory("score") / SCORES, "wb") as stream,
+    ):
+        scores = _create_npy(Path(stream.name), shape)
+        for step, (index, width) in enumerate(batches, 1):
+            values, loss = score(params, pad_batch(features, index, size, width))
+            scores[index, :, :width] = np.asarray(values)[: len(index)]
+            losses[index] = np.asarray(loss)[: len(index)]
+            report.progress(step, len(index))
+        scores.flush()
+        report.log(len(batches), {"loss": float(losses.mean())})
+    return {"loss": float(losses.mean())}
+
+
+def teacher_stage(run: Run) -> dict[str, Any]:
+    """Logits of the fine-tuned model on the training examples: `logits.npy`, float32 [n, C]."""
+    model = run.load("finetune", "teacher")
+    features = run.features("train", model)
+    runner = Runner(run.module(model.config), run.config.teacher.batch_size)
+    steps = runner.num_batches(features)
+    with StageReport(run.directory("teacher"), "teacher", total_steps=steps) as report:
+        outputs = runner.run(jax.device_put(model.params), features, "dense", report.progress)
+        report.log(steps, {"accuracy": outputs.accuracy})
+    with atomic_file(run.directory("teacher") / LOGITS, "wb") as stream:
+        np.save(stream, outputs.logits)
+    return {"accuracy": outputs.accuracy}
+
+
+# Parts of a training stage --------------------------------------------------------------------------
+
+
+def _predecessor(run: Run, stage: str) -> str:
+    """The stage whose model a training stage starts from."""
+    if stage == "joint":
+        return "policy"
+    return "init" if stage == "policy" and "init" in run.config.stages else "finetune"
+
+
+def _extras(run: Run, stage: str, features: FeatureSet) -> dict[str, np.ndarray]:
+    """Arrays of earlier stages that a stage's batches need, rows as in the training examples."""
+    if stage == "policy" and run.config.policy.guide_rate > 0:
+        return {"guide": _load_rows(run.output_of("score", SCORES, stage), features)}
+    if stage == "init":
+        scores = _load_rows(run.output_of("score", SCORES, stage), features)
+        return {"rank": residual.rank_targets(scores, features.lengths)}
+    if stage == "joint" and run.config.joint.distill:
+        return {"teacher_logits": _load_rows(run.output_of("teacher", LOGITS, stage), features)}
+    return {}
+
+
+def _finetune_objective(run: Run, module: TokenReducingClassifier, total_steps: int) -> ObjectiveFn:
+    config = run.config.finetune
+
+    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
+        return objectives.dense_objective(module, params, batch, dropout_rng=_dropout_rng(config, rng, batch))
+
+    return objective
+
+
+def _init_objective(run: Run, module: TokenReducingClassifier, total_steps: int) -> ObjectiveFn:
+    config: InitConfig = run.config.init
+
+    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
+        return objectives.initialization_objective(
+            module,
+            params,
+            batch,
+            per_length_scale=config.per_length_scale,
+            dropout_rng=_dropout_rng(config, rng, batch),
+        )
+
+    return objective
+
+
+def _policy_objective(run: Run, module: TokenReducingClassifier, total_steps: int) -> ObjectiveFn:
+    config: PolicyConfig = run.config.policy
+    guided_steps = math.ceil(config.guide_rate * total_steps)
+
+    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
+        imitating = step < guided_steps if "guide" in batch else False
+        samples = objectives.sample_policy(
+            module,
+            params,
+            batch,
+            rule=objectives.sampling_rule(rng, batch, config.num_samples, imitating),
+            num_samples=config.num_samples,
+            alpha=config.alpha,
+            max_length=module.config.max_length,
+            dropout_rng=_dropout_rng(config, rng, batch),
+        )
+        return objectives.policy_objective(batch, samples)
+
+    return objective
+
+
+def _joint_objective(run: Run, module: TokenReducingClassifier, total_steps: int) -> ObjectiveFn:
+    config: JointConfig = run.config.joint
+    num_samples = config.num_samples or run.config.policy.num_samples
+
+    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
+        samples = objectives.sample_policy(
+            module,
+            params,
+            batch,
+            rule=objectives.sampling_rule(rng, batch, num_samples, imitating=False),
+            num_samples=num_samples,
+            alpha=config.alpha,
+            max_length=module.config.max_length,
+            temperature=config.temperature,
+            dropout_rng=_dropout_rng(config, rng, batch),
+        )
+        return objectives.joint_objective(batch, samples)
+
+    return objective
+
+
+_OBJECTIVES: dict[str, Callable[[Run, TokenReducingClassifier, int], ObjectiveFn]] = {
+    "finetune": _finetune_objective,
+    "init": _init_objective,
+    "policy": _policy_objective,
+    "joint": _joint_objective,
+}
+_TRAINS = {
+    "finetune": optimizer.trains_dense,
+    "init": optimizer.trains_selectors,
+    "policy": optimizer.trains_selectors,
+    "joint": optimizer.trains_all,
+}
+
+
+def _dropout_rng(config: TrainingConfig, rng: jax.Array, batch: Batch) -> jax.Array | None:
+    """A key for dropout where the stage has it on; micro-batches of one update differ by their examples.
+
+    Of the `rbg` kind: the masks of a step are as many random numbers as its attention weights, and
+    the default generator would take half of a step's time on a CPU.
+    """
+    if not config.dropout:
+        return None
+    key = jax.random.fold_in(jax.random.fold_in(rng, 1), batch["index"][0])
+    data = jax.random.key_data(key)
+    return jax.random.wrap_key_data(jnp.concatenate([data, data]), impl="rbg")
+
+
+def _dev_evaluation(
+    run: Run, stage: str, start: Pretrained, module: TokenReducingClassifier
+) -> Callable[[Params], dict[str, float]]:
+    """Evaluates parameters on the development set, the dense stage without reduction."""
+    execution = "dense" if stage == "finetune" else run.config.evaluate.execution
+    features = run.features("dev", start)
+    runner = Runner(module, run.config.evaluate.batch_size)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        outputs = runner.run(params, features, execution)
+        kept = {f"kept_tokens_{stage}": float(x) for stage, x in enumerate(outputs.num_kept.mean(0))}
+        return {"accuracy": outputs.accuracy, **kept}
+
+    return evaluate
+
+
+def _load_rows(path: Path, features: FeatureSet) -> np.ndarray:
+    array: np.ndarray = np.load(path, mmap_mode="r")
+    if len(array) != len(features):
+        raise UserError(
+            f"{path}: has {len(array)} rows for {len(features)} training examples; the data has changed "
+            "since it was written, choose another `workdir`"
+        )
+    return array
+
+
+def _create_npy(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A zeroed float32 .npy file as an array on disk: scores of a large data set do not fit in memory."""
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
