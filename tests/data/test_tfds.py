@@ -179,7 +179,7 @@ def test_a_real_data_set(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         r"18 ('world', 'sports') '\xe9 19' 1",
-        r"2 ('world', 'sports') '\xe9 14' 0",
+        r"2 ('world', 'sports') '\xe9 15' 1",
         r"4 ('world', 'sports') '\xe9 3' 1",
         "False",
     ]

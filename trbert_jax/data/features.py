@@ -1,7 +1,7 @@
 """Texts as token ids: tokenized once, in parallel, and kept in a cache.
 
-An example is `[CLS] tokens [SEP]`, cut to the maximum length (docs/method.md, "Data"). Lengths are
-kept, nothing is padded here.
+An example is `[CLS] tokens [SEP]`, cut to the maximum length (docs/data.md, "Tokenized examples").
+Lengths are kept, nothing is padded here.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _load(path: Path, num_examples: int, announce: Announce) -> dict[str, np.nda
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("tokens", "offsets", "num_truncated")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         arrays = {}

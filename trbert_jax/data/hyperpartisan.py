@@ -1,7 +1,7 @@
 """Hyperpartisan News Detection: from the published articles to train, dev and test files.
 
 The by-article part of SemEval-2019 task 4 comes as one set of 645 articles. Everybody who reports
-results on it splits it; this is the published TR-BERT split (docs/method.md, "Data").
+results on it splits it; this is the published TR-BERT split (docs/data.md, "Hyperpartisan").
 """
 
 from __future__ import annotations

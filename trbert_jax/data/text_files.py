@@ -116,7 +116,7 @@ def _csv_example(where: str, name: str, row: list[str], label_names: Sequence[st
 def _parse_json(line: str, where: str) -> dict[str, object]:
     expected = 'expected one object a line, {"text": ..., "label": ...}'
     try:
-        record = json.loads(line)
+        record = json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: not valid JSON ({error.msg} at column {error.colno}); {expected}"

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_models
+
+from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.model import init_params
+from trbert_jax.training import optimizer
+
+BETA1, BETA2 = 0.9, 0.999
+
+
+def shapes(config: ModelConfig) -> Any:
+    """A parameter tree without memory."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, as in `encoder/layer_0/query/kernel`."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+# Learning rate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "expected"),
+    [
+        (10, 4, [0, 0.5, 1, 1.5, 2, 5 / 3, 4 / 3, 1, 2 / 3, 1 / 3, 0]),
+        (4, 0, [2, 1.5, 1, 0.5, 0]),
+        (2, 1, [0, 2, 0]),
+        (1, 0, [2, 0]),
+    ],
+)
+def test_schedule(total: int, warmup: int, expected: list[float]) -> None:
+    """Up from 0 and down to 0; the last value is what an update beyond the end would get."""
+    schedule = optimizer.linear_schedule(2.0, total, warmup)
+    np.testing.assert_allclose([schedule(t) for t in range(total + 1)], expected, rtol=1e-6, atol=1e-7)
+
+
+# AdamW --------------------------------------------------------------------------------------------
+
+
+def test_adam_against_a_loop() -> None:
+    """Epsilon joins the root of the uncorrected second moment; an epsilon this large shows where."""
+    epsilon, m, v = 1e-2, np.zeros(3), np.zeros(3)
+    adam = optimizer.scale_by_published_adam(epsilon)
+    state = adam.init(jnp.zeros(3))
+    for t, grad in enumerate(np.random.default_rng(0).normal(size=(5, 3)) * [1, 1e-2, 1e-4], start=1):
+        updates, state = adam.update(jnp.asarray(grad, jnp.float32), state)
+        m = BETA1 * m + (1 - BETA1) * grad
+        v = BETA2 * v + (1 - BETA2) * grad**2
+        corrected = np.sqrt(1 - BETA2**t) / (1 - BETA1**t)
+        np.testing.assert_allclose(updates, corrected * m / (np.sqrt(v) + epsilon), rtol=1e-4)
+    assert state.count == 5
+
+
+def test_adam_without_epsilon_is_adam() -> None:
+    ours, reference = optimizer.scale_by_published_adam(0.0), optax.scale_by_adam(BETA1, BETA2, eps=0.0)
+    grads = jax.random.normal(jax.random.key(0), (4, 6))
+    states = ours.init(grads[0]), reference.init(grads[0])
+    for grad in grads:
+        first, second = ours.update(grad, states[0]), reference.update(grad, states[1])
+        np.testing.assert_allclose(first[0], second[0], rtol=1e-4)
+        states = first[1], second[1]
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, 100.0])
+def test_adamw_against_a_loop(clip_norm: float) -> None:
+    """Clipped by the norm of all gradients together, decayed without the moments, scheduled."""
+    config, decay, epsilon = tiny_models.BERT, 0.1, 0.5
+    rng = np.random.default_rng(1)
+    values = {"kernel": rng.normal(size=(2, 3)), "bias": rng.normal(size=3)}
+    schedule = optimizer.linear_schedule(0.1, 6, 2)
+    adamw = optimizer.adamw(schedule, config, weight_decay=decay, clip_norm=clip_norm, epsilon=epsilon)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {"head": values})
+    state = adamw.init(params)
+    m, v = ({k: np.zeros_like(x) for k, x in values.items()} for _ in range(2))
+    for t in range(6):
+        grads = {k: 5 * rng.normal(size=x.shape) for k, x in values.items()}
+        updates, state = adamw.update(
+            jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {"head": grads}), state, params
+        )
+        params = optax.apply_updates(params, updates)
+
+        norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+        assert 1 < norm < 100
+        for k, grad in grads.items():
+            clipped = grad * min(1, clip_norm / norm)
+            m[k] = BETA1 * m[k] + (1 - BETA1) * clipped
+            v[k] = BETA2 * v[k] + (1 - BETA2) * clipped**2
+            step = np.sqrt(1 - BETA2 ** (t + 1)) / (1 - BETA1 ** (t + 1)) * m[k] / (np.sqrt(v[k]) + epsilon)
+            rate = [0, 0.05, 0.1, 0.075, 0.05, 0.025][t]
+            values[k] = values[k] - rate * (step + (decay * values[k] if k == "kernel" else 0))
+            np.testing.assert_allclose(params["head"][k], values[k], rtol=1e-4, atol=1e-5)
+
+
+def test_first_update_of_a_warmup_changes_nothing() -> None:
+    schedule = optimizer.linear_schedule(1.0, 10, 3)
+    adamw = optimizer.adamw(schedule, tiny_models.BERT, weight_decay=0.1)
+    params = {"head": {"kernel": jnp.ones((2, 2))}}
+    updates, state = adamw.update(params, adamw.init(params), params)
+    np.testing.assert_array_equal(updates["head"]["kernel"], 0)
+    updates, _ = adamw.update(params, state, params)
+    assert (updates["head"]["kernel"] < 0).all()
+
+
+# Which parameters ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [tiny_models.BERT, tiny_models.DISTILBERT], ids=lambda c: c.model_type)
+def test_decay_mask(config: ModelConfig) -> None:
+    """No bias decays. A LayerNorm's scale does only inside DistilBERT's layers, as published."""
+    mask = named(optimizer.decay_mask(shapes(config), config))
+    assert mask.keys() == named(shapes(config)).keys()
+    for name, decays in mask.items():
+        if name.endswith(("kernel", "embedding")):
+            assert decays, name
+        elif name.endswith("scale"):
+            assert decays == (config.model_type == "distilbert" and "layer_" in name), name
+        else:
+            assert name.endswith("bias"), name
+            assert not decays, name
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 4])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_stages_train_their_own(model_type: str, num_layers: int) -> None:
+    config = ModelConfig(
+        model_type=model_type, num_layers=num_layers, type_vocab_size=2 if model_type == "bert" else 0
+    )
+    params = shapes(config)
+    selectors = {"selector_0", "selector_1"}
+    asked = selectors if num_layers == 4 else {"selector_0"}
+    dense = params["encoder"].keys() - selectors
+    for trains, encoder, head in [
+        (optimizer.trains_dense, dense, True),
+        (optimizer.trains_selectors, asked, False),
+        (optimizer.trains_all, dense | asked, True),
+    ]:
+        trained, frozen = optimizer.split_params(params, trains(config))
+        assert trained["encoder"].keys() == encoder
+        assert frozen["encoder"].keys() == params["encoder"].keys() - encoder
+        assert ("head" in trained, "head" in frozen) == (head, not head)
+
+
+@pytest.mark.parametrize(
+    "trains", [lambda name: True, lambda name: False, lambda name: name in ("head", "layer_1")]
+)
+def test_split_and_merge(trains: optimizer.Trains) -> None:
+    params = tiny_models.tiny_params(tiny_models.BERT)
+    trained, frozen = optimizer.split_params(params, trains)
+    assert not named(trained).keys() & named(frozen).keys()
+    again = named(optimizer.merge_params(trained, frozen))
+    assert again.keys() == named(params).keys()
+    assert all(again[name] is value for name, value in named(params).items())
