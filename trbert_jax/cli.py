@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from trbert_jax.arguments import parse_arguments
 from trbert_jax.errors import UserError
-from trbert_jax.files import atomic_file, read_text, write_json
+from trbert_jax.files import atomic_file, check_writable, read_text, write_json
 
 if TYPE_CHECKING:
     from trbert_jax.inference import TRBert
@@ -70,6 +70,8 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    for path in filter(None, (args.json, args.predictions)):
+        check_writable(path)
     if args.all_checkpoints:
         from trbert_jax.config import load_config
         from trbert_jax.training.pipeline import evaluate_all_checkpoints
@@ -93,6 +95,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     texts = _read_texts(args)
+    if args.output:
+        check_writable(args.output)
     from trbert_jax.inference import TRBert
 
     lines = _prediction_lines(TRBert.from_pretrained(args.model), texts, args.batch_size, args.with_text)
@@ -168,10 +172,8 @@ def _read_texts(args: argparse.Namespace) -> list[str]:
 def _text_of_record(name: str, number: int, line: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{name}:{number}: not valid JSON ({error.msg}); one object a line was expected"
-        ) from error
+    except (ValueError, RecursionError) as error:  # the latter: brackets without end
+        raise UserError(f"{name}:{number}: not valid JSON ({error}); one object a line was expected") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise UserError(f'{name}:{number}: an object with a string "text" was expected')
     return record["text"]

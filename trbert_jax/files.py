@@ -8,6 +8,7 @@ disk full) become `UserError`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -43,6 +44,20 @@ def make_directory(path: str | Path) -> Path:
     return path
 
 
+def check_writable(path: str | Path) -> None:
+    """Raises `UserError` where a file cannot be written, for callers whose result takes long to compute."""
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a directory, a file was expected")
+    folder = Path(path).absolute().parent
+    while not os.path.exists(folder):
+        folder = folder.parent
+    with _explain(Path(path)):
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path`; renames it to `path` if the block ends well."""
@@ -68,6 +83,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yields a temporary directory; it takes the place of `path` if the block ends well."""
     path = Path(path)
     make_directory(path.parent)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, a directory was expected; choose another output path")
     with _explain(path):
         temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
         try:

@@ -119,7 +119,7 @@ def evaluate_all_checkpoints(config: RunConfig, announce: loop.Announce = print)
       UserError: the work directory belongs to another configuration or has no checkpoint.
     """
     run = Run(config, announce)
-    run.claim()
+    run.check_owner()
     results: dict[str, Any] = {}
     for stage in config.stages:
         if stage in _RUN or not (run.directory(stage) / "checkpoints").is_dir():

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trbert_jax.config import RunConfig, diff_configs, to_dict
+from trbert_jax.config import STAGES, RunConfig, diff_configs, to_dict
 from trbert_jax.data.features import FeatureSet, build_features
 from trbert_jax.data.readers import Dataset, read_examples
 from trbert_jax.errors import UserError
@@ -64,6 +64,13 @@ class Run:
           UserError: it belongs to another one (with what differs), or cannot be written to.
         """
         make_directory(self.workdir)
+        # A first try that failed before any stage wrote something, for a wrong path, is no claim.
+        if any(any(self.directory(stage).glob("*")) for stage in STAGES):
+            self.check_owner()
+        write_json(self.workdir / "config.json", to_dict(self.config))
+
+    def check_owner(self) -> None:
+        """Raises `UserError` where the work directory belongs to another configuration."""
         path, mine = self.workdir / "config.json", to_dict(self.config)
         if path.exists():
             differences = [
@@ -78,7 +85,6 @@ class Run:
                     + "\n  ".join(differences)
                     + "\nset the values back, or choose another `workdir`"
                 )
-        write_json(path, mine)
 
     # Stages -------------------------------------------------------------------------------------
 
@@ -95,6 +101,10 @@ class Run:
         """
         path = self.directory(stage) / name
         if self.finished(stage) is None or not path.exists():
+            if stage not in self.config.stages:
+                raise UserError(
+                    f"stage {needed_by} needs {path}, which stage {stage} makes; add {stage} to `stages`"
+                )
             raise UserError(
                 f"stage {needed_by} needs {path}, which stage {stage} makes; run that first "
                 f"(`--stages {stage},{needed_by}`, or leave --stages out to run all)"

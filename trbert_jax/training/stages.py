@@ -252,7 +252,12 @@ def _dev_evaluation(
 
 
 def _load_rows(path: Path, features: FeatureSet) -> np.ndarray:
-    array: np.ndarray = np.load(path, mmap_mode="r")
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); delete {path.parent} to run stage {path.parent.name} again"
+        ) from error
     if len(array) != len(features):
         raise UserError(
             f"{path}: has {len(array)} rows for {len(features)} training examples; the data has changed "

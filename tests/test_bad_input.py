@@ -1,0 +1,514 @@
+"""What a user can get wrong, each through the command line: what it says, and that nothing is lost.
+
+Paths are relative: every case runs in a folder of its own that holds config.yaml, data/, model/ and,
+for a run that has begun, work/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tiny_model
+
+from trbert_jax.cli import main
+from trbert_jax.training import loop
+
+CONFIG = """\
+workdir: work
+data: {name: imdb, path: data}
+model:
+  init: scratch
+  max_length: 16
+  scratch: {vocab_size: 100, hidden_size: 16, num_layers: 2, num_heads: 2, intermediate_size: 24}
+finetune: {batch_size: 4, accumulation_steps: 1, epochs: 2, save_steps: 1, keep_checkpoints: 9}
+"""
+TEXTS = ["the film was good .", "a dull plot !", "it is very bright and good", "I saw a bad film yesterday"]
+RECORDS = [{"text": text, "label": label} for text, label in zip(TEXTS, (1, 0, 1, 0), strict=True)]
+SIZES = {"train": 8, "dev": 2, "test": 3}
+
+FINETUNE = "train --config config.yaml --stages finetune"
+EVALUATE = "evaluate --model model --data data/test.jsonl --json out/result.json --predictions out/lines.jsonl"
+PREDICT = "predict --model model --output out/lines.jsonl good"
+CONVERT = "convert --input model --output out/model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One mistake.
+
+    Attributes:
+      name: what is wrong.
+      command: what the user types after `trbert`.
+      words: all that the message must hold.
+      spoil: makes the mistake, in the current folder.
+      start: the folder before it: `fresh`, `interrupted` (in update 3 of 4) or `finetuned`.
+      code: of the exit; where it is not 2 the words may be in either stream.
+      leaves: regular expression of new files that are no loss.
+    """
+
+    name: str
+    command: str
+    words: tuple[str, ...]
+    spoil: Callable[[], Any] = lambda: None
+    start: str = "fresh"
+    code: int = 2
+    leaves: str = r"work/config\.json|work/cache/features-\w+\.npz"
+
+
+# Ways to spoil ------------------------------------------------------------------------------------
+
+
+def write(path: str, content: str | bytes) -> Callable[[], Any]:
+    return lambda: Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def append(path: str, content: str) -> Callable[[], Any]:
+    return lambda: Path(path).write_bytes(Path(path).read_bytes() + content.encode())
+
+
+def remove(path: str) -> Callable[[], Any]:
+    return Path(path).unlink
+
+
+def cut(path: str, share: float) -> Callable[[], Any]:
+    """Leaves the first part of a file, as a full disk or a broken download does."""
+
+    def spoil() -> None:
+        os.truncate(path, int(share * os.path.getsize(path)))
+
+    return spoil
+
+
+def corrupt(path: str, start: int, stop: int) -> Callable[[], Any]:
+    def spoil() -> None:
+        content = bytearray(Path(path).read_bytes())
+        content[start:stop] = b"\xff" * (stop - start)
+        Path(path).write_bytes(content)
+
+    return spoil
+
+
+def set_json(path: str, **values: Any) -> Callable[[], Any]:
+    def spoil() -> None:
+        old = json.loads(Path(path).read_text(encoding="utf-8"))
+        Path(path).write_text(json.dumps({**old, **values}), encoding="utf-8")
+
+    return spoil
+
+
+def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C at the start of an update."""
+    original = loop.update_batches
+
+    def interrupted(training: loop.Training, at: int, width: int) -> Any:
+        if at == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(training, at, width)
+
+    monkeypatch.setattr(loop, "update_batches", interrupted)
+
+
+def cut_scores() -> None:
+    Path("work/score").mkdir()
+    Path("work/score/done.json").write_text("{}", encoding="utf-8")
+    Path("work/score/scores.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr'")
+
+
+def leave_half_a_checkpoint() -> None:
+    checkpoints = Path("work/finetune/checkpoints")
+    half = shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000003.partial-x7")
+    (half / "manifest.json").unlink()
+
+
+def forbid(path: str) -> Callable[[], Any]:
+    def spoil() -> None:
+        if os.geteuid() == 0:
+            pytest.skip("no folder is read-only to root")
+        Path(path).mkdir()
+        Path(path).chmod(0o555)
+
+    return spoil
+
+
+# The cases ----------------------------------------------------------------------------------------
+
+CONFIG_CASES = [
+    Case(
+        "unknown key",
+        FINETUNE,
+        ("config.yaml:8: policy.alpah: unknown key", "did you mean policy.alpha?"),
+        append("config.yaml", "policy: {alpah: 2}\n"),
+        leaves="",
+    ),
+    Case(
+        "unknown key on the command line",
+        f"{FINETUNE} modle.max_length=8",
+        ("command line: modle: unknown key", "did you mean model?"),
+        leaves="",
+    ),
+    Case(
+        "wrong type",
+        FINETUNE,
+        ("config.yaml:9: policy.num_samples: expected a whole number of at least 2, got 'many' (text)",),
+        append("config.yaml", "policy:\n  num_samples: many\n"),
+        leaves="",
+    ),
+    Case(
+        "out of range",
+        f"{FINETUNE} policy.guide_rate=1.5",
+        ("command line: policy.guide_rate: 1.5 is out of range", "from 0 to 1"),
+        leaves="",
+    ),
+    Case("missing config", FINETUNE, ("config.yaml: no such file",), remove("config.yaml"), leaves=""),
+    Case("empty config", FINETUNE, ("config.yaml: is empty", "configs/"), write("config.yaml", ""), leaves=""),
+    Case(
+        "unknown stage",
+        "train --config config.yaml --stages finetune,polish",
+        ("--stages", "'polish'", "expected some of finetune, score"),
+        leaves="",
+    ),
+]
+
+LINE = json.dumps(RECORDS[0]) + "\n"
+# What stands in a data file, and what is said after the file's name.
+BAD_DATA: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
+    "empty file": ("", (": has no examples", 'expected one {"text": ..., "label": ...} a line')),
+    "malformed line": (LINE + '{"text": "a"\n' + LINE, (":2: not valid JSON (", "expected one object a line")),
+    "malformed line after odd line ends": (
+        '{"text": "good\u2028and\u0085bad", "label": 1}\n' * 2 + "x\n",
+        (":3: not valid JSON (",),
+    ),
+    "label out of range": (
+        LINE + '{"text": "a", "label": 2}\n',
+        (":2: the label is 2; expected 0..1 for 2 classes (negative, positive)",),
+    ),
+    "missing field": (LINE + '{"text": "a"}\n', (":2: no field 'label' (it has: 'text')", "expected 'text'")),
+    "unreadable encoding": (
+        LINE.encode() + '{"text": "caf\u00e9", "label": 1}\n'.encode("latin-1"),
+        (":2: not UTF-8", "convert the file to UTF-8"),
+    ),
+    "empty text": (LINE + '{"text": "", "label": 1}\n', (":2: the text is empty; remove the example",)),
+    "text without tokens": (
+        LINE + '{"text": "\u200b", "label": 1}\n' + LINE * 8,
+        (":2: the text has no tokens; remove the example",),
+    ),
+}
+DATA_CASES = [
+    Case(f"{name}, {command.split()[0]}", command, tuple(words), write(path, content))
+    for name, (content, said) in BAD_DATA.items()
+    for command, path in ((FINETUNE, "data/train.jsonl"), (EVALUATE, "data/test.jsonl"))
+    # A text without tokens is found after reading and is called as in predictions.jsonl.
+    for words in [(Path(path).name + said[0] if "tokens" in name else path + said[0], *said[1:])]
+] + [
+    Case("missing data, train", FINETUNE, ("data/train.jsonl: no such file",), remove("data/train.jsonl")),
+    Case("missing data, evaluate", EVALUATE, ("data/test.jsonl: no such file",), remove("data/test.jsonl")),
+    Case(
+        "missing data folder",
+        f"{FINETUNE} data.path=dada",
+        ("data.path: dada: no such folder", "train.jsonl, dev.jsonl, test.jsonl"),
+    ),
+    Case(
+        "other kind of data",
+        EVALUATE.replace("test.jsonl", "test.txt"),
+        ("data/test.txt", "expected a .jsonl file (text, label) or a .csv file"),
+    ),
+    Case(
+        "line ends of other kinds are part of a text",
+        EVALUATE,
+        ("examples                          2\n",),
+        write("data/test.jsonl", '{"text": "good\u2028film\u0085bad", "label": 1}\n' * 2),
+        code=0,
+        leaves=r"out/(result\.json|lines\.jsonl)",
+    ),
+    Case(
+        "a long text is cut, counted and said",
+        EVALUATE,
+        ("1 of 4 texts are longer than 18 tokens and were cut\n", "examples                          4\n"),
+        append("data/test.jsonl", json.dumps({"text": "very " * 5000, "label": 1})),
+        code=0,
+        leaves=r"out/(result\.json|lines\.jsonl)",
+    ),
+]
+
+WEIGHTS = "model/model.safetensors"
+# How a model's folder is spoiled, and what is said.
+BAD_MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "other shapes": (
+        set_json("model/config.json", intermediate_size=32),
+        (
+            "model: the weights are not those of a bert classifier with 4 layers",
+            "bert.encoder.layer.3.intermediate.dense.weight: [24, 16] in the checkpoint, [32, 16] expected",
+        ),
+    ),
+    "fewer layers": (
+        set_json("model/config.json", num_hidden_layers=5),
+        ("missing from the checkpoint", "bert.encoder.layer.4.output.dense.weight [16, 24]"),
+    ),
+    "truncated weights": (cut(WEIGHTS, 0.5), (f"{WEIGHTS}: truncated or damaged", "again")),
+    "truncated header": (cut(WEIGHTS, 0.01), (f"{WEIGHTS}: truncated or damaged", "again")),
+    "no bytes": (cut(WEIGHTS, 0), (f"{WEIGHTS}: truncated or damaged", "again")),
+    "corrupt weights": (corrupt(WEIGHTS, 8, 40), (f"{WEIGHTS}: truncated or damaged", "again")),
+    "corrupt length": (corrupt(WEIGHTS, 0, 8), (f"{WEIGHTS}: truncated or damaged", "again")),
+    "corrupt values": (corrupt(WEIGHTS, -400, -1), ("not finite numbers: ", "damaged")),
+    "unfinished, no config": (remove("model/config.json"), ("model: no config.json here", "unfinished")),
+    "unfinished, no weights": (
+        remove(WEIGHTS),
+        ("model: no weights here; expected model.safetensors", "unfinished"),
+    ),
+    "no folder": (lambda: shutil.rmtree("model"), ("model: no such directory",)),
+}
+MODEL_CASES = [
+    Case(f"{name}, {command.split()[0]}", command, words, spoil)
+    for name, (spoil, words) in BAD_MODELS.items()
+    for command in (EVALUATE, PREDICT, CONVERT)
+]
+
+STEP_2 = "work/finetune/checkpoints/step_00000002"
+RUN_CASES = [
+    Case(
+        "work directory of another config",
+        f"{FINETUNE} finetune.learning_rate=0.01 seed=7",
+        (
+            "work: this work directory belongs to another configuration",
+            "seed: 42 -> 7",
+            "finetune.learning_rate: 3e-05 -> 0.01",
+            "choose another `workdir`",
+        ),
+        start="interrupted",
+        leaves="",
+    ),
+    Case(
+        "checkpoints of another config",
+        "evaluate --config config.yaml --all-checkpoints seed=7 --json out/result.json",
+        ("work: this work directory belongs to another configuration", "seed: 42 -> 7"),
+        start="interrupted",
+        leaves="",
+    ),
+    Case(
+        "no checkpoints",
+        "evaluate --config config.yaml --all-checkpoints --json out/result.json",
+        ("work: has no checkpoints; run `trbert train`",),
+        leaves="",
+    ),
+    Case(
+        "missing inputs of a stage",
+        "train --config config.yaml --stages policy",
+        ("stage policy needs work/finetune/model, which stage finetune makes", "`--stages finetune,policy`"),
+    ),
+    Case(
+        "missing scores",
+        "train --config config.yaml --stages policy",
+        ("stage policy needs work/score/scores.npy, which stage score makes", "`--stages score,policy`"),
+        start="finetuned",
+    ),
+    Case(
+        "missing inputs of evaluate",
+        "train --config config.yaml --stages evaluate",
+        ("stage evaluate needs work/policy/model, which stage policy makes", "`--stages policy,evaluate`"),
+        start="finetuned",
+        leaves=r"work/evaluate/predictions_finetune\.jsonl|work/cache/features-\w+\.npz",
+    ),
+    Case(
+        "a stage that the config leaves out",
+        "train --config config.yaml stages=[joint]",
+        ("stage joint needs work/policy/model", "add policy to `stages`"),
+    ),
+    Case(
+        "damaged scores",
+        "train --config config.yaml --stages policy",
+        ("work/score/scores.npy: damaged", "delete work/score to run stage score again"),
+        cut_scores,
+        start="finetuned",
+    ),
+    Case(
+        "damaged model of an earlier stage",
+        "train --config config.yaml --stages score",
+        ("work/finetune/model/model.safetensors: truncated or damaged",),
+        cut("work/finetune/model/model.safetensors", 0.5),
+        start="finetuned",
+    ),
+    Case(
+        "damaged checkpoint",
+        FINETUNE,
+        (f"{STEP_2}: damaged checkpoint", "delete this folder, the run then goes on from step 1"),
+        remove(f"{STEP_2}/manifest.json"),
+        start="interrupted",
+    ),
+    Case(
+        "changed data under a checkpoint",
+        FINETUNE,
+        (f"{STEP_2}: saved by a run with other settings", "examples: 8 then, 9 now", "delete work/finetune"),
+        append("data/train.jsonl", LINE),
+        start="interrupted",
+    ),
+    Case(
+        "half-written checkpoint",
+        FINETUNE,
+        (
+            "step_00000003.partial-x7: unfinished checkpoint of a run that was stopped while saving; ignored",
+            "finetune: going on from step 2 of 4",
+            "finetune: done",
+        ),
+        leave_half_a_checkpoint,
+        start="interrupted",
+        code=0,
+        leaves="work/.*",
+    ),
+]
+
+WRITE_CASES = [
+    Case("work directory below a file", f"{FINETUNE} workdir=config.yaml/x", ("config.yaml/x: cannot be written",)),
+    Case("work directory is a file", f"{FINETUNE} workdir=config.yaml", ("config.yaml: cannot be written",)),
+    Case(
+        "result below a file",
+        EVALUATE.replace("out/result", "config.yaml/result"),
+        ("config.yaml/result.json: cannot be written, Not a directory",),
+    ),
+    Case(
+        "predictions into a folder",
+        PREDICT.replace("out/lines.jsonl", "data"),
+        ("data: is a directory, a file was expected",),
+    ),
+    Case(
+        "model in place of a file",
+        CONVERT.replace("out/model", "config.yaml"),
+        ("config.yaml: is a file, a directory was expected", "choose another output path"),
+    ),
+    Case(
+        "model in place of other files",
+        CONVERT.replace("out/model", "data"),
+        ("data: exists and is not empty", "choose another --output"),
+    ),
+    Case(
+        "no permission for the work directory",
+        f"{FINETUNE} workdir=closed/work",
+        ("closed/work: no permission to write there; choose another",),
+        forbid("closed"),
+    ),
+    Case(
+        "no permission for the result",
+        EVALUATE.replace("out/", "closed/"),
+        ("closed/result.json: no permission to write there; choose another",),
+        forbid("closed"),
+    ),
+]
+
+CTRL_C = Case(
+    "Ctrl-C",
+    FINETUNE,
+    ("trbert: interrupted; run the same command again to go on from the last checkpoint\n",),
+    code=130,
+    leaves="work/.*",
+)
+
+CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES, CTRL_C]
+
+
+# Running them -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fresh")
+    (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    (folder / "data").mkdir()
+    for split, size in SIZES.items():
+        lines = "".join(json.dumps(RECORDS[i % 4]) + "\n" for i in range(size))
+        (folder / "data" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    tiny_model(folder / "model")
+    return folder
+
+
+def begun(start: Path, folder: Path, interrupt_at: int | None) -> Path:
+    """A copy of `start` in which stage finetune has run, to the end or up to an update."""
+    shutil.copytree(start, folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        if interrupt_at is not None:
+            press_ctrl_c(monkeypatch, interrupt_at)
+        assert main(FINETUNE.split()) == (0 if interrupt_at is None else 130)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return begun(fresh, tmp_path_factory.mktemp("runs") / "interrupted", interrupt_at=2)
+
+
+@pytest.fixture(scope="module")
+def finetuned(interrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return begun(interrupted, tmp_path_factory.mktemp("runs") / "finetuned", interrupt_at=None)
+
+
+@pytest.fixture
+def folder(
+    request: pytest.FixtureRequest, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """The folder of a case, spoiled, and the current one."""
+    place = shutil.copytree(request.getfixturevalue(case.start), tmp_path / "place")
+    monkeypatch.chdir(place)
+    case.spoil()
+    if case is CTRL_C:
+        press_ctrl_c(monkeypatch, step=2)
+    yield place
+    if (place / "closed").exists():
+        (place / "closed").chmod(0o755)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(folder)
+    capsys.readouterr()
+    assert main(shlex.split(case.command)) == case.code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    if case.code == 2:
+        assert err.startswith("trbert: error: ")
+    for word in case.words:
+        assert word in (err if case.code == 2 else out + err)
+
+    after = files(folder)
+    new = after.keys() - before.keys()
+    assert [name for name in sorted(new) if not re.fullmatch(case.leaves, name)] == []
+    assert [name for name in new if name.endswith(("done.json", "results.json"))] == [] or case.code == 0
+    assert [name for name in after if ".partial-" in name] == []
+    if case.code == 2:
+        assert {name: after.get(name) for name in before} == before
+
+
+def test_a_mended_config_takes_over_a_run_that_never_began(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(fresh / "data", tmp_path / "right")
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(FINETUNE.split()) == 2
+    assert "data.path: data: no such folder" in capsys.readouterr().err
+    (tmp_path / "right" / "train.jsonl").write_text("", encoding="utf-8")
+    assert main([*FINETUNE.split(), "data.path=right"]) == 2
+    assert "right/train.jsonl: has no examples" in capsys.readouterr().err
+
+
+def test_interrupted_and_resumed_is_as_good_as_never_interrupted(
+    fresh: Path, finetuned: Path, tmp_path: Path
+) -> None:
+    whole = begun(fresh, tmp_path / "whole", interrupt_at=None)
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (finetuned / "work/finetune" / name).read_bytes() == (
+            whole / "work/finetune" / name
+        ).read_bytes()
