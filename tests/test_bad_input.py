@@ -6,7 +6,9 @@ for a run that has begun, work/.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -27,17 +29,20 @@ CONFIG = """\
 workdir: work
 data: {name: imdb, path: data}
 model:
-  init: scratch
+  init: model
   max_length: 16
-  scratch: {vocab_size: 100, hidden_size: 16, num_layers: 2, num_heads: 2, intermediate_size: 24}
-finetune: {batch_size: 4, accumulation_steps: 1, epochs: 2, save_steps: 1, keep_checkpoints: 9}
+  keep_layers: [0, 1]
+finetune:
+  {batch_size: 4, accumulation_steps: 1, epochs: 2, save_steps: 1, keep_checkpoints: 9, dropout: false}
 """
 TEXTS = ["the film was good .", "a dull plot !", "it is very bright and good", "I saw a bad film yesterday"]
 RECORDS = [{"text": text, "label": label} for text, label in zip(TEXTS, (1, 0, 1, 0), strict=True)]
 SIZES = {"train": 8, "dev": 2, "test": 3}
 
 FINETUNE = "train --config config.yaml --stages finetune"
-EVALUATE = "evaluate --model model --data data/test.jsonl --json out/result.json --predictions out/lines.jsonl"
+EVALUATE = (
+    "evaluate --model model --data data/test.jsonl --json out/result.json --predictions out/lines.jsonl"
+)
 PREDICT = "predict --model model --output out/lines.jsonl good"
 CONVERT = "convert --input model --output out/model"
 
@@ -52,6 +57,7 @@ class Case:
       words: all that the message must hold.
       spoil: makes the mistake, in the current folder.
       start: the folder before it: `fresh`, `interrupted` (in update 3 of 4) or `finetuned`.
+      made_by: the fixture that has run the command already, for the two that train.
       code: of the exit; where it is not 2 the words may be in either stream.
       leaves: regular expression of new files that are no loss.
     """
@@ -61,6 +67,7 @@ class Case:
     words: tuple[str, ...]
     spoil: Callable[[], Any] = lambda: None
     start: str = "fresh"
+    made_by: str | None = None
     code: int = 2
     leaves: str = r"work/config\.json|work/cache/features-\w+\.npz"
 
@@ -124,18 +131,12 @@ def cut_scores() -> None:
     Path("work/score/scores.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr'")
 
 
-def leave_half_a_checkpoint() -> None:
-    checkpoints = Path("work/finetune/checkpoints")
-    half = shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000003.partial-x7")
-    (half / "manifest.json").unlink()
-
-
 def forbid(path: str) -> Callable[[], Any]:
     def spoil() -> None:
-        if os.geteuid() == 0:
-            pytest.skip("no folder is read-only to root")
         Path(path).mkdir()
         Path(path).chmod(0o555)
+        if os.access(path, os.W_OK):
+            pytest.skip("no folder is read-only to root")
 
     return spoil
 
@@ -146,7 +147,7 @@ CONFIG_CASES = [
     Case(
         "unknown key",
         FINETUNE,
-        ("config.yaml:8: policy.alpah: unknown key", "did you mean policy.alpha?"),
+        ("config.yaml:9: policy.alpah: unknown key", "did you mean policy.alpha?"),
         append("config.yaml", "policy: {alpah: 2}\n"),
         leaves="",
     ),
@@ -159,7 +160,7 @@ CONFIG_CASES = [
     Case(
         "wrong type",
         FINETUNE,
-        ("config.yaml:9: policy.num_samples: expected a whole number of at least 2, got 'many' (text)",),
+        ("config.yaml:10: policy.num_samples: expected a whole number of at least 2, got 'many' (text)",),
         append("config.yaml", "policy:\n  num_samples: many\n"),
         leaves="",
     ),
@@ -170,7 +171,9 @@ CONFIG_CASES = [
         leaves="",
     ),
     Case("missing config", FINETUNE, ("config.yaml: no such file",), remove("config.yaml"), leaves=""),
-    Case("empty config", FINETUNE, ("config.yaml: is empty", "configs/"), write("config.yaml", ""), leaves=""),
+    Case(
+        "empty config", FINETUNE, ("config.yaml: is empty", "configs/"), write("config.yaml", ""), leaves=""
+    ),
     Case(
         "unknown stage",
         "train --config config.yaml --stages finetune,polish",
@@ -183,7 +186,10 @@ LINE = json.dumps(RECORDS[0]) + "\n"
 # What stands in a data file, and what is said after the file's name.
 BAD_DATA: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "empty file": ("", (": has no examples", 'expected one {"text": ..., "label": ...} a line')),
-    "malformed line": (LINE + '{"text": "a"\n' + LINE, (":2: not valid JSON (", "expected one object a line")),
+    "malformed line": (
+        LINE + '{"text": "a"\n' + LINE,
+        (":2: not valid JSON (", "expected one object a line"),
+    ),
     "malformed line after odd line ends": (
         '{"text": "good\u2028and\u0085bad", "label": 1}\n' * 2 + "x\n",
         (":3: not valid JSON (",),
@@ -359,15 +365,26 @@ RUN_CASES = [
             "finetune: going on from step 2 of 4",
             "finetune: done",
         ),
-        leave_half_a_checkpoint,
-        start="interrupted",
+        made_by="finetuned",
         code=0,
         leaves="work/.*",
     ),
 ]
 
 WRITE_CASES = [
-    Case("work directory below a file", f"{FINETUNE} workdir=config.yaml/x", ("config.yaml/x: cannot be written",)),
+    Case(
+        "Ctrl-C",
+        FINETUNE,
+        ("trbert: interrupted; run the same command again to go on from the last checkpoint\n",),
+        made_by="interrupted",
+        code=130,
+        leaves="work/.*",
+    ),
+    Case(
+        "work directory below a file",
+        f"{FINETUNE} workdir=config.yaml/x",
+        ("config.yaml/x: cannot be written",),
+    ),
     Case("work directory is a file", f"{FINETUNE} workdir=config.yaml", ("config.yaml: cannot be written",)),
     Case(
         "result below a file",
@@ -403,18 +420,35 @@ WRITE_CASES = [
     ),
 ]
 
-CTRL_C = Case(
-    "Ctrl-C",
-    FINETUNE,
-    ("trbert: interrupted; run the same command again to go on from the last checkpoint\n",),
-    code=130,
-    leaves="work/.*",
-)
-
-CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES, CTRL_C]
+CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES]
 
 
 # Running them -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command has printed, its exit code, and the files around it before and after."""
+
+    folder: Path
+    code: int
+    out: str
+    err: str
+    before: dict[str, bytes]
+    after: dict[str, bytes]
+
+
+def run(folder: Path, command: str) -> Outcome:
+    before = files(folder)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(shlex.split(command))
+    return Outcome(folder, code, out.getvalue(), err.getvalue(), before, files(folder))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -429,86 +463,71 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def begun(start: Path, folder: Path, interrupt_at: int | None) -> Path:
-    """A copy of `start` in which stage finetune has run, to the end or up to an update."""
-    shutil.copytree(start, folder)
+@pytest.fixture(scope="module")
+def interrupted(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Ctrl-C in the third of four updates."""
+    folder = shutil.copytree(fresh, tmp_path_factory.mktemp("runs") / "interrupted")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(folder)
-        if interrupt_at is not None:
-            press_ctrl_c(monkeypatch, interrupt_at)
-        assert main(FINETUNE.split()) == (0 if interrupt_at is None else 130)
-    return folder
+        press_ctrl_c(monkeypatch, step=2)
+        return run(folder, FINETUNE)
 
 
 @pytest.fixture(scope="module")
-def interrupted(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return begun(fresh, tmp_path_factory.mktemp("runs") / "interrupted", interrupt_at=2)
-
-
-@pytest.fixture(scope="module")
-def finetuned(interrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return begun(interrupted, tmp_path_factory.mktemp("runs") / "finetuned", interrupt_at=None)
+def finetuned(interrupted: Outcome, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The same command again, after it was also stopped while saving."""
+    folder = shutil.copytree(interrupted.folder, tmp_path_factory.mktemp("runs") / "finetuned")
+    checkpoints = folder / "work/finetune/checkpoints"
+    half = shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000003.partial-x7")
+    (half / "manifest.json").unlink()
+    return run(folder, FINETUNE)
 
 
 @pytest.fixture
-def folder(
-    request: pytest.FixtureRequest, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
-    """The folder of a case, spoiled, and the current one."""
-    place = shutil.copytree(request.getfixturevalue(case.start), tmp_path / "place")
-    monkeypatch.chdir(place)
-    case.spoil()
-    if case is CTRL_C:
-        press_ctrl_c(monkeypatch, step=2)
-    yield place
-    if (place / "closed").exists():
-        (place / "closed").chmod(0o755)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+def outcome(request: pytest.FixtureRequest, case: Case, tmp_path: Path) -> Iterator[Outcome]:
+    if case.made_by:
+        yield request.getfixturevalue(case.made_by)
+        return
+    start = request.getfixturevalue(case.start)
+    folder = shutil.copytree(start if isinstance(start, Path) else start.folder, tmp_path / "folder")
+    with contextlib.chdir(folder):
+        case.spoil()
+    yield run(folder, case.command)
+    if (folder / "closed").exists():
+        (folder / "closed").chmod(0o755)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_bad_input(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = files(folder)
-    capsys.readouterr()
-    assert main(shlex.split(case.command)) == case.code
-    out, err = capsys.readouterr()
-    assert "Traceback" not in out + err
+def test_bad_input(case: Case, outcome: Outcome) -> None:
+    assert outcome.code == case.code
+    assert "Traceback" not in outcome.out + outcome.err
     if case.code == 2:
-        assert err.startswith("trbert: error: ")
+        assert outcome.err.startswith("trbert: error: ")
     for word in case.words:
-        assert word in (err if case.code == 2 else out + err)
+        assert word in (outcome.err if case.code == 2 else outcome.out + outcome.err)
 
-    after = files(folder)
-    new = after.keys() - before.keys()
-    assert [name for name in sorted(new) if not re.fullmatch(case.leaves, name)] == []
-    assert [name for name in new if name.endswith(("done.json", "results.json"))] == [] or case.code == 0
-    assert [name for name in after if ".partial-" in name] == []
-    if case.code == 2:
-        assert {name: after.get(name) for name in before} == before
-
-
-def test_a_mended_config_takes_over_a_run_that_never_began(
-    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(fresh / "data", tmp_path / "right")
-    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    assert main(FINETUNE.split()) == 2
-    assert "data.path: data: no such folder" in capsys.readouterr().err
-    (tmp_path / "right" / "train.jsonl").write_text("", encoding="utf-8")
-    assert main([*FINETUNE.split(), "data.path=right"]) == 2
-    assert "right/train.jsonl: has no examples" in capsys.readouterr().err
+    new = sorted(outcome.after.keys() - outcome.before.keys())
+    assert [name for name in new if not re.fullmatch(case.leaves, name)] == []
+    assert [name for name in outcome.after if ".partial-" in name] == []
+    if case.code != 0:
+        assert {name: outcome.after.get(name) for name in outcome.before} == outcome.before
+        assert [name for name in new if name.endswith(("done.json", "results.json"))] == []
 
 
-def test_interrupted_and_resumed_is_as_good_as_never_interrupted(
-    fresh: Path, finetuned: Path, tmp_path: Path
-) -> None:
-    whole = begun(fresh, tmp_path / "whole", interrupt_at=None)
-    for name in ("metrics.jsonl", "model/model.safetensors"):
-        assert (finetuned / "work/finetune" / name).read_bytes() == (
-            whole / "work/finetune" / name
-        ).read_bytes()
+def test_a_mended_config_takes_over_a_run_that_never_began(fresh: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(fresh, tmp_path / "folder")
+    command = "train --config config.yaml --stages policy"
+    assert "which stage finetune makes" in run(folder, command).err
+    again = run(folder, f"{command} seed=7")
+    assert "another configuration" not in again.err
+    assert "which stage finetune makes" in again.err
+
+
+def test_going_on_repeats_nothing_that_was_saved(interrupted: Outcome, finetuned: Outcome) -> None:
+    checkpoints = {name for name in interrupted.after if "/checkpoints/step_" in name}
+    assert {name.split("/")[3] for name in checkpoints} == {"step_00000001", "step_00000002"}
+    for name in checkpoints:
+        assert finetuned.after[name] == interrupted.after[name]
+    lines = finetuned.after["work/finetune/metrics.jsonl"].decode().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if "learning_rate" in line]
+    assert steps == [1, 4]
+    assert json.loads(finetuned.after["work/finetune/done.json"])["steps"] == 4

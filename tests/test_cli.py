@@ -414,10 +414,12 @@ def converter(fake: Callable[..., None]) -> list[Any]:
 
     def load_pretrained(path: str, **options: Any) -> Any:
         calls.append((path, options))
-        return types.SimpleNamespace(config=config, params="params", tokenizer="tokenizer")
+        return types.SimpleNamespace(
+            config=config, params="params", tokenizer="tokenizer", fresh=("selectors",)
+        )
 
-    def save_pretrained(directory: Path, *parts: Any) -> None:
-        calls.append((directory, parts))
+    def save_pretrained(directory: Path, *parts: Any, leave_out: Any) -> None:
+        calls.append((directory, (*parts, leave_out)))
 
     fake("modeling.pretrained", load_pretrained=load_pretrained, save_pretrained=save_pretrained)
     return calls
@@ -429,8 +431,13 @@ def test_convert(converter: list[Any], tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["convert", *arguments, "--labels", "neg,pos"]) == 0
     (source, options), (target, parts) = converter
     assert (source, target) == ("in", output)
-    assert options == {"labels": ["neg", "pos"], "max_positions": 16, "keep_layers": [0, 2, 4]}
-    assert parts[1:] == ("params", "tokenizer")
+    assert options == {
+        "labels": ["neg", "pos"],
+        "max_positions": 16,
+        "max_length": None,
+        "keep_layers": [0, 2, 4],
+    }
+    assert parts[1:] == ("params", "tokenizer", ("selectors",))
     assert capsys.readouterr().out == f"{output}: bert, 3 layers of width 8, 16 positions, 2 labels\n"
 
 

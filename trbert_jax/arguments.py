@@ -150,8 +150,9 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate.add_argument(
         "--execution",
         choices=("masked", "batch_max", "dense"),
-        help="masked: each text keeps what it needs (default for a trained model); batch_max: each text keeps as many tokens"
-        " as the text that keeps most in its batch, as the published code does; dense: nothing is dropped",
+        help="masked: each text keeps what it needs (default for a trained model); batch_max: each text keeps"
+        " as many tokens as the text that keeps most in its batch, as the published code does; dense:"
+        " nothing is dropped",
     )
     evaluate.add_argument(
         "--predictions", metavar="FILE", type=Path, help="write a JSON line for each text there"
@@ -193,13 +194,25 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         type=_count,
         help="longest input, in tokens; a longer one repeats positions",
     )
+    convert.add_argument(
+        "--max-length",
+        metavar="N",
+        type=_count,
+        help="tokens after which texts are cut; published checkpoints do not say what they were trained with",
+    )
     convert.add_argument("--keep-layers", metavar="0,2,4", type=_integers, help="drop all other layers")
     convert.add_argument(
         "--labels", metavar="A,B", type=_names, help="names of the labels, in order of their ids"
     )
 
     split = command("split-hyperpartisan", "split the Hyperpartisan articles", SPLIT_EXAMPLES)
-    split.add_argument("--input", required=True, metavar="FILE", type=Path, help="original_data.txt")
+    split.add_argument(
+        "--input",
+        required=True,
+        metavar="PATH",
+        type=Path,
+        help="original_data.txt, articles-*.xml, or a folder",
+    )
     split.add_argument("--output", required=True, metavar="DIR", type=Path, help="folder for the three files")
     return parser, subparsers.choices
 

@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_arguments(argv)
     except SystemExit as stop:  # argparse has printed help, the version or what is wrong
         return stop.code if isinstance(stop.code, int) else EXIT_USER_ERROR
+    # Importing transformers without PyTorch is what we mean to do; its advice is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         COMMANDS[args.command](args)
         sys.stdout.flush()
@@ -116,7 +118,11 @@ def _convert(args: argparse.Namespace) -> None:
             f"{output}: exists and is not empty; choose another --output or replace it with --overwrite"
         )
     model = load_pretrained(
-        args.input, labels=args.labels, max_positions=args.max_positions, keep_layers=args.keep_layers
+        args.input,
+        labels=args.labels,
+        max_positions=args.max_positions,
+        max_length=args.max_length,
+        keep_layers=args.keep_layers,
     )
     save_pretrained(output, model.config, model.params, model.tokenizer, leave_out=model.fresh)
     shape = model.config
@@ -173,7 +179,9 @@ def _text_of_record(name: str, number: int, line: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # the latter: brackets without end
-        raise UserError(f"{name}:{number}: not valid JSON ({error}); one object a line was expected") from error
+        raise UserError(
+            f"{name}:{number}: not valid JSON ({error}); one object a line was expected"
+        ) from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise UserError(f'{name}:{number}: an object with a string "text" was expected')
     return record["text"]

@@ -128,9 +128,7 @@ def read_text(path: str | Path) -> str:
     except PermissionError as error:
         raise UserError(f"{path}: no permission to read it") from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8 first"
-        ) from error
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8 first") from error
 
 
 def _umask() -> int:

@@ -101,9 +101,12 @@ class Runner:
             counts = batch["num_kept"].T
             if kind == "first_k":
                 return tokens.keep_first(counts)
-            return tokens.keep_random(counts, tokens.row_keys(jax.random.key(seed), batch["index"]))
+            rng = jax.random.key(batch["seed"][0])
+            return tokens.keep_random(counts, tokens.row_keys(rng, batch["index"]))
 
-        return self._run(params, features, kind, rule, {"num_kept": num_kept.astype(np.int32)})
+        # The seed is an input of the compiled program, which other seeds then share.
+        extras = {"num_kept": num_kept.astype(np.int32), "seed": np.full(len(features), seed, np.int32)}
+        return self._run(params, features, kind, rule, extras)
 
     def _run(
         self,

@@ -20,8 +20,8 @@ from trbert_jax.modeling.model import ModelOutput, TokenReducingClassifier, forw
 from trbert_jax.tokens import Rule, TokenSet
 
 BERT = tiny_models.BERT
-DISTILBERT = dataclasses.replace(tiny_models.DISTILBERT, num_layers=4)
-SHALLOW = dataclasses.replace(BERT, num_layers=2)  # one point of reduction; compiles fast
+DISTILBERT = dataclasses.replace(tiny_models.DISTILBERT, num_layers=2)
+SHALLOW = dataclasses.replace(BERT, num_layers=1)  # one point of reduction, before layer 0; compiles fast
 LENGTHS = [9, 1, 5, 12]
 
 
@@ -70,7 +70,7 @@ def test_batch_independence(
     reference = classify(batch)
     if bias:
         expected = np.arange(12) < np.array(lengths)[:, None] if bias > 0 else np.arange(12) < 1
-        np.testing.assert_array_equal(kept(reference), np.broadcast_to(expected, (2, 4, 12)))
+        np.testing.assert_array_equal(kept(reference), np.broadcast_to(expected, kept(reference).shape))
 
     one, wider = order[:1], random_batch(config, lengths, 17, seed)
     for output, rows in [(classify(take(batch, order)), order), (classify(take(wider, one)), one)]:
@@ -263,16 +263,22 @@ def test_reduction_points(num_layers: int, points: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 3, 4])
-def test_selectors_judge_what_ran_before(num_layers: int) -> None:
-    """A broken layer shows in the logits of the points that come after it, and in no other."""
+def test_points_hear_what_ran_before(num_layers: int) -> None:
+    """A broken layer shows in the logits of the points after it alone, a broken selector in its own."""
     config = dataclasses.replace(SHALLOW, num_layers=num_layers)
     params, batch = params_of(config), random_batch(config, [4], 6)
-    for layer in range(num_layers):
-        broken = jax.tree.map(lambda x: x * np.nan, params["encoder"][f"layer_{layer}"])
-        encoder = {**params["encoder"], f"layer_{layer}": broken}
+
+    def shows(component: str) -> list[bool]:
+        broken = jax.tree.map(lambda x: x * np.nan, params["encoder"][component])
+        encoder = {**params["encoder"], component: broken}
         output = run(config, tokens.keep_all, {**params, "encoder": encoder}, batch)
-        seen = [bool(np.isnan(s.logits[0, :4]).all()) for s in output.selections]
-        assert seen == [layer < point for point in config.reduction_layers]
+        return [bool(np.isnan(s.logits[0, :4]).all()) for s in output.selections]
+
+    points = config.reduction_layers
+    for layer in range(num_layers):
+        assert shows(f"layer_{layer}") == [layer < point for point in points]
+    for selector in (0, 1):
+        assert shows(f"selector_{selector}") == [stage == selector for stage in range(len(points))]
 
 
 @pytest.mark.parametrize(

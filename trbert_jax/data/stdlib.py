@@ -16,9 +16,8 @@ from pathlib import Path
 from trbert_jax.data.dataset import Dataset, Example
 from trbert_jax.errors import UserError
 
-MAX_CLASSES = 16
-MIN_CLASSES = 12
-CHUNKS_PER_CLASS = 130
+NUM_CLASSES = 12
+CHUNKS_PER_CLASS = 200
 # Of ten chunks in a row so many go to each split: dev and test get every part of a module.
 _PATTERN = ("train",) * 7 + ("dev",) + ("test",) * 2
 # Fills 96 tokens of a vocabulary that was trained on such text.
@@ -40,7 +39,7 @@ def read_stdlib(split: str, folder: str | Path | None = None) -> Dataset:
       folder: the library's folder; by default that of the running Python.
 
     Returns:
-      `CHUNKS_PER_CLASS` chunks for each of 12 to 16 classes over all splits, no two of them alike
+      `CHUNKS_PER_CLASS` chunks for each of `NUM_CLASSES` classes over all splits, no two of them alike
       or overlapping. An id is the file and the number of the chunk's first line.
 
     Raises:
@@ -62,12 +61,12 @@ def _read_all(root: Path) -> tuple[tuple[str, ...], tuple[Example, ...]]:
                 seen.add(text)
                 chunks.setdefault(name, {})[text] = f"{path.relative_to(root).as_posix()}:{line}"
     large = [name for name, texts in chunks.items() if len(texts) >= CHUNKS_PER_CLASS]
-    if len(large) < MIN_CLASSES:
+    if len(large) < NUM_CLASSES:
         raise UserError(
             f"{root}: {len(large)} modules of Python's standard library with enough source text; expected "
-            f"at least {MIN_CLASSES}. Set data.path to the folder of a complete one (its files *.py)"
+            f"at least {NUM_CLASSES}. Set data.path to the folder of a complete one (its files *.py)"
         )
-    largest = sorted(large, key=lambda name: (-len(chunks[name]), name))[:MAX_CLASSES]
+    largest = sorted(large, key=lambda name: (-len(chunks[name]), name))[:NUM_CLASSES]
     label_names = tuple(sorted(largest))
     examples = []
     for label, name in enumerate(label_names):

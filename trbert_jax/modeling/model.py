@@ -121,4 +121,4 @@ def init_params(config: ModelConfig, rng: jax.Array) -> Params:
         unused = [selector(jnp.zeros((1, config.hidden_size))) for selector in module.encoder.selector]
         return output.logits.sum() + sum(x.sum() for x in unused)
 
-    return nn.init(everything, model)(rng)["params"]
+    return jax.jit(nn.init(everything, model))(rng)["params"]  # one compilation, not one an array

@@ -47,6 +47,13 @@ class Run:
 
     config: RunConfig
     announce: Announce = print
+    _said: set[str] = dataclasses.field(default_factory=set, repr=False)
+
+    def say_once(self, message: str) -> None:
+        """Announces what several stages would say, such as how many texts were cut."""
+        if message not in self._said:
+            self._said.add(message)
+            self.announce(message)
 
     @property
     def workdir(self) -> Path:
@@ -122,7 +129,7 @@ class Run:
     def load(self, stage: str, needed_by: str) -> Pretrained:
         """The model a finished stage made."""
         path = self.output_of(stage, "model", needed_by)
-        return load_pretrained(path, announce=self.announce, seed=self.config.seed)
+        return load_pretrained(path, announce=self.say_once, seed=self.config.seed)
 
     def base_model(self) -> Pretrained:
         """The model before any training, with a fresh classifier for the data's labels."""
@@ -165,6 +172,7 @@ class Run:
             max_positions=model.max_positions or model.max_length,
             type_vocab_size=2 if shape.model_type == "bert" else 0,
             classifier_dropout=0.1 if shape.model_type == "bert" else 0.2,
+            initializer_range=shape.initializer_range,
             labels=labels,
             max_length=model.max_length,
         )
@@ -180,13 +188,13 @@ class Run:
     @functools.cache  # noqa: B019 - a run lives as long as the process
     def dataset(self, split: str) -> Dataset:
         """Raw examples of `train`, `dev` or `test`."""
-        return read_examples(self.config.data, split, self.config.seed, self.announce)
+        return read_examples(self.config.data, split, self.config.seed, self.say_once)
 
     @functools.cache  # noqa: B019
     def _features(self, split: str, tokenizer: Any) -> FeatureSet:
         cache = self.config.data.cache_dir or self.workdir / "cache"
         return build_features(
-            self.dataset(split), tokenizer, self.config.model.max_length, Path(cache), announce=self.announce
+            self.dataset(split), tokenizer, self.config.model.max_length, Path(cache), announce=self.say_once
         )
 
     def features(self, split: str, model: Pretrained) -> FeatureSet:

@@ -89,5 +89,5 @@ def train_step(
 
     grads = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1.0), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-    metrics = {**mean_over_examples(sums), "gradient_norm": optax.global_norm(grads)}
+    metrics = {**mean_over_examples(sums), "gradient_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
