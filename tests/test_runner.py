@@ -22,7 +22,8 @@ from trbert_jax.runner import Outputs, Runner
 MAX_LENGTH = 48
 CONFIG = dataclasses.replace(tiny_models.BERT, max_positions=MAX_LENGTH, max_length=MAX_LENGTH)
 MODEL = TokenReducingClassifier(CONFIG)
-PARAMS = jax.tree.map(jnp.asarray, tiny_models.tiny_params(CONFIG))
+# With this seed both points drop some tokens of most texts, and both labels are predicted.
+PARAMS = jax.tree.map(jnp.asarray, tiny_models.tiny_params(CONFIG, seed=38, scale=0.3))
 NUM = 40
 WIDTHS = width_ladder(MAX_LENGTH)
 BATCH = 32
@@ -85,7 +86,7 @@ def kept_masks(outputs: Outputs) -> np.ndarray:
 
 
 def assert_same(left: Outputs, right: Outputs) -> None:
-    np.testing.assert_allclose(left.logits, right.logits, atol=1e-5)
+    np.testing.assert_allclose(left.logits, right.logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(kept_masks(left), kept_masks(right))
 
 
@@ -95,7 +96,7 @@ def assert_same(left: Outputs, right: Outputs) -> None:
 def test_outputs_are_the_models(masked: Outputs) -> None:
     """Rows in the order of the features, against the model on one batch of all of them."""
     output = jax.jit(lambda params: forward(MODEL, params, whole_batch(), rule=tokens.keep_probable))(PARAMS)
-    np.testing.assert_allclose(masked.logits, output.logits, atol=1e-5)
+    np.testing.assert_allclose(masked.logits, output.logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(kept_masks(masked), [s.keep for s in output.selections])
     np.testing.assert_array_equal(masked.num_kept.T, [s.num_kept for s in output.selections])
     np.testing.assert_array_equal(masked.lengths, FEATURES.lengths)
@@ -137,7 +138,7 @@ def test_dropped_tokens_are_gone(masked: Outputs) -> None:
     """Replaying what was kept gives the same, whatever the dropped tokens were after the first layer."""
     actions = jnp.asarray(kept_masks(masked))
     replay = jax.jit(lambda params: forward(MODEL, params, whole_batch(), rule=tokens.replay(actions)))
-    np.testing.assert_allclose(masked.logits, replay(PARAMS).logits, atol=1e-5)
+    np.testing.assert_allclose(masked.logits, replay(PARAMS).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_dense_keeps_no_account(runner: Runner) -> None:
@@ -145,7 +146,7 @@ def test_dense_keeps_no_account(runner: Runner) -> None:
     assert outputs.kept == ()
     assert outputs.num_kept.shape == (NUM, 0)
     dense = jax.jit(lambda params: forward(MODEL, params, whole_batch(), rule=None).logits)
-    np.testing.assert_allclose(outputs.logits, dense(PARAMS), atol=1e-5)
+    np.testing.assert_allclose(outputs.logits, dense(PARAMS), rtol=1e-5, atol=1e-5)
 
 
 def test_batch_max_fills_rows_up(runner: Runner, masked: Outputs) -> None:
@@ -206,7 +207,7 @@ def test_random_draws_follow_the_seed(runner: Runner, masked: Outputs) -> None:
 def test_compiles_once_for_each_rule_and_width(traces: collections.Counter[int], masked: Outputs) -> None:
     assert len(WIDTHS) == 2
     fresh = Runner(MODEL, 8)
-    for seed in (0, 1):
+    for _ in range(2):
         fresh.run(PARAMS, FEATURES)
         fresh.run(PARAMS, make_features(23, seed=5), "masked")
     assert traces == dict.fromkeys(WIDTHS, 1)

@@ -72,10 +72,11 @@ def initialization_objective(
 ) -> Objective:
     """Selector initialisation: mean over tokens of |keep probability - rank|, summed over selectors.
 
-    `per_length_scale` also multiplies by the batch's mean of 1 / length, as the published code does.
+    `per_length_scale` also multiplies by the mean of 1 / length over the (micro-)batch, as the
+    published code does; with it alone, how an update is divided into micro-batches matters.
     """
     output = forward(model, params, batch, rule=tokens.keep_all, dropout_rng=dropout_rng)
-    num_tokens = jnp.sum(batch["mask"], axis=-1)
+    num_tokens = jnp.maximum(jnp.sum(batch["mask"], axis=-1), 1)
     valid = batch["valid"].astype(jnp.float32)
     error = initialization.rank_error(output.selections, batch["rank"]).sum(-1) / num_tokens
     if per_length_scale:

@@ -69,10 +69,9 @@ def train(
         announce(f"{stage}: done in {seconds:.1f} s")
     results = collect_results(run)
     write_json(run.workdir / "results.json", results)
-    folders = [
-        run.directory(stage) for stage in config.stages if (run.directory(stage) / "metrics.jsonl").exists()
-    ]
-    plot_metrics(folders, run.workdir / "curves.png")
+    trained = [run.directory(stage) for stage in results["stages"] if stage not in _RUN]
+    if trained:
+        plot_metrics(trained, run.workdir / "curves.png")
     announce("\n".join(results_table(run, results)))
     return results
 
@@ -180,7 +179,8 @@ def results_table(run: Run, results: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "seconds a stage:  " + ", ".join(f"{k} {v['seconds']:.0f}" for k, v in results["stages"].items())
     yield f"numbers           {run.workdir / 'results.json'}"
-    yield f"training curves   {run.workdir / 'curves.png'}"
+    if (run.workdir / "curves.png").exists():
+        yield f"training curves   {run.workdir / 'curves.png'}"
     if (run.workdir / "model").is_dir():
         yield f"model             {run.workdir / 'model'}"
         yield f'next              trbert predict --model {run.workdir / "model"} "some text"'

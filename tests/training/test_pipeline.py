@@ -1,0 +1,302 @@
+"""Whole runs through the command line: what each stage leaves, and what results.json says."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+from safetensors.numpy import load_file
+
+from trbert_jax import TRBert
+from trbert_jax.cli import main
+from trbert_jax.data.dataset import Dataset
+from trbert_jax.data.readers import read_file
+from trbert_jax.metrics import flops
+from trbert_jax.training import stages
+from trbert_jax.training.report import read_metrics
+
+TRAINED = ["finetune", "init", "policy", "joint"]
+NUM_TRAIN, NUM_TEST = tiny_runs.SIZES["train"], tiny_runs.SIZES["test"]
+STEPS = 12  # updates of every stage: 2 epochs of 6, the last of each not full
+
+
+@dataclasses.dataclass
+class Finished:
+    """A run of all seven stages: its folder, what it printed, how often each objective was traced."""
+
+    folder: Path
+    out: str
+    traces: dict[str, int]
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return tiny_runs.read_results(self.folder)
+
+    def model(self, stage: str) -> TRBert:
+        return TRBert.from_pretrained(self.work / stage / "model", announce=lambda line: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_runs.compilation_cache(tmp_path_factory.getbasetemp() / "jax"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder, traces, out = tmp_path_factory.mktemp("all"), Counter[str](), io.StringIO()
+
+    def counting(stage: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        def make_counting(*arguments: Any) -> Callable[..., Any]:
+            objective = make(*arguments)
+
+            def count(*arrays: Any) -> Any:
+                traces[stage] += 1
+                return objective(*arrays)
+
+            return count
+
+        return make_counting
+
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(out):
+        for stage, make in stages._OBJECTIVES.items():
+            monkeypatch.setitem(stages._OBJECTIVES, stage, counting(stage, make))
+        tiny_runs.train(tiny_runs.write_config(folder))
+    return Finished(folder, out.getvalue(), dict(traces))
+
+
+@pytest.fixture
+def copy(finished: Finished, tmp_path: Path) -> Path:
+    """The finished run moved elsewhere; returns its configuration."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    return tiny_runs.write_config(tmp_path / "run")
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        times = ("seconds", "examples_per_second", "workdir", "path")
+        return {k: without_times(v) for k, v in value.items() if k not in times}
+    return value
+
+
+# What is in results.json --------------------------------------------------------------------------
+
+
+def test_results_have_what_scripts_read(finished: Finished) -> None:
+    results = finished.results
+    assert set(results) == {
+        *("split", "execution", "dense", "policy", "reduced", "baselines"),
+        *("stages", "config", "seed", "versions", "machine"),
+    }
+    for name in ("dense", "policy", "reduced"):
+        assert 0 <= results[name]["accuracy"] <= 1
+        assert results[name]["examples"] == NUM_TEST
+        assert results[name]["flops"] > 0
+    assert results["reduced"]["flops_speedup"] >= 1
+    assert len(results["reduced"]["kept"]) == 2
+    assert list(results["stages"]) == tiny_runs.STAGES
+    assert all(stage["seconds"] > 0 for stage in results["stages"].values())
+    assert results["seed"] == results["config"]["seed"] == 3
+    assert results["config"]["policy"]["num_samples"] == 2
+    assert results["config"]["model"]["max_length"] == tiny_runs.MAX_LENGTH
+    assert results["versions"]["jax"] == jax.__version__
+    assert "not installed" not in results["versions"].values()
+    assert results["machine"]["cpus"] >= 1
+    assert set(results["baselines"]) == {"random", "first_k"}
+    for baseline in results["baselines"].values():
+        assert baseline["kept"] == results["reduced"]["kept"]
+        assert baseline["flops"] == results["reduced"]["flops"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("dense", "finetune"), ("policy", "policy"), ("reduced", "joint")]
+)
+def test_numbers_follow_from_the_predictions(finished: Finished, name: str, stage: str) -> None:
+    result, work = finished.results[name], finished.work
+    lines = tiny_runs.read_lines(work / "evaluate" / f"predictions_{stage}.jsonl")
+    lengths = [line["num_tokens"] for line in lines]
+    shape = flops.EncoderShape.of(finished.model("joint").config)
+    dense = flops.dense_flops(shape, lengths).mean()
+    assert result["accuracy"] == np.mean([line["prediction"] == line["label"] for line in lines])
+    assert result["tokens"] == pytest.approx(np.mean(lengths))
+    if name == "dense":
+        assert result["flops"] == pytest.approx(dense)
+        assert [line["kept"] for line in lines] == [[]] * NUM_TEST
+        return
+    kept = [[len(stage) for stage in line["kept"]] for line in lines]
+    assert result["kept"] == pytest.approx(np.mean(kept, axis=0).tolist())
+    assert result["flops"] == pytest.approx(flops.reduced_flops(shape, lengths, kept).mean())
+    assert result["flops_exact"] == pytest.approx(flops.exact_flops(shape, lengths, kept).mean())
+    assert result["flops_speedup"] == pytest.approx(dense / result["flops"])
+
+
+def test_the_model_is_ready_for_use(finished: Finished) -> None:
+    """It predicts what predictions.jsonl holds, and `trbert evaluate` finds the same numbers."""
+    lines = tiny_runs.read_lines(finished.work / "predictions.jsonl")
+    data = read_file(finished.folder / "data" / "test.jsonl", ("negative", "positive"))
+    model = TRBert.from_pretrained(finished.work / "model")
+    assert model.default_execution == "masked"
+    for line, prediction in zip(lines, model.predict(texts(data)), strict=True):
+        assert (line["prediction"], line["num_tokens"]) == (prediction.label, prediction.num_tokens)
+        assert line["kept"] == [stage.tolist() for stage in prediction.kept]
+        np.testing.assert_allclose(list(line["scores"].values()), prediction.scores, atol=1e-5)
+
+    target = finished.folder / "evaluate.json"
+    arguments = ("--model", finished.work / "model", "--data", finished.folder / "data/test.jsonl")
+    assert main(["evaluate", *map(str, arguments), "--json", str(target)]) == 0
+    evaluated, reduced = json.loads(target.read_text(encoding="utf-8")), finished.results["reduced"]
+    for name in ("accuracy", "kept", "flops", "flops_speedup"):
+        assert evaluated[name] == pytest.approx(reduced[name])
+
+
+def texts(data: Dataset) -> list[str]:
+    return [example.text for example in data.examples]
+
+
+# What the stages leave ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_metrics(finished: Finished, stage: str) -> None:
+    rows = read_metrics(finished.work / stage / "metrics.jsonl")
+    trained = [row for row in rows if "loss" in row]
+    evaluated = [row for row in rows if "dev_accuracy" in row]
+    assert [row["step"] for row in trained] == [1, 10, STEPS]
+    assert [row["step"] for row in evaluated] == [6, STEPS]
+    kept = {"kept_tokens_0", "kept_tokens_1"}
+    expected = {"step", "loss", "gradient_norm", "learning_rate"}
+    if stage == "finetune":
+        expected |= {"accuracy"}
+    if stage in ("policy", "joint"):
+        expected |= {"task_loss", "policy_loss", "reward", "kept_ratio"} | kept
+    for row in trained:
+        assert set(row) == expected
+        assert row["gradient_norm"] > 0
+    # One step of warm-up, which has rate 0, then down to 0.
+    np.testing.assert_allclose(
+        [row["learning_rate"] for row in trained], [0, 3e-3 / 11, 1e-3 / 11], rtol=1e-5
+    )
+    for row in evaluated:
+        assert set(row) == {"step", "dev_accuracy"} | (
+            set() if stage == "finetune" else {f"dev_{k}" for k in kept}
+        )
+    assert any((finished.work / stage / "tensorboard").iterdir())
+
+
+def test_each_stage_trains_its_own(finished: Finished) -> None:
+    weights = {s: load_file(finished.work / s / "model" / "model.safetensors") for s in TRAINED}
+    selectors = {name for name in weights["joint"] if name not in weights["finetune"]}
+    assert selectors
+    changed = {
+        stage: {name for name in names if not np.array_equal(weights[stage][name], weights[before][name])}
+        for before, stage, names in [
+            ("finetune", "init", weights["finetune"]),
+            ("init", "policy", weights["policy"]),
+            ("policy", "joint", weights["joint"]),
+        ]
+    }
+    assert changed["init"] == set()
+    assert changed["policy"] <= selectors
+    assert len(changed["policy"]) >= len(selectors) / 2
+    assert changed["joint"] > weights["finetune"].keys() - {
+        name for name in weights["finetune"] if "token_type" in name
+    }
+
+
+def test_scores_and_teacher_logits(finished: Finished) -> None:
+    model = finished.model("finetune")
+    data = read_file(finished.folder / "data" / "train.jsonl", ("negative", "positive"))
+    predictions = model.predict(texts(data), execution="dense")
+    logits = np.load(finished.work / "teacher" / "logits.npy")
+    np.testing.assert_allclose(jax.nn.softmax(logits), [p.scores for p in predictions], atol=1e-5)
+    scores = np.load(finished.work / "score" / "scores.npy")
+    assert scores.shape == (NUM_TRAIN, 2, tiny_runs.MAX_LENGTH)
+    real = np.arange(tiny_runs.MAX_LENGTH) < np.array([p.num_tokens for p in predictions])[:, None, None]
+    assert (scores[~np.broadcast_to(real, scores.shape)] == 0).all()
+    assert (scores >= 0).all()
+    assert (np.where(real, scores, 0).sum(-1) > 0).all()
+
+
+def test_a_step_is_compiled_once(finished: Finished) -> None:
+    """Batches that are not full, epochs and evaluations change no shape."""
+    assert finished.traces == dict.fromkeys(TRAINED, 1)
+
+
+def test_files_for_people(finished: Finished) -> None:
+    assert (finished.work / "curves.png").read_bytes().startswith(b"\x89PNG")
+    words = ["dense", "after policy", "reduced", "random tokens", "first_k tokens", "seconds a stage"]
+    for word in [*words, *map(str, (finished.work / name for name in ("results.json", "model")))]:
+        assert word in finished.out
+    assert [path for path in finished.work.rglob("*") if ".partial-" in path.name] == []
+
+
+# Again --------------------------------------------------------------------------------------------
+
+
+def test_finished_stages_are_skipped(
+    copy: Path, finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (copy.parent / "work" / "joint" / "done.json").stat().st_mtime_ns
+    assert without_times(tiny_runs.train(copy)) == without_times(finished.results)
+    out = capsys.readouterr().out
+    assert [line.split(":")[0] for line in out.splitlines() if "skipped" in line] == tiny_runs.STAGES
+    assert (copy.parent / "work" / "joint" / "done.json").stat().st_mtime_ns == before
+
+
+def test_some_stages(copy: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("evaluate", "model", "teacher"):
+        shutil.rmtree(copy.parent / "work" / name)
+    results = tiny_runs.train(copy, "--stages", "evaluate,teacher")
+    assert without_times(results) == without_times(finished.results)
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "starting" in line][0].startswith("teacher:")
+    assert "skipped" not in out
+    assert TRBert.from_pretrained(copy.parent / "work" / "model").config.labels == ("negative", "positive")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [("polish", "no stage is called 'polish'"), ("score,init", "does not have the stage init")],
+)
+def test_stages_that_are_not_there(
+    tmp_path: Path, chosen: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_runs.write_config(tmp_path, stages=["finetune", "score", "policy"])
+    assert main(["train", "--config", str(config), "--stages", chosen]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "work" / "finetune").exists()
+
+
+def test_all_checkpoints(copy: Path, finished: Finished) -> None:
+    target = copy.parent / "checkpoints.json"
+    assert main(["evaluate", "--config", str(copy), "--all-checkpoints", "--json", str(target)]) == 0
+    found = json.loads(target.read_text(encoding="utf-8"))
+    assert list(found) == TRAINED
+    for stage, entry in found.items():
+        folder = finished.work / stage / "checkpoints"
+        kept = {int(path.name.removeprefix("step_")) for path in folder.glob("step_*")}
+        assert set(entry) == {"best", "last", *(f"step_{step}" for step in kept)}
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        assert index["best"] == f"step_{entry['best']:08d}"
+        assert entry["last"] == STEPS
+        assert len(kept) >= 2
+    # The last ones are those that the run went on with.
+    for stage, name in (("finetune", "dense"), ("policy", "policy"), ("joint", "reduced")):
+        assert without_times(found[stage][f"step_{STEPS}"]) == without_times(finished.results[name])
+    before = found["joint"][f"step_{min(kept)}"]
+    assert before["flops"] > 0
