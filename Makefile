@@ -22,7 +22,7 @@ unexport PYTHONHOME
 unexport VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Large pages for XLA's buffers: a training step on a CPU takes a quarter less time (Linux; harmless elsewhere).
+# Large pages for XLA's buffers, for speed (glibc on Linux; no effect elsewhere).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help

@@ -104,12 +104,17 @@ def compilation_cache(folder: Path) -> Iterator[None]:
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
+
+    def apply(values: dict[str, Any]) -> None:
         for name, value in values.items():
             jax.config.update(name, value)
         cache.reset_cache()  # it looks at its settings once
-        if values is options:
-            yield
+
+    apply(options)
+    try:
+        yield
+    finally:
+        apply(before)
 
 
 def deaf_model(folder: Path, config: ModelConfig) -> Path:

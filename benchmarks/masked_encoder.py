@@ -1,0 +1,118 @@
+"""Times one forward pass: masked reduction against the dense encoder, and Hugging Face's in PyTorch.
+
+    python benchmarks/masked_encoder.py --json benchmarks/masked_encoder.json
+
+The same random weights and inputs for all, one padded shape, interleaved runs, medians. Masking
+saves nothing by itself; it must only not cost. PyTorch is left out where it is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trbert_jax.files import write_json
+from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.model import TokenReducingClassifier, forward, init_params
+from trbert_jax.modeling.pretrained import save_pretrained
+from trbert_jax.tokens import Rule, keep_probable
+
+# MiniLM's shape.
+CONFIG = ModelConfig(hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536)
+
+
+def _logits(model: TokenReducingClassifier, rule: Rule | None, params: Any, batch: Any) -> jax.Array:
+    return forward(model, params, batch, rule=rule).logits
+
+
+def _await(step: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+    return step(*arguments).block_until_ready()
+
+
+def jax_runs(params: Any, ids: np.ndarray, mask: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """The compiled dense and masked forward passes, results awaited."""
+    model, batch = TokenReducingClassifier(CONFIG), {"input_ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, rule in (("dense", None), ("masked", keep_probable)):
+        step = jax.jit(functools.partial(_logits, model, rule))
+        runs[name] = functools.partial(_await, step, params, batch)
+    return runs
+
+
+def torch_run(params: Any, ids: np.ndarray, mask: np.ndarray, threads: int) -> Callable[[], Any]:
+    """Hugging Face's BERT with the same weights, in inference mode."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(Path(folder) / "model", CONFIG, params, None, leave_out=("selectors",))
+        model = BertForSequenceClassification.from_pretrained(Path(folder) / "model").eval()
+    inputs = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask).long()}
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return model(**inputs).logits
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    shape = (args.batch_size, args.tokens)
+    ids, mask = rng.integers(1000, 30000, shape, np.int32), np.ones(shape, bool)
+    params = jax.device_get(init_params(CONFIG, jax.random.key(0)))
+    runs = jax_runs(jax.device_put(params), ids, mask)
+    threads = len(os.sched_getaffinity(0))
+    if importlib.util.find_spec("torch"):
+        runs["huggingface"] = torch_run(params, ids, mask, threads)
+
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()  # compiles, warms up
+    for _ in range(args.repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    result = {
+        "median_seconds": median,
+        "ratio_to_dense": {name: value / median["dense"] for name, value in median.items()},
+        "batch_size": args.batch_size,
+        "tokens": args.tokens,
+        "repeats": args.repeats,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cpus": threads,
+        "platform": platform.platform(),
+    }
+    for name, value in median.items():
+        print(f"{name:<12} {value:8.3f} s  {value / median['dense']:5.2f} x dense")
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
