@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +53,7 @@ def masked(runner: Runner) -> Outputs:
 
 
 @pytest.fixture
-def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[int]]:
+def traces(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[int]:
     """Width -> how often a program was traced; compiled code does not come by here."""
     counts: collections.Counter[int] = collections.Counter()
 

@@ -265,7 +265,7 @@ def test_some_stages(copy: Path, finished: Finished, capsys: pytest.CaptureFixtu
     results = tiny_runs.train(copy, "--stages", "evaluate,teacher")
     assert without_times(results) == without_times(finished.results)
     out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if "starting" in line][0].startswith("teacher:")
+    assert next(line for line in out.splitlines() if "starting" in line).startswith("teacher:")
     assert "skipped" not in out
     assert TRBert.from_pretrained(copy.parent / "work" / "model").config.labels == ("negative", "positive")
 
