@@ -81,8 +81,8 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
     split, settings = run.config.evaluate.split, run.config.evaluate
     directory = run.directory("evaluate")
     result: dict[str, Any] = {}
-    reduced_stages = [s for s in ("policy", "joint") if s in run.config.stages]
-    for stage in ["finetune", *reduced_stages]:
+    after = [s for s in ("policy", "joint") if s in run.config.stages]
+    for stage in dict.fromkeys(["finetune", *after, run.last_model_stage]):  # the last may be init
         model = run.load(stage, "evaluate")
         features = run.features(split, model)
         runner = Runner(run.module(model.config), settings.batch_size)

@@ -1,0 +1,189 @@
+"""Runs that are interrupted, by an error or by SIGKILL, and started again end as if nothing had been."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+
+from trbert_jax.cli import main
+from trbert_jax.training import loop
+from trbert_jax.training.report import read_metrics
+
+TRAINED = ["finetune", "policy", "joint"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_runs.compilation_cache(tmp_path_factory.getbasetemp() / "jax"):
+        yield
+
+
+def assert_same_run(left: Path, right: Path, stages: list[str]) -> None:
+    """Metrics, models and results of two folders, bit by bit."""
+    for stage in stages:
+        one, two = left / "work" / stage, right / "work" / stage
+        assert read_metrics(one / "metrics.jsonl") == read_metrics(two / "metrics.jsonl")
+        for name in ("model/model.safetensors", "checkpoints/index.json"):
+            assert (one / name).read_bytes() == (two / name).read_bytes()
+    assert without_times(tiny_runs.read_results(left)) == without_times(tiny_runs.read_results(right))
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        times = ("seconds", "examples_per_second", "workdir", "path")
+        return {k: without_times(v) for k, v in value.items() if k not in times}
+    return value
+
+
+# In one process -----------------------------------------------------------------------------------
+
+# Shallow, and two stages: compilation is most of the time.
+SHORT = {
+    "stages": ["finetune", "policy"],
+    "model": {"scratch": {**tiny_runs.SCRATCH, "num_layers": 1}},
+    "policy": {"guide_rate": 0},  # else it needs stage score
+}
+
+
+class Interruptions:
+    """Ctrl-C at the start of given updates, each once; counts the updates that were begun."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *where: tuple[str, int]) -> None:
+        self.begun: collections.Counter[tuple[str, int]] = collections.Counter()
+        left, original = set(where), loop.update_batches
+
+        def update_batches(training: loop.Training, step: int, width: int) -> Any:
+            if (training.name, step) in left:
+                left.remove((training.name, step))
+                raise KeyboardInterrupt
+            self.begun[training.name, step] += 1
+            return original(training, step, width)
+
+        monkeypatch.setattr(loop, "update_batches", update_batches)
+
+
+def test_going_on_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In updates 8 and 10 of 12; there are checkpoints of 4, 6, 8 and 12."""
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    tiny_runs.train(tiny_runs.write_config(tmp_path / "whole", **SHORT))
+    config = tiny_runs.write_config(tmp_path / "parts", **SHORT)
+    interruptions = Interruptions(monkeypatch, ("finetune", 7), ("policy", 9))
+    capsys.readouterr()
+    said = []
+    for code in (130, 130, 0):
+        assert main(["train", "--config", str(config)]) == code
+        said.append([line for line in capsys.readouterr().out.splitlines() if "going on" in line])
+    assert said == [
+        [],
+        ["finetune: going on from step 6 of 12"],
+        ["policy: going on from step 8 of 12"],
+    ]
+    repeated = {place for place, times in interruptions.begun.items() if times > 1}
+    assert repeated == {("finetune", 6), ("policy", 8)}
+    assert {step for _, step in interruptions.begun} == set(range(12))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", ["finetune", "policy"])
+
+
+def test_a_stage_that_ended_without_saying_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the last checkpoint: nothing is trained again, and the model is that checkpoint's."""
+    config = tiny_runs.write_config(tmp_path, **{**SHORT, "stages": ["finetune"]})
+    tiny_runs.train(config)
+    stage = tmp_path / "work" / "finetune"
+    before = (stage / "model" / "model.safetensors").read_bytes()
+    metrics = read_metrics(stage / "metrics.jsonl")
+    (stage / "done.json").unlink()
+    (stage / "model" / "model.safetensors").write_bytes(b"half a file")
+    interruptions = Interruptions(monkeypatch)
+    tiny_runs.train(config)
+    assert not interruptions.begun
+    assert (stage / "model" / "model.safetensors").read_bytes() == before
+    assert read_metrics(stage / "metrics.jsonl") == metrics
+    assert json.loads((stage / "done.json").read_text(encoding="utf-8"))["steps"] == 12
+
+
+# SIGKILL ------------------------------------------------------------------------------------------
+
+STEPS, EVERY = 150, 10
+LONG = {
+    "stages": ["finetune", "score", "policy", "teacher", "joint", "evaluate"],
+    "model": {"scratch": {**tiny_runs.SCRATCH, "num_layers": 2}},
+    **{
+        stage: {"max_steps": STEPS, "save_steps": EVERY, "eval_steps": 50, "accumulation_steps": 2}
+        for stage in TRAINED
+    },
+}
+
+
+def start(config: Path) -> subprocess.Popen[str]:
+    code = "import sys; from trbert_jax.cli import main; sys.exit(main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "train", "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def latest(checkpoints: Path) -> int:
+    steps = [int(path.name[5:]) for path in checkpoints.glob("step_*") if "partial" not in path.name]
+    return max(steps, default=0)
+
+
+def kill_during(config: Path, stage: str, after: int) -> tuple[int, int, str]:
+    """Runs until `stage` has the checkpoint of step `after`, then kills.
+
+    Returns:
+      The last step with a checkpoint, the last one with metrics, and what was printed.
+    """
+    folder = config.parent / "work" / stage
+    with start(config) as process:
+        while latest(folder / "checkpoints") < after and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        out, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"ended before it was killed:\n{out}"
+    assert not (folder / "done.json").exists()
+    rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return latest(folder / "checkpoints"), max(json.loads(row)["step"] for row in rows), out
+
+
+@pytest.mark.slow
+def test_sigkill_in_every_stage(tmp_path: Path) -> None:
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    config = tiny_runs.write_config(tmp_path / "whole", **LONG)
+    with start(config) as process:
+        process.communicate()
+    assert process.returncode == 0
+
+    config = tiny_runs.write_config(tmp_path / "parts", **LONG)
+    expected, killed_in = "", ""
+    for stage, after in (("finetune", 20), ("finetune", 60), ("policy", 30), ("joint", 40)):
+        saved, told, out = kill_during(config, stage, after)
+        assert expected in out
+        assert after <= saved < STEPS
+        assert told - saved <= EVERY
+        expected, killed_in = f"{stage}: going on from step {saved} of {STEPS}", stage
+    with start(config) as process:
+        out, _ = process.communicate()
+    assert process.returncode == 0
+    assert killed_in == "joint"
+    assert expected in out
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", TRAINED)
+    one, two = (tmp_path / name / "work" / "predictions.jsonl" for name in ("whole", "parts"))
+    assert one.read_bytes() == two.read_bytes()
