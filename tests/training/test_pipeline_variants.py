@@ -1,0 +1,128 @@
+"""Runs of other shapes: DistilBERT, fewer stages, a start from a saved model, the best checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import tiny_runs
+from safetensors.numpy import load_file
+
+from trbert_jax import TRBert
+from trbert_jax.training import stages
+
+SHALLOW = {**tiny_runs.SCRATCH, "model_type": "distilbert", "num_layers": 3}
+TRAINING = {"batch_size": 16, "epochs": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with tiny_runs.compilation_cache(tmp_path_factory.getbasetemp() / "jax"):
+        yield
+
+
+def weights(folder: Path, name: str) -> dict[str, np.ndarray]:
+    return load_file(folder / "work" / name / "model.safetensors")
+
+
+def test_dense_run_that_takes_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 3-layer DistilBERT; on dev it is best after the second of four updates."""
+    folder = tmp_path
+    accuracy = iter([0.5, 0.75, 0.75, 0.625])
+    seen: list[np.ndarray] = []
+
+    def evaluation(*arguments: Any) -> Callable[[Any], dict[str, float]]:
+        def evaluate(params: Any) -> dict[str, float]:
+            seen.append(np.asarray(params["head"]["classifier"]["kernel"]))
+            return {"accuracy": next(accuracy)}
+
+        return evaluate
+
+    monkeypatch.setattr(stages, "_dev_evaluation", evaluation)
+    results = tiny_runs.train(
+        tiny_runs.write_config(
+            folder,
+            stages=["finetune", "evaluate"],
+            model={"scratch": SHALLOW},
+            finetune={
+                "max_steps": 4,
+                "eval_steps": 1,
+                "save_steps": 1,
+                "output": "best",
+                "keep_checkpoints": 1,
+            },
+        )
+    )
+    done = json.loads((folder / "work" / "finetune" / "done.json").read_text(encoding="utf-8"))
+    assert (done["steps"], done["best_step"], done["output_step"]) == (4, 2, 2)
+    kept = sorted(path.name for path in (folder / "work" / "finetune" / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000002", "step_00000004"]
+    best = weights(folder, "finetune/model")["classifier.weight"].T
+    np.testing.assert_array_equal(best, seen[1])
+    assert (best != seen[3]).any()
+
+    assert "reduced" not in results
+    assert "baselines" not in results
+    assert results["dense"].keys() & {"kept", "flops_speedup"} == set()
+    model = TRBert.from_pretrained(folder / "work" / "model", announce=lambda line: None)
+    assert (model.config.model_type, model.config.num_layers) == ("distilbert", 3)
+    assert model.default_execution == "dense"
+    lines = tiny_runs.read_lines(folder / "work" / "predictions.jsonl")
+    assert [line["prediction"] for line in lines] == [p.label for p in model.predict(texts_of(folder))]
+
+
+def test_one_point_of_reduction_without_joint(tmp_path: Path) -> None:
+    """A 3-layer DistilBERT through score and policy: the policy's model is the run's."""
+    results = tiny_runs.train(
+        tiny_runs.write_config(
+            tmp_path,
+            stages=["finetune", "score", "policy", "evaluate"],
+            model={"scratch": SHALLOW},
+            finetune=TRAINING,
+            policy={**TRAINING, "accumulation_steps": 2, "output": "best"},
+        )
+    )
+    assert "policy" not in results
+    assert len(results["reduced"]["kept"]) == 1
+    assert results["baselines"]["random"]["kept"] == results["reduced"]["kept"]
+    scores = np.load(tmp_path / "work" / "score" / "scores.npy")
+    assert scores.shape[:2] == (tiny_runs.SIZES["train"], 2)
+    model = TRBert.from_pretrained(tmp_path / "work" / "model")
+    lines = tiny_runs.read_lines(tmp_path / "work" / "predictions.jsonl")
+    for line, prediction in zip(lines, model.predict(texts_of(tmp_path)), strict=True):
+        assert line["kept"] == [prediction.kept[0].tolist()]
+    before, after = weights(tmp_path, "finetune/model"), weights(tmp_path, "model")
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+def test_a_run_may_end_with_init(tmp_path: Path) -> None:
+    """And start from a saved model, with layers left out."""
+    tiny_models.tiny_model(tmp_path / "start", tiny_models.DISTILBERT)
+    results = tiny_runs.train(
+        tiny_runs.write_config(
+            tmp_path,
+            stages=["finetune", "score", "init", "evaluate"],
+            model={"init": str(tmp_path / "start"), "keep_layers": [0, 2, 4]},
+            finetune=TRAINING,
+            init=TRAINING,
+        )
+    )
+    assert results["reduced"]["flops_speedup"] >= 1
+    assert len(results["reduced"]["kept"]) == 1
+    assert set(results["baselines"]) == {"random", "first_k"}
+    assert len(tiny_runs.read_lines(tmp_path / "work" / "predictions.jsonl")) == tiny_runs.SIZES["test"]
+    start, after = load_file(tmp_path / "start" / "model.safetensors"), weights(tmp_path, "finetune/model")
+    place = "distilbert.transformer.layer.{}.attention.q_lin.weight"
+    assert place.format(3) not in after
+    for layer, source in enumerate((0, 2, 4)):
+        near = np.abs(after[place.format(layer)] - start[place.format(source)]).max()
+        assert 0 < near < 0.02
+
+
+def texts_of(folder: Path) -> list[str]:
+    return [record["text"] for record in tiny_runs.read_lines(folder / "data" / "test.jsonl")]
