@@ -47,7 +47,7 @@ class FakeModel:
             raise UserError("missing: no such directory")
         return cls()
 
-    def predict(self, texts: Sequence[str], batch_size: int) -> list[Prediction]:
+    def predict(self, texts: Sequence[str], batch_size: int, threshold: float) -> list[Prediction]:
         self.chunks.append(len(texts))
         scores = np.array([0.25, 0.75], np.float32)
         return [
@@ -118,6 +118,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["evaluate", "--all-checkpoints", "--config", "c", "--data", "d"], "from --config alone"),
         (["evaluate", "--model", "m", "--data", "d", "--batch-size", "0"], "argument --batch-size"),
         (["evaluate", "--model", "m", "--data", "d", "--execution", "warp"], "'warp'"),
+        (["evaluate", "--model", "m", "--data", "d", "--threshold", "1"], "above 0 and below 1"),
+        (["predict", "--model", "m", "--threshold", "half", "a"], "above 0 and below 1"),
+        (["evaluate", "--all-checkpoints", "--config", "c", "--threshold", "0.4"], "from --config alone"),
         (["evaluate", "--model", "m", "--data", "d", "--execution", "dense", "--baselines"], "drops none"),
         (["predict", "text"], "--model"),
         (["predict", "--model", "m", "--batch-size", "many"], "argument --batch-size"),
@@ -243,11 +246,14 @@ def test_evaluate_prints_a_table_and_writes_json(
         "--json",
         str(target),
         "--baselines",
+        "--threshold",
+        "0.4",
     ]
     assert main(["evaluate", *arguments, "--predictions", "p.jsonl", "--execution", "batch_max"]) == 0
     options = {
         "batch_size": 4,
         "execution": "batch_max",
+        "threshold": 0.4,
         "predictions": Path("p.jsonl"),
         "baselines": ("random", "first_k"),
     }

@@ -67,7 +67,14 @@ def test_numbers_follow_from_the_predictions(folder: Path, result: dict[str, Any
     assert result["tokens"] == pytest.approx(np.mean(lengths))
     assert result["accuracy"] == np.mean([line["prediction"] == line["label"] for line in lines])
     assert result["examples_per_second"] > 0
-    assert (result["execution"], result["batch_size"]) == ("masked", 8)
+    assert (result["execution"], result["batch_size"], result["threshold"]) == ("masked", 8, 0.5)
+
+
+def test_lower_threshold_keeps_more(folder: Path, result: dict[str, Any]) -> None:
+    more = evaluate_file(folder / "model", folder / "data.jsonl", batch_size=8, threshold=0.4)
+    assert more["threshold"] == 0.4
+    assert more["flops"] > result["flops"]
+    assert more["kept"][0] > result["kept"][0]
 
 
 def test_lines_are_what_predict_says(folder: Path, result: dict[str, Any]) -> None:

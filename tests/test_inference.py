@@ -213,6 +213,8 @@ def test_bfloat16_is_close(model: TRBert) -> None:
         (["a"], {"batch_size": 0}, "batch_size"),
         (["a"], {"batch_size": 2.0}, "batch_size"),
         (["a"], {"execution": "fast"}, "masked, batch_max, dense"),
+        (["a"], {"threshold": 1}, "threshold is 1; expected a probability"),
+        (["a"], {"execution": "dense", "threshold": 0.3}, "dense execution has none"),
     ],
 )
 def test_bad_input(model: TRBert, texts: Any, options: dict[str, Any], words: str) -> None:

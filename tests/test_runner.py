@@ -15,6 +15,7 @@ from trbert_jax import runner as runner_module
 from trbert_jax import tokens
 from trbert_jax.data.batching import width_ladder
 from trbert_jax.data.features import FeatureSet
+from trbert_jax.errors import UserError
 from trbert_jax.modeling.model import TokenReducingClassifier, forward
 from trbert_jax.runner import Outputs, Runner
 
@@ -159,6 +160,30 @@ def test_batch_max_fills_rows_up(runner: Runner, masked: Outputs) -> None:
         np.testing.assert_array_equal(filled.num_kept[rows, 0], np.minimum(most, FEATURES.lengths[rows]))
 
 
+def test_threshold_moves_between_keeping_all_and_nothing(runner: Runner, masked: Outputs) -> None:
+    assert_same(masked, runner.run(PARAMS, FEATURES, threshold=0.5))
+    few, many, every = (kept_masks(runner.run(PARAMS, FEATURES, threshold=t)) for t in (0.55, 0.45, 1e-9))
+    assert (few[0] <= kept_masks(masked)[0]).all()
+    assert (kept_masks(masked)[0] <= many[0]).all()
+    assert few[0].sum() < many[0].sum()
+    np.testing.assert_array_equal(every[1].sum(-1), FEATURES.lengths)
+
+
+@pytest.mark.parametrize(
+    ("execution", "threshold", "words"),
+    [
+        ("masked", 0.0, "above 0 and below 1"),
+        ("masked", 1.5, "above 0 and below 1"),
+        ("masked", float("nan"), "above 0 and below 1"),
+        ("dense", 0.4, "dense execution has none"),
+        ("batch_max", 0.4, "batch_max execution has none"),
+    ],
+)
+def test_bad_threshold(runner: Runner, execution: str, threshold: float, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        runner.run(PARAMS, FEATURES, execution, threshold=threshold)
+
+
 # Baselines ----------------------------------------------------------------------------------------
 
 
@@ -208,7 +233,7 @@ def test_compiles_once_for_each_rule_and_width(traces: collections.Counter[int],
     fresh = Runner(MODEL, 8)
     for _ in range(2):
         fresh.run(PARAMS, FEATURES)
-        fresh.run(PARAMS, make_features(23, seed=5), "masked")
+        fresh.run(PARAMS, make_features(23, seed=5), "masked", threshold=0.3)
     assert traces == dict.fromkeys(WIDTHS, 1)
     for seed in (0, 1):
         fresh.baseline(PARAMS, FEATURES, "random", masked.num_kept, seed)

@@ -110,6 +110,24 @@ def test_top_tokens_of_short_rows() -> None:
     assert_kept(tokens.top_tokens(score, valid, jnp.array([3, 3, 3])), "0101", "1011", "0000")
 
 
+@pytest.mark.parametrize("threshold", [0.01, 0.3, 0.5, 0.7])
+def test_keep_above_a_threshold(threshold: float) -> None:
+    logits = [[-5.0, -4.0, -1.0, -0.1, 0.0, 0.1, 1.0, 9.0]]
+    selection = apply(tokens.keep_above(tokens.min_logit(threshold)), logits, bools("11111110"))
+    expected = (1 / (1 + np.exp(-np.array(logits))) >= threshold) & np.array(bools("11111110"))
+    expected[:, 0] = True
+    np.testing.assert_array_equal(selection.keep, expected)
+
+
+def test_one_half_is_the_published_rule() -> None:
+    assert tokens.min_logit(0.5) == 0.0
+    logits = jax.random.normal(jax.random.key(0), (4, 9)).at[:, 3].set(0.0)
+    valid = jnp.ones((4, 9), bool)
+    np.testing.assert_array_equal(
+        tokens.keep_above(tokens.min_logit(0.5))(0, logits, valid), tokens.keep_probable(0, logits, valid)
+    )
+
+
 def test_keep_batch_max_fills_up() -> None:
     """The second row wants most, three; the first is filled with its next best, the last has only two."""
     logits = [[-1.0, -3.0, 2.0, -2.0], [-1.0, 1.0, 1.0, -1.0], [-1.0, -4.0, 5.0, 5.0]]

@@ -44,7 +44,7 @@ def write_dataset(folder: Path, sizes: dict[str, int] = SIZES, **options: int) -
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A configuration of all stages; `changes` are whole sections, or merged into those that exist."""
+    """A configuration of all stages; changes of a section are merged into it."""
     training = {"batch_size": 8, "accumulation_steps": 1, "epochs": 2, "learning_rate": 1e-3}
     config: dict[str, Any] = {
         "workdir": str(folder / "work"),
@@ -58,7 +58,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "policy": {**training, "save_steps": 4, "num_samples": 2},
         "teacher": {"batch_size": 8},
         "joint": {**training, "save_steps": 4},
-        "evaluate": {"batch_size": 8, "baselines": ["random", "first_k"]},
+        "evaluate": {"batch_size": 8, "baselines": ["random", "first_k"], "thresholds": [0.3, 0.5]},
     }
     for name, value in changes.items():
         section = config.get(name)
@@ -86,6 +86,14 @@ def train(config: Path, *arguments: str) -> dict[str, Any]:
 def read_results(folder: Path) -> dict[str, Any]:
     """results.json of the run in a folder."""
     return json.loads((folder / "work" / "results.json").read_text(encoding="utf-8"))
+
+
+def without_times(value: Any) -> Any:
+    """Results without what differs from run to run and from folder to folder."""
+    if isinstance(value, dict):
+        times = ("seconds", "examples_per_second", "workdir", "path")
+        return {k: without_times(v) for k, v in value.items() if k not in times}
+    return value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +40,7 @@ Prints accuracy, tokens kept at each reduction, FLOPs and speed.
 examples:
   trbert evaluate --model work/imdb/model --data test.jsonl --json result.json
   trbert evaluate --model work/imdb/model --data test.jsonl --execution dense
+  trbert evaluate --model work/imdb/model --data test.jsonl --threshold 0.4
   trbert evaluate --config configs/imdb_bert.yaml --all-checkpoints --json checkpoints.json
 """
 PREDICT_EXAMPLES = """\
@@ -110,8 +112,8 @@ def _check_evaluate(command: _Parser, args: argparse.Namespace) -> None:
     if args.all_checkpoints:
         if not args.config:
             command.error("--all-checkpoints needs --config, the settings the model was trained with")
-        if args.model or args.data or args.predictions or args.baselines:
-            command.error("--all-checkpoints takes model and data from --config alone")
+        if args.model or args.data or args.predictions or args.baselines or args.threshold != 0.5:
+            command.error("--all-checkpoints takes model, data and settings from --config alone")
     elif args.config or args.overrides:
         command.error(
             "--config and key=value go with --all-checkpoints; for one model give --model and --data"
@@ -154,6 +156,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         " as many tokens as the text that keeps most in its batch, as the published code does; dense:"
         " nothing is dropped",
     )
+    _add_threshold(evaluate)
     evaluate.add_argument(
         "--predictions", metavar="FILE", type=Path, help="write a JSON line for each text there"
     )
@@ -182,6 +185,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     predict.add_argument(
         "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
     )
+    _add_threshold(predict)
     predict.add_argument("--with-text", action="store_true", help="repeat the text in each line")
 
     convert = command("convert", "bring a checkpoint into this project's form", CONVERT_EXAMPLES)
@@ -223,6 +227,17 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_threshold(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threshold",
+        metavar="P",
+        type=_probability,
+        default=0.5,
+        help="keep tokens whose keep probability is at least P (default 0.5, the published rule); a lower one"
+        " keeps more tokens",
+    )
+
+
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names):
@@ -237,6 +252,16 @@ def _integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"numbers with commas between them were expected, not {text!r}"
         ) from None
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"a number above 0 and below 1 was expected, not {text!r}")
+    return value
 
 
 def _count(text: str) -> int:

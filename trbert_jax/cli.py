@@ -87,6 +87,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.data,
             batch_size=args.batch_size,
             execution=args.execution,
+            threshold=args.threshold,
             predictions=args.predictions,
             baselines=args.baselines,
         )
@@ -101,7 +102,7 @@ def _predict(args: argparse.Namespace) -> None:
         check_writable(args.output)
     from trbert_jax.inference import TRBert
 
-    lines = _prediction_lines(TRBert.from_pretrained(args.model), texts, args.batch_size, args.with_text)
+    lines = _prediction_lines(TRBert.from_pretrained(args.model), texts, args)
     if args.output:
         with atomic_file(args.output) as stream:
             _write_lines(stream, lines)
@@ -187,14 +188,15 @@ def _text_of_record(name: str, number: int, line: str) -> str:
     return record["text"]
 
 
-def _prediction_lines(model: TRBert, texts: Sequence[str], batch_size: int, with_text: bool) -> Iterator[str]:
+def _prediction_lines(model: TRBert, texts: Sequence[str], args: argparse.Namespace) -> Iterator[str]:
     # A few batches at a time: output begins early, and texts of like length still share a batch.
-    chunk = 32 * batch_size
+    chunk = 32 * args.batch_size
+    options = {"batch_size": args.batch_size, "threshold": args.threshold}
     for start in range(0, len(texts), chunk):
         some = texts[start : start + chunk]
-        for text, prediction in zip(some, model.predict(some, batch_size=batch_size), strict=True):
+        for text, prediction in zip(some, model.predict(some, **options), strict=True):
             record = {
-                **({"text": text} if with_text else {}),
+                **({"text": text} if args.with_text else {}),
                 "label": prediction.label,
                 "label_id": prediction.label_id,
                 "scores": dict(zip(model.config.labels, prediction.scores.tolist(), strict=True)),

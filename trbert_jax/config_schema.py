@@ -20,6 +20,7 @@ Count = Annotated[int, Range(minimum=1)]
 Seed = Annotated[int, Range(minimum=0, maximum=2**31 - 1)]
 Index = Annotated[int, Range(minimum=0)]
 Fraction = Annotated[float, Range(minimum=0, maximum=1)]
+Threshold = Annotated[float, Range(above=0, below=1)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(minimum=0)]
 # The baseline of a sample is the mean over all samples of its example: with one, every advantage is 0.
@@ -229,12 +230,15 @@ class EvaluateConfig:
       execution: masked keeps what each example's own selection keeps; batch_max fills every row up
         to the batch's largest count, as the published code does; dense drops nothing.
       baselines: selections that learned nothing, evaluated at the same kept counts: random, first_k.
+      thresholds: keep probabilities from which a token is kept, at which the final model is evaluated
+        too (masked); a low one keeps more tokens. Everything else uses 0.5.
     """
 
     batch_size: Count = 32
     split: Literal["test", "dev"] = "test"
     execution: Literal["masked", "batch_max", "dense"] = "masked"
     baselines: tuple[Literal["random", "first_k"], ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,23 +22,27 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `minimum` to `maximum`, both included, and greater than `above`."""
+    """Numbers from `minimum` to `maximum`, both included, greater than `above` and less than `below`."""
 
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
+    below: float | None = None
 
     def __contains__(self, number: float) -> bool:
         return (
             (self.minimum is None or number >= self.minimum)
             and (self.maximum is None or number <= self.maximum)
             and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
         )
 
     def __str__(self) -> str:
         parts = []
         if self.above is not None:
             parts.append(f"above {self.above}")
+        if self.below is not None:
+            parts.append(f"below {self.below}")
         if self.minimum is not None and self.maximum is not None:
             parts.append(f"from {self.minimum} to {self.maximum}")
         elif self.minimum is not None:

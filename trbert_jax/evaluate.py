@@ -17,7 +17,7 @@ from trbert_jax.inference import TRBert
 from trbert_jax.metrics import flops
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import Params
-from trbert_jax.runner import Outputs, Runner
+from trbert_jax.runner import DEFAULT_THRESHOLD, Outputs, Runner
 
 
 def evaluate_file(
@@ -26,6 +26,7 @@ def evaluate_file(
     *,
     batch_size: int = 32,
     execution: str | None = None,
+    threshold: float = DEFAULT_THRESHOLD,
     predictions: Path | None = None,
     baselines: Sequence[str] = (),
     seed: int = 0,
@@ -38,6 +39,7 @@ def evaluate_file(
       batch_size: examples of one forward pass.
       execution: `masked`, `batch_max` or `dense`; None for what suits the model (`masked`, if its
         selectors have been trained).
+      threshold: keep probability from which a token is kept, for `masked`.
       predictions: file for one JSON line an example.
       baselines: of `random`, `first_k`: selections that learned nothing, at the same kept counts.
       seed: of the random baseline.
@@ -55,10 +57,11 @@ def evaluate_file(
     dataset = read_file(data_file, model.config.labels)
     features = build_features(dataset, model.tokenizer, model.config.max_length, cache_dir=None)
     runner = model.runner(batch_size)
-    outputs = runner.run(model.params, features, execution)
+    outputs = runner.run(model.params, features, execution, threshold=threshold)
     if predictions is not None:
         write_predictions(predictions, outputs, features, model.config.labels)
-    result = {"execution": execution, "batch_size": batch_size, **summarize(outputs, model.config)}
+    settings = {"execution": execution, "batch_size": batch_size, "threshold": threshold}
+    result = {**settings, **summarize(outputs, model.config)}
     if execution != "dense" and baselines:
         result["baselines"] = run_baselines(runner, model.params, features, outputs, baselines, seed)
     return result
@@ -76,6 +79,18 @@ def run_baselines(
     return {
         kind: summarize(runner.baseline(params, features, kind, outputs.num_kept, seed), runner.model.config)
         for kind in kinds
+    }
+
+
+def run_thresholds(
+    runner: Runner, params: Params, features: FeatureSet, thresholds: Sequence[float]
+) -> dict[str, dict[str, Any]]:
+    """Evaluates one model at several points between keeping more and keeping less."""
+    return {
+        str(threshold): summarize(
+            runner.run(params, features, "masked", threshold=threshold), runner.model.config
+        )
+        for threshold in thresholds
     }
 
 

@@ -14,14 +14,17 @@ import numpy as np
 from trbert_jax import tokens
 from trbert_jax.data.batching import length_batches, pad_batch, width_ladder
 from trbert_jax.data.features import FeatureSet
+from trbert_jax.errors import UserError
 from trbert_jax.metrics.classification import accuracy
 from trbert_jax.modeling.model import Params, TokenReducingClassifier, forward
 
-EXECUTIONS: dict[str, tokens.Rule | None] = {
-    "masked": tokens.keep_probable,
-    "batch_max": tokens.keep_batch_max,
-    "dense": None,
+# What decides about tokens, given the batch that the compiled program sees; None drops nothing.
+EXECUTIONS: dict[str, Callable[[dict[str, jax.Array]], tokens.Rule | None]] = {
+    "masked": lambda batch: tokens.keep_above(batch["min_logit"][0]),
+    "batch_max": lambda batch: tokens.keep_batch_max,
+    "dense": lambda batch: None,
 }
+DEFAULT_THRESHOLD = 0.5  # the published rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,14 @@ class Outputs:
         return accuracy(self.logits.argmax(-1), self.labels)
 
 
+def check_threshold(threshold: float, execution: str) -> None:
+    """Raises a UserError unless `threshold` is one that `execution` can use."""
+    if not isinstance(threshold, float) or not 0 < threshold < 1:
+        raise UserError(f"threshold is {threshold!r}; expected a probability above 0 and below 1")
+    if execution != "masked" and threshold != DEFAULT_THRESHOLD:
+        raise UserError(f"threshold is {threshold!r}, but {execution} execution has none; use masked")
+
+
 class Runner:
     """Runs a model over feature sets; one compilation a batch shape and rule, none after that."""
 
@@ -72,6 +83,7 @@ class Runner:
         features: FeatureSet,
         execution: str = "masked",
         progress: Callable[[int, int], None] | None = None,
+        threshold: float = DEFAULT_THRESHOLD,
     ) -> Outputs:
         """Runs with one of `EXECUTIONS`.
 
@@ -80,9 +92,17 @@ class Runner:
           features: n examples.
           execution: a key of `EXECUTIONS`.
           progress: called after each batch with the number of batches done and its examples.
+          threshold: keep probability from which a token is kept, for `masked`.
+
+        Raises:
+          UserError: a threshold that is no probability, or one for an execution that has none.
         """
-        rule = EXECUTIONS[execution]
-        return self._run(params, features, execution, lambda batch: rule, progress=progress)
+        check_threshold(threshold, execution)
+        # An input of the compiled program, which all thresholds share.
+        limit = np.full(len(features), tokens.min_logit(threshold), np.float32)
+        return self._run(
+            params, features, execution, EXECUTIONS[execution], {"min_logit": limit}, progress=progress
+        )
 
     def baseline(
         self, params: Params, features: FeatureSet, kind: str, num_kept: np.ndarray, seed: int
@@ -97,7 +117,7 @@ class Runner:
           seed: of the random choice.
         """
 
-        def rule(batch: dict[str, jax.Array]) -> tokens.Rule:
+        def rule(batch: dict[str, jax.Array]) -> tokens.Rule | None:
             counts = batch["num_kept"].T
             if kind == "first_k":
                 return tokens.keep_first(counts)

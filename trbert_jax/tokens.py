@@ -16,6 +16,7 @@ sees to both. Source: paper, section 3; docs/method.md, "Selection".
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -98,6 +99,16 @@ def keep_probable(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
     batch. The default of evaluation and prediction.
     """
     return (logits >= 0) & valid
+
+
+def keep_above(min_logit: float | jax.Array) -> Rule:
+    """`keep_probable` with another line between keeping and dropping, see `min_logit`."""
+    return lambda stage, logits, valid: (logits >= min_logit) & valid
+
+
+def min_logit(threshold: float) -> float:
+    """The logit of a keep probability between 0 and 1; one half gives 0 exactly."""
+    return math.log(threshold) - math.log(1 - threshold)
 
 
 def keep_batch_max(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:

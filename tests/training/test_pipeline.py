@@ -88,20 +88,13 @@ def copy(finished: Finished, tmp_path: Path) -> Path:
     return tiny_runs.write_config(tmp_path / "run", data=data)
 
 
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        times = ("seconds", "examples_per_second", "workdir", "path")
-        return {k: without_times(v) for k, v in value.items() if k not in times}
-    return value
-
-
 # What is in results.json --------------------------------------------------------------------------
 
 
 def test_results_have_what_scripts_read(finished: Finished) -> None:
     results = finished.results
     assert set(results) == {
-        *("split", "execution", "dense", "policy", "reduced", "baselines"),
+        *("split", "execution", "dense", "policy", "reduced", "baselines", "thresholds"),
         *("stages", "config", "seed", "versions", "machine"),
     }
     for name in ("dense", "policy", "reduced"):
@@ -122,6 +115,11 @@ def test_results_have_what_scripts_read(finished: Finished) -> None:
     for baseline in results["baselines"].values():
         assert baseline["kept"] == results["reduced"]["kept"]
         assert baseline["flops"] == results["reduced"]["flops"]
+    assert list(results["thresholds"]) == ["0.3", "0.5"]
+    assert results["thresholds"]["0.3"]["flops"] > results["reduced"]["flops"]
+    assert tiny_runs.without_times(results["thresholds"]["0.5"]) == tiny_runs.without_times(
+        results["reduced"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,17 +251,36 @@ def test_finished_stages_are_skipped(
     copy: Path, finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (copy.parent / "work" / "joint" / "done.json").stat().st_mtime_ns
-    assert without_times(tiny_runs.train(copy)) == without_times(finished.results)
+    assert tiny_runs.without_times(tiny_runs.train(copy)) == tiny_runs.without_times(finished.results)
     out = capsys.readouterr().out
     assert [line.split(":")[0] for line in out.splitlines() if "skipped" in line] == tiny_runs.STAGES
     assert (copy.parent / "work" / "joint" / "done.json").stat().st_mtime_ns == before
+
+
+def test_a_run_begun_by_an_older_version_goes_on(copy: Path, finished: Finished) -> None:
+    stored = copy.parent / "work" / "config.json"
+    config = json.loads(stored.read_text(encoding="utf-8"))
+    del config["joint"]["temperature"]  # as if the key were newer than the run
+    stored.write_text(json.dumps(config), encoding="utf-8")
+    assert tiny_runs.without_times(tiny_runs.train(copy)) == tiny_runs.without_times(finished.results)
+    assert "temperature" in json.loads(stored.read_text(encoding="utf-8"))["joint"]
+
+
+def test_what_is_evaluated_may_change_until_it_has_been(copy: Path, finished: Finished) -> None:
+    changed = "evaluate.thresholds=[0.6]"
+    with pytest.raises(RuntimeError, match="ended with 2"):
+        tiny_runs.train(copy, changed)
+    shutil.rmtree(copy.parent / "work" / "evaluate")
+    results = tiny_runs.train(copy, changed)
+    assert list(results["thresholds"]) == ["0.6"]
+    assert results["reduced"]["accuracy"] == finished.results["reduced"]["accuracy"]
 
 
 def test_some_stages(copy: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("evaluate", "model", "teacher"):
         shutil.rmtree(copy.parent / "work" / name)
     results = tiny_runs.train(copy, "--stages", "evaluate,teacher")
-    assert without_times(results) == without_times(finished.results)
+    assert tiny_runs.without_times(results) == tiny_runs.without_times(finished.results)
     out = capsys.readouterr().out
     assert next(line for line in out.splitlines() if "starting" in line).startswith("teacher:")
     assert "skipped" not in out
@@ -298,4 +315,6 @@ def test_all_checkpoints(copy: Path, finished: Finished) -> None:
         assert len(kept) >= 2
     # The last ones are those that the run went on with.
     for stage, name in (("finetune", "dense"), ("policy", "policy"), ("joint", "reduced")):
-        assert without_times(found[stage][f"step_{STEPS}"]) == without_times(finished.results[name])
+        assert tiny_runs.without_times(found[stage][f"step_{STEPS}"]) == tiny_runs.without_times(
+            finished.results[name]
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,6 +124,39 @@ def test_a_run_may_end_with_init(tmp_path: Path) -> None:
     for layer, source in enumerate((0, 2, 4)):
         near = np.abs(after[place.format(layer)] - start[place.format(source)]).max()
         assert 0 < near < 0.02
+
+
+def test_the_selector_learns(tmp_path: Path) -> None:
+    """One word decides: the policy finds it, and other selections of as many tokens do not."""
+    tiny_runs.write_dataset(tmp_path / "data", {"train": 400, "dev": 20, "test": 200})
+    config = dataclasses.replace(tiny_models.BERT, num_layers=2)
+    tiny_runs.deaf_model(tmp_path / "start", config)
+    training = {"batch_size": 16, "save_steps": 1000}
+    results = tiny_runs.train(
+        tiny_runs.write_config(
+            tmp_path,
+            seed=1,
+            stages=["finetune", "score", "policy", "evaluate"],
+            model={"init": str(tmp_path / "start")},
+            finetune={**training, "learning_rate": 5e-3, "epochs": 8, "dropout": False},
+            policy={**training, "learning_rate": 1e-2, "epochs": 4, "num_samples": 8},
+        )
+    )
+    dense, reduced, baselines = results["dense"], results["reduced"], results["baselines"]
+    assert dense["accuracy"] > 0.97
+    assert reduced["accuracy"] > 0.95
+    assert reduced["kept"][0] < dense["tokens"] / 2
+    assert reduced["flops_speedup"] > 1.3
+    for baseline in baselines.values():
+        assert baseline["kept"] == reduced["kept"]
+        assert baseline["accuracy"] < 0.8
+    lines = tiny_runs.read_lines(tmp_path / "work" / "predictions.jsonl")
+    # To keep one of the two words would do: its absence tells the other label.
+    kept = collections.Counter[str]()
+    for text, line in zip(texts_of(tmp_path), lines, strict=True):
+        tokens = ["[CLS]", *text.split()[: tiny_runs.MAX_LENGTH - 2], "[SEP]"]
+        kept.update(tokens[position] for position in line["kept"][0][1:])
+    assert sum(kept[word] for word in tiny_runs.KEYWORDS) > 0.8 * kept.total()
 
 
 def texts_of(folder: Path) -> list[str]:

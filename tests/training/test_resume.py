@@ -36,14 +36,9 @@ def assert_same_run(left: Path, right: Path, stages: list[str]) -> None:
         assert read_metrics(one / "metrics.jsonl") == read_metrics(two / "metrics.jsonl")
         for name in ("model/model.safetensors", "checkpoints/index.json"):
             assert (one / name).read_bytes() == (two / name).read_bytes()
-    assert without_times(tiny_runs.read_results(left)) == without_times(tiny_runs.read_results(right))
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        times = ("seconds", "examples_per_second", "workdir", "path")
-        return {k: without_times(v) for k, v in value.items() if k not in times}
-    return value
+    assert tiny_runs.without_times(tiny_runs.read_results(left)) == tiny_runs.without_times(
+        tiny_runs.read_results(right)
+    )
 
 
 # In one process -----------------------------------------------------------------------------------

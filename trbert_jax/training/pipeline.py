@@ -14,7 +14,7 @@ import jax
 
 from trbert_jax.config import STAGES, RunConfig, to_dict
 from trbert_jax.errors import UserError
-from trbert_jax.evaluate import run_baselines, summarize, write_predictions
+from trbert_jax.evaluate import run_baselines, run_thresholds, summarize, write_predictions
 from trbert_jax.files import atomic_directory, make_directory, write_json
 from trbert_jax.runner import Runner
 from trbert_jax.training import loop, stages
@@ -102,6 +102,7 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
                 result["baselines"] = run_baselines(
                     runner, params, features, outputs, settings.baselines, run.config.seed
                 )
+                result["thresholds"] = run_thresholds(runner, params, features, settings.thresholds)
     source = run.output_of(run.last_model_stage, "model", "evaluate")
     with atomic_directory(run.workdir / "model") as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
@@ -167,6 +168,7 @@ def results_table(run: Run, results: dict[str, Any]) -> Iterator[str]:
         ("reduced", results.get("reduced")),
     ]
     rows += [(f"{name} tokens", summary) for name, summary in results.get("baselines", {}).items()]
+    rows += [(f"threshold {name}", summary) for name, summary in results.get("thresholds", {}).items()]
     yield ""
     if any(summary for _, summary in rows):
         yield f"{'model':<16} {'accuracy':>9} {'tokens kept':>22} {'MFLOPs':>9} {'speed-up':>9}"

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trbert_jax.config import STAGES, RunConfig, diff_configs, to_dict
+from trbert_jax.config import STAGES, RunConfig, diff_configs, load_config, to_dict
 from trbert_jax.data.features import FeatureSet, build_features
 from trbert_jax.data.readers import Dataset, read_examples
 from trbert_jax.errors import UserError
@@ -33,6 +33,8 @@ Announce = Callable[[str], None]
 
 # Settings that may change between calls of one run: they do not touch what is in the directory.
 _FREE_KEYS = ("workdir", "stages", "data.cache_dir")
+# What only the last stage reads: free until that has finished.
+_EVALUATION_KEYS = ("evaluate.split", "evaluate.baselines", "evaluate.thresholds")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -80,11 +82,9 @@ class Run:
         """Raises `UserError` where the work directory belongs to another configuration."""
         path, mine = self.workdir / "config.json", to_dict(self.config)
         if path.exists():
-            differences = [
-                line
-                for line in diff_configs(read_json(path), mine)
-                if line.partition(":")[0] not in _FREE_KEYS
-            ]
+            free = _FREE_KEYS if self.finished("evaluate") else _FREE_KEYS + _EVALUATION_KEYS
+            lines = diff_configs(_stored_config(path), mine)
+            differences = [line for line in lines if line.partition(":")[0] not in free]
             if differences:
                 raise UserError(
                     f"{self.workdir}: this work directory belongs to another configuration, "
@@ -212,3 +212,10 @@ class Run:
             "examples": len(features),
             "data": features.digest,
         }
+
+
+def _stored_config(path: Path) -> dict[str, Any]:
+    try:
+        return to_dict(load_config(path))  # with the defaults of keys that are newer than the file
+    except UserError:  # a key that this version does not know: show it as a difference
+        return read_json(path)
