@@ -17,9 +17,9 @@ from trbert_jax.data.dataset import Dataset, Example
 from trbert_jax.errors import UserError
 
 NUM_CLASSES = 12
-CHUNKS_PER_CLASS = 200
-# Of ten chunks in a row so many go to each split: dev and test get every part of a module.
-_PATTERN = ("train",) * 7 + ("dev",) + ("test",) * 2
+CHUNKS_PER_CLASS = 320  # 1,920 texts to train on, 720 and 1,200 to choose settings and to report by
+# Of 16 chunks in a row so many go to each split: dev and test get every part of a module.
+_PATTERN = ("train",) * 8 + ("dev",) * 3 + ("test",) * 5
 # Fills 96 tokens of a vocabulary that was trained on such text.
 _WORDS_PER_CHUNK = 84
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")  # where BERT's pre-tokenizer cuts
@@ -35,7 +35,7 @@ def read_stdlib(split: str, folder: str | Path | None = None) -> Dataset:
     """Reads one split of the standard library's source text.
 
     Args:
-      split: `train` (7 of 10 chunks), `dev` (1) or `test` (2).
+      split: `train` (8 of 16 chunks), `dev` (3) or `test` (5).
       folder: the library's folder; by default that of the running Python.
 
     Returns:
