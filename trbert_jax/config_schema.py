@@ -92,6 +92,8 @@ class BackboneConfig:
       dtype: of activations, float32 or bfloat16; parameters and losses are always float32.
       tokenizer: folder or hub id; null for the one beside the weights, or from scratch for a
         WordPiece vocabulary trained on the training texts.
+      line_breaks_as_spaces: read HTML line breaks, `<br />`, as a space rather than as four tokens. Kept
+        in the tokenizer of the trained model, which then reads all texts so.
       scratch: the shape where init is scratch.
     """
 
@@ -101,6 +103,7 @@ class BackboneConfig:
     keep_layers: tuple[Index, ...] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     tokenizer: str | None = None
+    line_breaks_as_spaces: bool = False
     scratch: ScratchConfig = ScratchConfig()
 
 

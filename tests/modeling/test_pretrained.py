@@ -31,6 +31,7 @@ from trbert_jax.modeling.pretrained import (
     read_weights,
     save_pretrained,
 )
+from trbert_jax.modeling.tokenizer_files import read_line_breaks_as_spaces
 
 CONFIGS = pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=lambda c: c.model_type)
 Edit = Callable[[Path], Any]
@@ -199,6 +200,16 @@ def test_published_model_types(tmp_path: Path, config: ModelConfig, published: s
     loaded = quietly(tmp_path)
     assert loaded.config == dataclasses.replace(config, max_length=20)
     assert loaded.tokenizer is not None
+
+
+def test_line_breaks_as_spaces_stay_with_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = tiny_models.tiny_tokenizer()
+    assert len(tokenizer("a<br />film<br>.").tokens()) > 5
+    read_line_breaks_as_spaces(tokenizer)
+    save_pretrained(tmp_path, BERT, tiny_params(BERT), tokenizer)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded("a<br /><br/>film<br>.").tokens() == ["[CLS]", "a", "film", ".", "[SEP]"]
+    assert loaded("a < br film").tokens() == tiny_models.tiny_tokenizer()("a < br film").tokens()
 
 
 def test_tokenizer_from_a_bare_vocabulary(tmp_path: Path) -> None:

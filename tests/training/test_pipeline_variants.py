@@ -84,7 +84,7 @@ def test_one_point_of_reduction_without_joint(tmp_path: Path) -> None:
         tiny_runs.write_config(
             tmp_path,
             stages=["finetune", "score", "policy", "evaluate"],
-            model={"scratch": SHALLOW},
+            model={"scratch": SHALLOW, "line_breaks_as_spaces": True},
             finetune=TRAINING,
             policy={**TRAINING, "accumulation_steps": 2, "output": "best"},
         )
@@ -98,6 +98,10 @@ def test_one_point_of_reduction_without_joint(tmp_path: Path) -> None:
     lines = tiny_runs.read_lines(tmp_path / "work" / "predictions.jsonl")
     for line, prediction in zip(lines, model.predict(texts_of(tmp_path)), strict=True):
         assert line["kept"] == [prediction.kept[0].tolist()]
+    # The model reads new texts as it was trained to.
+    text = texts_of(tmp_path)[0]
+    broken = model.predict([text.replace(" ", "<br /><br />"), text])
+    np.testing.assert_array_equal(broken[0].input_ids, broken[1].input_ids)
     before, after = weights(tmp_path, "finetune/model"), weights(tmp_path, "model")
     assert all(np.array_equal(after[name], before[name]) for name in before)
 

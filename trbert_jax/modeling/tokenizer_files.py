@@ -100,6 +100,16 @@ def save_tokenizer(directory: Path, tokenizer: Tokenizer, config: ModelConfig) -
     write_json(path, settings)
 
 
+def read_line_breaks_as_spaces(tokenizer: Tokenizer) -> None:
+    """Makes a tokenizer read HTML line breaks (`<br />`, `<br>`) as a space; saved with the tokenizer."""
+    from tokenizers import Regex, normalizers
+
+    backend = tokenizer.backend_tokenizer
+    replace = normalizers.Replace(Regex(r"<br ?/?>"), " ")
+    parts = [replace] if backend.normalizer is None else [replace, backend.normalizer]
+    backend.normalizer = normalizers.Sequence(parts)
+
+
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, source: str) -> None:
     """Raises `UserError` where the tokenizer can produce ids the model has no embedding for."""
     if len(tokenizer) > config.vocab_size:

@@ -27,7 +27,7 @@ from trbert_jax.files import make_directory, read_json, write_json
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import TokenReducingClassifier, init_params
 from trbert_jax.modeling.pretrained import Pretrained, load_pretrained
-from trbert_jax.modeling.tokenizer_files import load_tokenizer
+from trbert_jax.modeling.tokenizer_files import load_tokenizer, read_line_breaks_as_spaces
 
 Announce = Callable[[str], None]
 
@@ -133,9 +133,14 @@ class Run:
 
     def base_model(self) -> Pretrained:
         """The model before any training, with a fresh classifier for the data's labels."""
-        model, labels = self.config.model, self.dataset("train").label_names
-        if model.init == "scratch":
-            return self._scratch(labels)
+        labels = self.dataset("train").label_names
+        base = self._scratch(labels) if self.config.model.init == "scratch" else self._pretrained(labels)
+        if self.config.model.line_breaks_as_spaces:
+            read_line_breaks_as_spaces(base.tokenizer)
+        return base
+
+    def _pretrained(self, labels: tuple[str, ...]) -> Pretrained:
+        model = self.config.model
         loaded = load_pretrained(
             model.init,
             labels=labels,
