@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything imports these libraries. Tolerances are those of float32 on a CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# A shell starts background jobs, and with them a whole CI run, deaf to Ctrl-C; the tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
