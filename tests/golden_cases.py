@@ -7,6 +7,7 @@ names) and `arrays.npz` (inputs and outputs). `check` runs ours and compares eve
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,20 @@ from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.hf_config import model_config_from_dict
 from trbert_jax.modeling.model import TokenReducingClassifier, forward, init_params
 from trbert_jax.modeling.names import from_original_names, to_original_names
+from trbert_jax.modeling.packed import packed_forward
+from trbert_jax.modeling.tiles import Tiling
 from trbert_jax.modeling.weight_files import read_weights
 from trbert_jax.training import objectives, optimizer, residual
 
 INPUTS = {"input_ids", "attention_mask", "labels", "guide", "rank", "teacher_logits"}
+# Both ways to run the encoder must agree with the published models. The tiles are smaller than the
+# cases, so that all loops run.
+EXECUTIONS: dict[str, objectives.Execute] = {
+    "masked": forward,
+    "packed": functools.partial(
+        packed_forward, tiling=Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
+    ),
+}
 # Kinds that other tasks bring; their cases are skipped by name until the task is there.
 NOT_YET = ("span_qa_", "multiple_choice_", "hotpot_", "triviaqa_", "wikihop_")
 
@@ -37,6 +48,7 @@ class Case:
     config: ModelConfig
     constants: dict[str, Any]
     params: Any
+    execute: objectives.Execute
     arrays: dict[str, np.ndarray]
 
     @property
@@ -89,7 +101,7 @@ class Case:
         return jnp.stack([jnp.asarray(np.nan_to_num(self.arrays[f"action_stage{s}"]) > 0) for s in stages])
 
 
-def load(folder: Path) -> Case:
+def load(folder: Path, execution: str = "masked") -> Case:
     constants = json.loads((folder / "case.json").read_text(encoding="utf-8"))
     config = model_config_from_dict(constants["config"])
     tree, report = from_original_names(read_weights(folder), config)
@@ -97,7 +109,14 @@ def load(folder: Path) -> Case:
         fresh = init_params(config, jax.random.key(0))["encoder"]
         tree["encoder"] |= {name: fresh[name] for name in ("selector_0", "selector_1")}
     with np.load(folder / "arrays.npz") as arrays:
-        return Case(folder.name, config, constants, jax.tree.map(jnp.asarray, tree), dict(arrays))
+        return Case(
+            folder.name,
+            config,
+            constants,
+            jax.tree.map(jnp.asarray, tree),
+            EXECUTIONS[execution],
+            dict(arrays),
+        )
 
 
 def kind_of(case: Case) -> Callable[[Case], dict[str, Any]]:
@@ -124,7 +143,7 @@ def _selection_outputs(selections: tuple[tokens.Selection, ...]) -> dict[str, An
 def run_eval(case: Case) -> dict[str, Any]:
     """Evaluation, each example alone; or, where the note says so, the published batch-max form."""
     rule = tokens.keep_batch_max if case.batch_max else tokens.keep_probable
-    output = jax.jit(lambda p: forward(case.model, p, case.batch, rule=rule))(case.params)
+    output = jax.jit(lambda p: case.execute(case.model, p, case.batch, rule=rule))(case.params)
     # The published ratio counts confident tokens and [CLS], not the fill of a batch, over the
     # length of the tensor the encoder was given.
     mask = case.arrays["attention_mask"]
@@ -141,7 +160,9 @@ def run_eval(case: Case) -> dict[str, Any]:
 
 def run_init(case: Case) -> dict[str, Any]:
     def loss(params: Any) -> jax.Array:
-        objective = objectives.initialization_objective(case.model, params, case.batch, per_length_scale=True)
+        objective = objectives.initialization_objective(
+            case.model, params, case.batch, per_length_scale=True, execute=case.execute
+        )
         return objectives.mean_over_examples(objective.sums())["loss"]
 
     value, grads = jax.jit(jax.value_and_grad(loss))(case.params)
@@ -165,6 +186,7 @@ def _samples(case: Case, params: Any) -> objectives.PolicySamples:
         alpha=case.constants["alpha"],
         max_length=case.arrays["input_ids"].shape[1],
         temperature=case.constants.get("temperature", 1.0),
+        execute=case.execute,
     )
 
 
@@ -223,7 +245,8 @@ def run_finetune(case: Case) -> dict[str, Any]:
     def step(trained: Any, state: Any) -> Any:
         def loss(trained: Any) -> jax.Array:
             params = optimizer.merge_params(trained, frozen)
-            sums = objectives.dense_objective(case.model, params, case.batch).sums()
+            objective = objectives.dense_objective(case.model, params, case.batch, execute=case.execute)
+            sums = objective.sums()
             return objectives.mean_over_examples(sums)["loss"]
 
         value, grads = jax.value_and_grad(loss)(trained)

@@ -27,7 +27,8 @@ def test_there_are_cases() -> None:
 def test_golden(folder: Path) -> None:
     if folder.name.startswith(golden_cases.NOT_YET):
         pytest.skip(f"{folder.name}: this task is not there yet")
-    golden_cases.check(golden_cases.load(folder))
+    for execution in golden_cases.EXECUTIONS:
+        golden_cases.check(golden_cases.load(folder, execution))
 
 
 # The test of the test ------------------------------------------------------------------------------

@@ -66,8 +66,23 @@ class Selection:
         return jnp.sum(self.keep, axis=-1, dtype=jnp.int32)
 
 
+def select(logits: jax.Array, valid: jax.Array, stage: int, rule: Rule) -> Selection:
+    """Decides at one point of reduction.
+
+    Args:
+      logits: float32 [B, S].
+      valid: bool [B, S], tokens that are still there.
+      stage: index of the point of reduction.
+      rule: see the module's docstring.
+    """
+    keep = rule(stage, logits, valid)
+    # No gradient passes through the decision: the selectors learn from the policy loss alone.
+    keep = jax.lax.stop_gradient(keep.at[:, 0].set(True) & valid)
+    return Selection(logits=logits, scored=valid, keep=keep)
+
+
 def drop_tokens(tokens: TokenSet, logits: jax.Array, stage: int, rule: Rule) -> tuple[TokenSet, Selection]:
-    """Applies a rule at one point of reduction.
+    """Applies a rule at one point of reduction to a padded batch.
 
     Args:
       tokens: the tokens before it, states [B, S, H].
@@ -78,10 +93,8 @@ def drop_tokens(tokens: TokenSet, logits: jax.Array, stage: int, rule: Rule) -> 
     Returns:
       The tokens after it (same static shape, dropped ones no longer valid) and the `Selection`.
     """
-    keep = rule(stage, logits, tokens.valid)
-    # No gradient passes through the decision: the selectors learn from the policy loss alone.
-    keep = jax.lax.stop_gradient(keep.at[:, 0].set(True) & tokens.valid)
-    return dataclasses.replace(tokens, valid=keep), Selection(logits=logits, scored=tokens.valid, keep=keep)
+    selection = select(logits, tokens.valid, stage, rule)
+    return dataclasses.replace(tokens, valid=selection.keep), selection
 
 
 # Rules --------------------------------------------------------------------------------------------

@@ -106,19 +106,38 @@ class TransformerLayer(nn.Module):
         return self.finish(flat, context.reshape(flat.shape), deterministic).reshape(shape)
 
     def attention_inputs(self, states: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[..., H] -> query, key, value, each [..., H]; the query already divided by sqrt(d)."""
+        """[..., H] -> query, key, value, each [..., H]."""
+        return self.queries(states), *self.keys_and_values(states)
+
+    def queries(self, states: jax.Array) -> jax.Array:
+        """[..., H] -> [..., H], already divided by sqrt(d)."""
         scale = (self.config.hidden_size // self.config.num_heads) ** -0.5
-        return self.query(states) * jnp.asarray(scale, self.dtype), self.key(states), self.value(states)
+        return self.query(states) * jnp.asarray(scale, self.dtype)
+
+    def keys_and_values(self, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[..., H] -> [..., H] twice."""
+        return self.key(states), self.value(states)
 
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array, deterministic: bool
     ) -> jax.Array:
-        """Multi-head attention over padded rows: [B, S, H] (thrice), bool [B, S] -> [B, S, H]."""
+        """Multi-head attention over padded rows.
+
+        Args:
+          query: [B, Q, H].
+          key, value: [B, S, H].
+          valid: bool [B, S].
+          deterministic: no dropout.
+
+        Returns:
+          [B, Q, H].
+        """
+        shape = query.shape
         # Heads in front and plain batched products: half the time of the einsum over [B, S, N, d]
         # on a CPU, where XLA does not find this form by itself.
-        query, key, value = (self._split_heads(x) for x in (query, key, value))  # [B, N, S, d]
+        query, key, value = (self._split_heads(x) for x in (query, key, value))  # [B, N, Q or S, d]
         product = precision(self.dtype)
-        scores = jnp.matmul(query, key.swapaxes(-1, -2), precision=product)  # [B, N, S, S]
+        scores = jnp.matmul(query, key.swapaxes(-1, -2), precision=product)  # [B, N, Q, S]
         # A large finite number, not -inf: a row without any valid token must not become NaN.
         scores = jnp.where(valid[:, None, None, :], scores.astype(jnp.float32), -1e30)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
@@ -126,7 +145,7 @@ class TransformerLayer(nn.Module):
         weights = self.attention_dropout(weights, deterministic=deterministic).astype(self.dtype)
         # Dividing the [S, d] product costs less than dividing the [S, S] weights.
         context = jnp.matmul(weights, value, precision=product) / total.astype(self.dtype)
-        return context.swapaxes(1, 2).reshape(*valid.shape, self.config.hidden_size)
+        return context.swapaxes(1, 2).reshape(shape)
 
     def finish(self, states: jax.Array, context: jax.Array, deterministic: bool) -> jax.Array:
         """What follows attention, token by token: [..., H] (twice) -> [..., H]."""

@@ -75,13 +75,17 @@ class TokenReducingClassifier(nn.Module):
         """Encoder output -> float32 logits [B, C]."""
         return self.head(self.encoder.sentence_state(tokens), deterministic)
 
-    # Pieces of the dense forward pass, for the residual scores.
+    # Pieces of the forward pass, for the residual scores and packed execution.
 
     def embed(
-        self, input_ids: jax.Array, mask: jax.Array, token_type_ids: jax.Array | None = None
+        self,
+        input_ids: jax.Array,
+        mask: jax.Array,
+        token_type_ids: jax.Array | None = None,
+        deterministic: bool = True,
     ) -> TokenSet:
-        """Token embeddings without dropout; see `Encoder.embed`."""
-        return self.encoder.embed(input_ids, mask, token_type_ids)
+        """Token embeddings; see `Encoder.embed`."""
+        return self.encoder.embed(input_ids, mask, token_type_ids, deterministic)
 
     def run_layers(self, tokens: TokenSet, layers: Sequence[int]) -> TokenSet:
         """Layers without dropout or reduction; see `Encoder.run_layers`."""

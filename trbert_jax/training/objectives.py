@@ -7,12 +7,13 @@ the batch), and what the stage adds: `guide` float32 [B, stages, S] (residual sc
 
 Every objective returns `Objective`; `mean_over_examples` is the only place where examples are
 averaged, so accumulating micro-batches or sharding the batch cannot change what is computed.
+`execute` runs the model, masked or packed: `modeling.model.forward`, `modeling.packed.packed_forward`.
 Source: paper, section 3.3; docs/method.md, "Training stages".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ from flax import struct
 
 from trbert_jax import tokens
 from trbert_jax.losses import initialization, policy, task
-from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier, forward
+from trbert_jax.modeling.model import Batch, ModelOutput, Params, TokenReducingClassifier, forward
+
+Execute = Callable[..., ModelOutput]
 
 
 @struct.dataclass
@@ -53,10 +56,15 @@ def mean_over_examples(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def dense_objective(
-    model: TokenReducingClassifier, params: Params, batch: Batch, *, dropout_rng: jax.Array | None = None
+    model: TokenReducingClassifier,
+    params: Params,
+    batch: Batch,
+    *,
+    dropout_rng: jax.Array | None = None,
+    execute: Execute = forward,
 ) -> Objective:
     """Fine-tuning of the dense model: cross entropy."""
-    logits = forward(model, params, batch, rule=None, dropout_rng=dropout_rng).logits
+    logits = execute(model, params, batch, rule=None, dropout_rng=dropout_rng).logits
     loss = task.cross_entropy(logits, batch["labels"])
     correct = (logits.argmax(-1) == batch["labels"]).astype(jnp.float32)
     return Objective(loss, batch["valid"].astype(jnp.float32), {"accuracy": correct})
@@ -69,13 +77,14 @@ def initialization_objective(
     *,
     per_length_scale: bool = False,
     dropout_rng: jax.Array | None = None,
+    execute: Execute = forward,
 ) -> Objective:
     """Selector initialisation: mean over tokens of |keep probability - rank|, summed over selectors.
 
     `per_length_scale` also multiplies by the mean of 1 / length over the (micro-)batch, as the
     published code does; with it alone, how an update is divided into micro-batches matters.
     """
-    output = forward(model, params, batch, rule=tokens.keep_all, dropout_rng=dropout_rng)
+    output = execute(model, params, batch, rule=tokens.keep_all, dropout_rng=dropout_rng)
     num_tokens = jnp.maximum(jnp.sum(batch["mask"], axis=-1), 1)
     valid = batch["valid"].astype(jnp.float32)
     error = initialization.rank_error(output.selections, batch["rank"]).sum(-1) / num_tokens
@@ -107,13 +116,14 @@ def sample_policy(
     max_length: int,
     temperature: float = 1.0,
     dropout_rng: jax.Array | None = None,
+    execute: Execute = forward,
 ) -> PolicySamples:
     """Runs every example K times under a (sampling) rule and rewards the runs.
 
     The task loss, and with it the reward, is the distillation loss where the batch brings
     `teacher_logits` and the cross entropy with the labels otherwise.
     """
-    output = forward(model, params, batch, rule=rule, num_copies=num_samples, dropout_rng=dropout_rng)
+    output = execute(model, params, batch, rule=rule, num_copies=num_samples, dropout_rng=dropout_rng)
 
     def copies(x: jax.Array) -> jax.Array:
         return jnp.tile(x, (num_samples,) + (1,) * (x.ndim - 1))
