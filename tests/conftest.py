@@ -9,5 +9,7 @@ import signal
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# No programs from earlier runs, none left behind.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 # A shell starts background jobs, and with them a whole CI run, deaf to Ctrl-C; the tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -44,6 +44,10 @@ EVALUATE = (
     "evaluate --model model --data data/test.jsonl --json out/result.json --predictions out/lines.jsonl"
 )
 PREDICT = "predict --model model --output out/lines.jsonl good"
+BENCHMARK = (
+    "benchmark --model model --data data/test.jsonl --batch-sizes 1 --executions packed"
+    " --json out/speed.json --plot out/speed.png"
+)
 CONVERT = "convert --input model --output out/model"
 
 
@@ -201,7 +205,7 @@ BAD_DATA: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "missing field": (LINE + '{"text": "a"}\n', (":2: no field 'label' (it has: 'text')", "expected 'text'")),
     "unreadable encoding": (
         LINE.encode() + '{"text": "caf\u00e9", "label": 1}\n'.encode("latin-1"),
-        (":2: not UTF-8", "convert the file to UTF-8"),
+        (":2: not UTF-8", "convert it to UTF-8"),
     ),
     "empty text": (LINE + '{"text": "", "label": 1}\n', (":2: the text is empty; remove the example",)),
     "text without tokens": (
@@ -276,7 +280,7 @@ BAD_MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
 MODEL_CASES = [
     Case(f"{name}, {command.split()[0]}", command, words, spoil)
     for name, (spoil, words) in BAD_MODELS.items()
-    for command in (EVALUATE, PREDICT, CONVERT)
+    for command in (EVALUATE, PREDICT, BENCHMARK, CONVERT)
 ]
 
 STEP_2 = "work/finetune/checkpoints/step_00000002"
@@ -420,7 +424,75 @@ WRITE_CASES = [
     ),
 ]
 
-CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES]
+BENCHMARK_CASES = [
+    Case(f"{name}, benchmark", command, words, spoil)
+    for name, command, words, spoil in (
+        ("missing data", BENCHMARK, ("data/test.jsonl: no such file",), remove("data/test.jsonl")),
+        ("empty file", BENCHMARK, ("data/test.jsonl: is empty",), write("data/test.jsonl", "")),
+        (
+            "malformed line",
+            BENCHMARK,
+            ("data/test.jsonl:2: not valid JSON",),
+            write("data/test.jsonl", LINE + '{"text": "a"\n'),
+        ),
+        (
+            "text without tokens",
+            BENCHMARK,
+            ("data/test.jsonl: text 2: the text has no tokens",),
+            write("data/test.jsonl", LINE + '{"text": ""}\n'),
+        ),
+        (
+            "unknown execution",
+            BENCHMARK.replace("packed", "packed,warp"),
+            ("--executions: there is no 'warp'; expected some of packed, masked, masked_full",),
+            lambda: None,
+        ),
+        (
+            "batch larger than the file",
+            BENCHMARK.replace("sizes 1", "sizes 1,4"),
+            ("--batch-sizes: 4 is more than the 3 texts of data/test.jsonl", "smaller batches"),
+            lambda: None,
+        ),
+        (
+            "random weights without a tokenizer",
+            BENCHMARK.replace("--model model", "--random minilm"),
+            ("--random takes tokenizer and kept tokens from another model", "--replay DIR"),
+            lambda: None,
+        ),
+        (
+            "random weights of an unknown size",
+            BENCHMARK.replace("--model model", "--random large --replay model"),
+            ("--random: there is no 'large'; expected one of bert-base, minilm",),
+            lambda: None,
+        ),
+        (
+            "nothing to replay",
+            BENCHMARK + " --replay models/other",
+            ("models/other: no such directory",),
+            lambda: None,
+        ),
+        (
+            "longer than the positions",
+            BENCHMARK + " --max-length 99",
+            ("max_length is 99; the model has 20 positions",),
+            lambda: None,
+        ),
+        (
+            "records below a file",
+            BENCHMARK.replace("out/speed.json", "config.yaml/speed.json"),
+            ("config.yaml/speed.json: cannot be written, Not a directory",),
+            lambda: None,
+        ),
+        (
+            "picture into a folder",
+            BENCHMARK.replace("out/speed.png", "data"),
+            ("data: is a directory, a file was expected",),
+            lambda: None,
+        ),
+    )
+]
+
+CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES, *BENCHMARK_CASES]
 
 
 # Running them -------------------------------------------------------------------------------------

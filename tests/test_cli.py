@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from trbert_jax import __version__
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
 
-COMMANDS = ("train", "evaluate", "predict", "convert", "split-hyperpartisan")
+COMMANDS = ("train", "evaluate", "predict", "compile", "benchmark", "convert", "split-hyperpartisan")
 
 
 @dataclasses.dataclass
@@ -33,13 +33,14 @@ class Prediction:
     kept: tuple[np.ndarray, ...]
     num_tokens: int
     truncated: bool
+    text: str
 
 
 class FakeModel:
     """Finds every text positive and keeps as many tokens as it has letters."""
 
-    chunks: list[int] = []  # noqa: RUF012 - reset by the fixture
     config = types.SimpleNamespace(labels=("bad", "gut"))
+    asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
 
     @classmethod
     def from_pretrained(cls, path: str) -> FakeModel:
@@ -47,13 +48,15 @@ class FakeModel:
             raise UserError("missing: no such directory")
         return cls()
 
-    def predict(self, texts: Sequence[str], batch_size: int, threshold: float) -> list[Prediction]:
-        self.chunks.append(len(texts))
+    def predict_stream(self, texts: Iterable[str], **options: Any) -> Iterator[Prediction]:
+        self.asked.append(options)
         scores = np.array([0.25, 0.75], np.float32)
-        return [
-            Prediction("gut", 1, scores, (np.arange(len(t)), np.array([0], np.int32)), len(t), len(t) > 99)
-            for t in texts
-        ]
+        for t in texts:
+            kept = (np.arange(len(t)), np.array([0], np.int32))
+            yield Prediction("gut", 1, scores, kept, len(t), len(t) > 99, t)
+
+    def compile(self, batch_size: int, execution: str | None) -> Iterator[tuple[str, float]]:
+        yield f"{execution}, {batch_size} x 8 tokens", 1.5
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def predictor(fake: Callable[..., None]) -> type[FakeModel]:
-    FakeModel.chunks = []
+    FakeModel.asked = []
     fake("inference", TRBert=FakeModel)
     return FakeModel
 
@@ -124,6 +127,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["evaluate", "--model", "m", "--data", "d", "--execution", "dense", "--baselines"], "drops none"),
         (["predict", "text"], "--model"),
         (["predict", "--model", "m", "--batch-size", "many"], "argument --batch-size"),
+        (["benchmark", "--data", "d"], "one of --model and --random"),
+        (["benchmark", "--data", "d", "--model", "m", "--random", "minilm"], "one of --model and --random"),
+        (["benchmark", "--data", "d", "--model", "m", "--batch-sizes", "1,0"], "argument --batch-sizes"),
+        (["benchmark", "--data", "d", "--model", "m", "--dtype", "float16"], "'float16'"),
         (["convert", "--input", "a", "--output", "b", "--keep-layers", "0,x"], "argument --keep-layers"),
         (["convert", "--input", "a", "--output", "b", "stray"], "unrecognized arguments: stray"),
         (["split-hyperpartisan", "--input", "a"], "--output"),
@@ -200,19 +207,20 @@ def test_reader_of_the_output_goes_away(tmp_path: Path) -> None:
         "sys.exit(main(['predict', '--model', 'm', '--batch-size', '1']))\n"
     )
     root = Path(__file__).parent.parent
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=root,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin
+    (tmp_path / "texts.txt").write_text("some text that is not short\n" * 20_000, encoding="utf-8")
+    with (
+        (tmp_path / "texts.txt").open("rb") as texts,
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=root,
+            stdin=texts,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
         assert process.stdout
         assert process.stderr
-        process.stdin.write("some text that is not short\n" * 20_000)
-        process.stdin.close()
         assert json.loads(process.stdout.readline())["label"] == "gut"
         process.stdout.close()
         errors = process.stderr.read()
@@ -338,13 +346,14 @@ def test_predict_jsonl_to_a_file(
     assert os.listdir(target.parent) == ["predictions.jsonl"]
 
 
-def test_predict_hands_on_a_few_batches_at_a_time(
+def test_predict_hands_options_and_lines_on(
     predictor: type[FakeModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "texts.txt"
     source.write_text("".join(f"{'x' * n}\n" for n in range(1, 71)), encoding="utf-8")
-    assert main(["predict", "--model", "m", "--file", str(source), "--batch-size", "1"]) == 0
-    assert predictor.chunks == [32, 32, 6]
+    options = ["--batch-size", "1", "--execution", "masked", "--threshold", "0.4"]
+    assert main(["predict", "--model", "m", "--file", str(source), *options]) == 0
+    assert predictor.asked == [{"batch_size": 1, "execution": "masked", "threshold": 0.4}]
     assert [line["num_tokens"] for line in lines_of(capsys.readouterr().out)] == list(range(1, 71))
 
 
@@ -352,7 +361,7 @@ def test_predict_hands_on_a_few_batches_at_a_time(
     ("name", "content", "message"),
     [
         ("texts.txt", b"", "texts.txt: is empty"),
-        ("texts.txt", b"ok\n\xff\n", "texts.txt: not UTF-8 (byte 3)"),
+        ("texts.txt", b"ok\n\xff\n", "texts.txt:2: not UTF-8 (byte 0 of the line)"),
         ("texts.jsonl", b'{"text": "ok"}\n{"text": \n', "texts.jsonl:2: not valid JSON"),
         ("texts.jsonl", b'{"text": "ok"}\n{"body": "x"}\n', 'texts.jsonl:2: an object with a string "text"'),
         ("texts.jsonl", b'{"text": 3}\n', "texts.jsonl:1: an object"),
@@ -379,7 +388,7 @@ def test_predict_refuses_bad_files(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "standard input: is empty"), (b"caf\xe9", "standard input: not UTF-8 (byte 3)")],
+    [(b"", "standard input: is empty"), (b"caf\xe9", "standard input:1: not UTF-8 (byte 3 of the line)")],
 )
 def test_predict_refuses_bad_standard_input(
     content: bytes,
@@ -406,6 +415,25 @@ def test_predict_mistakes(
 ) -> None:
     assert main(["predict", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+# compile ------------------------------------------------------------------------------------------
+
+
+def test_compile_says_what_takes_how_long_and_where_it_is(
+    predictor: type[FakeModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    assert main(["compile", "--model", "m", "--batch-size", "5", "--execution", "dense"]) == 0
+    assert capsys.readouterr().out == f"dense, 5 x 8 tokens  1.5 s\n{tmp_path}: programs ready, 1.5 s\n"
+
+
+def test_compile_needs_a_folder(predictor: type[FakeModel], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "--model", "m"]) == 2  # the tests run without a cache
+    assert "name one that can be written to in JAX_COMPILATION_CACHE_DIR" in capsys.readouterr().err
 
 
 # convert, split-hyperpartisan ---------------------------------------------------------------------

@@ -107,7 +107,10 @@ def test_diff_names_each_key_that_differs(tmp_path: Path) -> None:
         ("stages: []", ":4: stages: is empty"),
         ("stages: [policy, score]", ":4: stages: expected each stage once, in this order: finetune, score"),
         ("stages: [score, score]", ":4: stages: expected each stage once"),
-        ("evaluate: {execution: dens}", "execution: expected one of masked, batch_max, dense, got 'dens'"),
+        (
+            "evaluate: {execution: dens}",
+            "execution: expected one of packed, masked, batch_max, dense, got 'dens'",
+        ),
         (
             "finetune: {learning_rate: -1e-5}",
             "-1e-05 is out of range, expected a number above 0",

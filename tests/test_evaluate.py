@@ -67,7 +67,7 @@ def test_numbers_follow_from_the_predictions(folder: Path, result: dict[str, Any
     assert result["tokens"] == pytest.approx(np.mean(lengths))
     assert result["accuracy"] == np.mean([line["prediction"] == line["label"] for line in lines])
     assert result["examples_per_second"] > 0
-    assert (result["execution"], result["batch_size"], result["threshold"]) == ("masked", 8, 0.5)
+    assert (result["execution"], result["batch_size"], result["threshold"]) == ("packed", 8, 0.5)
 
 
 def test_lower_threshold_keeps_more(folder: Path, result: dict[str, Any]) -> None:

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import tiny_models
 
 from trbert_jax import TRBert
 from trbert_jax.errors import UserError
-from trbert_jax.inference import Prediction
+from trbert_jax.inference import WINDOW, Prediction
 from trbert_jax.modeling.model import TokenReducingClassifier
 from trbert_jax.tokens import keep_probable
 
@@ -148,22 +151,99 @@ def test_batch_independence(config: Any) -> None:
     assert len({p.label_id for p in together}) == 2, "a model that always says the same tests nothing"
 
 
-def test_shapes_are_compiled_once() -> None:
-    model, compiled = make(), []
-    jax.monitoring.register_event_duration_secs_listener(
-        compiled_listener := lambda event, *_, **__: (
-            compiled.append(event) if event.endswith("backend_compile_duration") else None
+# Streams and compilation --------------------------------------------------------------------------
+
+
+def test_a_stream_is_read_as_it_is_used(model: TRBert) -> None:
+    texts, taken = some_texts(10 * WINDOW), []
+
+    def source() -> Iterator[str]:
+        for i, text in enumerate(texts):
+            taken.append(i)
+            yield text
+
+    stream = model.predict_stream(source(), batch_size=2)
+    assert not taken
+    first = next(stream)
+    assert len(taken) == 4 * WINDOW  # the window that runs, and the next
+    predictions = [first, *stream]
+    assert [p.text for p in predictions] == texts
+    assert_same(predictions[::97], [model.predict([text])[0] for text in texts[::97]])
+
+
+def test_a_stream_ends_with_its_source(model: TRBert) -> None:
+    assert list(model.predict_stream(iter(()))) == []
+
+    def source() -> Iterator[str]:
+        yield "some text"
+        raise UserError("line 2 is broken")
+
+    with pytest.raises(UserError, match="line 2 is broken"):
+        list(model.predict_stream(source()))
+    with pytest.raises(UserError, match=r"texts\[1\] is a int"):
+        list(model.predict_stream(["a", 1]))  # type: ignore[list-item]
+    with pytest.raises(UserError, match="batch_size is 0"):
+        model.predict_stream([], batch_size=0)
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """One entry for each compilation."""
+    events: list[str] = []
+
+    def listener(event: str, *_: Any, **__: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_nothing_is_compiled_after_the_warm_up(compilations: list[str]) -> None:
+    model, rng = make(), np.random.default_rng(2)
+    named = [name for name, seconds in model.compile(batch_size=8) if seconds > 0]
+    assert named == [f"packed, {rows} x 18 tokens" for rows in (1, 4, 8)]
+    first = len(compilations)
+    assert first >= len(named)
+    for seed in range(200):
+        model.predict(some_texts(int(rng.integers(1, 20)), seed=seed), batch_size=8)
+    assert len(compilations) == first
+
+
+_CACHED = """
+import sys
+from trbert_jax import compilation_cache
+compilation_cache.enable()
+import jax
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+from trbert_jax.cli import main
+assert main(["compile", "--model", sys.argv[1], "--batch-size", "1"]) == 0
+print(sum(name.endswith("/cache_hits") for name in hits), "from the cache")
+"""
+
+
+def test_the_next_process_finds_the_programs(model: TRBert, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "caches")}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", _CACHED, str(tmp_path / "model")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
-    )
-    try:
-        model.predict(some_texts(30))
-        first = len(compiled)
-        assert first > 0
-        model.predict(some_texts(30, seed=9))
-        model.predict(some_texts(27, seed=8))
-        assert len(compiled) == first
-    finally:
-        jax.monitoring.unregister_event_duration_listener(compiled_listener)
+        for _ in range(2)
+    ]
+    assert "programs ready" in outputs[0].stdout
+    assert str(tmp_path / "caches") in outputs[0].stdout
+    assert outputs[0].stdout.endswith("\n0 from the cache\n")
+    assert not outputs[1].stdout.endswith("\n0 from the cache\n")
+    assert outputs[1].stderr == ""
 
 
 # Saving and loading -------------------------------------------------------------------------------

@@ -39,15 +39,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE | CONFIG,
     "checkpoint_folder": LEAVES,
     "checkpoint": LEAVES | {"checkpoint_folder"},
-    "runner": RUN,
+    "execution": RUN,
+    "runner": RUN | {"execution"},
     # The stages of training run the model as evaluation does.
-    "training": RUN | {"runner", "evaluate"},
-    "inference": RUN | {"runner"},
-    "evaluate": RUN | {"runner", "inference"},
+    "training": RUN | {"execution", "runner", "evaluate"},
+    "inference": RUN | {"execution", "runner"},
+    "evaluate": RUN | {"execution", "runner", "inference"},
+    "text_input": BASE | {"data"},
+    "compilation_cache": set(),
+    "benchmark": RUN | {"execution", "runner", "inference", "text_input", "compilation_cache"},
     "arguments": BASE,
-    "cli": RUN | {"arguments", "training", "inference", "evaluate"},
+    "cli": RUN
+    | {"arguments", "training", "inference", "evaluate", "text_input", "compilation_cache", "benchmark"},
 }
-WITHOUT_JAX = {"errors", "files", "metrics", "data", "arguments", "cli"} | CONFIG
+WITHOUT_JAX = {
+    "errors",
+    "files",
+    "metrics",
+    "data",
+    "text_input",
+    "compilation_cache",
+    "arguments",
+    "cli",
+} | CONFIG
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 # Slow to import, or not always installed: imported where they are used, never with the module.
 LAZY = {"tensorflow_datasets", "torch", "matplotlib"}

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tiny_models
 
-from trbert_jax import runner as runner_module
-from trbert_jax import tokens
+from trbert_jax import execution, tokens
 from trbert_jax.data.batching import width_ladder
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
+from trbert_jax.execution import EXECUTIONS, Programs
 from trbert_jax.modeling.model import TokenReducingClassifier, forward
 from trbert_jax.runner import Outputs, Runner
 
@@ -60,9 +60,10 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[int]:
 
     def counting(model, params, batch, **options):  # type: ignore[no-untyped-def]
         counts[batch["input_ids"].shape[1]] += 1
-        return forward(model, params, batch, **options)
+        return packed.forward(model, params, batch, **options)
 
-    monkeypatch.setattr(runner_module, "forward", counting)
+    packed = EXECUTIONS["packed"]
+    monkeypatch.setitem(EXECUTIONS, "packed", dataclasses.replace(packed, forward=counting))
     return counts
 
 
@@ -233,7 +234,7 @@ def test_compiles_once_for_each_rule_and_width(traces: collections.Counter[int],
     fresh = Runner(MODEL, 8)
     for _ in range(2):
         fresh.run(PARAMS, FEATURES)
-        fresh.run(PARAMS, make_features(23, seed=5), "masked", threshold=0.3)
+        fresh.run(PARAMS, make_features(23, seed=5), "packed", threshold=0.3)
     assert traces == dict.fromkeys(WIDTHS, 1)
     for seed in (0, 1):
         fresh.baseline(PARAMS, FEATURES, "random", masked.num_kept, seed)
@@ -245,3 +246,14 @@ def test_progress_counts_batches_and_examples(runner: Runner) -> None:
     runner.run(PARAMS, FEATURES, progress=lambda step, examples: calls.append((step, examples)))
     assert calls == [(1, BATCH), (2, NUM - BATCH)]
     assert runner.num_batches(FEATURES) == 2
+
+
+def test_a_storm_of_compilations_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for ever other batch sizes is told why it takes so long, and then left alone."""
+    monkeypatch.setattr(execution, "MANY_PROGRAMS", 2)
+    programs = Programs(MODEL)
+    features = FEATURES.take([0])
+    Runner(MODEL, 1, programs).run(PARAMS, features)
+    with pytest.warns(RuntimeWarning, match="2 programs have been compiled .* 1 x 48 .* batch size"):
+        Runner(MODEL, 2, programs).run(PARAMS, features)
+    Runner(MODEL, 3, programs).run(PARAMS, features)

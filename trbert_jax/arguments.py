@@ -54,6 +54,14 @@ examples:
   trbert predict --model work/imdb/model --file reviews.jsonl --output predictions.jsonl
   cat reviews.txt | trbert predict --model work/imdb/model
 """
+COMPILE_EXAMPLES = """\
+Compiles what predict and evaluate need with this batch size: one text, a few texts and full batches,
+short and long ones. The programs are kept in ~/.cache/trbert_jax (or $JAX_COMPILATION_CACHE_DIR), so
+that the next process starts at once.
+
+example:
+  trbert compile --model work/imdb/model --batch-size 32
+"""
 CONVERT_EXAMPLES = """\
 Reads a Hugging Face BERT or DistilBERT, or a checkpoint of the published TR-BERT code, and writes
 it in this project's form: config.json, model.safetensors, tokenizer files.
@@ -62,6 +70,18 @@ examples:
   trbert convert --input downloads/trbert-imdb --output models/imdb
   trbert convert --input bert-base-uncased --output models/bert-1024 --max-positions 1024
   trbert convert --input distilbert-base-uncased --output models/distil3 --keep-layers 0,2,4
+"""
+BENCHMARK_EXAMPLES = """\
+Times the ways to run a model side by side, on the same texts in the same batches: packed (what is kept
+and nothing else), masked (everything is computed), masked_full (all texts padded to the model's longest),
+batch_max (the published evaluation), dense and dense_full (nothing is dropped) and, where PyTorch is
+installed, huggingface. "realised" in the table is how much faster than masked_full a way is, as a share
+of how many fewer FLOPs it needs: 1 where every FLOP saved saves its time.
+
+examples:
+  trbert benchmark --model work/imdb/model --data test.jsonl --max-texts 256 --json speed.json
+  trbert benchmark --model work/imdb/model --data test.jsonl --batch-sizes 32 --plot speed.png
+  trbert benchmark --random bert-base --replay work/imdb/model --data test.jsonl --max-length 256
 """
 SPLIT_EXAMPLES = """\
 Shuffles with a fixed seed and writes train.jsonl, dev.jsonl and test.jsonl, the published split.
@@ -105,6 +125,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         getattr(args, positional).extend(late + literal)
     if args.command == "evaluate":
         _check_evaluate(command, args)
+    if args.command == "benchmark" and bool(args.model) == bool(args.random):
+        command.error("one of --model and --random is needed")
     return args
 
 
@@ -149,13 +171,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
     )
     evaluate.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there, as JSON")
-    evaluate.add_argument(
-        "--execution",
-        choices=("masked", "batch_max", "dense"),
-        help="masked: each text keeps what it needs (default for a trained model); batch_max: each text keeps"
-        " as many tokens as the text that keeps most in its batch, as the published code does; dense:"
-        " nothing is dropped",
-    )
+    _add_execution(evaluate)
     _add_threshold(evaluate)
     evaluate.add_argument(
         "--predictions", metavar="FILE", type=Path, help="write a JSON line for each text there"
@@ -185,8 +201,17 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     predict.add_argument(
         "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
     )
+    _add_execution(predict)
     _add_threshold(predict)
     predict.add_argument("--with-text", action="store_true", help="repeat the text in each line")
+
+    compile_ = command("compile", "compile a model ahead of its use", COMPILE_EXAMPLES)
+    compile_.add_argument("--model", required=True, metavar="DIR", help="folder of a trained model")
+    compile_.add_argument(
+        "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
+    )
+    _add_execution(compile_)
+    _add_benchmark(command("benchmark", "time the ways to run a model side by side", BENCHMARK_EXAMPLES))
 
     convert = command("convert", "bring a checkpoint into this project's form", CONVERT_EXAMPLES)
     convert.add_argument("--input", required=True, metavar="DIR", help="folder of a checkpoint, or a hub id")
@@ -221,9 +246,59 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     return parser, subparsers.choices
 
 
+def _add_benchmark(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="folder of a trained model")
+    parser.add_argument(
+        "--random",
+        metavar="SIZE",
+        help="bert-base, minilm or tiny: random weights as the model; the tokenizer is that of --replay",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        type=Path,
+        help='one text a line; .jsonl: objects with "text"',
+    )
+    parser.add_argument(
+        "--replay",
+        metavar="DIR",
+        help="keep the tokens that this model keeps, rather than the model's own choice",
+    )
+    parser.add_argument(
+        "--batch-sizes", metavar="N,N", type=_counts, help="default 1,8,32,128, as far as there are texts"
+    )
+    parser.add_argument("--executions", metavar="A,B", type=_names, help="what to time; default all")
+    parser.add_argument("--max-texts", metavar="N", type=_count, help="only the first N texts of the file")
+    parser.add_argument(
+        "--max-length", metavar="N", type=_count, help="tokens after which a text is cut; default the model's"
+    )
+    parser.add_argument(
+        "--repeats", metavar="N", type=_count, default=5, help="times everything N times (default 5)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="what to compute in (default float32)",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write a list of records there, as JSON")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw them there, as PNG")
+
+
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file"
+    )
+
+
+def _add_execution(parser: _Parser) -> None:
+    parser.add_argument(
+        "--execution",
+        choices=("packed", "masked", "batch_max", "dense"),
+        help="packed: each text keeps what it needs, and nothing else is computed (default for a trained"
+        " model); masked: the same numbers, slower; batch_max: each text keeps as many tokens as the text"
+        " that keeps most in its batch, as the published code does; dense: nothing is dropped",
     )
 
 
@@ -252,6 +327,10 @@ def _integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"numbers with commas between them were expected, not {text!r}"
         ) from None
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(number.strip()) for number in text.split(",")]
 
 
 def _probability(text: str) -> float:

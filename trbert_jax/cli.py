@@ -1,4 +1,4 @@
-"""The command line: `trbert train`, `evaluate`, `predict`, `convert`, `split-hyperpartisan`.
+"""The command line: `trbert train`, `evaluate`, `predict`, `compile`, `benchmark`, `convert`, ...
 
 Reads arguments, calls the library, prints. Whatever is slow to import is imported by the command
 that needs it, so that help and a mistyped argument answer at once.
@@ -7,6 +7,7 @@ that needs it, so that help and a mistyped argument answer at once.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -14,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from trbert_jax import compilation_cache
 from trbert_jax.arguments import parse_arguments
 from trbert_jax.errors import UserError
-from trbert_jax.files import atomic_file, check_writable, read_text, write_json
+from trbert_jax.files import atomic_file, check_writable, write_json
 
 if TYPE_CHECKING:
     from trbert_jax.inference import TRBert
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+USES_MODEL = ("train", "evaluate", "predict", "compile")
 RESUME = "run the same command again to go on from the last checkpoint"
 
 
@@ -41,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_arguments(argv)
     except SystemExit as stop:  # argparse has printed help, the version or what is wrong
         return stop.code if isinstance(stop.code, int) else EXIT_USER_ERROR
+    if args.command in USES_MODEL:
+        compilation_cache.enable()
     # Importing transformers without PyTorch is what we mean to do; its advice is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
@@ -97,17 +102,60 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    texts = _read_texts(args)
+    texts = _texts(args)
     if args.output:
         check_writable(args.output)
     from trbert_jax.inference import TRBert
 
-    lines = _prediction_lines(TRBert.from_pretrained(args.model), texts, args)
+    lines = _prediction_lines(TRBert.from_pretrained(args.model), args, texts)
     if args.output:
         with atomic_file(args.output) as stream:
             _write_lines(stream, lines)
     else:
         _write_lines(sys.stdout, lines)
+
+
+def _compile(args: argparse.Namespace) -> None:
+    from trbert_jax.inference import TRBert
+
+    if not (directory := compilation_cache.directory()):
+        raise UserError(
+            "nothing would be kept: no folder for compiled programs; name one that can be written to in"
+            f" {compilation_cache.VARIABLE}"
+        )
+    model = TRBert.from_pretrained(args.model)
+    total = 0.0
+    for program, seconds in model.compile(args.batch_size, args.execution):
+        total += seconds
+        print(f"{program}  {seconds:.1f} s", flush=True)
+    print(f"{directory}: programs ready, {total:.1f} s")
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    for path in filter(None, (args.json, args.plot)):
+        check_writable(path)
+    from trbert_jax.benchmark.command import benchmark_file
+    from trbert_jax.benchmark.plot import plot_benchmark
+    from trbert_jax.benchmark.records import table
+
+    records = benchmark_file(
+        args.data,
+        model_dir=args.model,
+        random=args.random,
+        replay_dir=args.replay,
+        batch_sizes=args.batch_sizes,
+        executions=args.executions,
+        max_texts=args.max_texts,
+        max_length=args.max_length,
+        repeats=args.repeats,
+        dtype=args.dtype,
+        announce=_say,
+    )
+    print("\n".join(table(records)))
+    if args.json:
+        write_json(args.json, records)
+    if args.plot:
+        plot_benchmark(records, args.plot)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -144,6 +192,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "compile": _compile,
+    "benchmark": _benchmark,
     "convert": _convert,
     "split-hyperpartisan": _split_hyperpartisan,
 }
@@ -152,59 +202,33 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 # Input and output of predict, table of evaluate ---------------------------------------------------
 
 
-def _read_texts(args: argparse.Namespace) -> list[str]:
+def _texts(args: argparse.Namespace) -> Iterable[str]:
+    from trbert_jax.text_input import read_texts
+
     if args.texts and args.file:
         raise UserError("texts are given both as arguments and by --file; give one of the two")
     if args.texts:
         return list(args.texts)
-    if args.file:
-        content, name = read_text(args.file), str(args.file)
-    else:
-        if sys.stdin.isatty():
-            _say("reading texts from the keyboard, one a line; Ctrl-D ends")
-        name = "standard input"
-        try:
-            content = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name}: not UTF-8 (byte {error.start}); convert it to UTF-8 first") from error
-    # Not str.splitlines, which also breaks lines at characters that occur inside texts.
-    lines = content.removesuffix("\n").split("\n") if content else []
-    if not lines:
-        raise UserError(f"{name}: is empty; one text a line was expected")
-    if name.endswith(".jsonl"):
-        return [_text_of_record(name, number, line) for number, line in enumerate(lines, 1)]
-    return lines
+    if not args.file and sys.stdin.isatty():
+        _say("reading texts from the keyboard, one a line; Ctrl-D ends")
+    texts = read_texts(args.file)
+    first = next(texts)  # a missing or empty file shows before the slow loading of the model
+    return itertools.chain([first], texts)
 
 
-def _text_of_record(name: str, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # the latter: brackets without end
-        raise UserError(
-            f"{name}:{number}: not valid JSON ({error}); one object a line was expected"
-        ) from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise UserError(f'{name}:{number}: an object with a string "text" was expected')
-    return record["text"]
-
-
-def _prediction_lines(model: TRBert, texts: Sequence[str], args: argparse.Namespace) -> Iterator[str]:
-    # A few batches at a time: output begins early, and texts of like length still share a batch.
-    chunk = 32 * args.batch_size
-    options = {"batch_size": args.batch_size, "threshold": args.threshold}
-    for start in range(0, len(texts), chunk):
-        some = texts[start : start + chunk]
-        for text, prediction in zip(some, model.predict(some, **options), strict=True):
-            record = {
-                **({"text": text} if args.with_text else {}),
-                "label": prediction.label,
-                "label_id": prediction.label_id,
-                "scores": dict(zip(model.config.labels, prediction.scores.tolist(), strict=True)),
-                "kept": [positions.tolist() for positions in prediction.kept],
-                "num_tokens": prediction.num_tokens,
-                "truncated": prediction.truncated,
-            }
-            yield json.dumps(record, ensure_ascii=False)
+def _prediction_lines(model: TRBert, args: argparse.Namespace, texts: Iterable[str]) -> Iterator[str]:
+    options = {"batch_size": args.batch_size, "execution": args.execution, "threshold": args.threshold}
+    for prediction in model.predict_stream(texts, **options):
+        record = {
+            **({"text": prediction.text} if args.with_text else {}),
+            "label": prediction.label,
+            "label_id": prediction.label_id,
+            "scores": dict(zip(model.config.labels, prediction.scores.tolist(), strict=True)),
+            "kept": [positions.tolist() for positions in prediction.kept],
+            "num_tokens": prediction.num_tokens,
+            "truncated": prediction.truncated,
+        }
+        yield json.dumps(record, ensure_ascii=False)
 
 
 def _write_lines(stream: IO[str], lines: Iterable[str]) -> None:

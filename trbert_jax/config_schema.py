@@ -127,6 +127,8 @@ class TrainingConfig:
       keep_checkpoints: latest checkpoints to keep; the best one is kept besides.
       output: the checkpoint that the next stage starts from, the last or the best on dev.
       dropout: whether dropout is on.
+      execution: packed computes the tokens that are there; masked computes every position of the padded
+        batch and masks what was dropped. The same numbers but for dropout's masks.
     """
 
     batch_size: Count = 8
@@ -143,6 +145,7 @@ class TrainingConfig:
     keep_checkpoints: Count = 2
     output: Literal["last", "best"] = "last"
     dropout: bool = True
+    execution: Literal["packed", "masked"] = "packed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,16 +233,17 @@ class EvaluateConfig:
       batch_size: examples of one forward pass; predictions do not depend on it unless execution is
         batch_max.
       split: test or dev; evaluations during training always use dev.
-      execution: masked keeps what each example's own selection keeps; batch_max fills every row up
+      execution: packed keeps what each example's own selection keeps and computes nothing else; masked
+        does the same more slowly, as a reference; batch_max fills every row up
         to the batch's largest count, as the published code does; dense drops nothing.
       baselines: selections that learned nothing, evaluated at the same kept counts: random, first_k.
       thresholds: keep probabilities from which a token is kept, at which the final model is evaluated
-        too (masked); a low one keeps more tokens. Everything else uses 0.5.
+        too; a low one keeps more tokens. Everything else uses 0.5.
     """
 
     batch_size: Count = 32
     split: Literal["test", "dev"] = "test"
-    execution: Literal["masked", "batch_max", "dense"] = "masked"
+    execution: Literal["packed", "masked", "batch_max", "dense"] = "packed"
     baselines: tuple[Literal["random", "first_k"], ...] = ()
     thresholds: tuple[Threshold, ...] = ()
 

@@ -12,12 +12,13 @@ import numpy as np
 from trbert_jax.data.features import FeatureSet, build_features
 from trbert_jax.data.readers import read_file
 from trbert_jax.errors import UserError
+from trbert_jax.execution import DEFAULT_THRESHOLD
 from trbert_jax.files import atomic_file
 from trbert_jax.inference import TRBert
 from trbert_jax.metrics import flops
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import Params
-from trbert_jax.runner import DEFAULT_THRESHOLD, Outputs, Runner
+from trbert_jax.runner import Outputs, Runner
 
 
 def evaluate_file(
@@ -37,9 +38,9 @@ def evaluate_file(
       model_dir: see `TRBert.from_pretrained`.
       data_file: `.jsonl` with `text` and `label`, or `.csv` with label and text.
       batch_size: examples of one forward pass.
-      execution: `masked`, `batch_max` or `dense`; None for what suits the model (`masked`, if its
+      execution: `packed`, `masked`, `batch_max` or `dense`; None for what suits the model (`packed`, if its
         selectors have been trained).
-      threshold: keep probability from which a token is kept, for `masked`.
+      threshold: keep probability from which a token is kept, for `packed` and `masked`.
       predictions: file for one JSON line an example.
       baselines: of `random`, `first_k`: selections that learned nothing, at the same kept counts.
       seed: of the random baseline.
@@ -87,9 +88,7 @@ def run_thresholds(
 ) -> dict[str, dict[str, Any]]:
     """Evaluates one model at several points between keeping more and keeping less."""
     return {
-        str(threshold): summarize(
-            runner.run(params, features, "masked", threshold=threshold), runner.model.config
-        )
+        str(threshold): summarize(runner.run(params, features, threshold=threshold), runner.model.config)
         for threshold in thresholds
     }
 

@@ -11,7 +11,9 @@ text alone: not on the batch it ran in, nor on the order of the texts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -20,12 +22,21 @@ import numpy as np
 
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
+from trbert_jax.execution import (
+    DEFAULT_EXECUTION,
+    DEFAULT_THRESHOLD,
+    EXECUTIONS,
+    Programs,
+    check_execution,
+)
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import Params, TokenReducingClassifier
 from trbert_jax.modeling.pretrained import Announce, load_pretrained, save_pretrained, to_stderr
 from trbert_jax.modeling.tokenizer_files import Tokenizer, check_vocabulary
-from trbert_jax.runner import DEFAULT_THRESHOLD, EXECUTIONS, Runner
+from trbert_jax.runner import Outputs, Runner
 
+WINDOW = 32  # batches within which texts are sorted by length
+SMALL = (1, 4)  # rows of small batches, for requests of a few texts
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -41,6 +52,7 @@ class Prediction:
         position 0 ([CLS]) always does. Empty for dense execution.
       num_tokens: tokens of the text as the model read it, [CLS] and [SEP] included.
       truncated: whether the text was longer than `TRBert.config.max_length` tokens and was cut.
+      text: the text.
       input_ids: int32 [num_tokens].
     """
 
@@ -50,6 +62,7 @@ class Prediction:
     kept: tuple[np.ndarray, ...]
     num_tokens: int
     truncated: bool
+    text: str = dataclasses.field(repr=False)
     input_ids: np.ndarray
     _tokenizer: Tokenizer = dataclasses.field(repr=False)
 
@@ -99,6 +112,7 @@ class TRBert:
         self.tokenizer = tokenizer
         self.fresh = tuple(fresh)
         self._model = TokenReducingClassifier(config, _DTYPES[dtype])
+        self.programs = Programs(self._model)
         self._runners: dict[int, Runner] = {}
 
     @classmethod
@@ -131,8 +145,8 @@ class TRBert:
 
     @property
     def default_execution(self) -> str:
-        """`masked`, or `dense` for a model whose selectors nothing has trained."""
-        return "dense" if "selectors" in self.fresh else "masked"
+        """`packed`, or `dense` for a model whose selectors nothing has trained."""
+        return "dense" if "selectors" in self.fresh else DEFAULT_EXECUTION
 
     def predict(
         self,
@@ -146,10 +160,11 @@ class TRBert:
         Args:
           texts: any number, empty ones too; one longer than `config.max_length` tokens is cut.
           batch_size: texts a forward pass; has no influence on the results.
-          execution: `masked` drops tokens for each text by itself. `batch_max` is the published
+          execution: `packed` drops tokens for each text by itself and computes nothing else; `masked`
+            gives the same numbers and computes everything. `batch_max` is the published
             evaluation, in which a text keeps as many tokens as the greediest one of its batch, so
             results depend on the batch. `dense` drops nothing. None takes `default_execution`.
-          threshold: keep probability from which a token is kept, for `masked`: a lower one keeps more
+          threshold: keep probability from which a token is kept (not for `batch_max`): a lower one keeps more
             tokens, which costs time and usually gains accuracy, without training anything again.
 
         Returns:
@@ -158,42 +173,103 @@ class TRBert:
         Raises:
           UserError: something else than a list of strings, a bad option, no tokenizer.
         """
-        execution = execution or self.default_execution
-        if execution not in EXECUTIONS:
-            raise UserError(f"execution is {execution!r}; expected one of {', '.join(EXECUTIONS)}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"batch_size is {batch_size!r}; expected a whole number, at least 1")
         _check_texts(texts)
-        if not texts:
-            return []
-        features, truncated = self._encode(texts)
-        # Few texts do not fill a batch; powers of two keep the number of shapes small.
-        rows = min(batch_size, 1 << (len(texts) - 1).bit_length())
-        output = self.runner(rows).run(self.params, features, execution, threshold=threshold)
+        return list(self.predict_stream(texts, batch_size, execution, threshold))
+
+    def predict_stream(
+        self,
+        texts: Iterable[str],
+        batch_size: int = 32,
+        execution: str | None = None,
+        threshold: float = DEFAULT_THRESHOLD,
+    ) -> Iterator[Prediction]:
+        """Classifies any number of texts, of which only a few batches are in memory at a time.
+
+        Texts of like length share a batch within a window of `WINDOW` batches; the next window is read
+        and tokenized while this one is computed.
+
+        Args:
+          texts: read as needed.
+          batch_size, execution, threshold: as in `predict`.
+
+        Returns:
+          Predictions in the order of the texts.
+
+        Raises:
+          UserError: as `predict`; a bad option at once, a bad text when its window is reached.
+        """
+        execution = execution or self.default_execution
+        check_execution(execution, threshold)
+        _check_batch_size(batch_size)
+        return self._predict_windows(iter(texts), batch_size, execution, threshold)
+
+    def _predict_windows(
+        self, texts: Iterator[str], batch_size: int, execution: str, threshold: float
+    ) -> Iterator[Prediction]:
+        def read() -> list[str]:
+            return list(itertools.islice(texts, WINDOW * batch_size))
+
+        if not (window := read()):
+            return
+        rows = _num_rows(len(window), batch_size)
+        with ThreadPoolExecutor(1) as pool:  # the tokenizer works outside Python's lock
+            encoding = pool.submit(self._encode, window)
+            while window:
+                features, truncated = encoding.result()
+                if following := read():
+                    encoding = pool.submit(self._encode, following)
+                output = self.runner(rows).run(self.params, features, execution, threshold=threshold)
+                yield from self._predictions(window, features, truncated, output)
+                window = following
+
+    def _predictions(
+        self, texts: Sequence[str], features: FeatureSet, truncated: Sequence[bool], output: Outputs
+    ) -> Iterator[Prediction]:
         scores = np.exp(output.logits - output.logits.max(-1, keepdims=True))
         scores /= scores.sum(-1, keepdims=True)  # [n, C]
         winners = output.logits.argmax(-1)
-        return [
-            Prediction(
+        for i, text in enumerate(texts):
+            yield Prediction(
                 label=self.config.labels[winners[i]],
                 label_id=int(winners[i]),
                 scores=scores[i],
                 kept=tuple(stage[i] for stage in output.kept),
                 num_tokens=int(features.lengths[i]),
                 truncated=truncated[i],
+                text=text,
                 input_ids=features.tokens[features.offsets[i] : features.offsets[i + 1]],
                 _tokenizer=self.tokenizer,
             )
-            for i in range(len(texts))
-        ]
+
+    def compile(self, batch_size: int = 32, execution: str | None = None) -> Iterator[tuple[str, float]]:
+        """Compiles ahead of time what `predict` needs with this batch size.
+
+        Args:
+          batch_size, execution: as in `predict`.
+
+        Yields:
+          The name of each program and the seconds that compiling it took.
+
+        Raises:
+          UserError: a bad option.
+        """
+        execution = execution or self.default_execution
+        check_execution(execution)
+        _check_batch_size(batch_size)
+        for rows in sorted({_num_rows(n, batch_size) for n in (*SMALL, batch_size)}):
+            runner = self.runner(rows)
+            for width in EXECUTIONS[execution].widths(self.config.max_length):
+                seconds = runner.compile(self.params, execution, width)
+                yield f"{execution}, {rows} x {width} tokens", seconds
 
     def runner(self, batch_size: int) -> Runner:
         """What runs the model in batches of this many rows; kept, because it holds compiled programs."""
         if batch_size not in self._runners:
-            self._runners[batch_size] = Runner(self._model, batch_size)
+            self._runners[batch_size] = Runner(self._model, batch_size, self.programs)
         return self._runners[batch_size]
 
     def _encode(self, texts: Sequence[str]) -> tuple[FeatureSet, list[bool]]:
+        _check_texts(texts)
         if self.tokenizer is None:
             raise UserError(
                 "this model has no tokenizer; put the tokenizer.json or vocab.txt of the model it was "
@@ -216,6 +292,16 @@ class TRBert:
             digest="",
         )
         return features, truncated
+
+
+def _num_rows(num_texts: int, batch_size: int) -> int:
+    """Rows of a batch for so many texts: few shapes to compile, and a small one for a small request."""
+    return min([rows for rows in SMALL if rows >= num_texts] + [batch_size])
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size!r}; expected a whole number, at least 1")
 
 
 def _check_texts(texts: Sequence[str]) -> None:

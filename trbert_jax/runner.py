@@ -5,26 +5,25 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax import tokens
-from trbert_jax.data.batching import length_batches, pad_batch, width_ladder
+from trbert_jax.data.batching import length_batches, pad_batch
 from trbert_jax.data.features import FeatureSet
-from trbert_jax.errors import UserError
+from trbert_jax.execution import (
+    DEFAULT_EXECUTION,
+    DEFAULT_THRESHOLD,
+    EXECUTIONS,
+    Execution,
+    Inputs,
+    Programs,
+    check_execution,
+    with_threshold,
+)
 from trbert_jax.metrics.classification import accuracy
-from trbert_jax.modeling.model import Params, TokenReducingClassifier, forward
-
-# What decides about tokens, given the batch that the compiled program sees; None drops nothing.
-EXECUTIONS: dict[str, Callable[[dict[str, jax.Array]], tokens.Rule | None]] = {
-    "masked": lambda batch: tokens.keep_above(batch["min_logit"][0]),
-    "batch_max": lambda batch: tokens.keep_batch_max,
-    "dense": lambda batch: None,
-}
-DEFAULT_THRESHOLD = 0.5  # the published rule
+from trbert_jax.modeling.model import Params, TokenReducingClassifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,21 +56,15 @@ class Outputs:
         return accuracy(self.logits.argmax(-1), self.labels)
 
 
-def check_threshold(threshold: float, execution: str) -> None:
-    """Raises a UserError unless `threshold` is one that `execution` can use."""
-    if not isinstance(threshold, float) or not 0 < threshold < 1:
-        raise UserError(f"threshold is {threshold!r}; expected a probability above 0 and below 1")
-    if execution != "masked" and threshold != DEFAULT_THRESHOLD:
-        raise UserError(f"threshold is {threshold!r}, but {execution} execution has none; use masked")
-
-
 class Runner:
     """Runs a model over feature sets; one compilation a batch shape and rule, none after that."""
 
-    def __init__(self, model: TokenReducingClassifier, batch_size: int) -> None:
+    def __init__(
+        self, model: TokenReducingClassifier, batch_size: int, programs: Programs | None = None
+    ) -> None:
         self.model = model
         self.batch_size = batch_size
-        self._compiled: dict[tuple[str, int], Callable[..., Any]] = {}
+        self.programs = programs or Programs(model)
 
     def num_batches(self, features: FeatureSet) -> int:
         """Batches of a run over `features`."""
@@ -81,7 +74,7 @@ class Runner:
         self,
         params: Params,
         features: FeatureSet,
-        execution: str = "masked",
+        execution: str = DEFAULT_EXECUTION,
         progress: Callable[[int, int], None] | None = None,
         threshold: float = DEFAULT_THRESHOLD,
     ) -> Outputs:
@@ -92,17 +85,29 @@ class Runner:
           features: n examples.
           execution: a key of `EXECUTIONS`.
           progress: called after each batch with the number of batches done and its examples.
-          threshold: keep probability from which a token is kept, for `masked`.
+          threshold: keep probability from which a token is kept, for an exact execution.
 
         Raises:
-          UserError: a threshold that is no probability, or one for an execution that has none.
+          UserError: no such execution, a threshold that is no probability, or one for an execution that has
+            none.
         """
-        check_threshold(threshold, execution)
+        check_execution(execution, threshold)
         # An input of the compiled program, which all thresholds share.
         limit = np.full(len(features), tokens.min_logit(threshold), np.float32)
-        return self._run(
-            params, features, execution, EXECUTIONS[execution], {"min_logit": limit}, progress=progress
-        )
+        return self._run(params, features, execution, EXECUTIONS[execution], {"min_logit": limit}, progress)
+
+    def compile(self, params: Params, execution: str, width: int) -> float:
+        """Compiles the program for batches of this padded length, unless it is there; seconds taken."""
+        shape = (self.batch_size, width)
+        batch = {
+            "input_ids": np.zeros(shape, np.int32),
+            "mask": np.zeros(shape, bool),
+            "labels": np.zeros(self.batch_size, np.int32),
+            "valid": np.zeros(self.batch_size, bool),
+            "index": np.zeros(self.batch_size, np.int32),
+        }
+        self.programs.get(execution, params, with_threshold(batch))
+        return self.programs.compile_seconds[execution, *shape]
 
     def baseline(
         self, params: Params, features: FeatureSet, kind: str, num_kept: np.ndarray, seed: int
@@ -117,7 +122,7 @@ class Runner:
           seed: of the random choice.
         """
 
-        def rule(batch: dict[str, jax.Array]) -> tokens.Rule | None:
+        def rule(batch: Inputs) -> tokens.Rule | None:
             counts = batch["num_kept"].T
             if kind == "first_k":
                 return tokens.keep_first(counts)
@@ -126,27 +131,29 @@ class Runner:
 
         # The seed is an input of the compiled program, which other seeds then share.
         extras = {"num_kept": num_kept.astype(np.int32), "seed": np.full(len(features), seed, np.int32)}
-        return self._run(params, features, kind, rule, extras)
+        return self._run(
+            params, features, kind, Execution(EXECUTIONS[DEFAULT_EXECUTION].forward, rule), extras
+        )
 
     def _run(
         self,
         params: Params,
         features: FeatureSet,
         name: str,
-        rule: Callable[[dict[str, jax.Array]], tokens.Rule | None],
-        extras: dict[str, np.ndarray] | None = None,
+        execution: Execution,
+        extras: dict[str, np.ndarray],
         progress: Callable[[int, int], None] | None = None,
     ) -> Outputs:
         n, stages = len(features), 0 if name == "dense" else self.model.config.num_reductions
         logits = np.zeros((n, self.model.config.num_labels), np.float32)
         kept = tuple([np.zeros(0, np.int32)] * n for _ in range(stages))
         seconds = 0.0
-        ladder = width_ladder(self.model.config.max_length)
+        ladder = execution.widths(self.model.config.max_length)
         for step, (index, width) in enumerate(length_batches(features, self.batch_size, ladder), 1):
             batch = pad_batch(features, index, self.batch_size, width)
-            for key, values in (extras or {}).items():
+            for key, values in extras.items():
                 batch[key] = values[np.maximum(batch["index"], 0)]
-            program = self._program(name, width, rule, params, batch)
+            program = self.programs.get(name, params, batch, execution)
             start = time.perf_counter()
             output, keep = jax.block_until_ready(program(params, batch))
             seconds += time.perf_counter() - start
@@ -157,16 +164,3 @@ class Runner:
             if progress:
                 progress(step, len(index))
         return Outputs(logits, kept, features.lengths, features.labels, seconds)
-
-    def _program(
-        self, name: str, width: int, rule: Callable[..., Any], params: Params, batch: dict[str, Any]
-    ) -> Callable[..., Any]:
-        if (name, width) not in self._compiled:
-
-            def program(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                output = forward(self.model, params, batch, rule=rule(batch))
-                keep = [s.keep for s in output.selections]
-                return output.logits, jnp.stack(keep) if keep else jnp.zeros((0, 1), bool)
-
-            self._compiled[name, width] = jax.jit(program).lower(params, batch).compile()
-        return self._compiled[name, width]

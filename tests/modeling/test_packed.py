@@ -101,8 +101,9 @@ def test_small_batches(lengths: list[int]) -> None:
 # Gradients ----------------------------------------------------------------------------------------
 
 
-def gradients(execute: Any, params: Any, batch: Any, joint: bool, dropout_rng: Any = None) -> Any:
-    def loss(params: Any) -> jax.Array:
+@functools.cache
+def gradient_program(execute: Any, joint: bool) -> Any:
+    def loss(params: Any, batch: Any, dropout_rng: Any) -> jax.Array:
         samples = objectives.sample_policy(
             TokenReducingClassifier(BERT),
             params,
@@ -117,7 +118,11 @@ def gradients(execute: Any, params: Any, batch: Any, joint: bool, dropout_rng: A
         make = objectives.joint_objective if joint else objectives.policy_objective
         return make(batch, samples).total.sum()
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def gradients(execute: Any, params: Any, batch: Any, joint: bool, dropout_rng: Any = None) -> Any:
+    return gradient_program(execute, joint)(params, batch, dropout_rng)
 
 
 packed = functools.partial(packed_forward, tiling=TILING)

@@ -149,7 +149,7 @@ def test_the_model_is_ready_for_use(finished: Finished) -> None:
     lines = tiny_runs.read_lines(finished.work / "predictions.jsonl")
     data = read_file(finished.folder / "data" / "test.jsonl", ("negative", "positive"))
     model = TRBert.from_pretrained(finished.work / "model")
-    assert model.default_execution == "masked"
+    assert model.default_execution == "packed"
     for line, prediction in zip(lines, model.predict(texts(data)), strict=True):
         assert (line["prediction"], line["num_tokens"]) == (prediction.label, prediction.num_tokens)
         assert line["kept"] == [stage.tolist() for stage in prediction.kept]

@@ -8,17 +8,21 @@ import numpy as np
 
 from trbert_jax.data.features import FeatureSet
 
-_SHARES = (0.125, 0.25, 0.5, 0.75)  # of the maximum length
+_SHARES = (0.125, 0.25, 0.5, 0.75)
 _STEP = 16  # widths are multiples of this
 _SMALLEST = 32
 
 
-def width_ladder(max_length: int) -> tuple[int, ...]:
+def width_ladder(max_length: int, shares: Sequence[float] = _SHARES) -> tuple[int, ...]:
     """Padded lengths to choose from, ascending, the last one `max_length`.
 
     Few, because each one is compiled; at 512: 64, 128, 256, 384, 512.
+
+    Args:
+      max_length: the largest.
+      shares: what parts of it the others are, about.
     """
-    rounded = {-(-int(share * max_length) // _STEP) * _STEP for share in _SHARES}
+    rounded = {-(-int(share * max_length) // _STEP) * _STEP for share in shares}
     return (*sorted(w for w in rounded if _SMALLEST <= w < max_length), max_length)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from trbert_jax.data.dataset import Example, make_example
@@ -28,20 +28,25 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     try:
         with path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if number == 1:
-                    line = line.removeprefix(_BYTE_ORDER_MARK)
-                yield number, line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{number}: not UTF-8 (byte {error.start} of the line); convert the file to UTF-8 first"
-        ) from error
+            yield from decode_lines(stream, str(path))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except IsADirectoryError as error:
         raise UserError(f"{path}: is a directory, a file was expected") from error
     except PermissionError as error:
         raise UserError(f"{path}: no permission to read it") from error
+
+
+def decode_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """As `read_lines`, of an open file, which the messages call `name`."""
+    for number, line in enumerate(stream, 1):
+        try:
+            text = line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name}:{number}: not UTF-8 (byte {error.start} of the line); convert it to UTF-8 first"
+            ) from error
+        yield number, text
 
 
 def read_jsonl(path: Path, label_names: Sequence[str]) -> tuple[Example, ...]:

@@ -265,7 +265,7 @@ def _over_groups(
     """`step(first row, number of rows, width, carry)` over all rows that have tokens, the longest first.
 
     A loop for each width, whose number of turns follows the rows that need it. A `switch` over the widths
-    in one loop would do the same; on a CPU it takes twice the time.
+    in one loop would do the same and is slower on a CPU.
     """
     done, ladder = jnp.zeros((), jnp.int32), tiling.ladder(width)
     for narrower, w in reversed(list(itertools.pairwise((0, *ladder)))):

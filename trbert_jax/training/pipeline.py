@@ -16,7 +16,6 @@ from trbert_jax.config import STAGES, RunConfig, to_dict
 from trbert_jax.errors import UserError
 from trbert_jax.evaluate import run_baselines, run_thresholds, summarize, write_predictions
 from trbert_jax.files import atomic_directory, make_directory, write_json
-from trbert_jax.runner import Runner
 from trbert_jax.training import loop, stages
 from trbert_jax.training.optimizer import merge_params, split_params
 from trbert_jax.training.report import plot_metrics
@@ -85,7 +84,7 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
     for stage in dict.fromkeys(["finetune", *after, run.last_model_stage]):  # the last may be init
         model = run.load(stage, "evaluate")
         features = run.features(split, model)
-        runner = Runner(run.module(model.config), settings.batch_size)
+        runner = run.runner(model.config, settings.batch_size)
         params = jax.device_put(model.params)
         execution = "dense" if stage == "finetune" else settings.execution
         outputs = runner.run(params, features, execution)
@@ -128,7 +127,7 @@ def evaluate_all_checkpoints(config: RunConfig, announce: loop.Announce = print)
         training, model_config = prepared.training, prepared.start.config
         store = training.checkpoints(announce)
         features = run.features(config.evaluate.split, prepared.start)
-        runner = Runner(run.module(model_config), config.evaluate.batch_size)
+        runner = run.runner(model_config, config.evaluate.batch_size)
         execution = "dense" if stage == "finetune" else config.evaluate.execution
         trained, frozen = split_params(jax.device_put(prepared.start.params), training.trains)
         like = init_state(trained, training.optimizer()[0])

@@ -14,7 +14,7 @@ import numpy as np
 from trbert_jax.losses import task
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier
-from trbert_jax.tokens import TokenSet
+from trbert_jax.modeling.packed import PackedEncoder
 
 
 def score_layers(config: ModelConfig) -> tuple[tuple[int, ...], int]:
@@ -38,7 +38,7 @@ def residual_scores(
     point of reduction s.
 
     Args:
-      model: dense execution is used; no dropout.
+      model: runs packed, nothing dropped, without dropout.
       params: its parameters, fine-tuned.
       batch: see `trbert_jax.training.objectives`.
 
@@ -46,30 +46,30 @@ def residual_scores(
       score float32 [B, stages, S] (0 on padding), logits float32 [B, C], loss float32 [B].
     """
     before, back = score_layers(model.config)
-    variables = {"params": params}
-
-    def run(tokens: TokenSet, layers: range) -> TokenSet:
-        return model.apply(variables, tokens, layers, method="run_layers")
-
-    tokens = model.apply(
-        variables, batch["input_ids"], batch["mask"], batch.get("token_type_ids"), method="embed"
-    )
-    states = {-1: tokens.states}
+    last_layer = model.config.num_layers - 1
+    encoder = PackedEncoder.of(model)
+    tokens = encoder.embed(params, batch)
+    states = {-1: tokens.states}  # [C, H] each
     for layer in range(back + 1):
-        tokens = run(tokens, range(layer, layer + 1))
+        tokens = encoder.run_layers(params, tokens, [layer])
         states[layer] = tokens.states
 
     def loss_from(back_states: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        last = run(dataclasses.replace(tokens, states=back_states), range(back + 1, model.config.num_layers))
-        logits = model.apply(variables, last, method="classify")
+        last = dataclasses.replace(tokens, states=back_states)
+        if back < last_layer:
+            last = encoder.run_layers(params, last, range(back + 1, last_layer))
+            first = encoder.run_last_layer(params, last)
+        else:
+            first = last.states[last.start]
+        logits = encoder.classify(params, first)
         loss = task.cross_entropy(logits, batch["labels"])
         # Rows do not interact, so the gradient of the sum holds each example's own gradient.
         return loss.sum(), (logits, loss)
 
     gradient, (logits, loss) = jax.grad(loss_from, has_aux=True)(states[back])
-    work = jnp.stack([states[back] - states[layer] for layer in before], axis=1)  # [B, stages, S, H]
-    score = jnp.abs(jnp.einsum("bth,bsth->bst", gradient, work))
-    return jnp.where(batch["mask"][:, None, :], score, 0.0).astype(jnp.float32), logits, loss
+    score = [jnp.abs(jnp.sum(gradient * (states[back] - states[layer]), -1)) for layer in before]  # [C] each
+    rows = jnp.stack([tokens.to_rows(s.astype(jnp.float32)) for s in score], axis=1)
+    return rows, logits, loss
 
 
 def rank_targets(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:

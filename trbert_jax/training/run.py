@@ -23,11 +23,13 @@ from trbert_jax.config import STAGES, RunConfig, diff_configs, load_config, to_d
 from trbert_jax.data.features import FeatureSet, build_features
 from trbert_jax.data.readers import Dataset, read_examples
 from trbert_jax.errors import UserError
+from trbert_jax.execution import Programs
 from trbert_jax.files import make_directory, read_json, write_json
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import TokenReducingClassifier, init_params
 from trbert_jax.modeling.pretrained import Pretrained, load_pretrained
 from trbert_jax.modeling.tokenizer_files import load_tokenizer, read_line_breaks_as_spaces
+from trbert_jax.runner import Runner
 
 Announce = Callable[[str], None]
 
@@ -188,9 +190,18 @@ class Run:
         """The model that computes, in the configured dtype."""
         return TokenReducingClassifier(config, DTYPES[self.config.model.dtype])
 
+    @functools.cache  # noqa: B019 - a run lives as long as the process
+    def _programs(self, config: ModelConfig) -> Programs:
+        return Programs(self.module(config))
+
+    def runner(self, config: ModelConfig, batch_size: int) -> Runner:
+        """Runs models of this shape; what one stage has compiled the next ones need not compile again."""
+        programs = self._programs(config)
+        return Runner(programs.model, batch_size, programs)
+
     # Data ---------------------------------------------------------------------------------------
 
-    @functools.cache  # noqa: B019 - a run lives as long as the process
+    @functools.cache  # noqa: B019
     def dataset(self, split: str) -> Dataset:
         """Raw examples of `train`, `dev` or `test`."""
         return read_examples(self.config.data, split, self.config.seed, self.say_once)

@@ -21,14 +21,15 @@ from trbert_jax.data.batching import length_batches, pad_batch, width_ladder
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
 from trbert_jax.files import atomic_file
-from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier
+from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier, forward
+from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.pretrained import Pretrained, save_pretrained
-from trbert_jax.runner import Runner
 from trbert_jax.training import loop, objectives, optimizer, residual
 from trbert_jax.training.report import StageReport
 from trbert_jax.training.run import Run
 from trbert_jax.training.steps import ObjectiveFn
 
+FORWARD: dict[str, objectives.Execute] = {"packed": packed_forward, "masked": forward}
 SCORES, LOGITS = "scores.npy", "logits.npy"
 
 
@@ -60,7 +61,7 @@ def prepare(run: Run, stage: str) -> Prepared:
         extras=_extras(run, stage, features),
         make_objective=lambda total_steps: _OBJECTIVES[stage](run, module, total_steps),
         trains=_TRAINS[stage](start.config),
-        evaluate=_dev_evaluation(run, stage, start, module),
+        evaluate=_dev_evaluation(run, stage, start),
         fingerprint=run.fingerprint(stage, features),
     )
     return Prepared(start, training)
@@ -110,7 +111,7 @@ def teacher_stage(run: Run) -> dict[str, Any]:
     """Logits of the fine-tuned model on the training examples: `logits.npy`, float32 [n, C]."""
     model = run.load("finetune", "teacher")
     features = run.features("train", model)
-    runner = Runner(run.module(model.config), run.config.teacher.batch_size)
+    runner = run.runner(model.config, run.config.teacher.batch_size)
     steps = runner.num_batches(features)
     with StageReport(run.directory("teacher"), "teacher", total_steps=steps) as report:
         outputs = runner.run(jax.device_put(model.params), features, "dense", report.progress)
@@ -146,7 +147,13 @@ def _finetune_objective(run: Run, module: TokenReducingClassifier, total_steps: 
     config = run.config.finetune
 
     def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
-        return objectives.dense_objective(module, params, batch, dropout_rng=_dropout_rng(config, rng, batch))
+        return objectives.dense_objective(
+            module,
+            params,
+            batch,
+            dropout_rng=_dropout_rng(config, rng, batch),
+            execute=FORWARD[config.execution],
+        )
 
     return objective
 
@@ -161,6 +168,7 @@ def _init_objective(run: Run, module: TokenReducingClassifier, total_steps: int)
             batch,
             per_length_scale=config.per_length_scale,
             dropout_rng=_dropout_rng(config, rng, batch),
+            execute=FORWARD[config.execution],
         )
 
     return objective
@@ -181,6 +189,7 @@ def _policy_objective(run: Run, module: TokenReducingClassifier, total_steps: in
             alpha=config.alpha,
             max_length=module.config.max_length,
             dropout_rng=_dropout_rng(config, rng, batch),
+            execute=FORWARD[config.execution],
         )
         return objectives.policy_objective(batch, samples)
 
@@ -202,6 +211,7 @@ def _joint_objective(run: Run, module: TokenReducingClassifier, total_steps: int
             max_length=module.config.max_length,
             temperature=config.temperature,
             dropout_rng=_dropout_rng(config, rng, batch),
+            execute=FORWARD[config.execution],
         )
         return objectives.joint_objective(batch, samples)
 
@@ -235,13 +245,11 @@ def _dropout_rng(config: TrainingConfig, rng: jax.Array, batch: Batch) -> jax.Ar
     return jax.random.wrap_key_data(jnp.concatenate([data, data]), impl="rbg")
 
 
-def _dev_evaluation(
-    run: Run, stage: str, start: Pretrained, module: TokenReducingClassifier
-) -> Callable[[Params], dict[str, float]]:
+def _dev_evaluation(run: Run, stage: str, start: Pretrained) -> Callable[[Params], dict[str, float]]:
     """Evaluates parameters on the development set, the dense stage without reduction."""
     execution = "dense" if stage == "finetune" else run.config.evaluate.execution
     features = run.features("dev", start)
-    runner = Runner(module, run.config.evaluate.batch_size)
+    runner = run.runner(start.config, run.config.evaluate.batch_size)
 
     def evaluate(params: Params) -> dict[str, float]:
         outputs = runner.run(params, features, execution)

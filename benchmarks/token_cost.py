@@ -1,0 +1,163 @@
+"""Time against kept tokens: what a packed run costs should follow the tokens it goes on with.
+
+    python benchmarks/token_cost.py --json benchmarks/token_cost.json --plot benchmarks/token_cost.png
+
+Random weights of MiniLM's size, texts with lengths like those of film reviews, and random tokens to keep,
+from a tenth of them to all of them, the same at both points of reduction. A line is fitted through the times.
+Where it meets zero tokens stands what every text costs whatever is kept: embeddings and layer 0, which
+are timed by themselves, alone and with the first selector.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from trbert_jax.benchmark.records import machine
+from trbert_jax.benchmark.runs import PreparedRun, prepare, time_runs
+from trbert_jax.benchmark.sizes import SIZES
+from trbert_jax.benchmark.workload import Workload, random_actions, random_features, review_lengths
+from trbert_jax.execution import Inputs, Programs
+from trbert_jax.files import atomic_file, check_writable, write_json
+from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.model import Params, TokenReducingClassifier, init_params
+from trbert_jax.modeling.packed import PackedEncoder
+
+SHARES = tuple(round(0.1 * i, 1) for i in range(1, 11))
+PREFIX = "embeddings_and_layer_0"
+
+
+def prepare_prefix(
+    model: TokenReducingClassifier, params: Params, workload: Workload, batch_size: int, selector: bool
+) -> PreparedRun:
+    """The part of a packed run before anything is dropped, with or without the first selector."""
+    encoder = PackedEncoder.of(model)
+
+    @jax.jit
+    def program(params: Params, batch: Inputs) -> tuple[jax.Array, ...]:
+        packed = encoder.embed(params, batch)
+        packed = encoder.run_layers(params, packed, range(model.config.reduction_layers[0]))
+        first = packed.states[packed.start]
+        return (first, encoder.selector_logits(params, packed, 0)) if selector else (first,)
+
+    batches = workload.batches(batch_size, (workload.max_length,))
+
+    def run_batch(number: int) -> Any:
+        return jax.block_until_ready(program(params, batches[number]))
+
+    for number in range(len(batches)):
+        run_batch(number)
+    name = PREFIX + ("_and_selector" if selector else "")
+    return PreparedRun(name, run_batch, len(batches), 0.0, None, None, np.zeros((0, 0)), None)
+
+
+def measure(config: ModelConfig, num_texts: int, batch_size: int, repeats: int) -> dict[str, Any]:
+    """Times all shares, interleaved, and fits the line."""
+    rng = np.random.default_rng(0)
+    lengths = review_lengths(num_texts, rng, config.max_length)
+    features = random_features(config, lengths, rng)
+    params = init_params(config, jax.random.key(0))
+    model = TokenReducingClassifier(config)
+    programs, runs = Programs(model), []
+    for share in SHARES:
+        actions = random_actions(lengths, config.max_length, (share, share), rng)
+        workload = Workload(features, config.max_length, actions)
+        run = prepare("packed", programs, params, workload, batch_size)
+        runs.append(dataclasses.replace(run, name=str(share)))
+    plain = Workload(features, config.max_length)
+    prefixes = [prepare_prefix(model, params, plain, batch_size, selector) for selector in (False, True)]
+    seconds = {
+        name: float(np.median(times.sum(-1)))
+        for name, times in time_runs([*runs, *prefixes], repeats, announce=print).items()
+    }
+    kept = np.array([run.keep.sum(-1)[:, 0].sum() for run in runs if run.keep is not None])
+    times = np.array([seconds[run.name] for run in runs])
+    slope, intercept = np.polyfit(kept, times, 1)
+    residual = times - (slope * kept + intercept)
+    return {
+        "points": [{"kept_tokens": int(k), "seconds": float(t)} for k, t in zip(kept, times, strict=True)],
+        "seconds_per_kept_token": float(slope),
+        "intercept_seconds": float(intercept),
+        "r_squared": float(1 - (residual**2).sum() / ((times - times.mean()) ** 2).sum()),
+        **{f"{run.name}_seconds": seconds[run.name] for run in prefixes},
+        "intercept_over_embeddings_and_layer_0": float(intercept / seconds[PREFIX]),
+        "texts": len(runs[0].logits),
+        "tokens": int(lengths[: len(runs[0].logits)].sum()),
+        "batch_size": batch_size,
+        "max_length": config.max_length,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_layers,
+        "repeats": repeats,
+        "machine": machine(),
+    }
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """The points, the line through them, and what is paid before anything is dropped."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    kept = np.array([point["kept_tokens"] for point in result["points"]]) / 1000
+    line = np.array([0, kept.max()])
+    slope, intercept = 1000 * result["seconds_per_kept_token"], result["intercept_seconds"]
+    label = f"{intercept:.3f} s + {slope * 1000:.1f} µs a token, R² = {result['r_squared']:.4f}"
+    axes.plot(line, intercept + slope * line, color="#b9c7c0", linewidth=2, label=label, zorder=1)
+    axes.plot(kept, [p["seconds"] for p in result["points"]], "o", color="#0b6e4f", label="packed")
+    prefix = result[f"{PREFIX}_seconds"]
+    axes.axhline(prefix, color="#3b6fb6", linestyle="--", linewidth=1.2)
+    axes.annotate(
+        f"embeddings and layer 0 alone: {prefix:.3f} s",
+        (kept.max(), prefix),
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=8,
+        color="#3b6fb6",
+    )
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"thousand tokens kept of {result['tokens'] / 1000:.0f} thousand")
+    axes.set_ylabel(f"seconds for {result['texts']} texts")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    with atomic_file(path, "wb") as stream:
+        canvas.print_png(stream)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as PNG")
+    parser.add_argument("--size", choices=tuple(SIZES), default="minilm")
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--texts", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    for path in filter(None, (args.json, args.plot)):
+        check_writable(path)
+    config = dataclasses.replace(SIZES[args.size], max_length=args.max_length)
+    result = measure(config, args.texts, args.batch_size, args.repeats)
+    for point in result["points"]:
+        print(f"{point['kept_tokens']:>8} tokens {point['seconds']:8.3f} s")
+    for name in ("intercept_seconds", f"{PREFIX}_seconds", f"{PREFIX}_and_selector_seconds", "r_squared"):
+        print(f"{name:<44} {result[name]:.4f}")
+    if args.json:
+        write_json(args.json, result)
+    if args.plot:
+        plot(result, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Training steps, packed against masked: examples a second of finetune, policy and joint.
+
+    python benchmarks/training_steps.py --json benchmarks/training_steps.json
+
+Random weights, texts with lengths like those of film reviews, dropout as the stages have it by default. What
+the K samples of an example keep is given, at random and as much as --share says, so that both ways do the
+same. Interleaved runs, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trbert_jax import tokens
+from trbert_jax.benchmark.records import machine
+from trbert_jax.benchmark.runs import memory_bytes
+from trbert_jax.benchmark.sizes import SIZES
+from trbert_jax.benchmark.workload import random_actions, random_features, review_lengths
+from trbert_jax.config import FinetuneConfig, JointConfig, PolicyConfig, TrainingConfig
+from trbert_jax.data.batching import pad_batch
+from trbert_jax.files import check_writable, write_json
+from trbert_jax.metrics.flops import EncoderShape, dense_flops, layer_macs, reduced_flops
+from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier, forward, init_params
+from trbert_jax.modeling.packed import packed_forward
+from trbert_jax.training import objectives, optimizer
+from trbert_jax.training.steps import ObjectiveFn, init_state, train_step
+
+DEFAULTS: dict[str, TrainingConfig] = {
+    "finetune": FinetuneConfig(),
+    "policy": PolicyConfig(),
+    "joint": JointConfig(),
+}
+TRAINS = {
+    "finetune": optimizer.trains_dense,
+    "policy": optimizer.trains_selectors,
+    "joint": optimizer.trains_all,
+}
+FORWARD: dict[str, objectives.Execute] = {"packed": packed_forward, "masked": forward}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the steps work on.
+
+    Attributes:
+      batch_size: examples of a step, B.
+      num_samples: selections of an example, K.
+      shares: of an example's tokens, what each point of reduction goes on with.
+      num_batches: different batches.
+      repeats: how often each is timed.
+    """
+
+    batch_size: int = 8
+    num_samples: int = 8
+    shares: tuple[float, ...] = (0.3, 0.3)
+    num_batches: int = 4
+    repeats: int = 3
+
+
+def make_batches(config: ModelConfig, setting: Setting) -> list[dict[str, np.ndarray]]:
+    """Batches with all that a stage reads, and `actions` bool [K * B, stages, S]."""
+    rng = np.random.default_rng(0)
+    lengths = review_lengths(setting.num_batches * setting.batch_size, rng, config.max_length)
+    features = random_features(config, lengths, rng)
+    batches = []
+    for index in np.split(np.arange(len(features)), setting.num_batches):
+        batch = pad_batch(features, index, setting.batch_size, config.max_length)
+        copies = np.tile(lengths[index], setting.num_samples)
+        batch["actions"] = random_actions(copies, config.max_length, setting.shares, rng)
+        logits = rng.normal(size=(setting.batch_size, config.num_labels))
+        batch["teacher_logits"] = logits.astype(np.float32)
+        batches.append(batch)
+    return batches
+
+
+def make_objective(
+    stage: str, model: TokenReducingClassifier, execution: str, num_samples: int, *, dropout: bool
+) -> ObjectiveFn:
+    """The objective of a stage with the selections of `batch["actions"]` in place of sampled ones."""
+    execute, alpha = FORWARD[execution], PolicyConfig().alpha
+
+    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
+        dropout_rng = rng if dropout else None
+        if stage == "finetune":
+            return objectives.dense_objective(model, params, batch, dropout_rng=dropout_rng, execute=execute)
+        read = {key: value for key, value in batch.items() if key != "teacher_logits" or stage == "joint"}
+        samples = objectives.sample_policy(
+            model,
+            params,
+            read,
+            rule=tokens.replay(jnp.swapaxes(batch["actions"], 0, 1)),
+            num_samples=num_samples,
+            alpha=alpha,
+            max_length=model.config.max_length,
+            dropout_rng=dropout_rng,
+            execute=execute,
+        )
+        make = objectives.policy_objective if stage == "policy" else objectives.joint_objective
+        return make(batch, samples)
+
+    return objective
+
+
+def model_flops(
+    stage: str, config: ModelConfig, batches: Sequence[dict[str, np.ndarray]], num_samples: int
+) -> float:
+    """FLOPs of a step that the method asks for, padding and recomputing not counted.
+
+    A backward pass counts as two forward passes. The layers before the first point of reduction count once
+    for the K samples; `policy` runs the encoder forward only.
+    """
+    shape, total = EncoderShape.of(config), 0.0
+    for batch in batches:
+        lengths = batch["mask"].sum(-1)
+        if stage == "finetune":
+            total += 3 * float(dense_flops(shape, lengths).sum())
+            continue
+        kept = batch["actions"].sum(-1)
+        every = reduced_flops(shape, np.tile(lengths, num_samples), kept).sum()
+        first = 2 * shape.segments[0] * layer_macs(lengths, shape.hidden_size, shape.intermediate_size).sum()
+        total += (1 if stage == "policy" else 3) * float(every - (num_samples - 1) * first)
+    return total / len(batches)
+
+
+class Step:
+    """A compiled training step and its state, which moves on with every call."""
+
+    def __init__(
+        self,
+        stage: str,
+        model: TokenReducingClassifier,
+        execution: str,
+        params: Params,
+        batches: Sequence[dict[str, np.ndarray]],
+        num_samples: int,
+    ) -> None:
+        trained, self._frozen = optimizer.split_params(params, TRAINS[stage](model.config))
+        adamw = optimizer.adamw(optimizer.linear_schedule(3e-5, 1000, 0), model.config)
+        # Copies: the step donates its state.
+        self._state = init_state(jax.tree.map(jnp.copy, trained), adamw)
+        self._rng = jax.random.key(0, impl="rbg")  # the kind that the stages use for dropout
+        # [accumulation steps, B, ...], on the device: loading is not what is measured.
+        self._batches = [jax.device_put({key: value[None] for key, value in b.items()}) for b in batches]
+        dropout = DEFAULTS[stage].dropout
+        objective = make_objective(stage, model, execution, num_samples, dropout=dropout)
+        step = jax.jit(functools.partial(train_step, objective, adamw), donate_argnums=(0,))
+        start = time.perf_counter()
+        self._step = step.lower(self._state, self._frozen, self._batches[0], self._rng).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.memory_bytes = memory_bytes(self._step)
+
+    def run(self) -> dict[str, Any]:
+        """A step on each batch; the metrics of the last one."""
+        metrics: dict[str, Any] = {}
+        for batch in self._batches:
+            self._state, metrics = self._step(self._state, self._frozen, batch, self._rng)
+        return jax.block_until_ready(metrics)
+
+
+def measure(
+    config: ModelConfig,
+    setting: Setting,
+    *,
+    stages: Sequence[str] = tuple(DEFAULTS),
+    executions: Sequence[str] = tuple(FORWARD),
+    dtype: Any = jnp.float32,
+) -> list[dict[str, Any]]:
+    """One record a stage and execution, with `faster` the ratio to the masked step where that was timed."""
+    model, batches = TokenReducingClassifier(config, dtype), make_batches(config, setting)
+    params = init_params(config, jax.random.key(0))
+    records = []
+    for stage in stages:
+        steps = {name: Step(stage, model, name, params, batches, setting.num_samples) for name in executions}
+        losses = {name: float(step.run()["loss"]) for name, step in steps.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(setting.repeats):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step.run()
+                seconds[name].append((time.perf_counter() - start) / len(batches))
+        median = {name: float(np.median(times)) for name, times in seconds.items()}
+        flops = model_flops(stage, config, batches, setting.num_samples)
+        for name, step in steps.items():
+            records.append(
+                {
+                    "stage": stage,
+                    "execution": name,
+                    "examples_per_second": setting.batch_size / median[name],
+                    "seconds_per_step": median[name],
+                    "faster": median["masked"] / median[name] if "masked" in median else None,
+                    "model_flops_per_step": flops,
+                    "model_flops_per_second": flops / median[name],
+                    "compile_seconds": step.compile_seconds,
+                    "peak_memory_bytes": step.memory_bytes,
+                    "loss": losses[name],
+                    "dropout": DEFAULTS[stage].dropout,
+                    "kept": np.mean([b["actions"].sum(-1).mean(0) for b in batches], axis=0).tolist(),
+                    "tokens": float(np.mean([b["mask"].sum(-1).mean() for b in batches])),
+                    "max_length": config.max_length,
+                    "hidden_size": config.hidden_size,
+                    "num_layers": config.num_layers,
+                    "dtype": jnp.dtype(dtype).name,
+                    **dataclasses.asdict(setting),
+                }
+            )
+            print(line_of(records[-1]), flush=True)
+    return records
+
+
+def line_of(record: dict[str, Any]) -> str:
+    """A record for people."""
+    faster = "" if record["faster"] is None else f"  {record['faster']:5.2f} x masked"
+    return (
+        f"{record['stage']:<9} {record['execution']:<7} {record['examples_per_second']:8.2f} examples/s"
+        f"{faster}  compiled in {record['compile_seconds']:.1f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--size", choices=tuple(SIZES), default="minilm")
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--share", type=float, default=0.3, help="of the tokens, to keep (default 0.3)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--stages", default=",".join(DEFAULTS), help="default all three")
+    args = parser.parse_args()
+    if args.json:
+        check_writable(args.json)
+    config = dataclasses.replace(SIZES[args.size], max_length=args.max_length)
+    setting = Setting(batch_size=args.batch_size, shares=(args.share, args.share), repeats=args.repeats)
+    records = measure(config, setting, stages=args.stages.split(","))
+    if args.json:
+        write_json(args.json, {"steps": records, "machine": machine()})
+
+
+if __name__ == "__main__":
+    main()

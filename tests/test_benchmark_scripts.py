@@ -1,0 +1,73 @@
+"""The scripts in benchmarks/ run, each in a process of its own, on models too small to say anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--size", "tiny", "--max-length", "32", "--batch-size", "2", "--repeats", "1"]
+
+
+def run(script: str, *arguments: str, target: Path) -> Any:
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments, "--json", str(target)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True)
+    return json.loads(target.read_text(encoding="utf-8"))
+
+
+def test_token_cost(tmp_path: Path) -> None:
+    options = [*TINY, "--texts", "4"]
+    result = run("token_cost", *options, "--plot", str(tmp_path / "p.png"), target=tmp_path / "r.json")
+    kept = [point["kept_tokens"] for point in result["points"]]
+    assert len(kept) == 10
+    assert kept == sorted(kept)
+    assert kept[-1] == result["tokens"]
+    assert result["embeddings_and_layer_0_seconds"] > 0
+    assert result["r_squared"] <= 1
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_training_steps(tmp_path: Path) -> None:
+    steps = run("training_steps", *TINY, target=tmp_path / "r.json")["steps"]
+    assert [(step["stage"], step["execution"]) for step in steps] == [
+        (stage, execution) for stage in ("finetune", "policy", "joint") for execution in ("packed", "masked")
+    ]
+    for packed, masked in zip(steps[::2], steps[1::2], strict=True):
+        assert packed["model_flops_per_step"] == masked["model_flops_per_step"] > 0
+        assert masked["faster"] == 1
+        # Dropout has masks of its own, but the loss is that of the same examples.
+        assert packed["loss"] == pytest.approx(masked["loss"], abs=0.2 if packed["dropout"] else 1e-5)
+
+
+@pytest.mark.slow
+def test_accelerator(tmp_path: Path) -> None:
+    result = run("accelerator", "--tiny", target=tmp_path / "r.json")
+    assert result["finished"]
+    assert result["left_out"] == []
+    assert [check["ok"] for check in result["checks"]] == [True] * 3
+    assert [record["execution"] for record in result["inference"]] == [
+        "packed",
+        "masked_full",
+        "batch_max",
+        "dense",
+        "dense_full",
+    ]
+    assert {record["dtype"] for record in result["inference"] + result["training"]} == {"bfloat16"}
+    assert len(result["training"]) == 6
+    assert result["machine"]["peak_tflops"] is None
+
+
+@pytest.mark.slow
+def test_accelerator_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    result = run("accelerator", "--tiny", "--minutes", "0", target=tmp_path / "r.json")
+    assert result["finished"]
+    assert len(result["left_out"]) == 5
+    assert result["checks"] == result["inference"] == result["training"] == []

@@ -1,0 +1,150 @@
+"""What a benchmark says: one record a way to run and batch size, for files, and a table for people."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from trbert_jax import compilation_cache
+from trbert_jax.benchmark.huggingface import num_cores
+from trbert_jax.benchmark.runs import PreparedRun
+
+Record = dict[str, Any]
+
+REFERENCE = "masked_full"  # what the FLOPs saved are promised against
+
+
+def make_records(
+    runs: Sequence[PreparedRun], seconds: Mapping[str, np.ndarray], batch_size: int
+) -> list[Record]:
+    """One record a run.
+
+    Args:
+      runs: of one workload.
+      seconds: name -> seconds of each batch, [repeats, num_batches].
+      batch_size: texts of a batch.
+
+    Returns:
+      Records with `execution`, `batch_size`, `texts` (how many were run), `examples_per_second` (median of
+      the repeats), `p50_ms`, `p99_ms` (of a batch), `flops` (of a text), `flops_per_second`,
+      `realised_over_promised` (how much faster than `masked_full` as a share of how many fewer FLOPs; None
+      for that itself, for another library, and where it was not run), `compile_seconds`,
+      `peak_memory_bytes` and `kept` (tokens a text after each point of reduction, None for dense runs).
+    """
+    total = {run.name: float(np.median(seconds[run.name].sum(-1))) for run in runs}
+    flops = {run.name: run.flops for run in runs}
+    records = []
+    for run in runs:
+        rate = len(run.logits) / total[run.name]
+        realised = None
+        if REFERENCE in total and run.name != REFERENCE and run.compile_seconds is not None:
+            faster, fewer = total[REFERENCE] / total[run.name], flops[REFERENCE] / run.flops
+            realised = faster / fewer
+        milliseconds = 1000 * seconds[run.name].ravel()
+        records.append(
+            {
+                "execution": run.name,
+                "batch_size": batch_size,
+                "texts": len(run.logits),
+                "examples_per_second": rate,
+                "p50_ms": float(np.percentile(milliseconds, 50)),
+                "p99_ms": float(np.percentile(milliseconds, 99)),
+                "flops": run.flops,
+                "flops_per_second": run.flops * rate,
+                "realised_over_promised": realised,
+                "compile_seconds": run.compile_seconds,
+                "peak_memory_bytes": run.peak_memory_bytes,
+                "kept": None if run.keep is None else run.keep.sum(-1).mean(0).tolist(),
+            }
+        )
+    return records
+
+
+def drift(
+    run: PreparedRun, logits: np.ndarray, keep: np.ndarray | None, lengths: np.ndarray
+) -> dict[str, float | None]:
+    """How far a run is from the same in float32, on the texts that both have run.
+
+    Args:
+      run: n texts.
+      logits: float32 [m, C], of the float32 run.
+      keep: bool [m, stages, max_length], likewise, or None where nothing decides about tokens.
+      lengths: int [texts], tokens of each.
+
+    Returns:
+      `kept_changed_tokens`, the share of tokens that some point of reduction decides otherwise about;
+      `kept_changed_texts`, the share of texts that have such a token; `labels_changed`, the share of texts
+      that get another label.
+    """
+    found: dict[str, float | None] = {"kept_changed_tokens": None, "kept_changed_texts": None}
+    count = min(len(run.logits), len(logits))
+    if run.keep is not None and keep is not None:
+        changed = (run.keep[:count] != keep[:count]).any(1)  # [texts, max_length]
+        found["kept_changed_tokens"] = float(changed.sum() / lengths[:count].sum())
+        found["kept_changed_texts"] = float(changed.any(-1).mean())
+    labels = run.logits[:count].argmax(-1) != logits[:count].argmax(-1)
+    return {**found, "labels_changed": float(labels.mean())}
+
+
+def machine() -> Record:
+    """Where it ran, and on which versions."""
+    versions = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "torch", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "cpus": num_cores(),
+        "platform": platform.platform(),
+        # How the allocator hands out XLA's buffers tells on a CPU.
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
+        # With a cache on disk, compiling may have been reading.
+        "compilation_cache": compilation_cache.directory() is not None,
+        **versions,
+    }
+
+
+def table(records: Sequence[Record]) -> Iterator[str]:
+    """Lines for people: a row a record."""
+    yield (
+        f"{'batch':>5}  {'execution':<12} {'texts/s':>9} {'p50 ms':>9} {'p99 ms':>9} {'GFLOPs':>8} "
+        f"{'GFLOP/s':>9} {'realised':>8} {'compile s':>9} {'MB':>7}"
+    )
+    last = None
+    for record in records:
+        if last not in (None, record["batch_size"]):
+            yield ""
+        last = record["batch_size"]
+        yield (
+            f"{last:>5}  {record['execution']:<12} {record['examples_per_second']:>9.1f} "
+            f"{record['p50_ms']:>9.2f} {record['p99_ms']:>9.2f} {record['flops'] / 1e9:>8.3g} "
+            f"{record['flops_per_second'] / 1e9:>9.3g} "
+            f"{_or_dash(record['realised_over_promised'], '.2f'):>8} "
+            f"{_or_dash(record['compile_seconds'], '.1f'):>9} "
+            f"{_or_dash(record['peak_memory_bytes'], '.0f', 1e-6):>7}"
+        )
+
+
+def _or_dash(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "–" if value is None else format(value * scale, form)
+
+
+def _processor() -> str:
+    """The processor's name where the system tells, otherwise its architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
