@@ -303,6 +303,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "plot" / "r.png").exists()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_compared_with_float32(folder: Path) -> None:
     packed, dense, batch_max = benchmark_file(
         folder / "texts.txt",

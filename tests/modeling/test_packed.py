@@ -131,7 +131,9 @@ at_once = functools.partial(packed_forward, tiling=dataclasses.replace(TILING, r
 
 
 @pytest.mark.parametrize(
-    ("packed", "joint"), [(packed, True), (packed, False), (at_once, True)], ids=["joint", "policy", "gather"]
+    ("packed", "joint"),
+    [(packed, True), (packed, False), pytest.param(at_once, True, marks=pytest.mark.slow)],
+    ids=["joint", "policy", "gather"],
 )
 def test_gradients_of_sampled_runs(packed: Any, joint: bool) -> None:
     batch = random_batch(BERT, [9, 1, 18, 5], width=WIDTH)

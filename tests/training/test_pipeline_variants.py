@@ -20,6 +20,7 @@ from trbert_jax.training import stages
 
 SHALLOW = {**tiny_runs.SCRATCH, "model_type": "distilbert", "num_layers": 3}
 TRAINING = {"batch_size": 16, "epochs": 1}
+pytestmark = pytest.mark.slow  # each compiles a run of its own
 
 
 @pytest.fixture(scope="module", autouse=True)

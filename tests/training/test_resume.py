@@ -68,6 +68,7 @@ class Interruptions:
         monkeypatch.setattr(loop, "update_batches", update_batches)
 
 
+@pytest.mark.slow
 def test_going_on_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
