@@ -321,6 +321,7 @@ def test_bfloat16_is_compared_with_float32(folder: Path) -> None:
     assert batch_max["labels_changed"] is None
 
 
+@pytest.mark.slow
 def test_replayed_tokens_are_kept_by_random_weights(folder: Path) -> None:
     settings: dict[str, Any] = {"batch_sizes": (2,), "repeats": 1, "announce": quiet}
     own = benchmark_file(folder / "texts.txt", model_dir=folder / "model", executions=("packed",), **settings)

@@ -22,6 +22,7 @@ def run(script: str, *arguments: str, target: Path) -> Any:
     return json.loads(target.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_token_cost(tmp_path: Path) -> None:
     options = [*TINY, "--texts", "4"]
     result = run("token_cost", *options, "--plot", str(tmp_path / "p.png"), target=tmp_path / "r.json")

@@ -149,6 +149,7 @@ def test_gradients_of_sampled_runs(packed: Any, joint: bool) -> None:
         np.testing.assert_allclose(other, one, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_dropout_follows_its_key() -> None:
     batch = random_batch(BERT, [9, 1, 18, 5], width=WIDTH)
     runs = [gradients(packed, params_of(BERT), batch, True, jax.random.key(seed)) for seed in (1, 1, 2)]

@@ -51,6 +51,9 @@ class Finished:
         return TRBert.from_pretrained(self.work / stage / "model", announce=lambda line: None)
 
 
+pytestmark = pytest.mark.slow  # trains all stages, several times
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with tiny_runs.compilation_cache(tmp_path_factory.getbasetemp() / "jax"):

@@ -94,6 +94,7 @@ def test_going_on_after_an_interruption(
     assert_same_run(tmp_path / "whole", tmp_path / "parts", ["finetune", "policy"])
 
 
+@pytest.mark.slow
 def test_a_stage_that_ended_without_saying_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the last checkpoint: nothing is trained again, and the model is that checkpoint's."""
     config = tiny_runs.write_config(tmp_path, **{**SHORT, "stages": ["finetune"]})
