@@ -36,7 +36,7 @@ def prepare_prefix(
     model: TokenReducingClassifier, params: Params, workload: Workload, batch_size: int, selector: bool
 ) -> PreparedRun:
     """The part of a packed run before anything is dropped, with or without the first selector."""
-    encoder = PackedEncoder.of(model)
+    encoder = PackedEncoder.of(model, batch_size)
 
     @jax.jit
     def program(params: Params, batch: Inputs) -> tuple[jax.Array, ...]:

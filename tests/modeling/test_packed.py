@@ -193,7 +193,7 @@ def test_pack_lays_rows_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("width", [1, 4, 5, 18, 256, 512, 1024])
 def test_ladder_ends_at_the_width_and_stays_short(width: int) -> None:
-    for tiling in (TILING, Tiling()):
+    for tiling in (TILING, *(Tiling.for_backend(name, rows) for name in ("cpu", "gpu") for rows in (1, 32))):
         ladder = tiling.ladder(width)
         assert ladder == tuple(sorted(set(ladder)))
         assert len(ladder) <= 11

@@ -109,10 +109,10 @@ def packed_forward(
 
     Args:
       model, params, batch, rule, num_copies, dropout_rng: as in `trbert_jax.modeling.model.forward`.
-      tiling: sizes of the loops; by default those for the default device.
+      tiling: sizes of the loops; by default those that suit the device and the number of rows.
     """
     config = model.config
-    encoder = PackedEncoder.of(model, tiling)
+    encoder = PackedEncoder.of(model, len(batch["input_ids"]) * num_copies, tiling)
     points = (*config.reduction_layers, config.num_layers)
     packed = encoder.embed(params, batch, dropout_rng)
     packed = encoder.run_layers(params, packed, range(points[0]), dropout_rng)
@@ -143,9 +143,11 @@ class PackedEncoder:
     tiling: Tiling
 
     @classmethod
-    def of(cls, model: TokenReducingClassifier, tiling: Tiling | None = None) -> PackedEncoder:
-        """With the sizes of loops that suit the default device, unless others are given."""
-        return cls(model, tiling or Tiling.for_backend(jax.default_backend()))
+    def of(
+        cls, model: TokenReducingClassifier, num_rows: int, tiling: Tiling | None = None
+    ) -> PackedEncoder:
+        """With the sizes of loops that suit so many rows on the default device, unless others are given."""
+        return cls(model, tiling or Tiling.for_backend(jax.default_backend(), num_rows))
 
     def embed(self, params: Params, batch: Batch, dropout_rng: jax.Array | None = None) -> PackedTokens:
         """`input_ids` int32 [B, S], `mask` bool [B, S] -> the embedded tokens, without padding."""

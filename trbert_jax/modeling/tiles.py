@@ -25,6 +25,9 @@ TokenFn = Callable[..., Arrays]  # (params, rng, *tiles [t, ...]) -> tiles [t, .
 AttentionFn = Callable[..., jax.Array]  # (q, k, v [g, w, H], mask [g, w], rng=) -> [g, w, H]
 
 
+SMALL_REQUEST = 4  # rows
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """Sizes of the loops' steps.
@@ -45,10 +48,13 @@ class Tiling:
     row_by_row: bool = True
 
     @classmethod
-    def for_backend(cls, name: str) -> Tiling:
-        """Sizes that suit `cpu`, `gpu` or `tpu`."""
-        # An accelerator wants few large steps: it gains nothing below thousands of tokens.
-        return cls() if name == "cpu" else cls(8192, 1024, group_tokens=8192, width_step=64, row_by_row=False)
+    def for_backend(cls, name: str, num_rows: int) -> Tiling:
+        """Sizes that suit `cpu`, `gpu` or `tpu` for batches of so many rows (copies counted)."""
+        if name != "cpu":
+            # An accelerator wants few large steps: it gains nothing below thousands of tokens.
+            return cls(8192, 1024, group_tokens=8192, width_step=64, row_by_row=False)
+        # A few texts have few tokens to begin with: what large tiles round up to would be most of the work.
+        return cls(128, 32, group_tokens=256) if num_rows <= SMALL_REQUEST else cls()
 
     def capacity(self, num_tokens: int, width: int) -> int:
         """Slots of an array for `num_tokens` tokens in rows of at most `width`."""

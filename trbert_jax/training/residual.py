@@ -47,7 +47,7 @@ def residual_scores(
     """
     before, back = score_layers(model.config)
     last_layer = model.config.num_layers - 1
-    encoder = PackedEncoder.of(model)
+    encoder = PackedEncoder.of(model, len(batch["input_ids"]))
     tokens = encoder.embed(params, batch)
     states = {-1: tokens.states}  # [C, H] each
     for layer in range(back + 1):
