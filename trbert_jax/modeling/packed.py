@@ -143,9 +143,7 @@ class PackedEncoder:
     tiling: Tiling
 
     @classmethod
-    def of(
-        cls, model: TokenReducingClassifier, num_rows: int, tiling: Tiling | None = None
-    ) -> PackedEncoder:
+    def of(cls, model: TokenReducingClassifier, num_rows: int, tiling: Tiling | None = None) -> PackedEncoder:
         """With the sizes of loops that suit so many rows on the default device, unless others are given."""
         return cls(model, tiling or Tiling.for_backend(jax.default_backend(), num_rows))
 
