@@ -33,7 +33,7 @@ from trbert_jax.benchmark.workload import Workload, random_actions, random_featu
 from trbert_jax.execution import Programs
 from trbert_jax.files import check_writable, write_json
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Params, TokenReducingClassifier, init_params
+from trbert_jax.modeling.model import Params, TokenReducingModel, init_params
 from trbert_jax.training import optimizer
 
 # bfloat16 TFLOP/s without sparsity, as the vendors state them; the first part of a name that fits.
@@ -80,7 +80,7 @@ def make_workload(config: ModelConfig, num_texts: int) -> Workload:
 
 def check(config: ModelConfig, params: Params, plan: Plan, *, thorough: bool) -> list[dict[str, Any]]:
     """Packed against masked in float32: with kept tokens that are given and, if thorough, more than that."""
-    model, given = TokenReducingClassifier(config), make_workload(config, plan.batch_sizes[0])
+    model, given = TokenReducingModel(config), make_workload(config, plan.batch_sizes[0])
     found = [check_logits("logits, kept tokens given", model, params, given)]
     if thorough:
         own = dataclasses.replace(given, actions=None)
@@ -91,9 +91,7 @@ def check(config: ModelConfig, params: Params, plan: Plan, *, thorough: bool) ->
     return found
 
 
-def check_logits(
-    what: str, model: TokenReducingClassifier, params: Params, workload: Workload
-) -> dict[str, Any]:
+def check_logits(what: str, model: TokenReducingModel, params: Params, workload: Workload) -> dict[str, Any]:
     """Logits and kept tokens of one batch."""
     programs, batch_size = Programs(model), len(workload.features)
     packed = runs.prepare("packed", programs, params, workload, batch_size)
@@ -111,7 +109,7 @@ def check_logits(
     }
 
 
-def check_gradients(model: TokenReducingClassifier, params: Params, plan: Plan) -> dict[str, Any]:
+def check_gradients(model: TokenReducingModel, params: Params, plan: Plan) -> dict[str, Any]:
     """Gradients of a joint step by all parameters."""
     packed, masked = (
         jax.tree.leaves(joint_gradients(model, params, plan, name)) for name in ("packed", "masked")
@@ -135,7 +133,7 @@ def decided(params: Params) -> Params:
     return {**params, "encoder": encoder}
 
 
-def joint_gradients(model: TokenReducingClassifier, params: Params, plan: Plan, execution: str) -> Params:
+def joint_gradients(model: TokenReducingModel, params: Params, plan: Plan, execution: str) -> Params:
     """Gradients of the mean loss of a joint step without dropout, by all parameters."""
     setting = dataclasses.replace(plan.setting, batch_size=min(8, plan.setting.batch_size), num_batches=1)
     (batch,) = make_batches(model.config, setting)
@@ -155,7 +153,7 @@ def joint_gradients(model: TokenReducingClassifier, params: Params, plan: Plan, 
 
 def inference(config: ModelConfig, params: Params, plan: Plan, batch_size: int) -> list[dict[str, Any]]:
     """The ways to run the model in bfloat16, side by side, at one batch size."""
-    programs = Programs(TokenReducingClassifier(config, jnp.bfloat16))
+    programs = Programs(TokenReducingModel(config, jnp.bfloat16))
     workload = make_workload(config, plan.num_texts)
     prepared = [runs.prepare(way, programs, params, workload, batch_size) for way in WAYS]
     if jax.default_backend() != "cpu" and huggingface.available():

@@ -26,7 +26,7 @@ import numpy as np
 
 from trbert_jax.files import write_json
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import TokenReducingClassifier, forward, init_params
+from trbert_jax.modeling.model import TokenReducingModel, forward, init_params
 from trbert_jax.modeling.pretrained import save_pretrained
 from trbert_jax.tokens import Rule, keep_probable
 
@@ -34,7 +34,7 @@ from trbert_jax.tokens import Rule, keep_probable
 CONFIG = ModelConfig(hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536)
 
 
-def _logits(model: TokenReducingClassifier, rule: Rule | None, params: Any, batch: Any) -> jax.Array:
+def _logits(model: TokenReducingModel, rule: Rule | None, params: Any, batch: Any) -> jax.Array:
     return forward(model, params, batch, rule=rule).logits
 
 
@@ -44,7 +44,7 @@ def _await(step: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
 
 def jax_runs(params: Any, ids: np.ndarray, mask: np.ndarray) -> dict[str, Callable[[], Any]]:
     """The compiled dense and masked forward passes, results awaited."""
-    model, batch = TokenReducingClassifier(CONFIG), {"input_ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
+    model, batch = TokenReducingModel(CONFIG), {"input_ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
     runs: dict[str, Callable[[], Any]] = {}
     for name, rule in (("dense", None), ("masked", keep_probable)):
         step = jax.jit(functools.partial(_logits, model, rule))

@@ -25,7 +25,7 @@ from trbert_jax.benchmark.workload import Workload, random_actions, random_featu
 from trbert_jax.execution import Inputs, Programs
 from trbert_jax.files import atomic_file, check_writable, write_json
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Params, TokenReducingClassifier, init_params
+from trbert_jax.modeling.model import Params, TokenReducingModel, init_params
 from trbert_jax.modeling.packed import PackedEncoder
 
 SHARES = tuple(round(0.1 * i, 1) for i in range(1, 11))
@@ -33,7 +33,7 @@ PREFIX = "embeddings_and_layer_0"
 
 
 def prepare_prefix(
-    model: TokenReducingClassifier, params: Params, workload: Workload, batch_size: int, selector: bool
+    model: TokenReducingModel, params: Params, workload: Workload, batch_size: int, selector: bool
 ) -> PreparedRun:
     """The part of a packed run before anything is dropped, with or without the first selector."""
     encoder = PackedEncoder.of(model, batch_size)
@@ -53,7 +53,7 @@ def prepare_prefix(
     for number in range(len(batches)):
         run_batch(number)
     name = PREFIX + ("_and_selector" if selector else "")
-    return PreparedRun(name, run_batch, len(batches), 0.0, None, None, np.zeros((0, 0)), None)
+    return PreparedRun(name, run_batch, len(batches), 0, 0.0, None, None, None, None)
 
 
 def measure(config: ModelConfig, num_texts: int, batch_size: int, repeats: int) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def measure(config: ModelConfig, num_texts: int, batch_size: int, repeats: int) 
     lengths = review_lengths(num_texts, rng, config.max_length)
     features = random_features(config, lengths, rng)
     params = init_params(config, jax.random.key(0))
-    model = TokenReducingClassifier(config)
+    model = TokenReducingModel(config)
     programs, runs = Programs(model), []
     for share in SHARES:
         actions = random_actions(lengths, config.max_length, (share, share), rng)
@@ -86,8 +86,8 @@ def measure(config: ModelConfig, num_texts: int, batch_size: int, repeats: int) 
         "r_squared": float(1 - (residual**2).sum() / ((times - times.mean()) ** 2).sum()),
         **{f"{run.name}_seconds": seconds[run.name] for run in prefixes},
         "intercept_over_embeddings_and_layer_0": float(intercept / seconds[PREFIX]),
-        "texts": len(runs[0].logits),
-        "tokens": int(lengths[: len(runs[0].logits)].sum()),
+        "texts": runs[0].num_texts,
+        "tokens": int(lengths[: runs[0].num_texts].sum()),
         "batch_size": batch_size,
         "max_length": config.max_length,
         "hidden_size": config.hidden_size,

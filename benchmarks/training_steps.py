@@ -31,7 +31,7 @@ from trbert_jax.data.batching import pad_batch
 from trbert_jax.files import check_writable, write_json
 from trbert_jax.metrics.flops import EncoderShape, dense_flops, layer_macs, reduced_flops
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier, forward, init_params
+from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward, init_params
 from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.training import objectives, optimizer
 from trbert_jax.training.steps import ObjectiveFn, init_state, train_step
@@ -85,7 +85,7 @@ def make_batches(config: ModelConfig, setting: Setting) -> list[dict[str, np.nda
 
 
 def make_objective(
-    stage: str, model: TokenReducingClassifier, execution: str, num_samples: int, *, dropout: bool
+    stage: str, model: TokenReducingModel, execution: str, num_samples: int, *, dropout: bool
 ) -> ObjectiveFn:
     """The objective of a stage with the selections of `batch["actions"]` in place of sampled ones."""
     execute, alpha = FORWARD[execution], PolicyConfig().alpha
@@ -139,7 +139,7 @@ class Step:
     def __init__(
         self,
         stage: str,
-        model: TokenReducingClassifier,
+        model: TokenReducingModel,
         execution: str,
         params: Params,
         batches: Sequence[dict[str, np.ndarray]],
@@ -177,7 +177,7 @@ def measure(
     dtype: Any = jnp.float32,
 ) -> list[dict[str, Any]]:
     """One record a stage and execution, with `faster` the ratio to the masked step where that was timed."""
-    model, batches = TokenReducingClassifier(config, dtype), make_batches(config, setting)
+    model, batches = TokenReducingModel(config, dtype), make_batches(config, setting)
     params = init_params(config, jax.random.key(0))
     records = []
     for stage in stages:

@@ -20,16 +20,37 @@ import optax
 
 from trbert_jax import tokens
 from trbert_jax.losses import policy
+from trbert_jax.modeling import tasks
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.hf_config import model_config_from_dict
-from trbert_jax.modeling.model import TokenReducingClassifier, forward, init_params
+from trbert_jax.modeling.model import TokenReducingModel, forward, init_params
 from trbert_jax.modeling.names import from_original_names, to_original_names
 from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.tiles import Tiling
 from trbert_jax.modeling.weight_files import read_weights
 from trbert_jax.training import objectives, optimizer, residual
 
-INPUTS = {"input_ids", "attention_mask", "labels", "guide", "rank", "teacher_logits"}
+INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "labels",
+    "guide",
+    "rank",
+    "teacher_logits",
+    "start_positions",
+    "end_positions",
+    "question_ends",
+    "cand_positions",
+    "answer_index",
+    "instance_mask",
+    "sent_start_mapping",
+    "sent_end_mapping",
+    "sent_labels",
+    "switch_labels",
+    "teacher_switch_logits",
+    "teacher_sent_logits",
+}
 # Both ways to run the encoder must agree with the published models. The tiles are smaller than the
 # cases, so that all loops run.
 EXECUTIONS: dict[str, objectives.Execute] = {
@@ -38,8 +59,14 @@ EXECUTIONS: dict[str, objectives.Execute] = {
         packed_forward, tiling=Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
     ),
 }
-# Kinds that other tasks bring; their cases are skipped by name until the task is there.
-NOT_YET = ("span_qa_", "multiple_choice_", "hotpot_", "triviaqa_", "wikihop_")
+# Beginning of a case's name -> the task of its model.
+TASKS = {
+    "span_qa_": "span",
+    "triviaqa_": "span",
+    "multiple_choice_": "multiple_choice",
+    "wikihop_": "candidates",
+    "hotpot_": "multi_hop",
+}
 
 
 @dataclasses.dataclass
@@ -53,11 +80,47 @@ class Case:
 
     @property
     def batch(self) -> dict[str, Any]:
-        batch = {k: jnp.asarray(v) for k, v in self.arrays.items() if k in INPUTS}
-        mask = batch.pop("attention_mask") > 0
+        arrays = {k: jnp.asarray(v) for k, v in self.arrays.items() if k in INPUTS}
         if "joint_distil" not in self.name:  # plain joint cases carry teacher logits too, unused
-            batch.pop("teacher_logits", None)
-        return {**batch, "mask": mask, "valid": jnp.ones(len(mask), bool)}
+            arrays = {k: v for k, v in arrays.items() if not k.startswith("teacher_")}
+        batch: dict[str, Any] = {}
+        batch |= {k: arrays[k] for k in ("labels", "guide", "rank", "teacher_logits") if k in arrays}
+        *_, width = arrays["input_ids"].shape
+        # A row a segment or an option of the examples.
+        batch |= {
+            "input_ids": arrays["input_ids"].reshape(-1, width),
+            "mask": arrays["attention_mask"].reshape(-1, width) > 0,
+            "valid": jnp.ones(len(arrays["input_ids"]), bool),
+        }
+        if "token_type_ids" in arrays:
+            batch["token_type_ids"] = arrays["token_type_ids"].reshape(-1, width)
+        return batch | self._task_inputs(arrays, width)
+
+    def _task_inputs(self, arrays: dict[str, Any], width: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.config.reads_all_tokens:  # padding takes part, as published
+            found["head_mask"] = jnp.ones((arrays["input_ids"].size // width, width), bool)
+        if "start_positions" in arrays:
+            rows = found["head_mask"].shape[0]
+            found["starts"] = arrays["start_positions"].reshape(rows, -1)
+            found["ends"] = arrays["end_positions"].reshape(rows, -1)
+        if "question_ends" in arrays:
+            shared = jnp.arange(width) < arrays["question_ends"][:, None]
+            found["shared"] = jnp.repeat(shared, self.config.num_labels, axis=0)
+        if "cand_positions" in arrays:
+            found |= {"candidates": arrays["cand_positions"], "labels": arrays["answer_index"]}
+            found["segment"] = arrays["instance_mask"].reshape(-1) > 0
+        if "switch_labels" in arrays:
+            found |= {"kind": arrays["switch_labels"], "sentence_labels": arrays["sent_labels"]}
+            ends = [_positions(arrays[f"sent_{end}_mapping"]) for end in ("start", "end")]
+            found["sentences"] = jnp.stack(ends, axis=-1)
+        if "teacher_switch_logits" in arrays:
+            found["teacher_logits"] = {
+                "span": arrays["teacher_logits"],
+                "kind": arrays["teacher_switch_logits"],
+                "sentence": arrays["teacher_sent_logits"],
+            }
+        return found
 
     @property
     def batch_max(self) -> bool:
@@ -82,28 +145,56 @@ class Case:
             outputs[logits] = np.where(valid, outputs[logits], np.nan)
             outputs[kept] = outputs[kept] & valid
             if f"action_stage{stage}" in outputs:
-                outputs[kept] &= np.nan_to_num(outputs[f"action_stage{stage}"]) > 0
+                chosen = np.nan_to_num(outputs[f"action_stage{stage}"]) > 0
+                judged = np.asarray(chosen | ~self.decided if self.shares_passage else chosen)
+                outputs[kept] = outputs[kept] & judged
             valid = outputs[kept]
         return outputs
 
     def real(self, rows: int) -> np.ndarray:
         """bool [rows, S], True for real tokens; copies of the batch are stacked."""
         mask = self.arrays["attention_mask"] > 0
+        if self.shares_passage:
+            mask = np.asarray(mask.any(1))
+        mask = mask.reshape(-1, mask.shape[-1])
         return np.tile(mask, (rows // len(mask), 1))
 
     @property
-    def model(self) -> TokenReducingClassifier:
-        return TokenReducingClassifier(self.config)
+    def model(self) -> TokenReducingModel:
+        return TokenReducingModel(self.config)
 
     def actions(self) -> jax.Array:
         """bool [stages, rows, S]; a token that was no longer there has no action."""
         stages = range(self.config.num_reductions)
-        return jnp.stack([jnp.asarray(np.nan_to_num(self.arrays[f"action_stage{s}"]) > 0) for s in stages])
+        actions = [np.nan_to_num(self.arrays[f"action_stage{s}"]) > 0 for s in stages]
+        group = self.config.num_labels if self.shares_passage else 1
+        return jnp.repeat(jnp.asarray(np.stack(actions)), group, axis=1)
+
+    @property
+    def shares_passage(self) -> bool:
+        """Whether the options of a multiple choice decide together, and the records are an example's."""
+        return "question_ends" in self.arrays
+
+    @property
+    def decided(self) -> np.ndarray:
+        """bool [copies of examples, S], the tokens that such options decide on."""
+        ends = np.tile(self.arrays["question_ends"], self.constants["K"])[:, None]
+        return np.arange(self.arrays["input_ids"].shape[-1]) < ends
+
+
+def _positions(mapping: jax.Array) -> jax.Array:
+    """One-hot rows [..., S] -> the position of the one; -1 where there is none."""
+    return jnp.where(mapping.any(-1), mapping.argmax(-1), -1)
 
 
 def load(folder: Path, execution: str = "masked") -> Case:
     constants = json.loads((folder / "case.json").read_text(encoding="utf-8"))
     config = model_config_from_dict(constants["config"])
+    for prefix, task in TASKS.items():
+        if folder.name.startswith(prefix):
+            config = dataclasses.replace(config, task=task)
+    if config.task == "multiple_choice":
+        config = dataclasses.replace(config, labels=("A", "B", "C", "D"))
     tree, report = from_original_names(read_weights(folder), config)
     if report.missing:  # the dense cases come without selectors, which take no part in them
         fresh = init_params(config, jax.random.key(0))["encoder"]
@@ -121,7 +212,7 @@ def load(folder: Path, execution: str = "masked") -> Case:
 
 def kind_of(case: Case) -> Callable[[Case], dict[str, Any]]:
     """The function that reproduces a case; `KeyError` where there is none."""
-    if case.name.startswith("classification_"):
+    if case.name.startswith(("classification_", *TASKS)):
         for output, run in (("init_loss", run_init), ("policy_loss", run_policy), ("total_loss", run_joint)):
             if output in case.arrays:
                 return run
@@ -132,12 +223,33 @@ def kind_of(case: Case) -> Callable[[Case], dict[str, Any]]:
     raise KeyError(f"no way to run a golden case of this kind: {case.name}")
 
 
-def _selection_outputs(selections: tuple[tokens.Selection, ...]) -> dict[str, Any]:
+def _selection_outputs(case: Case, selections: tuple[tokens.Selection, ...]) -> dict[str, Any]:
     outputs = {}
     for stage, s in enumerate(selections):
-        outputs[f"selector_logit_stage{stage}"] = jnp.where(s.scored, s.logits, jnp.nan)
-        outputs[f"kept_stage{stage}"] = s.keep
+        logits, keep = jnp.where(s.scored, s.logits, jnp.nan), s.keep
+        # One decision for the rows of an example; what is recorded of other tokens decides nothing.
+        if case.shares_passage:
+            group = case.config.num_labels
+            logits, keep = logits[::group], keep.reshape(-1, group, keep.shape[-1]).any(1)
+            recorded = case.outputs[f"selector_logit_stage{stage}"]
+            logits = jnp.where(case.decided, logits, recorded)
+        outputs[f"selector_logit_stage{stage}"] = logits
+        outputs[f"kept_stage{stage}"] = keep
     return outputs
+
+
+def _logit_outputs(case: Case, logits: Any, num_copies: int = 1) -> dict[str, Any]:
+    """Logits under the names that the golden set has for them."""
+    task = case.config.task
+    if task == "span":
+        shape = (len(logits), *case.arrays["input_ids"].shape[1:])  # [copies of examples, (segments,) S]
+        return {f"{end}_logits": logits[:, i].reshape(shape) for i, end in enumerate(("start", "end"))}
+    if task == "multi_hop":
+        start, end = jnp.moveaxis(logits["span"], 1, 0)
+        ends = {"start_logits": start, "end_logits": end}
+        return {**ends, "switch_logits": logits["kind"], "sent_logits": logits["sentence"]}
+    answers = tasks.example_logits(task, logits, case.batch, num_copies)
+    return {"candidate_logits" if task == "candidates" else "logits": answers}
 
 
 def run_eval(case: Case) -> dict[str, Any]:
@@ -151,10 +263,13 @@ def run_eval(case: Case) -> dict[str, Any]:
     confident = [(s.logits >= 0).at[:, 0].set(True) & s.scored for s in output.selections]
     ratios = [c.sum(1) / lengths for c in confident]
     ratios += [np.full(len(ratios[0]), np.nan)] * (case.arrays["kept_ratio"].shape[1] - len(ratios))
+    logits = _logit_outputs(case, output.logits)
+    if case.config.task == "span":  # recorded one example at a time: there is no padding
+        logits = {name: np.where(mask > 0, x, np.nan) for name, x in logits.items()}
     return {
-        "logits": output.logits,
+        **logits,
         "kept_ratio": jnp.stack(ratios, axis=1),
-        **_selection_outputs(output.selections),
+        **_selection_outputs(case, output.selections),
     }
 
 
@@ -184,7 +299,7 @@ def _samples(case: Case, params: Any) -> objectives.PolicySamples:
         rule=rule,
         num_samples=num_samples,
         alpha=case.constants["alpha"],
-        max_length=case.arrays["input_ids"].shape[1],
+        max_length=case.arrays["input_ids"].shape[-1],
         temperature=case.constants.get("temperature", 1.0),
         execute=case.execute,
     )
@@ -197,18 +312,23 @@ def _run_sampled(case: Case, objective: Callable[..., objectives.Objective], tot
         return objectives.mean_over_examples(sums)["loss"], samples
 
     (value, samples), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.params)
-    ratios = [s.num_kept / case.arrays["input_ids"].shape[1] for s in samples.selections]
+    kept = _selection_outputs(case, samples.selections)
+    decided = case.decided if case.shares_passage else np.True_
+    rows = [s.num_kept for s in samples.selections]
+    if case.shares_passage:
+        rows = [x[:: case.config.num_labels] for x in rows]
+    ratios = [x / case.arrays["input_ids"].shape[-1] for x in rows]
     ratios += [np.full(len(ratios[0]), np.nan)] * (case.arrays["kept_ratio"].shape[1] - len(ratios))
     return {
         total: value,
         "task_loss": samples.task_loss.reshape(-1),
         "selector_nll": samples.selector_nll.reshape(-1),
         "kept_ratio": jnp.stack(ratios, axis=1),
-        "logits": samples.logits,
+        **_logit_outputs(case, samples.logits, case.constants["K"]),
         "reward": samples.reward,
         "advantage": policy.advantage(samples.reward),
-        **{f"action_stage{s}": sel.keep for s, sel in enumerate(samples.selections)},
-        **_selection_outputs(samples.selections),
+        **{f"action_stage{s}": kept[f"kept_stage{s}"] & decided for s in range(case.config.num_reductions)},
+        **kept,
         **_gradients(grads, case),
     }
 

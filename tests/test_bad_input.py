@@ -256,7 +256,7 @@ BAD_MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "other shapes": (
         set_json("model/config.json", intermediate_size=32),
         (
-            "model: the weights are not those of a bert classifier with 4 layers",
+            "model: the weights are not those of a bert model for classification with 4 layers",
             "bert.encoder.layer.3.intermediate.dense.weight: [24, 16] in the checkpoint, [32, 16] expected",
         ),
     ),

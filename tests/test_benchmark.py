@@ -31,7 +31,7 @@ from trbert_jax.cli import main
 from trbert_jax.errors import UserError
 from trbert_jax.execution import Programs
 from trbert_jax.metrics.flops import EncoderShape, dense_flops, reduced_flops
-from trbert_jax.modeling.model import TokenReducingClassifier
+from trbert_jax.modeling.model import TokenReducingModel
 from trbert_jax.runner import Runner
 
 LENGTH = 48
@@ -49,14 +49,14 @@ GIVEN = Workload(FEATURES, LENGTH, random_actions(LENGTHS, LENGTH, (0.6, 0.3), n
 @pytest.fixture(scope="module")
 def own() -> dict[str, PreparedRun]:
     """All ways, the model choosing."""
-    programs = Programs(TokenReducingClassifier(CONFIG))
+    programs = Programs(TokenReducingModel(CONFIG))
     return {name: prepare(name, programs, PARAMS, OWN, BATCH) for name in WAYS}
 
 
 @pytest.fixture(scope="module")
 def given() -> dict[str, PreparedRun]:
     """The ways that drop tokens, kept ones given."""
-    programs = Programs(TokenReducingClassifier(CONFIG))
+    programs = Programs(TokenReducingModel(CONFIG))
     return {name: prepare(name, programs, PARAMS, GIVEN, BATCH) for name in ("packed", "masked", "batch_max")}
 
 
@@ -107,7 +107,7 @@ def test_all_tokens_can_be_kept() -> None:
 
 
 def test_kept_masks_are_what_was_kept(own: dict[str, PreparedRun]) -> None:
-    outputs = Runner(TokenReducingClassifier(CONFIG), 7).run(PARAMS, FEATURES)
+    outputs = Runner(TokenReducingModel(CONFIG), 7).run(PARAMS, FEATURES)
     np.testing.assert_array_equal(kept_masks(outputs, LENGTH)[:6], keep_of(own["packed"]))
 
 
@@ -178,7 +178,7 @@ def test_timing_takes_turns() -> None:
         def run_batch(number: int) -> None:
             order.append(f"{name}{number}")
 
-        return PreparedRun(name, run_batch, num_batches, 1.0, 0.0, 0, np.zeros((0, 2)), None)
+        return PreparedRun(name, run_batch, num_batches, 0, 1.0, 0.0, 0, np.zeros((0, 2)), None)
 
     seconds = time_runs([run_of("a", 2), run_of("b", 1)], repeats=2)
     assert order == ["a0", "a1", "b0"] * 2
@@ -190,7 +190,7 @@ def test_timing_takes_turns() -> None:
 
 
 def fake_run(name: str, flops: float, **changes: Any) -> PreparedRun:
-    run = PreparedRun(name, lambda number: None, 2, flops, 1.5, 2_000_000, np.zeros((4, 2)), None)
+    run = PreparedRun(name, lambda number: None, 2, 4, flops, 1.5, 2_000_000, np.zeros((4, 2)), None)
     return dataclasses.replace(run, **changes)
 
 

@@ -21,6 +21,7 @@ from tiny_models import tiny_model
 from trbert_jax import __version__
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
+from trbert_jax.modeling.config import InputConfig
 
 COMMANDS = ("train", "evaluate", "predict", "compile", "benchmark", "convert", "split-hyperpartisan")
 
@@ -39,7 +40,7 @@ class Prediction:
 class FakeModel:
     """Finds every text positive and keeps as many tokens as it has letters."""
 
-    config = types.SimpleNamespace(labels=("bad", "gut"))
+    config = types.SimpleNamespace(labels=("bad", "gut"), inputs=InputConfig())
     asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
 
     @classmethod
@@ -264,6 +265,7 @@ def test_evaluate_prints_a_table_and_writes_json(
         "threshold": 0.4,
         "predictions": Path("p.jsonl"),
         "baselines": ("random", "first_k"),
+        "skip_bad_records": False,
     }
     assert calls == [("m", Path("d.jsonl"), options)]
     assert json.loads(target.read_text(encoding="utf-8")) == RESULT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,10 @@ REQUIRED = ["workdir=runs/x", "data.name=stdlib", "model.init=scratch"]
 def test_the_configurations_are_there() -> None:
     backbones = ("bert", "distilbert", "distilbert3")
     published = {f"{data}_{b}" for data in ("imdb", "yelp_f", "20news", "hyperpartisan") for b in backbones}
-    assert published | {"quickstart", "imdb_minilm_cpu", "20news_minilm_cpu"} == {p.stem for p in CONFIGS}
+    published |= {f"{data}_{b}" for data in ("squad", "newsqa", "naturalqa", "race") for b in backbones[:2]}
+    published |= {"hotpotqa_bert", "triviaqa_bert", "wikihop_bert"}
+    small = {f"{data}_minilm_cpu" for data in ("imdb", "20news", "squad", "race")}
+    assert published | small | {"quickstart"} == {p.stem for p in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -64,6 +68,36 @@ def test_published_run(data: str, backbone: str, policy: float, joint: float) ->
     long_input = (data, backbone) == ("hyperpartisan", "bert")
     assert config.model.max_length == (1024 if long_input else 512)
     assert config.model.max_positions == (1024 if long_input else None)
+
+
+# Data set, length, question, harmonic coefficients, learning rate, epochs, batch size, guide rate.
+QUESTIONS = [
+    ("squad", 384, 64, 5, 5, 5e-5, 3, 8, 0.2),
+    ("newsqa", 512, 40, 3, 5, 5e-5, 3, 2, 0.2),
+    ("naturalqa", 512, 40, 2, 2, 5e-5, 3, 2, 0.2),
+    ("race", 512, 128, 0.5, 0.1, 2e-5, 3, 8, 0.5),
+    ("hotpotqa", 1024, 80, 0.1, 4, 5e-5, 3, 4, 0.3334),
+    ("triviaqa", 1024, 55, 0.5, 1, 3e-5, 5, 8, 0.2),
+    ("wikihop", 1024, None, 1, 1, 5e-5, 5, 2, 0.5),
+]
+
+
+@pytest.mark.parametrize("row", QUESTIONS, ids=lambda row: row[0])
+def test_published_run_of_questions(row: tuple[Any, ...]) -> None:
+    data, length, question, policy, joint, rate, epochs, batch_size, guide = row
+    paths = [p for p in CONFIGS if p.stem in (f"{data}_bert", f"{data}_distilbert")]
+    assert len(paths) == (1 if length == 1024 else 2)
+    for path in paths:
+        config = load_config(path)
+        assert (config.data.name, config.policy.alpha, config.joint.alpha) == (data, policy, joint)
+        assert config.model.max_length == length
+        assert config.model.max_positions == (1024 if length == 1024 else None)
+        assert config.model.max_question_length in (None, question)  # None: what the data set has by itself
+        assert config.policy.guide_rate == guide
+        for stage in (config.finetune, config.policy, config.joint):
+            assert (stage.learning_rate, stage.epochs, stage.batch_size) == (rate, epochs, batch_size)
+            assert stage.accumulation_steps == 1
+            assert stage.warmup_steps == (1000 if data in ("hotpotqa", "triviaqa") else None)
 
 
 def test_three_layer_runs_are_dense() -> None:

@@ -20,27 +20,23 @@ FOLDERS = sorted(p for p in DIRECTORY.glob("*") if p.is_dir())
 
 def test_there_are_cases() -> None:
     """An empty or mistyped directory must not pass for agreement."""
-    assert any(not p.name.startswith(golden_cases.NOT_YET) for p in FOLDERS), f"no golden case in {DIRECTORY}"
+    assert FOLDERS, f"no golden case in {DIRECTORY}"
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_golden(folder: Path) -> None:
-    if folder.name.startswith(golden_cases.NOT_YET):
-        pytest.skip(f"{folder.name}: this task is not there yet")
     for execution in golden_cases.EXECUTIONS:
         golden_cases.check(golden_cases.load(folder, execution))
 
 
 # The test of the test ------------------------------------------------------------------------------
 
-PERTURBED = [p for p in FOLDERS if not p.name.startswith(golden_cases.NOT_YET)]
-
 
 @pytest.fixture(scope="module")
 def outputs() -> dict[str, tuple]:
     """Each kind of case once, run once: outputs of the first folder of its kind."""
     kinds: dict[str, tuple] = {}
-    for folder in PERTURBED:
+    for folder in FOLDERS:
         case = golden_cases.load(folder)
         run = golden_cases.kind_of(case)
         if run.__name__ not in kinds:
@@ -73,7 +69,7 @@ def test_perturbed_arrays_are_refused(outputs: dict[str, tuple]) -> None:
 
 
 def test_an_array_nobody_compares_fails(tmp_path: Path) -> None:
-    folder = _copy(PERTURBED[0], tmp_path)
+    folder = _copy(FOLDERS[0], tmp_path)
     with np.load(folder / "arrays.npz") as arrays:
         np.savez(folder / "arrays.npz", **{**arrays, "something_new": np.zeros(2)})
     with pytest.raises(AssertionError, match="something_new"):
@@ -81,7 +77,7 @@ def test_an_array_nobody_compares_fails(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_fails(tmp_path: Path) -> None:
-    folder = _copy(PERTURBED[0], tmp_path, name="summarisation_bert_eval")
+    folder = _copy(FOLDERS[0], tmp_path, name="summarisation_bert_eval")
     with pytest.raises(KeyError, match="summarisation"):
         golden_cases.check(golden_cases.load(folder))
 

@@ -18,7 +18,7 @@ import tiny_models
 from trbert_jax import TRBert
 from trbert_jax.errors import UserError
 from trbert_jax.inference import WINDOW, Prediction
-from trbert_jax.modeling.model import TokenReducingClassifier
+from trbert_jax.modeling.model import TokenReducingModel
 from trbert_jax.tokens import keep_probable
 
 # The shallowest that have both points of reduction: compilation is most of these tests' time.
@@ -65,8 +65,12 @@ def assert_same(left: Sequence[Prediction], right: Sequence[Prediction]) -> None
 def test_prediction_is_the_models(config: Any) -> None:
     """Against the model itself, one text at a time, padded to the full length."""
     model, texts = make(config), some_texts(6)
-    module, width = TokenReducingClassifier(config), config.max_length
-    run = jax.jit(lambda ids, mask: module.apply({"params": model.params}, ids, mask, rule=keep_probable))
+    module, width = TokenReducingModel(config), config.max_length
+    run = jax.jit(
+        lambda ids, mask: module.apply(
+            {"params": model.params}, {"input_ids": ids, "mask": mask}, rule=keep_probable
+        )
+    )
     dropped = 0
     for text, prediction in zip(texts, model.predict(texts), strict=True):
         ids = tiny_models.tiny_tokenizer()(text)["input_ids"]
@@ -118,8 +122,12 @@ def test_long_text_is_cut(model: TRBert) -> None:
 def test_dense_drops_nothing(model: TRBert) -> None:
     texts = some_texts(4, seed=2)
     batch = tiny_models.tiny_tokenizer()(texts, padding=True, return_tensors="np")
-    module = TokenReducingClassifier(model.config)
-    run = jax.jit(lambda ids, mask: module.apply({"params": model.params}, ids, mask, rule=None).logits)
+    module = TokenReducingModel(model.config)
+    run = jax.jit(
+        lambda ids, mask: (
+            module.apply({"params": model.params}, {"input_ids": ids, "mask": mask}, rule=None).logits
+        )
+    )
     expected = jax.nn.softmax(run(batch["input_ids"], batch["attention_mask"] > 0))
     predictions = model.predict(texts, execution="dense")
     np.testing.assert_allclose([p.scores for p in predictions], expected, atol=1e-5)
@@ -331,8 +339,12 @@ def published() -> tuple[TRBert, dict[str, np.ndarray]]:
 def test_published_model(published: tuple[TRBert, dict[str, np.ndarray]]) -> None:
     """Recorded one review at a time by the published code; here all in batches."""
     model, recorded = published
-    module = TokenReducingClassifier(model.config)
-    run = jax.jit(lambda params, ids, mask: module.apply({"params": params}, ids, mask, rule=keep_probable))
+    module = TokenReducingModel(model.config)
+    run = jax.jit(
+        lambda params, ids, mask: module.apply(
+            {"params": params}, {"input_ids": ids, "mask": mask}, rule=keep_probable
+        )
+    )
     outputs = [
         run(model.params, recorded["input_ids"][rows], recorded["attention_mask"][rows])
         for rows in np.split(np.arange(64), 4)

@@ -16,12 +16,12 @@ from trbert_jax.data.batching import width_ladder
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
 from trbert_jax.execution import EXECUTIONS, Programs
-from trbert_jax.modeling.model import TokenReducingClassifier, forward
+from trbert_jax.modeling.model import TokenReducingModel, forward
 from trbert_jax.runner import Outputs, Runner
 
 MAX_LENGTH = 48
 CONFIG = dataclasses.replace(tiny_models.BERT, max_positions=MAX_LENGTH, max_length=MAX_LENGTH)
-MODEL = TokenReducingClassifier(CONFIG)
+MODEL = TokenReducingModel(CONFIG)
 # With this seed both points drop some tokens of most texts, and both labels are predicted.
 PARAMS = jax.tree.map(jnp.asarray, tiny_models.tiny_params(CONFIG, seed=38, scale=0.3))
 NUM = 40

@@ -1,10 +1,11 @@
-"""TR-BERT in JAX: text classifiers that learn which tokens they can stop reading early.
+"""TR-BERT in JAX: encoders that learn which tokens they can stop reading early.
 
     from trbert_jax import TRBert
 
     model = TRBert.from_pretrained("work/model")
     model.predict(["a gripping film", "two hours I want back"])[0].label
 
+A model that answers questions: `answer_questions(model, [{"question": "...", "context": "..."}])`.
 Nothing heavy is imported before it is used.
 """
 
@@ -14,13 +15,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trbert_jax.answering import answer_questions
     from trbert_jax.config import load_config
     from trbert_jax.inference import TRBert
 
 __version__ = "0.1.0"
-__all__ = ["TRBert", "__version__", "load_config"]
+__all__ = ["TRBert", "__version__", "answer_questions", "load_config"]
 
-_MODULES = {"TRBert": "trbert_jax.inference", "load_config": "trbert_jax.config"}
+_MODULES = {
+    "TRBert": "trbert_jax.inference",
+    "answer_questions": "trbert_jax.answering",
+    "load_config": "trbert_jax.config",
+}
 
 
 def __getattr__(name: str) -> Any:

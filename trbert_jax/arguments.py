@@ -160,6 +160,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         "--config", required=True, metavar="FILE", type=Path, help="YAML file with the settings"
     )
     train.add_argument("--stages", metavar="A,B", type=_names, help="run only these stages")
+    _add_skip(train)
     _add_overrides(train)
 
     evaluate = command("evaluate", "measure a model on labelled texts", EVALUATE_EXAMPLES)
@@ -183,6 +184,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         default=(),
         help="also measure random tokens and the first tokens, as many as the model keeps",
     )
+    _add_skip(evaluate)
     evaluate.add_argument("--config", metavar="FILE", type=Path, help="settings, for --all-checkpoints")
     evaluate.add_argument(
         "--all-checkpoints", action="store_true", help="measure every checkpoint that was kept"
@@ -258,7 +260,8 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         type=Path,
-        help='one text a line; .jsonl: objects with "text"',
+        help='one text a line; .jsonl: objects with "text"; for a model that answers questions a file in the'
+        " published format of its data set",
     )
     parser.add_argument(
         "--replay",
@@ -289,6 +292,15 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file"
+    )
+
+
+def _add_skip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--skip-bad-records",
+        action="store_true",
+        help="leave out questions that are not as they should be, count and list them; without it the first"
+        " one ends the command",
     )
 
 

@@ -21,6 +21,7 @@ from trbert_jax.errors import UserError
 from trbert_jax.files import atomic_file, check_writable, write_json
 
 if TYPE_CHECKING:
+    from trbert_jax.config import RunConfig
     from trbert_jax.inference import TRBert
 
 EXIT_USER_ERROR = 2
@@ -67,10 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 # Commands -----------------------------------------------------------------------------------------
 
 
-def _train(args: argparse.Namespace) -> None:
+def _config(args: argparse.Namespace) -> RunConfig:
     from trbert_jax.config import load_config
 
-    config = load_config(args.config, args.overrides)  # mistakes in it show before the slow import
+    skip = ["data.skip_bad_records=true"] if args.skip_bad_records else []
+    return load_config(args.config, [*args.overrides, *skip])
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = _config(args)  # mistakes in it show before the slow import
     from trbert_jax.training.pipeline import train
 
     train(config, args.stages)
@@ -80,10 +86,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     for path in filter(None, (args.json, args.predictions)):
         check_writable(path)
     if args.all_checkpoints:
-        from trbert_jax.config import load_config
         from trbert_jax.training.pipeline import evaluate_all_checkpoints
 
-        result = evaluate_all_checkpoints(load_config(args.config, args.overrides))
+        result = evaluate_all_checkpoints(_config(args))
     else:
         from trbert_jax.evaluate import evaluate_file
 
@@ -95,6 +100,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             threshold=args.threshold,
             predictions=args.predictions,
             baselines=args.baselines,
+            skip_bad_records=args.skip_bad_records,
         )
     if args.json:
         write_json(args.json, result)
@@ -102,12 +108,14 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    texts = _texts(args)
+    lines_in = _input_lines(args)
     if args.output:
         check_writable(args.output)
     from trbert_jax.inference import TRBert
 
-    lines = _prediction_lines(TRBert.from_pretrained(args.model), args, texts)
+    model = TRBert.from_pretrained(args.model)
+    answers = bool(model.config.inputs.data)
+    lines = (_answer_lines if answers else _prediction_lines)(model, args, lines_in)
     if args.output:
         with atomic_file(args.output) as stream:
             _write_lines(stream, lines)
@@ -202,21 +210,27 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 # Input and output of predict, table of evaluate ---------------------------------------------------
 
 
-def _texts(args: argparse.Namespace) -> Iterable[str]:
-    from trbert_jax.text_input import read_texts
+Lines = Iterable[tuple[str, str]]  # place and text
+
+
+def _input_lines(args: argparse.Namespace) -> Lines:
+    from trbert_jax.text_input import read_input
 
     if args.texts and args.file:
         raise UserError("texts are given both as arguments and by --file; give one of the two")
     if args.texts:
-        return list(args.texts)
+        return [(f"argument {number}", text) for number, text in enumerate(args.texts, 1)]
     if not args.file and sys.stdin.isatty():
         _say("reading texts from the keyboard, one a line; Ctrl-D ends")
-    texts = read_texts(args.file)
-    first = next(texts)  # a missing or empty file shows before the slow loading of the model
-    return itertools.chain([first], texts)
+    lines = read_input(args.file)
+    first = next(lines)  # a missing or empty file shows before the slow loading of the model
+    return itertools.chain([first], lines)
 
 
-def _prediction_lines(model: TRBert, args: argparse.Namespace, texts: Iterable[str]) -> Iterator[str]:
+def _prediction_lines(model: TRBert, args: argparse.Namespace, lines: Lines) -> Iterator[str]:
+    from trbert_jax.text_input import texts_of
+
+    texts = [text for _, text in lines] if args.texts else texts_of(args.file, lines)
     options = {"batch_size": args.batch_size, "execution": args.execution, "threshold": args.threshold}
     for prediction in model.predict_stream(texts, **options):
         record = {
@@ -229,6 +243,23 @@ def _prediction_lines(model: TRBert, args: argparse.Namespace, texts: Iterable[s
             "truncated": prediction.truncated,
         }
         yield json.dumps(record, ensure_ascii=False)
+
+
+def _answer_lines(model: TRBert, args: argparse.Namespace, lines: Lines) -> Iterator[str]:
+    from trbert_jax.answering import answer_questions
+
+    requests = []
+    for where, line in lines:
+        try:
+            requests.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{where}: not valid JSON ({error}); this model answers questions, a JSON object in each line"
+            ) from error
+    source = str(args.file or ("argument" if args.texts else "standard input"))
+    options = {"batch_size": args.batch_size, "execution": args.execution, "threshold": args.threshold}
+    for answer in answer_questions(model, requests, source=source, announce=_say, **options):
+        yield json.dumps(answer, ensure_ascii=False)
 
 
 def _write_lines(stream: IO[str], lines: Iterable[str]) -> None:

@@ -13,7 +13,22 @@ from trbert_jax.config_typing import Range
 
 StageName = Literal["finetune", "score", "init", "policy", "teacher", "joint", "evaluate"]
 STAGES: tuple[StageName, ...] = ("finetune", "score", "init", "policy", "teacher", "joint", "evaluate")
-DATA_NAMES = ("imdb", "yelp_f", "yelp_polarity", "20news", "hyperpartisan", "stdlib")
+TEXT_DATA = ("imdb", "yelp_f", "yelp_polarity", "20news", "hyperpartisan", "stdlib")
+QUESTION_DATA = (
+    "squad",
+    "newsqa",
+    "naturalqa",
+    "race",
+    "race_high",
+    "race_middle",
+    "hotpotqa",
+    "hotpotqa_fullwiki",
+    "hotpotqa_graph",
+    "triviaqa",
+    "triviaqa_web",
+    "wikihop",
+)
+DATA_NAMES = TEXT_DATA + QUESTION_DATA
 TFDS_PREFIX = "tfds:"
 
 Count = Annotated[int, Range(minimum=1)]
@@ -35,7 +50,9 @@ class DataConfig:
 
     Attributes:
       name: imdb, yelp_f, yelp_polarity, 20news, hyperpartisan, stdlib (source text of Python's
-        standard library), or tfds:NAME (a data set of TensorFlow Datasets).
+        standard library), squad, newsqa, naturalqa, race (race_high, race_middle), hotpotqa
+        (hotpotqa_fullwiki, hotpotqa_graph), triviaqa (triviaqa_web), wikihop, or tfds:NAME (a data set of
+        TensorFlow Datasets).
       path: folder of the files, relative to the current directory; for tfds the data folder
         (null: the library's own), for stdlib the library's folder (null: the running Python's).
       max_train_examples: use at most so many for training; null for all.
@@ -43,6 +60,11 @@ class DataConfig:
       cache_dir: folder of tokenized examples; null for WORKDIR/cache.
       text_field: field that holds the text; tfds only.
       label_field: field that holds the label; tfds only.
+      skip_bad_records: leave out records of question answering that are not as they should be, and say how
+        many and why, rather than stop at the first.
+      choices: form of a multiple choice, race only: pairs (each option an example, right or wrong),
+        independent (a softmax over the options, each of which selects tokens by itself) or shared (a softmax,
+        and one selection of the tokens that the options have in common).
     """
 
     name: str
@@ -52,6 +74,8 @@ class DataConfig:
     cache_dir: str | None = None
     text_field: str = "text"
     label_field: str = "label"
+    skip_bad_records: bool = False
+    choices: Literal["pairs", "independent", "shared"] = "pairs"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +118,11 @@ class BackboneConfig:
         WordPiece vocabulary trained on the training texts.
       line_breaks_as_spaces: read HTML line breaks, `<br />`, as a space rather than as four tokens. Kept
         in the tokenizer of the trained model, which then reads all texts so.
+      max_question_length: word pieces of a question at most, the rest is cut; null for what is usual for the
+        data set. With its options for race.
+      window_step: word pieces between the beginnings of the windows over a long context; null for what is
+        usual for the data set.
+      max_segments: segments of a long document at most; triviaqa and wikihop only.
       scratch: the shape where init is scratch.
     """
 
@@ -104,6 +133,9 @@ class BackboneConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     tokenizer: str | None = None
     line_breaks_as_spaces: bool = False
+    max_question_length: Count | None = None
+    window_step: Count | None = None
+    max_segments: Count = 1
     scratch: ScratchConfig = ScratchConfig()
 
 
@@ -119,6 +151,7 @@ class TrainingConfig:
       epochs: passes over the training examples.
       max_steps: steps in place of epochs; null to go by epochs.
       warmup_fraction: share of the steps in which the learning rate rises.
+      warmup_steps: steps in which it rises, in place of the share; null to go by that.
       weight_decay: of AdamW, on all but biases and LayerNorm weights.
       clip_norm: largest global L2 norm of a gradient; longer ones are scaled down to it.
       adam_epsilon: of AdamW.
@@ -127,6 +160,8 @@ class TrainingConfig:
       keep_checkpoints: latest checkpoints to keep; the best one is kept besides.
       output: the checkpoint that the next stage starts from, the last or the best on dev.
       dropout: whether dropout is on.
+      published_padding: let padding take part where the published code does, as states of zeros: in the
+        softmax over positions, in distillation, in the largest value over positions. Not for classification.
       execution: packed computes the tokens that are there; masked computes every position of the padded
         batch and masks what was dropped. The same numbers but for dropout's masks.
     """
@@ -137,6 +172,7 @@ class TrainingConfig:
     epochs: Count = 3
     max_steps: Count | None = None
     warmup_fraction: Fraction = 0.1
+    warmup_steps: Count | None = None
     weight_decay: NonNegative = 0.0
     clip_norm: Positive = 1.0
     adam_epsilon: Positive = 1e-8
@@ -145,6 +181,7 @@ class TrainingConfig:
     keep_checkpoints: Count = 2
     output: Literal["last", "best"] = "last"
     dropout: bool = True
+    published_padding: bool = False
     execution: Literal["packed", "masked"] = "packed"
 
 

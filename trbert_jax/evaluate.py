@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trbert_jax.answering import Questions, read_questions
 from trbert_jax.data.features import FeatureSet, build_features
 from trbert_jax.data.readers import read_file
 from trbert_jax.errors import UserError
 from trbert_jax.execution import DEFAULT_THRESHOLD
-from trbert_jax.files import atomic_file
+from trbert_jax.files import atomic_file, write_json
 from trbert_jax.inference import TRBert
 from trbert_jax.metrics import flops
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import Params
+from trbert_jax.modeling.pretrained import to_stderr
 from trbert_jax.runner import Outputs, Runner
+
+Judge = Callable[[Outputs], Mapping[str, float]]  # outputs -> the task's metrics
 
 
 def evaluate_file(
@@ -31,19 +35,22 @@ def evaluate_file(
     predictions: Path | None = None,
     baselines: Sequence[str] = (),
     seed: int = 0,
+    skip_bad_records: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a saved model on a file of labelled texts.
 
     Args:
       model_dir: see `TRBert.from_pretrained`.
-      data_file: `.jsonl` with `text` and `label`, or `.csv` with label and text.
+      data_file: `.jsonl` with `text` and `label`, or `.csv` with label and text; for a model that answers
+        questions a file in the published format of the data set it was trained on.
       batch_size: examples of one forward pass.
       execution: `packed`, `masked`, `batch_max` or `dense`; None for what suits the model (`packed`, if its
         selectors have been trained).
       threshold: keep probability from which a token is kept, for `packed` and `masked`.
-      predictions: file for one JSON line an example.
+      predictions: file for one JSON line an example; of questions the JSON that the official scorer reads.
       baselines: of `random`, `first_k`: selections that learned nothing, at the same kept counts.
       seed: of the random baseline.
+      skip_bad_records: leave out questions that are not as they should be, and say so.
 
     Returns:
       The numbers of `summarize`, and one entry of them for each baseline.
@@ -55,16 +62,29 @@ def evaluate_file(
     execution = execution or model.default_execution
     if model.tokenizer is None:
         raise UserError(f"{model_dir}: has no tokenizer files; put those of the model it was made of there")
-    dataset = read_file(data_file, model.config.labels)
-    features = build_features(dataset, model.tokenizer, model.config.max_length, cache_dir=None)
     runner = model.runner(batch_size)
+    questions: Questions | None = None
+    if model.config.inputs.data:
+        questions = read_questions(model, Path(data_file), skip_bad_records, to_stderr)
+        features = questions.features
+    else:
+        dataset = read_file(data_file, model.config.labels)
+        features = build_features(dataset, model.tokenizer, model.config.max_length, cache_dir=None)
+
+    def judge(outputs: Outputs) -> dict[str, float]:
+        return {"accuracy": outputs.accuracy} if questions is None else questions.score(outputs).metrics
+
     outputs = runner.run(model.params, features, execution, threshold=threshold)
-    if predictions is not None:
+    if predictions is not None and questions is not None:
+        write_json(predictions, questions.score(outputs).files["predictions.json"])
+    elif predictions is not None:
         write_predictions(predictions, outputs, features, model.config.labels)
     settings = {"execution": execution, "batch_size": batch_size, "threshold": threshold}
-    result = {**settings, **summarize(outputs, model.config)}
+    result = {**settings, **summarize(outputs, model.config, judge(outputs))}
+    if questions is not None and skip_bad_records:
+        result["skipped_records"] = questions.num_skipped
     if execution != "dense" and baselines:
-        result["baselines"] = run_baselines(runner, model.params, features, outputs, baselines, seed)
+        result["baselines"] = run_baselines(runner, model.params, features, outputs, baselines, seed, judge)
     return result
 
 
@@ -75,33 +95,36 @@ def run_baselines(
     outputs: Outputs,
     kinds: Sequence[str],
     seed: int,
+    judge: Judge,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates selections that learned nothing, with each example's own kept counts from `outputs`."""
-    return {
-        kind: summarize(runner.baseline(params, features, kind, outputs.num_kept, seed), runner.model.config)
-        for kind in kinds
-    }
+    result = {}
+    for kind in kinds:
+        found = runner.baseline(params, features, kind, outputs.num_kept, seed)
+        result[kind] = summarize(found, runner.model.config, judge(found))
+    return result
 
 
 def run_thresholds(
-    runner: Runner, params: Params, features: FeatureSet, thresholds: Sequence[float]
+    runner: Runner, params: Params, features: FeatureSet, thresholds: Sequence[float], judge: Judge
 ) -> dict[str, dict[str, Any]]:
     """Evaluates one model at several points between keeping more and keeping less."""
-    return {
-        str(threshold): summarize(runner.run(params, features, threshold=threshold), runner.model.config)
-        for threshold in thresholds
-    }
+    result = {}
+    for threshold in thresholds:
+        found = runner.run(params, features, threshold=threshold)
+        result[str(threshold)] = summarize(found, runner.model.config, judge(found))
+    return result
 
 
-def summarize(outputs: Outputs, config: ModelConfig) -> dict[str, Any]:
-    """The numbers of an evaluation; FLOPs are 2 x MACs a text, padding not counted.
+def summarize(outputs: Outputs, config: ModelConfig, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers of an evaluation; FLOPs are 2 x MACs a row of tokens, padding not counted.
 
-    `flops` follows the published accounting and `flops_exact` counts what it leaves out
-    (docs/method.md, "FLOPs"); `flops_speedup` is the dense model's `flops` over the reduced ones.
+    `metrics` are the task's. `flops` follows the published accounting and `flops_exact` counts what it leaves
+    out (docs/method.md, "FLOPs"); `flops_speedup` is the dense model's `flops` over the reduced ones.
     """
     shape, lengths = flops.EncoderShape.of(config), outputs.lengths
     dense = float(flops.dense_flops(shape, lengths).mean())
-    summary: dict[str, Any] = {"accuracy": outputs.accuracy, "examples": len(outputs.labels)}
+    summary: dict[str, Any] = {**metrics, "examples": len(lengths)}
     if outputs.kept:
         used = float(flops.reduced_flops(shape, lengths, outputs.num_kept).mean())
         exact = float(flops.exact_flops(shape, lengths, outputs.num_kept).mean())
@@ -109,10 +132,10 @@ def summarize(outputs: Outputs, config: ModelConfig) -> dict[str, Any]:
         summary["kept"] = outputs.num_kept.mean(0).tolist()
     else:
         summary |= {"flops": dense, "flops_exact": float(flops.exact_dense_flops(shape, lengths).mean())}
-    base = float(flops.bert_base_flops(lengths, config.num_labels).mean())
+    base = float(flops.bert_base_flops(lengths, config.num_outputs).mean())
     summary["flops_speedup_over_bert_base"] = base / summary["flops"]
     summary["tokens"] = float(lengths.mean())
-    summary["examples_per_second"] = len(outputs.labels) / max(outputs.seconds, 1e-9)
+    summary["examples_per_second"] = len(lengths) / max(outputs.seconds, 1e-9)
     return summary
 
 

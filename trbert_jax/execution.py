@@ -15,11 +15,13 @@ import numpy as np
 from trbert_jax import tokens
 from trbert_jax.data.batching import width_ladder
 from trbert_jax.errors import UserError
-from trbert_jax.modeling.model import ModelOutput, Params, TokenReducingClassifier, forward
+from trbert_jax.modeling.heads import Logits
+from trbert_jax.modeling.model import ModelOutput, Params, TokenReducingModel, forward
 from trbert_jax.modeling.packed import packed_forward
+from trbert_jax.modeling.tasks import example_logits
 
 Inputs = Mapping[str, Any]  # arrays [B, ...]
-Program = Callable[[Params, Inputs], tuple[jax.Array, jax.Array]]
+Program = Callable[[Params, Inputs], tuple[Logits, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ def check_execution(execution: str, threshold: float = DEFAULT_THRESHOLD) -> Non
 class Programs:
     """The compiled forward passes of one model: one for each execution and batch shape."""
 
-    def __init__(self, model: TokenReducingClassifier) -> None:
+    def __init__(self, model: TokenReducingModel) -> None:
         self.model = model
         self.compile_seconds: dict[tuple[str, int, int], float] = {}  # execution, rows, width -> seconds
         self._compiled: dict[tuple[str, int, int], Program] = {}
@@ -89,18 +91,19 @@ class Programs:
           execution: None takes it from the table.
 
         Returns:
-          `(params, batch) -> (logits float32 [B, C], keep bool [stages, B, S])`; keep is bool [0, 1] where
-          nothing is dropped.
+          `(params, batch) -> (logits, keep bool [stages, B * G, S])`: logits off which the examples' answers
+          are read (`modeling.tasks.example_logits`); keep is bool [0, 1] where nothing is dropped.
         """
         how = execution or EXECUTIONS[name]
         key = (name, *batch["input_ids"].shape)
         if key not in self._compiled:
             self._warn_of_many(len(self._compiled) + 1)
 
-            def program(params: Params, batch: Inputs) -> tuple[jax.Array, jax.Array]:
+            def program(params: Params, batch: Inputs) -> tuple[Logits, jax.Array]:
                 output = how.forward(self.model, params, batch, rule=how.rule(batch))
                 keep = [s.keep for s in output.selections]
-                return output.logits, jnp.stack(keep) if keep else jnp.zeros((0, 1), bool)
+                logits = example_logits(self.model.config.task, output.logits, batch)
+                return logits, jnp.stack(keep) if keep else jnp.zeros((0, 1), bool)
 
             start = time.perf_counter()
             self._compiled[key] = jax.jit(program).lower(params, batch).compile()

@@ -30,7 +30,7 @@ from trbert_jax.execution import (
     check_execution,
 )
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Params, TokenReducingClassifier
+from trbert_jax.modeling.model import Params, TokenReducingModel
 from trbert_jax.modeling.pretrained import Announce, load_pretrained, save_pretrained, to_stderr
 from trbert_jax.modeling.tokenizer_files import Tokenizer, check_vocabulary
 from trbert_jax.runner import Outputs, Runner
@@ -111,7 +111,7 @@ class TRBert:
         self.params = jax.device_put(params)
         self.tokenizer = tokenizer
         self.fresh = tuple(fresh)
-        self._model = TokenReducingClassifier(config, _DTYPES[dtype])
+        self._model = TokenReducingModel(config, _DTYPES[dtype])
         self.programs = Programs(self._model)
         self._runners: dict[int, Runner] = {}
 
@@ -171,7 +171,8 @@ class TRBert:
           Predictions in the order of the texts.
 
         Raises:
-          UserError: something else than a list of strings, a bad option, no tokenizer.
+          UserError: something else than a list of strings, a bad option, no tokenizer, a model that answers
+            questions (`trbert_jax.answer_questions`).
         """
         _check_texts(texts)
         return list(self.predict_stream(texts, batch_size, execution, threshold))
@@ -198,6 +199,10 @@ class TRBert:
         Raises:
           UserError: as `predict`; a bad option at once, a bad text when its window is reached.
         """
+        if self.config.inputs.data:
+            raise UserError(
+                "this model answers questions; ask it with trbert_jax.answer_questions(model, questions)"
+            )
         execution = execution or self.default_execution
         check_execution(execution, threshold)
         _check_batch_size(batch_size)
@@ -251,8 +256,13 @@ class TRBert:
           The name of each program and the seconds that compiling it took.
 
         Raises:
-          UserError: a bad option.
+          UserError: a bad option, a model that answers questions, whose shapes their data set decides.
         """
+        if self.config.inputs.data:
+            raise UserError(
+                "models that label texts can be compiled ahead; one that answers questions compiles at its "
+                "first batch and finds its programs in the cache from then on"
+            )
         execution = execution or self.default_execution
         check_execution(execution)
         _check_batch_size(batch_size)

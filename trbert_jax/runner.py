@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from trbert_jax import tokens
-from trbert_jax.data.batching import length_batches, pad_batch
+from trbert_jax.data.batching import batch_rows, length_batches, pad_batch
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.execution import (
     DEFAULT_EXECUTION,
@@ -23,22 +24,26 @@ from trbert_jax.execution import (
     with_threshold,
 )
 from trbert_jax.metrics.classification import accuracy
-from trbert_jax.modeling.model import Params, TokenReducingClassifier
+from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.heads import Logits
+from trbert_jax.modeling.model import Params, TokenReducingModel
+from trbert_jax.modeling.tasks import Rows, is_by_token
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Outputs for n examples, rows as in the feature set.
+    """Outputs for n examples of R rows in all, in the order of the feature set.
 
     Attributes:
-      logits: float32 [n, C].
-      kept: one list a point of reduction of n int arrays, the input positions that were kept.
-      lengths: int [n], tokens before reduction, special ones included.
-      labels: int [n].
+      logits: float32 [n, C], or what else the task has (`modeling.heads`): an array, or a dict of arrays,
+        with an entry an example; for spans an entry a row, [R, 2, max_length], 0 behind a row's end.
+      kept: one list a point of reduction of R int arrays, the positions of a row that were kept.
+      lengths: int [R], tokens before reduction, special ones included.
+      labels: int [n], -1 where there is none.
       seconds: time in the compiled program, compilation not counted.
     """
 
-    logits: np.ndarray
+    logits: Logits
     kept: tuple[list[np.ndarray], ...]
     lengths: np.ndarray
     labels: np.ndarray
@@ -46,9 +51,9 @@ class Outputs:
 
     @property
     def num_kept(self) -> np.ndarray:
-        """int32 [n, stages]."""
+        """int32 [R, stages]."""
         counts = [[len(positions) for positions in stage] for stage in self.kept]
-        return np.array(counts, np.int32).reshape(len(self.kept), len(self.labels)).T
+        return np.array(counts, np.int32).reshape(len(self.kept), len(self.lengths)).T
 
     @property
     def accuracy(self) -> float:
@@ -59,9 +64,7 @@ class Outputs:
 class Runner:
     """Runs a model over feature sets; one compilation a batch shape and rule, none after that."""
 
-    def __init__(
-        self, model: TokenReducingClassifier, batch_size: int, programs: Programs | None = None
-    ) -> None:
+    def __init__(self, model: TokenReducingModel, batch_size: int, programs: Programs | None = None) -> None:
         self.model = model
         self.batch_size = batch_size
         self.programs = programs or Programs(model)
@@ -93,7 +96,7 @@ class Runner:
         """
         check_execution(execution, threshold)
         # An input of the compiled program, which all thresholds share.
-        limit = np.full(len(features), tokens.min_logit(threshold), np.float32)
+        limit = np.full(features.num_rows, tokens.min_logit(threshold), np.float32)
         return self._run(params, features, execution, EXECUTIONS[execution], {"min_logit": limit}, progress)
 
     def compile(self, params: Params, execution: str, width: int) -> float:
@@ -118,7 +121,7 @@ class Runner:
           params: the model's parameters.
           features: n examples.
           kind: `random` or `first_k`.
-          num_kept: int [n, stages], how many tokens each example keeps.
+          num_kept: int [R, stages], how many tokens each row keeps.
           seed: of the random choice.
         """
 
@@ -127,10 +130,13 @@ class Runner:
             if kind == "first_k":
                 return tokens.keep_first(counts)
             rng = jax.random.key(batch["seed"][0])
-            return tokens.keep_random(counts, tokens.row_keys(rng, batch["index"]))
+            return tokens.keep_random(counts, Rows(batch).keys(rng))
 
+        if "shared_length" in features.row_targets:  # the others are kept whatever a rule says
+            others = features.row_lengths - features.row_targets["shared_length"]
+            num_kept = num_kept - others[:, None]
         # The seed is an input of the compiled program, which other seeds then share.
-        extras = {"num_kept": num_kept.astype(np.int32), "seed": np.full(len(features), seed, np.int32)}
+        extras = {"num_kept": num_kept.astype(np.int32), "seed": np.full(features.num_rows, seed, np.int32)}
         return self._run(
             params, features, kind, Execution(EXECUTIONS[DEFAULT_EXECUTION].forward, rule), extras
         )
@@ -141,26 +147,64 @@ class Runner:
         features: FeatureSet,
         name: str,
         execution: Execution,
-        extras: dict[str, np.ndarray],
+        extras: dict[str, np.ndarray],  # arrays [R, ...]
         progress: Callable[[int, int], None] | None = None,
     ) -> Outputs:
-        n, stages = len(features), 0 if name == "dense" else self.model.config.num_reductions
-        logits = np.zeros((n, self.model.config.num_labels), np.float32)
-        kept = tuple([np.zeros(0, np.int32)] * n for _ in range(stages))
-        seconds = 0.0
-        ladder = execution.widths(self.model.config.max_length)
+        config = self.model.config
+        kept = tuple(
+            [np.zeros(0, np.int32)] * features.num_rows
+            for _ in range(0 if name == "dense" else config.num_reductions)
+        )
+        store, seconds = None, 0.0
+        ladder = execution.widths(config.max_length)
         for step, (index, width) in enumerate(length_batches(features, self.batch_size, ladder), 1):
             batch = pad_batch(features, index, self.batch_size, width)
+            rows = batch_rows(features, index, self.batch_size)
             for key, values in extras.items():
-                batch[key] = values[np.maximum(batch["index"], 0)]
+                batch[key] = values[np.maximum(rows, 0)]
             program = self.programs.get(name, params, batch, execution)
             start = time.perf_counter()
             output, keep = jax.block_until_ready(program(params, batch))
             seconds += time.perf_counter() - start
-            logits[index] = np.asarray(output)[: len(index)]
-            for stage, masks in enumerate(np.asarray(keep)[:, : len(index)]):
-                for row, mask in zip(index, masks, strict=True):
-                    kept[stage][row] = np.flatnonzero(mask).astype(np.int32)
+            store = store or LogitStore(config, features, output)
+            store.put(index, rows, output)
+            there = np.flatnonzero(rows >= 0)
+            for positions, masks in zip(kept, np.asarray(keep), strict=True):
+                for row, mask in zip(rows[there], masks[there], strict=True):
+                    positions[row] = np.flatnonzero(mask).astype(np.int32)
             if progress:
                 progress(step, len(index))
-        return Outputs(logits, kept, features.lengths, features.labels, seconds)
+        logits = store.logits if store else None
+        return Outputs(logits, kept, features.row_lengths, features.labels, seconds)
+
+
+class LogitStore:
+    """The logits of a whole feature set, put together from those of its batches."""
+
+    def __init__(self, config: ModelConfig, features: FeatureSet, like: Logits) -> None:
+        self._by_row = config.task == "span"
+        count = features.num_rows if self._by_row else len(features)
+
+        def empty(path: Any, x: jax.Array) -> np.ndarray:
+            by_token = is_by_token(config.task, path[0].key if path else None)
+            *inner, last = x.shape[1:]
+            return np.zeros((count, *inner, config.max_length if by_token else last), np.float32)
+
+        self.logits = jax.tree_util.tree_map_with_path(empty, like)
+
+    def put(self, index: np.ndarray, rows: np.ndarray, output: Logits) -> None:
+        """Puts a batch's logits in their place.
+
+        Args:
+          index: int [b], its examples.
+          rows: int [B * G], its rows, -1 for fillers.
+          output: of the batch.
+        """
+        there = np.flatnonzero(rows >= 0) if self._by_row else np.arange(len(index))
+        to = rows[there] if self._by_row else index
+
+        def put(into: np.ndarray, x: jax.Array) -> None:
+            values = np.asarray(x)[there]
+            into[to, ..., : values.shape[-1]] = values
+
+        jax.tree.map(put, self.logits, output)

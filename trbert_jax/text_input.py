@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from trbert_jax.data.text_files import decode_lines, read_lines
 from trbert_jax.errors import UserError
 
 
+def read_input(path: Path | None) -> Iterator[tuple[str, str]]:
+    """Yields the lines of a file, or of standard input, each with its place for messages.
+
+    A line ends at a line feed and nowhere else.
+
+    Args:
+      path: the file; None reads standard input.
+
+    Raises:
+      UserError: a missing, unreadable or empty file.
+    """
+    name = str(path or "standard input")
+    empty = True
+    for number, line in read_lines(path) if path else decode_lines(sys.stdin.buffer, name):
+        empty = False
+        yield f"{name}:{number}", line.removesuffix("\n")
+    if empty:
+        raise UserError(f"{name}: is empty; one text a line was expected")
+
+
 def read_texts(path: Path | None) -> Iterator[str]:
     """Yields the texts of a file, or of standard input, one a line.
 
-    A `.jsonl` file holds an object with a string `text` in each line. A line ends at a line feed and
-    nowhere else.
+    A `.jsonl` file holds an object with a string `text` in each line.
 
     Args:
       path: the file; None reads standard input.
@@ -23,14 +42,13 @@ def read_texts(path: Path | None) -> Iterator[str]:
     Raises:
       UserError: a missing, unreadable or empty file, a malformed line (with its number).
     """
-    name = str(path or "standard input")
-    empty = True
-    for number, line in read_lines(path) if path else decode_lines(sys.stdin.buffer, name):
-        empty = False
-        text = line.removesuffix("\n")
-        yield _text_of_record(f"{name}:{number}", text) if name.endswith(".jsonl") else text
-    if empty:
-        raise UserError(f"{name}: is empty; one text a line was expected")
+    return texts_of(path, read_input(path))
+
+
+def texts_of(path: Path | None, lines: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """The texts of lines that `read_input` gave for this file; see `read_texts`."""
+    in_records = str(path).endswith(".jsonl")
+    return (_text_of_record(where, line) if in_records else line for where, line in lines)
 
 
 def _text_of_record(where: str, line: str) -> str:

@@ -47,6 +47,31 @@ class TokenSet:
 
 
 @struct.dataclass
+class SharedPassage:
+    """Tokens that consecutive rows have in common: the article and the question of a multiple choice.
+
+    The rows decide on them together, by the mean of their selectors' logits, so that they keep the same. A
+    rule must treat rows with the same logits alike: whatever it draws has to be the same for them.
+
+    Attributes:
+      shared: bool [B, S], the same in all rows of a group.
+      group: rows of a group.
+    """
+
+    shared: jax.Array
+    group: int = struct.field(pytree_node=False)
+
+    def mean(self, logits: jax.Array) -> jax.Array:
+        """[B, S] -> [B, S], each group's mean in each of its rows."""
+        groups = logits.reshape(-1, self.group, logits.shape[-1])
+        return jnp.repeat(groups.mean(1), self.group, axis=0)
+
+    def repeat(self, num_copies: int) -> SharedPassage:
+        """For `TokenSet.repeat`."""
+        return dataclasses.replace(self, shared=jnp.tile(self.shared, (num_copies, 1)))
+
+
+@struct.dataclass
 class Selection:
     """What happened at one point of reduction.
 
@@ -66,7 +91,9 @@ class Selection:
         return jnp.sum(self.keep, axis=-1, dtype=jnp.int32)
 
 
-def select(logits: jax.Array, valid: jax.Array, stage: int, rule: Rule) -> Selection:
+def select(
+    logits: jax.Array, valid: jax.Array, stage: int, rule: Rule, passage: SharedPassage | None = None
+) -> Selection:
     """Decides at one point of reduction.
 
     Args:
@@ -74,14 +101,21 @@ def select(logits: jax.Array, valid: jax.Array, stage: int, rule: Rule) -> Selec
       valid: bool [B, S], tokens that are still there.
       stage: index of the point of reduction.
       rule: see the module's docstring.
+      passage: tokens that several rows share and decide on together; the others are kept. None: every row
+        decides for itself, on all its tokens.
     """
-    keep = rule(stage, logits, valid)
+    scored = valid
+    if passage is not None:
+        logits, scored = passage.mean(logits), valid & passage.shared
+    keep = rule(stage, logits, scored)
     # No gradient passes through the decision: the selectors learn from the policy loss alone.
-    keep = jax.lax.stop_gradient(keep.at[:, 0].set(True) & valid)
-    return Selection(logits=logits, scored=valid, keep=keep)
+    keep = jax.lax.stop_gradient((keep & scored).at[:, 0].set(True) & valid | valid & ~scored)
+    return Selection(logits=logits, scored=scored, keep=keep)
 
 
-def drop_tokens(tokens: TokenSet, logits: jax.Array, stage: int, rule: Rule) -> tuple[TokenSet, Selection]:
+def drop_tokens(
+    tokens: TokenSet, logits: jax.Array, stage: int, rule: Rule, passage: SharedPassage | None = None
+) -> tuple[TokenSet, Selection]:
     """Applies a rule at one point of reduction to a padded batch.
 
     Args:
@@ -89,12 +123,26 @@ def drop_tokens(tokens: TokenSet, logits: jax.Array, stage: int, rule: Rule) -> 
       logits: float32 [B, S].
       stage: index of the point of reduction.
       rule: see the module's docstring.
+      passage: see `select`.
 
     Returns:
       The tokens after it (same static shape, dropped ones no longer valid) and the `Selection`.
     """
-    selection = select(logits, tokens.valid, stage, rule)
+    selection = select(logits, tokens.valid, stage, rule, passage)
     return dataclasses.replace(tokens, valid=selection.keep), selection
+
+
+def restore(dropped: TokenSet, tokens: TokenSet) -> TokenSet:
+    """All tokens again: those that are still there as they are, the others as they were when dropped.
+
+    No gradient flows through the states of dropped tokens.
+
+    Args:
+      dropped: the tokens before, each with the state in which it would come back.
+      tokens: of the same batch, those of them that are left.
+    """
+    left = jax.lax.stop_gradient(dropped.states)
+    return dataclasses.replace(dropped, states=jnp.where(tokens.valid[..., None], tokens.states, left))
 
 
 # Rules --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from trbert_jax.config import DATA_NAMES, DataConfig
+from trbert_jax.data.qa_readers import QA_FORMATS
 from trbert_jax.data.readers import FILE_FORMATS, Dataset, read_examples
 from trbert_jax.errors import UserError
 
@@ -29,7 +30,7 @@ def silent(message: str) -> None:
 
 
 def test_every_name_of_the_configuration_has_a_reader() -> None:
-    assert {*FILE_FORMATS, "stdlib"} == set(DATA_NAMES)
+    assert {*FILE_FORMATS, "stdlib", *QA_FORMATS} == set(DATA_NAMES)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 from trbert_jax.metrics import flops
 from trbert_jax.modeling.config import ModelConfig
 
-BERT_BASE = flops.EncoderShape(12, 768, 3072, num_labels=2, reduction_layers=(1, 6))
+BERT_BASE = flops.EncoderShape(12, 768, 3072, num_outputs=2, reduction_layers=(1, 6))
 # H = 2, I = 3: a layer over n tokens takes 4n*4 + 2n*6 + 4n^2 = 28n + 4n^2 MACs; a selector of width
 # 5 takes 2*5 + 5 = 15 a token; the classifier 2*3 = 6; the pooler 2*2 = 4.
-SMALL = flops.EncoderShape(4, 2, 3, num_labels=3, reduction_layers=(1, 2), selector_hidden=5)
+SMALL = flops.EncoderShape(4, 2, 3, num_outputs=3, reduction_layers=(1, 2), selector_hidden=5)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_dense_cost_follows_the_models_own_depth() -> None:
 
 
 def test_bert_base_reference() -> None:
-    assert flops.bert_base_flops([512], num_labels=5).tolist() == [2 * (12 * 4_026_531_840 + 768 * 5)]
+    assert flops.bert_base_flops([512], num_outputs=5).tolist() == [2 * (12 * 4_026_531_840 + 768 * 5)]
 
 
 def test_reduced_counts_by_hand() -> None:

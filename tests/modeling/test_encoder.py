@@ -16,7 +16,7 @@ from tiny_batches import random_batch, take
 from trbert_jax import tokens
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.encoder import Encoder
-from trbert_jax.modeling.model import ModelOutput, TokenReducingClassifier, forward
+from trbert_jax.modeling.model import ModelOutput, TokenReducingModel, forward
 from trbert_jax.tokens import Rule, TokenSet
 
 BERT = tiny_models.BERT
@@ -32,7 +32,7 @@ def params_of(config: ModelConfig) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="num_copies")
 def run(config: ModelConfig, rule: Rule | None, params: Any, batch: Any, num_copies: int = 1) -> ModelOutput:
-    return forward(TokenReducingClassifier(config), params, batch, rule=rule, num_copies=num_copies)
+    return forward(TokenReducingModel(config), params, batch, rule=rule, num_copies=num_copies)
 
 
 def with_bias(params: Any, bias: float) -> Any:
@@ -147,7 +147,7 @@ def gradients(params: Any, batch: Any) -> tuple[Any, ModelOutput]:
     """Of a function of the logits, while the selectors decide."""
 
     def total(params: Any) -> tuple[jax.Array, ModelOutput]:
-        output = forward(TokenReducingClassifier(SHALLOW), params, batch, rule=tokens.keep_probable)
+        output = forward(TokenReducingModel(SHALLOW), params, batch, rule=tokens.keep_probable)
         return jnp.sum(output.logits**2), output
 
     return jax.grad(total, has_aux=True)(params)
@@ -199,7 +199,7 @@ def test_dense_is_keeping_all() -> None:
 def test_dropout_needs_its_key() -> None:
     """Off by default; with a key it is on, and follows from the key."""
     batch = random_batch(SHALLOW, LENGTHS, 12)
-    model, params = TokenReducingClassifier(SHALLOW), params_of(SHALLOW)
+    model, params = TokenReducingModel(SHALLOW), params_of(SHALLOW)
     noisy = jax.jit(lambda key: forward(model, params, batch, rule=None, dropout_rng=key).logits)
     first, again, other = (noisy(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -218,7 +218,7 @@ def test_token_types_matter() -> None:
 
 
 def test_one_trace_a_shape() -> None:
-    model, traces = TokenReducingClassifier(SHALLOW), []
+    model, traces = TokenReducingModel(SHALLOW), []
 
     @jax.jit
     def classify(params: Any, batch: Any) -> jax.Array:
@@ -233,7 +233,7 @@ def test_one_trace_a_shape() -> None:
 def test_bfloat16() -> None:
     """Runs close to float32; what decides and what is returned stays float32."""
     batch = random_batch(SHALLOW, LENGTHS, 12)
-    half = TokenReducingClassifier(SHALLOW, jnp.bfloat16)
+    half = TokenReducingModel(SHALLOW, jnp.bfloat16)
     output = jax.jit(lambda params: forward(half, params, batch, rule=tokens.keep_all))(params_of(SHALLOW))
     assert output.logits.dtype == jnp.float32
     assert all(s.logits.dtype == jnp.float32 for s in output.selections)

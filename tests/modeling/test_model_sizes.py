@@ -8,7 +8,7 @@ import pytest
 
 from trbert_jax import tokens
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import TokenReducingClassifier, forward, init_params
+from trbert_jax.modeling.model import TokenReducingModel, forward, init_params
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_published_sizes(config: ModelConfig, length: int) -> None:
     }
     output = jax.eval_shape(
         lambda params, batch: forward(
-            TokenReducingClassifier(config), params, batch, rule=tokens.keep_probable, num_copies=4
+            TokenReducingModel(config), params, batch, rule=tokens.keep_probable, num_copies=4
         ),
         params,
         batch,

@@ -19,7 +19,7 @@ from tiny_batches import random_batch
 from trbert_jax import tokens
 from trbert_jax.modeling import packed as packed_module
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import ModelOutput, TokenReducingClassifier, forward
+from trbert_jax.modeling.model import ModelOutput, TokenReducingModel, forward
 from trbert_jax.modeling.packed import pack, packed_forward
 from trbert_jax.modeling.tiles import Tiling
 from trbert_jax.training import objectives
@@ -39,7 +39,7 @@ def params_of(config: ModelConfig) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def both(config: ModelConfig, rule_of: Any, params: Any, batch: Any) -> tuple[ModelOutput, ModelOutput]:
-    model, rule = TokenReducingClassifier(config), rule_of(batch)
+    model, rule = TokenReducingModel(config), rule_of(batch)
     masked = forward(model, params, batch, rule=rule)
     return masked, packed_forward(model, params, batch, rule=rule, tiling=TILING)
 
@@ -105,7 +105,7 @@ def test_small_batches(lengths: list[int]) -> None:
 def gradient_program(execute: Any, joint: bool) -> Any:
     def loss(params: Any, batch: Any, dropout_rng: Any) -> jax.Array:
         samples = objectives.sample_policy(
-            TokenReducingClassifier(BERT),
+            TokenReducingModel(BERT),
             params,
             batch,
             rule=objectives.sampling_rule(jax.random.key(5), batch, 3, imitating=False),
@@ -172,7 +172,7 @@ def test_one_trace_serves_all_selections(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(packed_module, "select", counting)
     run = jax.jit(
-        lambda params, batch: packed(TokenReducingClassifier(BERT), params, batch, rule=tokens.keep_probable)
+        lambda params, batch: packed(TokenReducingModel(BERT), params, batch, rule=tokens.keep_probable)
     )
     for seed in range(5):
         lengths = np.random.default_rng(seed).integers(1, WIDTH + 1, 4).tolist()

@@ -15,7 +15,7 @@ import tiny_models
 from tiny_batches import random_batch
 from trbert_jax import tokens
 from trbert_jax.losses import task
-from trbert_jax.modeling.model import TokenReducingClassifier, forward
+from trbert_jax.modeling.model import TokenReducingModel, forward
 from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.tiles import Tiling
 
@@ -23,7 +23,7 @@ config = tiny_models.BERT
 params = jax.tree.map(jnp.asarray, tiny_models.tiny_params(config))
 # The first device has many tokens, the second few.
 batch = random_batch(config, [18, 18, 17, 1, 2, 1], width=18)
-model, tiling = TokenReducingClassifier(config), Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
+model, tiling = TokenReducingModel(config), Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
 
 def run(execute, params, batch):
     def loss(params):

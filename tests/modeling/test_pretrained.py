@@ -21,7 +21,7 @@ from tiny_models import BERT, DISTILBERT, tiny_model, tiny_params, tiny_weights
 from trbert_jax.errors import UserError
 from trbert_jax.modeling import hub
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import TokenReducingClassifier
+from trbert_jax.modeling.model import TokenReducingModel
 from trbert_jax.modeling.names import to_original_names
 from trbert_jax.modeling.pretrained import (
     load_pretrained,
@@ -114,9 +114,10 @@ def test_transformers_loads_what_we_save(tmp_path: Path, config: ModelConfig) ->
     with torch.no_grad():
         theirs = model.eval()(**batch, output_hidden_states=True)
     loaded = quietly(tmp_path)
-    module = TokenReducingClassifier(loaded.config)
+    module = TokenReducingModel(loaded.config)
     arguments = (jnp.asarray(batch["input_ids"].numpy()), jnp.asarray(batch["attention_mask"].numpy() > 0))
-    ours = module.apply({"params": loaded.params}, *arguments, rule=None).logits
+    inputs = dict(zip(("input_ids", "mask"), arguments, strict=True))
+    ours = module.apply({"params": loaded.params}, inputs, rule=None).logits
     np.testing.assert_allclose(ours, theirs.logits.numpy(), atol=1e-5)
     tokens = module.apply({"params": loaded.params}, *arguments, method="embed")
     tokens = module.apply({"params": loaded.params}, tokens, range(config.num_layers), method="run_layers")

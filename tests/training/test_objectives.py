@@ -12,12 +12,12 @@ from tiny_batches import random_batch, take
 
 from trbert_jax import tokens
 from trbert_jax.losses import policy, task
-from trbert_jax.modeling.model import Batch, TokenReducingClassifier, forward
+from trbert_jax.modeling.model import Batch, TokenReducingModel, forward
 from trbert_jax.training import objectives
 from trbert_jax.training.objectives import Objective, mean_over_examples
 
 CONFIG = dataclasses.replace(tiny_models.BERT, num_layers=1)  # one point of reduction, before layer 0
-MODEL = TokenReducingClassifier(CONFIG)
+MODEL = TokenReducingModel(CONFIG)
 PARAMS = tiny_models.tiny_params(CONFIG)
 LENGTHS, WIDTH = [6, 1, 4, 5], 6
 ALPHA, MAX_LENGTH, K = 0.7, 10, 3

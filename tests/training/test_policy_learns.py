@@ -11,7 +11,7 @@ import numpy as np
 import tiny_models
 
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier, forward
+from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward
 from trbert_jax.tokens import keep_probable
 from trbert_jax.training import objectives, optimizer
 from trbert_jax.training.objectives import Objective
@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
     max_positions=LENGTH,
     max_length=LENGTH,
 )
-MODEL = TokenReducingClassifier(CONFIG)
+MODEL = TokenReducingModel(CONFIG)
 
 
 def examples(num: int, seed: int, clueless: float = 0.0) -> Batch:

@@ -12,7 +12,7 @@ from tiny_batches import random_batch, take
 
 from trbert_jax.losses.task import cross_entropy
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import TokenReducingClassifier, forward
+from trbert_jax.modeling.model import TokenReducingModel, forward
 from trbert_jax.tokens import TokenSet
 from trbert_jax.training.residual import rank_targets, residual_scores, score_layers
 
@@ -20,7 +20,7 @@ BERT = tiny_models.BERT
 LENGTHS = [6, 1, 4]
 
 
-MODEL = TokenReducingClassifier(BERT)
+MODEL = TokenReducingModel(BERT)
 PARAMS = tiny_models.tiny_params(BERT)
 
 
@@ -42,7 +42,7 @@ def loss_after_moving(params: Any, batch: Any, start: int, token: int, distance:
     moved = jnp.arange(states.shape[2])[:, None] == token
     states = states[-1] + distance * moved * (states[-1] - states[start + 1])
     last = layers(TokenSet(states, batch["mask"]), range(back + 1, BERT.num_layers))
-    logits = MODEL.apply({"params": params}, last, method="classify")
+    logits = MODEL.apply({"params": params}, last, {}, method="answer")
     return cross_entropy(logits, batch["labels"])
 
 

@@ -13,13 +13,13 @@ import pytest
 import tiny_models
 from tiny_batches import random_batch
 
-from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier
+from trbert_jax.modeling.model import Batch, Params, TokenReducingModel
 from trbert_jax.training import objectives, optimizer
 from trbert_jax.training.objectives import Objective
 from trbert_jax.training.steps import TrainState, init_state, train_step
 
 CONFIG = dataclasses.replace(tiny_models.BERT, num_layers=1)  # one point of reduction, before layer 0
-MODEL = TokenReducingClassifier(CONFIG)
+MODEL = TokenReducingModel(CONFIG)
 PARAMS = jax.tree.map(jnp.asarray, tiny_models.tiny_params(CONFIG))
 LENGTHS = [6, 1, 4, 5, 3, 6, 2, 5]
 BATCH = {k: v for k, v in random_batch(CONFIG, LENGTHS, 6).items() if k != "teacher_logits"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from trbert_jax.answering import read_questions
 from trbert_jax.benchmark import huggingface, runs
 from trbert_jax.benchmark.records import Record, drift, machine, make_records
 from trbert_jax.benchmark.runs import WAYS, Announce, PreparedRun
@@ -44,14 +45,15 @@ def benchmark_file(
     """Times the ways to run a model on the same texts, in the order of the file.
 
     Args:
-      data: `.jsonl` with `text`, or one text a line.
+      data: `.jsonl` with `text`, or one text a line; for a model that answers questions a file in the
+        published format of the data set it was trained on.
       model_dir: see `TRBert.from_pretrained`.
       random: in place of a model, a key of `SIZES`: random weights, tokenizer and labels of the
         replayed model.
       replay_dir: a model whose kept tokens are replayed, which the model under test then keeps.
       batch_sizes: None takes those of `BATCH_SIZES` that there are texts enough for.
       executions: keys of `WAYS`, and `huggingface`; None takes all, the last one if PyTorch is installed.
-      max_texts: texts to read; None reads all.
+      max_texts: texts to read, of questions inputs (windows, where a context has several); None reads all.
       max_length: tokens after which a text is cut, and the width of full-length batches; None takes the
         model's.
       repeats: how often everything is timed.
@@ -67,7 +69,6 @@ def benchmark_file(
         that does not fit.
     """
     names = _check_executions(executions)
-    texts = list(itertools.islice(read_texts(Path(data)), max_texts))
     replayed = None
     if replay_dir is not None:
         replayed = TRBert.from_pretrained(replay_dir, max_length=max_length, announce=announce)
@@ -78,7 +79,15 @@ def benchmark_file(
     else:
         raise ValueError("model_dir or random is needed")
     name = str(random or model_dir)
-    features = _tokenize(texts, model, name, str(data), announce)
+    texts: list[str] = []
+    if model.config.inputs.data:
+        if replayed is not None:
+            raise UserError("--replay: kept tokens are replayed for models that label texts only")
+        features = _question_features(model, Path(data), max_texts, announce)
+        names = _without_peer(names, executions, announce)
+    else:
+        texts = list(itertools.islice(read_texts(Path(data)), max_texts))
+        features = _tokenize(texts, model, name, str(data), announce)
     workload = Workload(features, model.config.max_length)
     if replayed is not None:
         announce(f"computing the tokens that {replay_dir} keeps")
@@ -119,7 +128,8 @@ def benchmark(
             say(f"preparing {name}")
             prepared.append(_prepare(name, model, workload, batch_size, about["dtype"]))
         seconds = runs.time_runs(prepared, repeats, say)
-        lengths = workload.features.lengths[: workload.num_texts(batch_size)]
+        rows = workload.features.rows(np.arange(workload.num_texts(batch_size)))
+        lengths = workload.features.row_lengths[: rows.max() + 1]
         for run, record in zip(prepared, make_records(prepared, seconds, batch_size), strict=True):
             changes = reference.drift_of(run) if reference else {}
             records.append({**record, **changes, "tokens": float(lengths.mean()), **about})
@@ -139,13 +149,13 @@ class _Float32:
             return {"kept_changed_tokens": None, "kept_changed_texts": None, "labels_changed": None}
         name = "dense" if run.keep is None else "packed"
         if name not in self._runs:
-            size = min(_REFERENCE_BATCH, len(run.logits))
+            size = min(_REFERENCE_BATCH, run.num_texts)
             self._runs[name] = runs.prepare(
                 name, self._model.programs, self._model.params, self._workload, size
             )
         found = self._runs[name]
         keep = None if self._workload.actions is not None else found.keep
-        return drift(run, found.logits, keep, self._workload.features.lengths)
+        return drift(run, found.logits, keep, self._workload.features.row_lengths)
 
 
 def _prepare(name: str, model: TRBert, workload: Workload, batch_size: int, dtype: str) -> PreparedRun:
@@ -168,6 +178,24 @@ def _check_executions(names: Sequence[str] | None) -> list[str]:
             " pip install 'trbert-jax[torch]'"
         )
     return list(dict.fromkeys(names))
+
+
+def _question_features(
+    model: TRBert, data: Path, max_questions: int | None, announce: Announce
+) -> FeatureSet:
+    """Questions of a file in the published format of the data set that the model was trained on."""
+    features = read_questions(model, data, skip_bad=False, announce=announce).features
+    if max_questions is None or max_questions >= len(features):
+        return features
+    return features.take(np.arange(max_questions))
+
+
+def _without_peer(names: list[str], asked: Sequence[str] | None, announce: Announce) -> list[str]:
+    if asked is not None and huggingface.NAME in asked:
+        raise UserError("--executions: huggingface is compared for models that label texts only")
+    if huggingface.NAME in names:
+        announce("huggingface is left out: it is compared for models that label texts only")
+    return [name for name in names if name != huggingface.NAME]
 
 
 def _check_sizes(sizes: Sequence[int] | None, features: FeatureSet, data: str | Path) -> list[int]:

@@ -66,7 +66,9 @@ def prepare_huggingface(
     logits = np.concatenate([run_batch(number) for number in range(len(batches))])
     widths = np.repeat([batch["input_ids"].shape[1] for batch in batches], batch_size)
     flops = dense_flops(EncoderShape.of(config), widths)
-    return PreparedRun(NAME, run_batch, len(batches), float(flops.mean()), None, None, logits, None)
+    return PreparedRun(
+        NAME, run_batch, len(batches), len(logits), float(flops.mean()), None, None, logits, None
+    )
 
 
 def num_cores() -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from trbert_jax import compilation_cache
 from trbert_jax.benchmark.huggingface import num_cores
 from trbert_jax.benchmark.runs import PreparedRun
+from trbert_jax.modeling.heads import Logits
 
 Record = dict[str, Any]
 
@@ -41,7 +42,7 @@ def make_records(
     flops = {run.name: run.flops for run in runs}
     records = []
     for run in runs:
-        rate = len(run.logits) / total[run.name]
+        rate = run.num_texts / total[run.name]
         realised = None
         if REFERENCE in total and run.name != REFERENCE and run.compile_seconds is not None:
             faster, fewer = total[REFERENCE] / total[run.name], flops[REFERENCE] / run.flops
@@ -51,7 +52,7 @@ def make_records(
             {
                 "execution": run.name,
                 "batch_size": batch_size,
-                "texts": len(run.logits),
+                "texts": run.num_texts,
                 "examples_per_second": rate,
                 "p50_ms": float(np.percentile(milliseconds, 50)),
                 "p99_ms": float(np.percentile(milliseconds, 99)),
@@ -67,29 +68,34 @@ def make_records(
 
 
 def drift(
-    run: PreparedRun, logits: np.ndarray, keep: np.ndarray | None, lengths: np.ndarray
+    run: PreparedRun, logits: Logits, keep: np.ndarray | None, lengths: np.ndarray
 ) -> dict[str, float | None]:
     """How far a run is from the same in float32, on the texts that both have run.
 
     Args:
       run: n texts.
-      logits: float32 [m, C], of the float32 run.
-      keep: bool [m, stages, max_length], likewise, or None where nothing decides about tokens.
-      lengths: int [texts], tokens of each.
+      logits: of the float32 run of m texts.
+      keep: bool [m, stages, max_length], likewise, or None where nothing decides about tokens; an entry a row
+        where texts have several.
+      lengths: int [rows], tokens of each.
 
     Returns:
       `kept_changed_tokens`, the share of tokens that some point of reduction decides otherwise about;
-      `kept_changed_texts`, the share of texts that have such a token; `labels_changed`, the share of texts
-      that get another label.
+      `kept_changed_texts`, the share of rows that have such a token; `labels_changed`, the share of texts
+      that get another label (of answers in a text: of rows in which another token is the likeliest).
     """
     found: dict[str, float | None] = {"kept_changed_tokens": None, "kept_changed_texts": None}
-    count = min(len(run.logits), len(logits))
     if run.keep is not None and keep is not None:
-        changed = (run.keep[:count] != keep[:count]).any(1)  # [texts, max_length]
+        count = min(len(run.keep), len(keep))
+        changed = (run.keep[:count] != keep[:count]).any(1)  # [rows, max_length]
         found["kept_changed_tokens"] = float(changed.sum() / lengths[:count].sum())
         found["kept_changed_texts"] = float(changed.any(-1).mean())
-    labels = run.logits[:count].argmax(-1) != logits[:count].argmax(-1)
-    return {**found, "labels_changed": float(labels.mean())}
+    others = []
+    for ours, theirs in zip(jax.tree.leaves(run.logits), jax.tree.leaves(logits), strict=True):
+        count = min(len(ours), len(theirs))
+        other = ours[:count].argmax(-1) != theirs[:count].argmax(-1)
+        others.append(other.reshape(count, -1).any(-1))
+    return {**found, "labels_changed": float(np.any(others, axis=0).mean())}
 
 
 def machine() -> Record:

@@ -13,9 +13,12 @@ import numpy as np
 
 from trbert_jax import tokens
 from trbert_jax.benchmark.workload import Workload
+from trbert_jax.data.batching import batch_rows
 from trbert_jax.execution import EXECUTIONS, Execution, Inputs, Programs
 from trbert_jax.metrics.flops import EncoderShape, dense_flops, reduced_flops
+from trbert_jax.modeling.heads import Logits
 from trbert_jax.modeling.model import Params, forward
+from trbert_jax.runner import LogitStore
 
 Announce = Callable[[str], Any]
 
@@ -58,21 +61,24 @@ class PreparedRun:
       name: of the way.
       run_batch: runs the batch of this number and waits for its logits.
       num_batches: of the workload.
+      num_texts: n, in whole batches.
       flops: of a text on average, by the published count; padding counts where it is computed.
       compile_seconds: of all shapes; None where nothing is compiled.
       peak_memory_bytes: parameters, inputs, outputs and temporaries of the largest program; None where it
         is not known. From the compiler: a device's own counter cannot be set back between programs.
-      logits: float32 [n, C].
-      keep: bool [n, stages, max_length], or None where nothing is dropped.
+      logits: float32 [n, C], or what else the task has, see `trbert_jax.runner.Outputs`.
+      keep: bool [n, stages, max_length], an entry a row where texts have several; None where nothing is
+        dropped.
     """
 
     name: str
     run_batch: Callable[[int], Any]
     num_batches: int
+    num_texts: int
     flops: float
     compile_seconds: float | None
     peak_memory_bytes: int | None
-    logits: np.ndarray
+    logits: Logits
     keep: np.ndarray | None
 
 
@@ -97,18 +103,26 @@ def prepare(
     def run_batch(number: int) -> Any:
         return jax.block_until_ready(compiled[number](params, batches[number]))
 
-    num_texts, stages = workload.num_texts(batch_size), programs.model.config.num_reductions
-    logits, keep = [], np.zeros((num_texts, stages, workload.max_length), bool)
-    for number in range(len(batches)):
+    config, features = programs.model.config, workload.features
+    num_texts, stages = workload.num_texts(batch_size), config.num_reductions
+    num_rows = int(features.rows(np.arange(num_texts)).max()) + 1
+    keep = np.zeros((num_rows, stages, workload.max_length), bool)
+    store = None
+    for number, index in enumerate(workload.indices(batch_size)):
         output, kept = run_batch(number)
-        logits.append(np.asarray(output))
+        rows = batch_rows(features, index, batch_size)
+        store = store or LogitStore(config, features.take(np.arange(num_texts)), output)
+        store.put(index, rows, output)
         if way.selects:
-            rows = slice(number * batch_size, (number + 1) * batch_size)
-            keep[rows, :, : kept.shape[-1]] = np.asarray(kept).swapaxes(0, 1)
+            there = np.flatnonzero(rows >= 0)
+            keep[rows[there], :, : kept.shape[-1]] = np.asarray(kept).swapaxes(0, 1)[there]
     keys = {(name, *batch["input_ids"].shape) for batch in batches}
-    widths = np.repeat([batch["input_ids"].shape[1] for batch in batches], batch_size)
-    computed = widths if way.padded else workload.features.lengths[:num_texts]
-    shape = EncoderShape.of(programs.model.config)
+    if way.padded:
+        shapes = [batch["input_ids"].shape for batch in batches]
+        computed = np.concatenate([np.full(count, width) for count, width in shapes])
+    else:
+        computed = features.row_lengths[:num_rows]
+    shape = EncoderShape.of(config)
     if not way.selects:
         flops = dense_flops(shape, computed)
     elif way.padded:  # the selectors judge every token, and every token goes on
@@ -119,10 +133,11 @@ def prepare(
         name=name,
         run_batch=run_batch,
         num_batches=len(batches),
-        flops=float(flops.mean()),
+        num_texts=num_texts,
+        flops=float(flops.sum() / num_texts),
         compile_seconds=sum(programs.compile_seconds[key] for key in keys),
         peak_memory_bytes=max(memory_bytes(program) for program in compiled),
-        logits=np.concatenate(logits),
+        logits=None if store is None else store.logits,
         keep=keep if way.selects else None,
     )
 

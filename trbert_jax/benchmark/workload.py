@@ -17,14 +17,16 @@ from trbert_jax.runner import Outputs
 # are cut. With these the mean is 203.
 _LOG_MEDIAN, _LOG_SPREAD = 5.42, 0.55
 _SHORTEST, _LONGEST = 16, 256
+# What models read of a batch; the rest are labels.
+_READ = ("input_ids", "mask", "token_type_ids", "valid", "shared", "segment", "candidates", "sentences")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
-    """Texts in the order in which they arrive.
+    """Texts, or questions, in the order in which they arrive.
 
     Attributes:
-      features: n tokenized texts.
+      features: n tokenized texts; of questions n in R rows.
       max_length: width to which the full-length executions pad.
       actions: bool [n, stages, max_length], the tokens to keep at each point of reduction; None lets the
         model decide.
@@ -38,6 +40,11 @@ class Workload:
         """Texts in whole batches; the others are not run, so that every batch is a full one."""
         return len(self.features) // batch_size * batch_size
 
+    def indices(self, batch_size: int) -> list[np.ndarray]:
+        """The texts of each batch, int [batch_size]."""
+        numbers = np.arange(self.num_texts(batch_size))
+        return list(numbers.reshape(-1, batch_size))
+
     def batches(self, batch_size: int, widths: Sequence[int]) -> list[Inputs]:
         """The whole batches, in order.
 
@@ -46,16 +53,15 @@ class Workload:
           widths: padded lengths to choose from, ascending, the last one `max_length`.
 
         Returns:
-          `input_ids` int32 [B, W], `mask` bool [B, W], `min_logit` float32 [B] and, where there are
-          actions, `actions` bool [B, stages, W].
+          `input_ids` int32 [B, W], `mask` bool [B, W], `min_logit` float32 [B], what the head of a task reads
+          besides and, where there are actions, `actions` bool [B, stages, W].
         """
         found: list[Inputs] = []
-        for start in range(0, self.num_texts(batch_size), batch_size):
-            index = np.arange(start, start + batch_size)
+        for index in self.indices(batch_size):
             longest = self.features.lengths[index].max()
             width = next(width for width in widths if width >= longest)
             padded = pad_batch(self.features, index, batch_size, width)
-            batch = dict(with_threshold({key: padded[key] for key in ("input_ids", "mask")}))
+            batch = dict(with_threshold({key: padded[key] for key in _READ if key in padded}))
             if self.actions is not None:
                 batch["actions"] = self.actions[index, :, :width]
             found.append(batch)

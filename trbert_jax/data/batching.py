@@ -74,46 +74,70 @@ def pad_batch(
     """Puts examples into arrays of a fixed shape.
 
     Args:
-      features: the set.
+      features: the set, G rows an example (`FeatureSet.group`).
       indices: int [b], b <= batch_size, positions in the set.
-      batch_size: B, rows of the arrays. Rows beyond b are fillers: `valid` is False, their only
-        token is a [CLS], so that no computation meets a row without tokens.
+      batch_size: B, examples of the arrays. Those beyond b are fillers: `valid` is False. The only token of
+        a row that fills is a [CLS], so that no computation meets a row without tokens.
       width: W, columns of the arrays.
 
     Returns:
-      input_ids int32 [B, W] (0 where padded), mask bool [B, W] (True = real), labels int32 [B],
-      valid bool [B], index int32 [B] (-1 for fillers), and token_type_ids int32 [B, W] where the set
-      has token types.
+      input_ids int32 [B * G, W] (0 where padded), mask bool [B * G, W] (True = real), valid bool [B],
+      index int32 [B] (-1 for fillers), where the set has them labels int32 [B] and token_type_ids int32
+      [B * G, W], segment bool [B * G] (False for rows that fill) where examples differ in their number of
+      rows, shared bool [B * G, W] where options have a passage in common, and the set's targets.
 
     Raises:
       ValueError: too many examples, or one that is longer than `width`.
     """
-    rows = np.asarray(indices, np.int64)
-    lengths = features.lengths[rows]
-    if len(rows) > batch_size:
-        raise ValueError(f"{len(rows)} examples do not fit into a batch of {batch_size}")
-    if len(rows) and lengths.max() > width:
+    chosen = np.asarray(indices, np.int64)
+    if len(chosen) > batch_size:
+        raise ValueError(f"{len(chosen)} examples do not fit into a batch of {batch_size}")
+    rows = batch_rows(features, chosen, batch_size)
+    there = rows >= 0
+    lengths = np.where(there, features.row_lengths[rows], 0)
+    if lengths.max(initial=0) > width:
         raise ValueError(f"an example of {lengths.max()} tokens does not fit into a width of {width}")
-    b = len(rows)
     columns = np.arange(width)
-    real = columns < lengths[:, None]  # [b, W]
-    source = np.where(real, features.offsets[rows][:, None] + columns, 0)  # [b, W]
+    mask = columns < lengths[:, None]  # [B * G, W]
+    source = np.where(mask, features.offsets[rows][:, None] + columns, 0)
 
     def padded(values: np.ndarray) -> np.ndarray:
-        array = np.zeros((batch_size, width), np.int32)
-        array[:b] = np.where(real, values[source], 0)
+        return np.where(mask, values[source], 0).astype(np.int32)
+
+    def by_example(values: np.ndarray) -> np.ndarray:
+        array = np.full((batch_size, *values.shape[1:]), _FILL.get(values.dtype.kind, 0), values.dtype)
+        array[: len(chosen)] = values[chosen]
         return array
 
     input_ids = padded(features.tokens)
-    input_ids[b:, 0] = features.tokens[0]  # every example begins with [CLS]
-    mask = np.zeros((batch_size, width), bool)
-    mask[:b] = real
-    mask[b:, 0] = True
-    labels = np.zeros(batch_size, np.int32)
-    labels[:b] = features.labels[rows]
+    input_ids[~there, 0] = features.tokens[0]  # every row begins with [CLS]
     index = np.full(batch_size, -1, np.int32)
-    index[:b] = rows
-    batch = {"input_ids": input_ids, "mask": mask, "labels": labels, "valid": index >= 0, "index": index}
+    index[: len(chosen)] = chosen
+    batch = {"input_ids": input_ids, "mask": mask, "valid": index >= 0, "index": index}
     if features.token_types is not None:
         batch["token_type_ids"] = padded(features.token_types)
+    if features.has_labels:
+        batch["labels"] = np.maximum(by_example(features.labels), 0)
+    batch |= {name: by_example(values) for name, values in features.targets.items()}
+    for name, values in features.row_targets.items():
+        shape = there.reshape(-1, *(1,) * (values.ndim - 1))
+        found = np.where(shape, values[rows], _FILL.get(values.dtype.kind, 0)).astype(values.dtype)
+        if name == "shared_length":
+            batch["shared"] = columns < found[:, None]
+        else:
+            batch[name] = found
+    if features.first_row is not None and "shared" not in batch:
+        batch["segment"] = there.copy()
+    mask[~there, 0] = True
     return batch
+
+
+def batch_rows(features: FeatureSet, indices: np.ndarray, batch_size: int) -> np.ndarray:
+    """The rows of a set that stand in a batch: int [b] -> int64 [B * G], -1 for those that fill."""
+    rows = np.full((batch_size, features.group), -1, np.int64)
+    rows[: len(indices)] = features.rows(indices)
+    return rows.reshape(-1)
+
+
+# What stands in arrays of positions where there is none.
+_FILL = {"i": -1}

@@ -12,7 +12,7 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,22 @@ _CHUNK = 1000  # texts handed to the tokenizer's threads at a time
 class FeatureSet:
     """n tokenized examples, one after the other.
 
+    An example is one row of tokens, or several that belong together: the options of a multiple choice, the
+    segments of a long document.
+
     Attributes:
       tokens: int32 [total], special tokens included.
-      offsets: int64 [n + 1], example i is `tokens[offsets[i]:offsets[i + 1]]`.
+      offsets: int64 [R + 1], row r is `tokens[offsets[r]:offsets[r + 1]]`.
       token_types: int8 [total], or None where all are 0.
-      labels: int32 [n].
+      labels: int32 [n]; -1 where the answer is withheld, or is not one of a few classes.
       ids: n names, see `Example.id`.
       num_truncated: how many texts were cut; `take` keeps the number of the whole set.
       digest: identifies texts, labels, tokenizer and maximum length.
+      first_row: int64 [n + 1], example i has the rows from `first_row[i]` to before `first_row[i + 1]`; None
+        where each has one.
+      group: rows that an example has in a batch, at least as many as it really has.
+      row_targets: name -> array [R, ...], what the task's head or loss needs for each row; padded with -1.
+      targets: name -> array [n, ...], the same for each example.
     """
 
     tokens: np.ndarray
@@ -47,29 +55,63 @@ class FeatureSet:
     ids: list[str]
     num_truncated: int
     digest: str
+    first_row: np.ndarray | None = None
+    group: int = 1
+    row_targets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    targets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.ids)
+
+    @functools.cached_property
+    def has_labels(self) -> bool:
+        """Whether there is any label."""
+        return bool((self.labels >= 0).any())
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all examples."""
+        return len(self.offsets) - 1
+
+    @functools.cached_property
+    def row_lengths(self) -> np.ndarray:
+        """int32 [R], tokens of each row, special ones included."""
+        return np.diff(self.offsets).astype(np.int32)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """int32 [n], tokens of each example, special ones included."""
-        return np.diff(self.offsets).astype(np.int32)
+        """int32 [n], tokens of each example's longest row, special ones included."""
+        if self.first_row is None:
+            return self.row_lengths
+        return np.maximum.reduceat(self.row_lengths, self.first_row[:-1])
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """The rows of some examples: int64 [b] -> int64 [b, group], -1 where an example has fewer."""
+        if self.first_row is None:
+            return np.asarray(indices, np.int64)[:, None]
+        rows = self.first_row[indices][:, None] + np.arange(self.group)
+        return np.where(rows < self.first_row[np.asarray(indices) + 1][:, None], rows, -1)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> FeatureSet:
         """The examples at these positions, in this order."""
-        rows = np.asarray(indices, np.int64)
-        lengths = self.lengths[rows]
+        chosen = np.asarray(indices, np.int64)
+        rows = self.rows(chosen)
+        counts = (rows >= 0).sum(1)
+        rows = rows[rows >= 0]
+        lengths = self.row_lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         source = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return FeatureSet(
+        return dataclasses.replace(
+            self,
             tokens=self.tokens[source],
             offsets=offsets,
             token_types=None if self.token_types is None else self.token_types[source],
-            labels=self.labels[rows],
-            ids=[self.ids[i] for i in rows],
-            num_truncated=self.num_truncated,
-            digest=hashlib.sha256(self.digest.encode() + rows.tobytes()).hexdigest(),
+            labels=self.labels[chosen],
+            ids=[self.ids[i] for i in chosen],
+            digest=hashlib.sha256(self.digest.encode() + chosen.tobytes()).hexdigest(),
+            first_row=None if self.first_row is None else np.concatenate([[0], np.cumsum(counts)]),
+            row_targets={name: values[rows] for name, values in self.row_targets.items()},
+            targets={name: values[chosen] for name, values in self.targets.items()},
         )
 
 
@@ -97,7 +139,7 @@ def build_features(
     """
     if max_length < 3:
         raise ValueError(f"max_length is {max_length}; [CLS], one token and [SEP] need 3")
-    backend, ends = _prepare(tokenizer)
+    backend, ends = prepare_tokenizer(tokenizer)
     digest = _digest(dataset, backend, ends, max_length)
     path = None if cache_dir is None else Path(cache_dir).expanduser() / f"features-{digest[:40]}.npz"
     arrays = None if path is None else _load(path, len(dataset), announce)
@@ -123,8 +165,15 @@ def build_features(
     return features
 
 
-def _prepare(tokenizer: Any) -> tuple[Any, tuple[int, int]]:
-    """A tokenizer of our own that neither cuts nor pads, and the ids of [CLS] and [SEP]."""
+def prepare_tokenizer(tokenizer: Any) -> tuple[Any, tuple[int, int]]:
+    """A tokenizer of our own that neither cuts nor pads, and the ids of [CLS] and [SEP].
+
+    Args:
+      tokenizer: a `transformers.PreTrainedTokenizerFast`; not changed.
+
+    Raises:
+      UserError: it has no [CLS] or no [SEP].
+    """
     import tokenizers
 
     # Unset, the library warns and turns its threads off once the process has forked.

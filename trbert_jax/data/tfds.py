@@ -25,8 +25,8 @@ def read_tfds(config: DataConfig, split: str, limit: int | None, seed: int, anno
         cannot be prepared here.
     """
     name = config.name.removeprefix(TFDS_PREFIX)
-    sources = _open(name, config.path)
-    source, indices = _find_split(config.name, sources, split, announce)
+    sources = open_sources(name, config.path)
+    source, indices = find_split(config.name, sources, split, announce)
     label_names = _label_names(config, source)
     chosen = [indices[i] for i in sample_indices(len(indices), limit, seed, split)]
     if not chosen:
@@ -44,7 +44,7 @@ def read_tfds(config: DataConfig, split: str, limit: int | None, seed: int, anno
     return Dataset(tuple(examples), label_names)
 
 
-def _open(name: str, data_dir: str | None) -> Mapping[str, Any]:
+def open_sources(name: str, data_dir: str | None) -> Mapping[str, Any]:
     """All splits of a data set, each a sequence of records that are read when asked for."""
     import tensorflow_datasets as tfds
 
@@ -63,7 +63,7 @@ def _open(name: str, data_dir: str | None) -> Mapping[str, Any]:
         ) from error
 
 
-def _find_split(
+def find_split(
     name: str, sources: Mapping[str, Any], split: str, announce: Announce
 ) -> tuple[Any, list[int]]:
     """The source that holds a split, and which of its records belong to it."""

@@ -14,15 +14,16 @@ _MAX_CHARACTERS = 1000
 _CONTINUES = "##"
 
 
-def train_wordpiece(texts: Sequence[str], vocab_size: int) -> Any:
+def train_wordpiece(texts: Sequence[str], vocab_size: int, markers: Sequence[str] = ()) -> Any:
     """Trains a tokenizer like that of BERT uncased; the same texts always give the same one.
 
     Args:
       texts: what to learn the vocabulary from.
       vocab_size: entries at most, fewer where the texts do not hold as many.
+      markers: entries besides, which no text is tokenized into, such as BERT's [unused1].
 
     Returns:
-      A `transformers.PreTrainedTokenizerFast`; [PAD], [UNK], [CLS], [SEP], [MASK] are 0 to 4.
+      A `transformers.PreTrainedTokenizerFast`; [PAD], [UNK], [CLS], [SEP], [MASK] are 0 to 4, markers follow.
 
     Raises:
       UserError: a vocabulary of less than 100 entries.
@@ -34,7 +35,7 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int) -> Any:
         raise UserError(f"vocab_size is {vocab_size}; expected at least {MIN_VOCAB_SIZE}")
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
-    vocabulary = _vocabulary(texts, vocab_size, normalizer, splitter)
+    vocabulary = _vocabulary(texts, vocab_size, normalizer, splitter, markers)
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer, backend.pre_tokenizer = normalizer, splitter
     backend.post_processor = processors.BertProcessing(
@@ -51,7 +52,9 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int) -> Any:
     )
 
 
-def _vocabulary(texts: Sequence[str], vocab_size: int, normalizer: Any, splitter: Any) -> dict[str, int]:
+def _vocabulary(
+    texts: Sequence[str], vocab_size: int, normalizer: Any, splitter: Any, markers: Sequence[str]
+) -> dict[str, int]:
     from tokenizers import Tokenizer, models, trainers
 
     counts: Counter[str] = Counter()
@@ -61,7 +64,7 @@ def _vocabulary(texts: Sequence[str], vocab_size: int, normalizer: Any, splitter
     alphabet = sorted(frequent[: min(_MAX_CHARACTERS, vocab_size // 10)])
     # The trainer numbers single characters, and breaks ties by those numbers, in the order of a
     # hash table that differs from run to run. Listed as special tokens they are numbered beforehand.
-    listed = [*SPECIAL_TOKENS, *alphabet, *(_CONTINUES + c for c in alphabet)]
+    listed = [*SPECIAL_TOKENS, *markers, *alphabet, *(_CONTINUES + c for c in alphabet)]
     scratch = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     scratch.normalizer, scratch.pre_tokenizer = normalizer, splitter
     trainer = trainers.WordPieceTrainer(

@@ -1,6 +1,6 @@
-"""Losses of the task, one value an example; callers average over the real examples.
+"""Losses of the tasks, one value an example; callers average over the real examples.
 
-Source: docs/method.md, "Task losses".
+A position where `mask` is False takes no part. Source: docs/method.md, "Task losses".
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+# What a logit is that takes no part: finite, so that 0 times its logarithm is 0.
+_NOT_THERE = -1e9
+# The published logit of a candidate that an example does not have.
+NO_CANDIDATE = -10000.0
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Negative log-likelihood of the labels: float [B, C], int [B] -> float [B], nats."""
@@ -17,13 +22,70 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def distillation(logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """Soft cross entropy with a teacher: float [B, C] (twice) -> float [B], nats.
+def distillation(
+    logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0, mask: jax.Array | None = None
+) -> jax.Array:
+    """Soft cross entropy with a teacher: float [..., C] (twice) -> float [...], nats.
 
     Not a Kullback-Leibler divergence and without the factor temperature^2: the length penalty's
     coefficient is tuned against exactly this. No gradient reaches the teacher.
+
+    Args:
+      logits, teacher_logits: float [..., C].
+      temperature: divides both.
+      mask: bool [..., C]; None for all.
     """
-    chex.assert_rank([logits, teacher_logits], 2)
     chex.assert_equal_shape([logits, teacher_logits])
-    target = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits) / temperature, axis=-1)
-    return -jnp.sum(target * jax.nn.log_softmax(logits / temperature, axis=-1), axis=-1)
+    mask = jnp.ones_like(logits, bool) if mask is None else jnp.broadcast_to(mask, logits.shape)
+    target = jax.nn.softmax(_only(jax.lax.stop_gradient(teacher_logits) / temperature, mask), axis=-1)
+    return -jnp.sum(target * jax.nn.log_softmax(_only(logits / temperature, mask), axis=-1), axis=-1)
+
+
+def any_of(logits: jax.Array, gold: jax.Array, mask: jax.Array) -> jax.Array:
+    """Negative log-likelihood that one of the gold positions is the answer's, whichever; nats.
+
+    With one gold position the cross entropy. The segments of an example share one softmax.
+
+    Args:
+      logits: float [B, G, S], G segments an example.
+      gold: int [B, G, A], gold positions in each segment, -1 where there are fewer; each counts once.
+      mask: bool [B, G, S].
+
+    Returns:
+      float [B]; 0 for an example without a gold position, which teaches nothing.
+    """
+    chex.assert_rank([logits, gold, mask], 3)
+    flat = (len(logits), -1)
+    logits = _only(logits.reshape(flat), mask.reshape(flat)).reshape(logits.shape)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(gold, 0), axis=-1)
+    chosen = jnp.where(gold >= 0, chosen, _NOT_THERE)
+    loss = jax.nn.logsumexp(logits, axis=(1, 2)) - jax.nn.logsumexp(chosen, axis=(1, 2))
+    return jnp.where(jnp.any(gold >= 0, axis=(1, 2)), loss, 0.0)
+
+
+def mean_of(logits: jax.Array, gold: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over the gold positions of each one's cross entropy: [B, S], [B, A], [B, S] -> [B], nats."""
+    chex.assert_rank([logits, gold, mask], 2)
+    log_prob = jax.nn.log_softmax(_only(logits, mask), axis=-1)
+    chosen = jnp.take_along_axis(log_prob, jnp.maximum(gold, 0), axis=-1)
+    return masked_mean(-chosen, gold >= 0)
+
+
+def sentence_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross entropy over labelled sentences: [B, N, 2], int [B, N] (-1: no sentence) -> [B], nats."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    return masked_mean(loss, labels >= 0)
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over the last axis where `mask` is True; 0 where it nowhere is."""
+    return jnp.sum(jnp.where(mask, values, 0.0), axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
+
+
+def _only(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Logits of a softmax over the last axis that only sees `mask`, centred.
+
+    A softmax does not feel a shift. Of centred logits the gradients add up to nothing, as they should; of
+    others they add up to rounding errors, and these are all that a bias shared by all positions learns from.
+    """
+    return jnp.where(mask, logits - masked_mean(logits, mask)[..., None], _NOT_THERE)

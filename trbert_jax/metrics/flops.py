@@ -33,7 +33,7 @@ class ModelShape(Protocol):
     @property
     def intermediate_size(self) -> int: ...
     @property
-    def num_labels(self) -> int: ...
+    def num_outputs(self) -> int: ...
     @property
     def selector_hidden(self) -> int: ...
     @property
@@ -48,7 +48,7 @@ class EncoderShape:
       num_layers: L.
       hidden_size: H.
       intermediate_size: I, width of the feed-forward layer.
-      num_labels: C, outputs of the classifier.
+      num_outputs: C, outputs of the classifier.
       reduction_layers: 0-based layers before which tokens are dropped, ascending.
       selector_hidden: width of a selector's hidden layer.
     """
@@ -56,7 +56,7 @@ class EncoderShape:
     num_layers: int
     hidden_size: int
     intermediate_size: int
-    num_labels: int
+    num_outputs: int
     reduction_layers: tuple[int, ...] = ()
     selector_hidden: int = 32
 
@@ -67,7 +67,7 @@ class EncoderShape:
             num_layers=config.num_layers,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
-            num_labels=config.num_labels,
+            num_outputs=config.num_outputs,
             reduction_layers=config.reduction_layers,
             selector_hidden=config.selector_hidden,
         )
@@ -89,7 +89,7 @@ class EncoderShape:
     @property
     def classifier_macs(self) -> int:
         """MACs of the last linear layer, on [CLS] alone."""
-        return self.hidden_size * self.num_labels
+        return self.hidden_size * self.num_outputs
 
     @property
     def pooler_macs(self) -> int:
@@ -134,9 +134,9 @@ def exact_dense_flops(shape: EncoderShape, lengths: npt.ArrayLike) -> Counts:
     return dense_flops(shape, lengths) + 2 * shape.pooler_macs
 
 
-def bert_base_flops(lengths: npt.ArrayLike, num_labels: int) -> Counts:
+def bert_base_flops(lengths: npt.ArrayLike, num_outputs: int) -> Counts:
     """Reported FLOPs of a dense BERT-base, the reference that models of different size share."""
-    bert_base = EncoderShape(BERT_BASE_LAYERS, BERT_BASE_HIDDEN, BERT_BASE_INTERMEDIATE, num_labels)
+    bert_base = EncoderShape(BERT_BASE_LAYERS, BERT_BASE_HIDDEN, BERT_BASE_INTERMEDIATE, num_outputs)
     return dense_flops(bert_base, lengths)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.layers import Embeddings, TransformerLayer, dense
 from trbert_jax.modeling.selector import Selector
-from trbert_jax.tokens import Rule, Selection, TokenSet, drop_tokens
+from trbert_jax.tokens import Rule, Selection, SharedPassage, TokenSet, drop_tokens, restore
 
 
 class Encoder(nn.Module):
@@ -57,29 +57,37 @@ class Encoder(nn.Module):
         return self.run_layers(tokens, range(self.config.reduction_layers[0]), deterministic)
 
     def from_selection(
-        self, tokens: TokenSet, rule: Rule | None, deterministic: bool = True
+        self,
+        tokens: TokenSet,
+        rule: Rule | None,
+        deterministic: bool = True,
+        passage: SharedPassage | None = None,
     ) -> tuple[TokenSet, tuple[Selection, ...]]:
         """Runs the rest: at each point of reduction, select, drop, go on.
 
         Args:
           tokens: the output of `before_selection`, states [B, S, H].
           rule: see `trbert_jax.tokens`; None runs the dense encoder and asks no selector.
+          passage: see `trbert_jax.tokens.select`.
 
         Returns:
-          The tokens after the last layer, and one `Selection` for each point of reduction.
+          The tokens after the last layer, and one `Selection` for each point of reduction. Where the head
+          reads all tokens those that were dropped are among them, see `restore`.
         """
         points = self.config.reduction_layers
         if rule is None:
             return self.run_layers(tokens, range(points[0], self.config.num_layers), deterministic), ()
-        selections = []
+        selections: list[Selection] = []
+        dropped = tokens  # where the head reads all tokens: each as it was when it was last there
         for stage, (start, stop) in enumerate(
             zip(points, (*points[1:], self.config.num_layers), strict=True)
         ):
             logits = self.selector[stage](tokens.states)
-            tokens, selection = drop_tokens(tokens, logits, stage, rule)
+            dropped = restore(dropped, tokens)
+            tokens, selection = drop_tokens(tokens, logits, stage, rule, passage)
             selections.append(selection)
             tokens = self.run_layers(tokens, range(start, stop), deterministic)
-        return tokens, tuple(selections)
+        return restore(dropped, tokens) if self.config.reads_all_tokens else tokens, tuple(selections)
 
     def sentence_state(self, tokens: TokenSet) -> jax.Array:
         """[B, H], what a sentence-level head reads: BERT's pooler on [CLS], DistilBERT's [CLS] itself."""

@@ -6,12 +6,13 @@ Source: docs/method.md, "Checkpoints".
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from trbert_jax.errors import UserError
-from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.config import TASKS, InputConfig, ModelConfig
 
 # The published code names a model after what it does; the parameters are those of the backbone.
 _MODEL_TYPES = {
@@ -55,9 +56,14 @@ _DISTILBERT_KEYS = {
 # What the frameworks assume where config.json is silent and ModelConfig's default differs.
 _DISTILBERT_DEFAULTS = {"num_layers": 6, "type_vocab_size": 0, "classifier_dropout": 0.2}
 _ACTIVATION_KEYS = {"bert": "hidden_act", "distilbert": "activation"}
+_CLASSES = {"bert": "Bert", "distilbert": "DistilBert"}
+# What follows the class's name for each task; the frameworks have no model for the last two.
 _ARCHITECTURES = {
-    "bert": "BertForSequenceClassification",
-    "distilbert": "DistilBertForSequenceClassification",
+    "classification": "ForSequenceClassification",
+    "multiple_choice": "ForMultipleChoice",
+    "span": "ForQuestionAnswering",
+    "candidates": "Model",
+    "multi_hop": "Model",
 }
 # Settings that change the computation in ways this encoder does not offer.
 _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
@@ -66,7 +72,7 @@ _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "problem_type": ("single_label_classification", None),
 }
-_OWN_KEYS = ("selector_hidden", "max_length")
+_OWN_KEYS = ("task", "selector_hidden", "max_length", "inputs")
 _DEFAULT_MAX_LENGTH = 512
 _ZERO_ALLOWED = ("pad_token_id",)
 
@@ -99,6 +105,7 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
     labels = labels_from_dict(values, source)
     if labels:
         fields["labels"] = labels
+    fields["task"] = _task_of(values)
     fields.update(_own_section(values.get("trbert", {}), source))
 
     config = ModelConfig(**{"max_length": _default_max_length(fields), **fields})
@@ -119,14 +126,19 @@ def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """The contents of a `config.json` that Hugging Face's classes read; the inverse of the above."""
     keys = _BERT_KEYS if config.model_type == "bert" else _DISTILBERT_KEYS
     return {
-        "architectures": [_ARCHITECTURES[config.model_type]],
+        "architectures": [_CLASSES[config.model_type] + _ARCHITECTURES[config.task]],
         "model_type": config.model_type,
         **{key: getattr(config, field) for field, key in keys.items()},
         _ACTIVATION_KEYS[config.model_type]: "gelu",
         "id2label": {str(i): label for i, label in enumerate(config.labels)},
         "label2id": {label: i for i, label in enumerate(config.labels)},
-        "trbert": {key: getattr(config, key) for key in _OWN_KEYS},
+        "trbert": _own_values(config),
     }
+
+
+def _own_values(config: ModelConfig) -> dict[str, Any]:
+    values = {key: getattr(config, key) for key in _OWN_KEYS if key != "inputs"}
+    return {**values, "inputs": dataclasses.asdict(config.inputs)} if config.inputs.data else values
 
 
 def labels_from_dict(values: Mapping[str, Any], source: str = "config.json") -> tuple[str, ...] | None:
@@ -169,10 +181,41 @@ def _own_section(section: Any, source: str) -> dict[str, Any]:
             f"{source}: trbert has keys that this version does not know: {', '.join(unknown)}; "
             "was it written by a later version of trbert_jax?"
         )
-    return {
+    task = section.get("task", TASKS[0])
+    if task not in TASKS:
+        raise UserError(f"{source}: trbert.task is {task!r}; expected one of {', '.join(TASKS)}")
+    numbers = {
         key: _number(value, getattr(ModelConfig, key), key, f"{source}: trbert.{key}")
         for key, value in section.items()
+        if key not in ("task", "inputs")
     }
+    found = {**numbers, "task": task} if "task" in section else numbers
+    return {**found, "inputs": _inputs(section["inputs"], source)} if "inputs" in section else found
+
+
+def _inputs(section: Any, source: str) -> InputConfig:
+    defaults = dataclasses.asdict(InputConfig())
+    where = f"{source}: trbert.inputs"
+    if not isinstance(section, Mapping) or not set(section) <= set(defaults):
+        raise UserError(f"{where} is {section!r}; expected an object with some of {', '.join(defaults)}")
+    for key, value in section.items():
+        like = type(defaults[key])
+        if isinstance(value, bool) != (like is bool) or not isinstance(
+            value, (int, float) if like is float else like
+        ):
+            raise UserError(f"{where}.{key} is {value!r}; expected {like.__name__}")
+        if like is int and value < 0:
+            raise UserError(f"{where}.{key} is {value!r}; expected a whole number from 0 on")
+    return InputConfig(**section)
+
+
+def _task_of(values: Mapping[str, Any]) -> str:
+    """The task that a checkpoint of another origin was made for, by the name of its class."""
+    for name in values.get("architectures") or ():
+        for task, ending in _ARCHITECTURES.items():
+            if ending != "Model" and str(name).endswith(ending):
+                return task
+    return TASKS[0]
 
 
 def _default_max_length(fields: Mapping[str, Any]) -> int:

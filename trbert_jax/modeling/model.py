@@ -12,8 +12,8 @@ from flax import struct
 
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.encoder import Encoder
-from trbert_jax.modeling.heads import ClassificationHead
-from trbert_jax.tokens import Rule, Selection, TokenSet, keep_all
+from trbert_jax.modeling.heads import HEADS, Logits
+from trbert_jax.tokens import Rule, Selection, SharedPassage, TokenSet, keep_all
 
 Params = Any  # nested dict of arrays
 Batch = Mapping[str, jax.Array]  # `input_ids`, `mask`, ... of B rows
@@ -21,19 +21,19 @@ Batch = Mapping[str, jax.Array]  # `input_ids`, `mask`, ... of B rows
 
 @struct.dataclass
 class ModelOutput:
-    """Logits float32 [B, C] and one `Selection` for each point of reduction (none if run dense)."""
+    """Logits of the task's head and one `Selection` for each point of reduction (none if run dense)."""
 
-    logits: jax.Array
+    logits: Logits
     selections: tuple[Selection, ...]
 
 
-class TokenReducingClassifier(nn.Module):
-    """A text classifier that drops tokens on the way.
+class TokenReducingModel(nn.Module):
+    """An encoder that drops tokens on the way, and the head of a task.
 
     Attributes:
       config: the model's shape.
       dtype: compute dtype; parameters, selector logits, softmax and LayerNorm statistics and the
-        classifier's logits stay float32.
+        head's logits stay float32.
     """
 
     config: ModelConfig
@@ -41,39 +41,50 @@ class TokenReducingClassifier(nn.Module):
 
     def setup(self) -> None:
         self.encoder = Encoder(self.config, self.dtype)
-        self.head = ClassificationHead(self.config, self.dtype)
+        head = HEADS[self.config.task]
+        reads_states = self.config.reads_all_tokens
+        self.head = head(self.config) if reads_states else head(self.config, self.dtype)
 
     def __call__(
         self,
-        input_ids: jax.Array,
-        mask: jax.Array,
-        token_type_ids: jax.Array | None = None,
+        batch: Batch,
         *,
         rule: Rule | None,
         num_copies: int = 1,
         deterministic: bool = True,
     ) -> ModelOutput:
-        """Classifies a batch.
+        """Runs a batch.
 
         Args:
-          input_ids: int32 [B, S].
-          mask: bool [B, S], True for real tokens.
-          token_type_ids: int32 [B, S] or None for all 0.
+          batch: `input_ids` int32 [B, S], `mask` bool [B, S] (True for real tokens), optional
+            `token_type_ids` int32 [B, S], and what the head reads besides (`trbert_jax.modeling.heads`).
+            `shared` bool [B, S] marks what the options of a multiple choice have in common, where they
+            decide on it together.
           rule: how tokens are selected (`trbert_jax.tokens`); None runs the dense encoder.
           num_copies: samples an example, K. What comes before the first point of reduction is
             computed once and shared; outputs have K * B rows, row `j * B + i` copy j of example i.
           deterministic: no dropout; otherwise the `dropout` RNG is needed.
         """
-        tokens = self.encoder.embed(input_ids, mask, token_type_ids, deterministic)
+        tokens = self.embed(batch["input_ids"], batch["mask"], batch.get("token_type_ids"), deterministic)
         tokens = self.encoder.before_selection(tokens, deterministic)
         if num_copies > 1:
             tokens = tokens.repeat(num_copies)
-        tokens, selections = self.encoder.from_selection(tokens, rule, deterministic)
-        return ModelOutput(self.classify(tokens, deterministic), selections)
+        passage = shared_passage(self.config, batch, num_copies)
+        tokens, selections = self.encoder.from_selection(tokens, rule, deterministic, passage)
+        return ModelOutput(self.answer(tokens, head_inputs(batch, num_copies), deterministic), selections)
 
-    def classify(self, tokens: TokenSet, deterministic: bool = True) -> jax.Array:
-        """Encoder output -> float32 logits [B, C]."""
-        return self.head(self.encoder.sentence_state(tokens), deterministic)
+    def answer(self, tokens: TokenSet, inputs: Batch, deterministic: bool = True) -> Logits:
+        """Encoder output -> float32 logits.
+
+        Args:
+          tokens: what the encoder returns; a head that reads [CLS] alone needs no more than that.
+          inputs: see `head_inputs`.
+          deterministic: no dropout.
+        """
+        if not self.config.reads_all_tokens:
+            return self.head(self.encoder.sentence_state(tokens), deterministic)
+        states = jnp.where(tokens.valid[..., None], tokens.states, 0)
+        return self.head(states, inputs.get("head_mask", tokens.valid), inputs, deterministic)
 
     # Pieces of the forward pass, for the residual scores and packed execution.
 
@@ -93,7 +104,7 @@ class TokenReducingClassifier(nn.Module):
 
 
 def forward(
-    model: TokenReducingClassifier,
+    model: TokenReducingModel,
     params: Params,
     batch: Batch,
     *,
@@ -104,9 +115,7 @@ def forward(
     """Runs the model on a batch; dropout is on exactly if there is an RNG for it."""
     return model.apply(
         {"params": params},
-        batch["input_ids"],
-        batch["mask"],
-        batch.get("token_type_ids"),
+        batch,
         rule=rule,
         num_copies=num_copies,
         deterministic=dropout_rng is None,
@@ -114,15 +123,42 @@ def forward(
     )
 
 
+# What heads read besides the states, an entry a row.
+_HEAD_INPUTS = ("candidates", "sentences", "head_mask")
+
+
+def head_inputs(batch: Batch, num_copies: int = 1) -> dict[str, jax.Array]:
+    """What heads read besides the states, for `num_copies` copies of the rows.
+
+    `candidates` and `sentences` are positions; `head_mask` bool [B, S] is what a head and the losses see
+    of the positions, where that is not the real tokens.
+    """
+    found = {key: batch[key] for key in _HEAD_INPUTS if key in batch}
+    return {key: jnp.tile(x, (num_copies, *(1,) * (x.ndim - 1))) for key, x in found.items()}
+
+
+def shared_passage(config: ModelConfig, batch: Batch, num_copies: int = 1) -> SharedPassage | None:
+    """What the rows of a multiple choice decide on together; None where each decides for itself."""
+    if "shared" not in batch:
+        return None
+    passage = SharedPassage(batch["shared"], config.num_labels)
+    return passage.repeat(num_copies) if num_copies > 1 else passage
+
+
 def init_params(config: ModelConfig, rng: jax.Array) -> Params:
     """Fresh float32 parameters, every selector included: normal(0, initializer_range), biases 0."""
-    model = TokenReducingClassifier(config)
-    ids = jnp.zeros((1, 2), jnp.int32)
+    model = TokenReducingModel(config)
+    batch = {
+        "input_ids": jnp.zeros((1, 2), jnp.int32),
+        "mask": jnp.ones((1, 2), bool),
+        "candidates": jnp.zeros((1, 1), jnp.int32),
+        "sentences": jnp.zeros((1, 1, 2), jnp.int32),
+    }
 
-    def everything(module: TokenReducingClassifier) -> jax.Array:
-        output = module(ids, jnp.ones((1, 2), bool), rule=keep_all)
+    def everything(module: TokenReducingModel) -> jax.Array:
+        output = module(batch, rule=keep_all)
         # A shallow model never asks its second selector, but checkpoints hold it.
         unused = [selector(jnp.zeros((1, config.hidden_size))) for selector in module.encoder.selector]
-        return output.logits.sum() + sum(x.sum() for x in unused)
+        return sum(x.sum() for x in [*jax.tree.leaves(output.logits), *unused])
 
     return jax.jit(nn.init(everything, model))(rng)["params"]  # one compilation, not one an array

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ _DISTILBERT_LAYER = (
 _PRETRAINING_HEADS = ("cls.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.")
 # Constants that some versions of the frameworks stored as tensors.
 _BUFFERS = ("position_ids", "token_type_ids")
+# What only a head that reads [CLS] has a use for.
+_SENTENCE_PARTS = ("bert.pooler.", "pre_classifier.")
 # What the first TensorFlow checkpoints called LayerNorm's parameters.
 _OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
@@ -57,8 +59,8 @@ class Parameter:
       name: on disk.
       path: keys of the nested parameter tree.
       shape: on disk.
-      part: `encoder`, `selectors`, `pooler`, `pre_classifier` or `classifier`: what a checkpoint
-        has or lacks as a whole.
+      part: `encoder`, `selectors`, `pooler`, `pre_classifier`, or a linear layer of the task's head
+        (`classifier`, `qa_outputs`, ...): what a checkpoint has or lacks as a whole.
     """
 
     name: str
@@ -111,7 +113,7 @@ def from_original_names(weights: Mapping[str, np.ndarray], config: ModelConfig) 
     expected = {p.name: p for p in parameters(config)}
     for name, array in weights.items():
         full = original_name(name, config.model_type)
-        if full is None:
+        if full is None or (config.reads_all_tokens and full.startswith(_SENTENCE_PARTS)):
             continue
         if full not in expected or full in found:
             unexpected.append(name)
@@ -207,11 +209,27 @@ def _parameters(config: ModelConfig) -> Iterator[Parameter]:
         yield from _linear(f"{stack}.linear_1.{s}", (*selector, "hidden"), hidden, width, "selectors")
         yield from _linear(f"{stack}.linear_2.{s}", (*selector, "output"), width, 1, "selectors")
 
-    if bert:
+    if not config.reads_all_tokens and bert:
         yield from _linear(f"{prefix}.pooler.dense", ("encoder", "pooler"), hidden, hidden, "pooler")
-    else:
+    elif not config.reads_all_tokens:
         yield from _linear("pre_classifier", ("head", "pre_classifier"), hidden, hidden, "pre_classifier")
-    yield from _linear("classifier", ("head", "classifier"), hidden, config.num_labels, "classifier")
+    for name, inputs, outputs in _HEADS[config.task](hidden, config.num_labels):
+        yield from _linear(name, ("head", name), inputs, outputs, name)
+
+
+# The last linear layers of each task's head: (name, inputs, outputs).
+_HEADS: dict[str, Callable[[int, int], list[tuple[str, int, int]]]] = {
+    "classification": lambda hidden, labels: [("classifier", hidden, labels)],
+    "multiple_choice": lambda hidden, labels: [("classifier", hidden, 1)],
+    "span": lambda hidden, labels: [("qa_outputs", hidden, 2)],
+    "candidates": lambda hidden, labels: [("qa_outputs", hidden, 1)],
+    "multi_hop": lambda hidden, labels: [
+        ("qa_outputs", hidden, 2),
+        ("qa_classifier", hidden, 3),
+        ("sent_linear", 2 * hidden, hidden),
+        ("sent_classifier", hidden, 2),
+    ],
+}
 
 
 def _linear(

@@ -18,11 +18,19 @@ import jax.numpy as jnp
 from flax import struct
 
 from trbert_jax.modeling import tiles
+from trbert_jax.modeling.heads import Logits
 from trbert_jax.modeling.layers import TransformerLayer
-from trbert_jax.modeling.model import Batch, ModelOutput, Params, TokenReducingClassifier
+from trbert_jax.modeling.model import (
+    Batch,
+    ModelOutput,
+    Params,
+    TokenReducingModel,
+    head_inputs,
+    shared_passage,
+)
 from trbert_jax.modeling.selector import Selector
 from trbert_jax.modeling.tiles import Tiling
-from trbert_jax.tokens import Rule, Selection, TokenSet, select
+from trbert_jax.tokens import Rule, Selection, TokenSet, restore, select
 
 
 @struct.dataclass
@@ -58,6 +66,11 @@ class PackedTokens:
     def count(self) -> jax.Array:
         """int32 scalar, all tokens."""
         return jnp.sum(self.length)
+
+    def unpack(self, num_copies: int = 1) -> TokenSet:
+        """The tokens at their positions in the padded batch, 0 elsewhere; copies of the rows stacked."""
+        states = jnp.where(self.valid[..., None], self.states[self.slot], 0)
+        return TokenSet(states, self.valid).repeat(num_copies)
 
     def to_rows(self, values: jax.Array) -> jax.Array:
         """Values of tokens, [C], at their positions in the padded batch: [R, S], 0 elsewhere."""
@@ -96,7 +109,7 @@ def _starts(length: jax.Array, order: jax.Array) -> jax.Array:
 
 
 def packed_forward(
-    model: TokenReducingClassifier,
+    model: TokenReducingModel,
     params: Params,
     batch: Batch,
     *,
@@ -116,7 +129,10 @@ def packed_forward(
     points = (*config.reduction_layers, config.num_layers)
     packed = encoder.embed(params, batch, dropout_rng)
     packed = encoder.run_layers(params, packed, range(points[0]), dropout_rng)
+    passage = shared_passage(config, batch, num_copies)
+    inputs = head_inputs(batch, num_copies)
     selections: list[Selection] = []
+    dropped: TokenSet | None = None
     for stage, (start, stop) in enumerate(itertools.pairwise(points)):
         copies = num_copies if stage == 0 else 1
         if rule is None:
@@ -124,12 +140,15 @@ def packed_forward(
         else:
             logits = encoder.selector_logits(params, packed, stage)
             valid = jnp.tile(packed.valid, (copies, 1))
-            selections.append(select(jnp.tile(logits, (copies, 1)), valid, stage, rule))
+            selections.append(select(jnp.tile(logits, (copies, 1)), valid, stage, rule, passage))
+            if config.reads_all_tokens:
+                before = packed.unpack(copies)
+                dropped = before if dropped is None else restore(dropped, before)
             packed = encoder.keep(packed, selections[-1].keep, copies)
-        last = stop == config.num_layers
-        packed = encoder.run_layers(params, packed, range(start, stop - last), dropout_rng)
-    first = encoder.run_last_layer(params, packed, dropout_rng)
-    return ModelOutput(encoder.classify(params, first, dropout_rng), tuple(selections))
+        if stop < config.num_layers:
+            packed = encoder.run_layers(params, packed, range(start, stop), dropout_rng)
+    logits = encoder.finish(params, packed, range(start, stop), inputs, dropout_rng, dropped)
+    return ModelOutput(logits, tuple(selections))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +158,11 @@ class PackedEncoder:
     Without a `dropout_rng` there is no dropout.
     """
 
-    model: TokenReducingClassifier
+    model: TokenReducingModel
     tiling: Tiling
 
     @classmethod
-    def of(cls, model: TokenReducingClassifier, num_rows: int, tiling: Tiling | None = None) -> PackedEncoder:
+    def of(cls, model: TokenReducingModel, num_rows: int, tiling: Tiling | None = None) -> PackedEncoder:
         """With the sizes of loops that suit so many rows on the default device, unless others are given."""
         return cls(model, tiling or Tiling.for_backend(jax.default_backend(), num_rows))
 
@@ -212,11 +231,34 @@ class PackedEncoder:
         (first,) = _finish(layer, params, token_rng, first, context)
         return jnp.zeros_like(first).at[packed.order].set(first)
 
-    def classify(self, params: Params, first: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
-        """The first tokens' states [R, H] -> float32 logits [R, C]."""
-        tokens = TokenSet(first[:, None], jnp.ones((len(first), 1), bool))
-        layers = self.model.config.num_layers
-        return self._apply(params, "classify", dropout_rng, layers + 1, tokens)
+    def finish(
+        self,
+        params: Params,
+        packed: PackedTokens,
+        layers: Sequence[int],
+        inputs: Batch,
+        dropout_rng: jax.Array | None = None,
+        dropped: TokenSet | None = None,
+    ) -> Logits:
+        """Runs the last layers and the head.
+
+        Args:
+          layers: the last ones, in order; may be empty.
+          inputs: see `trbert_jax.modeling.model.head_inputs`.
+          dropped: for a head that reads all tokens, what to restore; None where nothing was dropped.
+        """
+        config = self.model.config
+        if config.reads_all_tokens:
+            tokens = self.run_layers(params, packed, layers, dropout_rng).unpack()
+            tokens = tokens if dropped is None else restore(dropped, tokens)
+        else:
+            if layers:
+                packed = self.run_layers(params, packed, layers[:-1], dropout_rng)
+                first = self.run_last_layer(params, packed, dropout_rng)
+            else:
+                first = packed.states[packed.start]
+            tokens = TokenSet(first[:, None], jnp.ones((len(first), 1), bool))
+        return self._apply(params, "answer", dropout_rng, config.num_layers + 1, tokens, inputs)
 
     def _layer(
         self, params: Params, number: int, dropout_rng: jax.Array | None

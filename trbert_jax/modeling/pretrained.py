@@ -58,7 +58,13 @@ _OPTIONAL_PARTS = {
     "pooler": "pooler",
     "pre_classifier": "hidden layer of the classifier",
     "classifier": "classifier",
+    "qa_outputs": "output layer of the question answering head",
+    "qa_classifier": "classifier of answer kinds",
+    "sent_linear": "hidden layer of the sentence classifier",
+    "sent_classifier": "sentence classifier",
 }
+# Heads of other tasks that a checkpoint may bring, by the beginning of their names on disk.
+_HEADS = tuple(f"{name}." for name in _OPTIONAL_PARTS if name not in ("selectors", "pooler"))
 
 
 def to_stderr(message: str) -> None:
@@ -74,8 +80,8 @@ class Pretrained:
       config: the model's shape, as loaded.
       params: nested dict of float32 numpy arrays.
       tokenizer: a `transformers.PreTrainedTokenizerFast`; None where the directory has none.
-      fresh: parts that were initialised at random, of `selectors`, `pooler`, `pre_classifier`,
-        `classifier`.
+      fresh: parts that were initialised at random, of `selectors`, `pooler`, `pre_classifier` and the
+        linear layers of the task's head (`classifier`, `qa_outputs`, ...).
     """
 
     config: ModelConfig
@@ -87,6 +93,7 @@ class Pretrained:
 def load_pretrained(
     path_or_id: str | Path,
     *,
+    task: str | None = None,
     labels: Sequence[str] | None = None,
     max_positions: int | None = None,
     keep_layers: Sequence[int] | None = None,
@@ -98,6 +105,7 @@ def load_pretrained(
 
     Args:
       path_or_id: a directory, or the name of a model on the hub.
+      task: one of `modeling.config.TASKS`. A head of another task is left out. None takes the checkpoint's.
       labels: label names in the order of their ids. The checkpoint's classifier is kept if it has
         as many (reordered if it has the same names in another order), else a new one is made.
         None takes the checkpoint's.
@@ -123,14 +131,18 @@ def load_pretrained(
         raise UserError(f"{directory / 'config.json'}: expected a JSON object")
     config = model_config_from_dict(values, str(directory / "config.json"))
     weights = read_weights(directory)
-    if labels_from_dict(values) is None and "classifier.weight" in weights:
+
+    def say(message: str) -> None:
+        announce(f"{directory}: {message}")
+
+    if task is not None and task != config.task:
+        config = _change_task(config, weights, task, say)
+    counts_labels = config.task == "classification" and "classifier.weight" in weights
+    if labels_from_dict(values) is None and counts_labels:
         rows = weights["classifier.weight"].shape[0]
         config = dataclasses.replace(config, labels=tuple(str(i) for i in range(rows)))
     tree, report = from_original_names(weights, config)
     _check_report(report, config, directory)
-
-    def say(message: str) -> None:
-        announce(f"{directory}: {message}")
 
     if labels is not None:
         config = _change_labels(config, tree, tuple(labels), say)
@@ -205,9 +217,21 @@ def _check_report(report: NameReport, config: ModelConfig, directory: Path) -> N
         problems += [f"  {name}" for name in report.unexpected]
     if problems:
         raise UserError(
-            f"{directory}: the weights are not those of a {config.model_type} classifier "
+            f"{directory}: the weights are not those of a {config.model_type} model for {config.task} "
             f"with {config.num_layers} layers\n" + "\n".join(problems)
         )
+
+
+def _change_task(
+    config: ModelConfig, weights: dict[str, np.ndarray], task: str, say: Announce
+) -> ModelConfig:
+    """The configuration for another task; takes the checkpoint's own head out of its weights."""
+    head = [name for name in weights if name.startswith(_HEADS)]
+    for name in head:
+        del weights[name]
+    if head:
+        say(f"its head is for {config.task}, {task} is wanted; left out: {', '.join(sorted(head))}")
+    return dataclasses.replace(config, task=task)
 
 
 def _change_labels(config: ModelConfig, tree: Tree, labels: tuple[str, ...], say: Announce) -> ModelConfig:
@@ -215,7 +239,8 @@ def _change_labels(config: ModelConfig, tree: Tree, labels: tuple[str, ...], say
         raise UserError(f"label names have to be there and to differ: {', '.join(labels) or 'none given'}")
     old, new = config.labels, dataclasses.replace(config, labels=labels)
     classifier = tree.get("head", {}).get("classifier")
-    if classifier is None or old == labels:
+    # The classifier of a multiple choice has one output, whatever the options are called.
+    if classifier is None or old == labels or config.task != "classification":
         return new
     if len(old) != len(labels):
         say(f"the classifier has {len(old)} labels, {len(labels)} are wanted; it is left out")

@@ -19,7 +19,7 @@ import numpy as np
 
 from trbert_jax.checkpoint import CheckpointStore
 from trbert_jax.config import TrainingConfig
-from trbert_jax.data.batching import epoch_order, pad_batch, width_ladder
+from trbert_jax.data.batching import batch_rows, epoch_order, pad_batch, width_ladder
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import Params
@@ -31,7 +31,35 @@ Announce = Callable[[str], None]
 LOG_EVERY = 10  # updates between lines of metrics.jsonl
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Extra:
+    """What an earlier stage found out about the training examples.
+
+    Attributes:
+      values: array with an entry an example, or a row, in the order of the training examples; or a dict.
+      by_row: whether an entry is a row's rather than an example's.
+      by_token: whether the last axis are positions, to be cut to the batch's width; of a dict, the names of
+        those arrays for which it is.
+    """
+
+    values: Any
+    by_row: bool = False
+    by_token: bool | tuple[str, ...] = False
+
+    def take(self, index: np.ndarray, rows: np.ndarray, width: int) -> Any:
+        """The entries of a batch: its examples int [B] and rows int [B * G], fillers 0, and its width."""
+
+        def one(values: np.ndarray, by_token: bool) -> np.ndarray:
+            found = np.asarray(values[rows if self.by_row else index])
+            return found[..., :width] if by_token else found
+
+        if isinstance(self.values, Mapping):
+            names = self.by_token if isinstance(self.by_token, tuple) else ()
+            return {name: one(values, name in names) for name, values in self.values.items()}
+        return one(self.values, bool(self.by_token))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Training:
     """One training stage, ready to run.
 
@@ -42,12 +70,13 @@ class Training:
       model_config: shape of the model.
       seed: of the data order and of every draw.
       features: training examples.
-      extras: name -> array [n, ...] of what the stage adds to a batch, rows as in `features`;
-        token-wise arrays [n, stages, max_length] are cut to the batch's width.
+      extras: name -> what the stage adds to a batch.
       make_objective: number of updates -> what is minimised.
       trains: which parameters are updated.
-      evaluate: parameters -> metrics on the development set; `accuracy` decides which is best.
+      evaluate: parameters -> metrics on the development set.
+      metric: which of them decides what is best, the more the better.
       fingerprint: what a checkpoint must agree with to be resumed from.
+      redraw: epoch -> the training examples as inputs drawn for it; None where they are always the same.
     """
 
     name: str
@@ -56,11 +85,18 @@ class Training:
     model_config: ModelConfig
     seed: int
     features: FeatureSet
-    extras: Mapping[str, np.ndarray]
+    extras: Mapping[str, Extra]
     make_objective: Callable[[int], ObjectiveFn]
     trains: optim.Trains
     evaluate: Callable[[Params], dict[str, float]]
+    metric: str
     fingerprint: Mapping[str, Any]
+    redraw: Callable[[int], FeatureSet | None] | None = None
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - lives as long as the stage
+    def features_of(self, epoch: int) -> FeatureSet:
+        """The training examples as they are read in an epoch."""
+        return (self.redraw(epoch) if self.redraw and epoch else None) or self.features
 
     @property
     def update_size(self) -> int:
@@ -88,7 +124,8 @@ class Training:
 
     def optimizer(self) -> tuple[Any, Any]:
         """The optimizer and its learning rate schedule."""
-        warmup = int(self.config.warmup_fraction * self.total_steps)
+        share = int(self.config.warmup_fraction * self.total_steps)
+        warmup = min(self.config.warmup_steps or share, self.total_steps)
         schedule = optim.linear_schedule(self.config.learning_rate, self.total_steps, warmup)
         adamw = optim.adamw(
             schedule,
@@ -144,7 +181,7 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
                     done,
                     _checkpoint(training, state),
                     metrics=evaluated,
-                    metric=None if evaluated is None else evaluated.get("accuracy"),
+                    metric=None if evaluated is None else evaluated.get(training.metric),
                 )
 
     chosen = total
@@ -163,19 +200,22 @@ def update_batches(training: Training, step: int, width: int) -> dict[str, np.nd
     filled up with rows that do not count.
     """
     epoch, position = divmod(step, training.steps_per_epoch)
-    order = epoch_order(len(training.features), training.seed, epoch)
+    features = training.features_of(epoch)
+    order = epoch_order(len(features), training.seed, epoch)
     index = order[position * training.update_size :][: training.update_size]
-    batch = pad_batch(training.features, index, training.update_size, width)
-    rows = np.where(batch["index"] >= 0, batch["index"], 0)
-    for name, array in training.extras.items():
-        values = np.asarray(array[rows])
-        batch[name] = values[..., :width] if values.ndim == 3 else values
-    shape = (training.config.accumulation_steps, training.config.batch_size)
-    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
+    batch = pad_batch(features, index, training.update_size, width)
+    rows = np.maximum(batch_rows(features, index, training.update_size), 0)
+    for name, extra in training.extras.items():
+        batch[name] = extra.take(np.maximum(batch["index"], 0), rows, width)
+    steps = training.config.accumulation_steps
+    return jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch)
 
 
 def _training_width(training: Training) -> int:
     """One padded length for the whole stage, so that its step compiles once."""
+    # As long as the model takes: so published, or not to be known before all epochs are drawn.
+    if training.config.published_padding or training.redraw:
+        return training.model_config.max_length
     longest = int(training.features.lengths.max())
     return next(w for w in width_ladder(training.model_config.max_length) if w >= longest)
 

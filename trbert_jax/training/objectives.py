@@ -1,9 +1,10 @@
 """What each stage minimises: pure functions from parameters and a batch to one value an example.
 
-A batch is a dict of arrays: `input_ids` int32 [B, S], `mask` bool [B, S], optional
-`token_type_ids` int32 [B, S], `labels` int32 [B], `valid` bool [B] (False for rows that only fill
-the batch), and what the stage adds: `guide` float32 [B, stages, S] (residual scores), `rank`
-(same shape), `teacher_logits` float32 [B, C].
+A batch is a dict of arrays of B examples with G rows each (`trbert_jax.modeling.tasks`; G is 1 for most
+tasks): `input_ids` int32 [B * G, S], `mask` bool [B * G, S], optional `token_type_ids` int32 [B * G, S],
+`valid` bool [B] (False for examples that only fill the batch), what the task adds, such as `labels`
+int32 [B], and what the stage adds: `guide` float32 [B * G, stages, S] (residual scores), `rank` (same
+shape), `teacher_logits` (shaped as the teacher's logits of the examples).
 
 Every objective returns `Objective`; `mean_over_examples` is the only place where examples are
 averaged, so accumulating micro-batches or sharding the batch cannot change what is computed.
@@ -20,8 +21,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from trbert_jax import tokens
-from trbert_jax.losses import initialization, policy, task
-from trbert_jax.modeling.model import Batch, ModelOutput, Params, TokenReducingClassifier, forward
+from trbert_jax.losses import initialization, policy
+from trbert_jax.modeling import tasks
+from trbert_jax.modeling.heads import Logits
+from trbert_jax.modeling.model import Batch, ModelOutput, Params, TokenReducingModel, forward
 
 Execute = Callable[..., ModelOutput]
 
@@ -56,22 +59,26 @@ def mean_over_examples(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def dense_objective(
-    model: TokenReducingClassifier,
+    model: TokenReducingModel,
     params: Params,
     batch: Batch,
     *,
     dropout_rng: jax.Array | None = None,
     execute: Execute = forward,
 ) -> Objective:
-    """Fine-tuning of the dense model: cross entropy."""
+    """Fine-tuning of the dense model: the task's loss."""
+    kind = model.config.task
     logits = execute(model, params, batch, rule=None, dropout_rng=dropout_rng).logits
-    loss = task.cross_entropy(logits, batch["labels"])
-    correct = (logits.argmax(-1) == batch["labels"]).astype(jnp.float32)
-    return Objective(loss, batch["valid"].astype(jnp.float32), {"accuracy": correct})
+    loss = tasks.task_loss(kind, logits, batch)
+    metrics = {}
+    if "labels" in batch:
+        answers = tasks.example_logits(kind, logits, batch).argmax(-1)
+        metrics["accuracy"] = (answers == batch["labels"]).astype(jnp.float32)
+    return Objective(loss, batch["valid"].astype(jnp.float32), metrics)
 
 
 def initialization_objective(
-    model: TokenReducingClassifier,
+    model: TokenReducingModel,
     params: Params,
     batch: Batch,
     *,
@@ -85,9 +92,12 @@ def initialization_objective(
     published code does; with it alone, how an update is divided into micro-batches matters.
     """
     output = execute(model, params, batch, rule=tokens.keep_all, dropout_rng=dropout_rng)
-    num_tokens = jnp.maximum(jnp.sum(batch["mask"], axis=-1), 1)
+    rows = tasks.Rows(batch)
+    judged = output.selections[0].scored & rows.there[:, None]
+    num_tokens = jnp.maximum(rows.grouped(judged.sum(-1)).sum(1), 1)
     valid = batch["valid"].astype(jnp.float32)
-    error = initialization.rank_error(output.selections, batch["rank"]).sum(-1) / num_tokens
+    error = initialization.rank_error(output.selections, batch["rank"])
+    error = rows.grouped(jnp.where(judged, error, 0.0).sum(-1)).sum(1) / num_tokens
     if per_length_scale:
         error = error * jnp.sum(valid / num_tokens) / jnp.maximum(valid.sum(), 1.0)
     return Objective(error, num_tokens * valid, {})
@@ -95,18 +105,18 @@ def initialization_objective(
 
 @struct.dataclass
 class PolicySamples:
-    """K sampled runs of a batch, everything [K, B] but `logits` [K * B, C] and the selections."""
+    """K sampled runs of a batch: everything [K, B] but `logits` and `selections`, of K * B * G rows."""
 
     task_loss: jax.Array
     selector_nll: jax.Array
     kept_ratio: jax.Array
     reward: jax.Array
-    logits: jax.Array
+    logits: Logits
     selections: tuple[tokens.Selection, ...]
 
 
 def sample_policy(
-    model: TokenReducingClassifier,
+    model: TokenReducingModel,
     params: Params,
     batch: Batch,
     *,
@@ -125,25 +135,26 @@ def sample_policy(
     """
     output = execute(model, params, batch, rule=rule, num_copies=num_samples, dropout_rng=dropout_rng)
 
-    def copies(x: jax.Array) -> jax.Array:
-        return jnp.tile(x, (num_samples,) + (1,) * (x.ndim - 1))
+    rows = tasks.Rows(batch, num_samples)
 
     def by_sample(x: jax.Array) -> jax.Array:
         return x.reshape(num_samples, -1)
 
+    kind = model.config.task
     if "teacher_logits" in batch:
-        loss = task.distillation(output.logits, copies(batch["teacher_logits"]), temperature)
+        loss = tasks.distillation_loss(kind, output.logits, batch, num_samples, temperature)
     else:
-        loss = task.cross_entropy(output.logits, copies(batch["labels"]))
-    ratio = policy.kept_ratio(output.selections, max_length)
-    task_loss, ratio = by_sample(loss), by_sample(ratio)
+        loss = tasks.task_loss(kind, output.logits, batch, num_samples)
+    kept = rows.kept(output.selections)
+    task_loss = by_sample(loss)
+    ratio = by_sample(rows.mean(policy.kept_ratio(kept, max_length)))
     return PolicySamples(
         task_loss=task_loss,
-        selector_nll=by_sample(policy.selector_nll(output.selections)),
+        selector_nll=by_sample(rows.mean(policy.selector_nll(output.selections))),
         kept_ratio=ratio,
         reward=policy.reward(task_loss, ratio, alpha),
         logits=output.logits,
-        selections=output.selections,
+        selections=kept,
     )
 
 
@@ -171,7 +182,7 @@ def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax
       imitating: bool scalar, may be traced.
     """
     copy_rngs = jax.random.split(rng, num_samples)
-    keys = jax.vmap(lambda copy_rng: tokens.row_keys(copy_rng, batch["index"]))(copy_rngs)
+    keys = jax.vmap(tasks.Rows(batch).keys)(copy_rngs)
     rule = tokens.sample(keys.reshape(-1))
     if imitating is False:
         return rule
@@ -183,7 +194,7 @@ def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax
 
 def _policy_metrics(samples: PolicySamples, loss: jax.Array) -> dict[str, jax.Array]:
     kept = {
-        f"kept_tokens_{stage}": s.num_kept.reshape(samples.task_loss.shape).mean(0).astype(jnp.float32)
+        f"kept_tokens_{stage}": _per_example(s.num_kept, samples.task_loss).mean(0)
         for stage, s in enumerate(samples.selections)
     }
     return {
@@ -193,3 +204,8 @@ def _policy_metrics(samples: PolicySamples, loss: jax.Array) -> dict[str, jax.Ar
         "kept_ratio": samples.kept_ratio.mean(0),
         **kept,
     }
+
+
+def _per_example(num_kept: jax.Array, like: jax.Array) -> jax.Array:
+    """Kept tokens of each sample of an example, float32 [K, B]: the mean over its rows."""
+    return num_kept.reshape(*like.shape, -1).astype(jnp.float32).mean(-1)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from trbert_jax.config import STAGES, RunConfig, to_dict
+from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
 from trbert_jax.evaluate import run_baselines, run_thresholds, summarize, write_predictions
 from trbert_jax.files import atomic_directory, make_directory, write_json
+from trbert_jax.modeling.hf_config import model_config_to_dict
+from trbert_jax.modeling.pretrained import Pretrained
+from trbert_jax.runner import Outputs
+from trbert_jax.task_data import Score
+from trbert_jax.task_data.base import QuestionData
 from trbert_jax.training import loop, stages
 from trbert_jax.training.optimizer import merge_params, split_params
 from trbert_jax.training.report import plot_metrics
@@ -64,7 +72,8 @@ def train(
         make_directory(run.directory(stage))
         summary = _RUN[stage](run) if stage in _RUN else stages.train_stage(run, stage)
         seconds = time.perf_counter() - start
-        write_json(run.directory(stage) / "done.json", {**summary, "seconds": seconds})
+        notes = {"data": run.data.notes} if run.data.notes else {}
+        write_json(run.directory(stage) / "done.json", {**summary, **notes, "seconds": seconds})
         announce(f"{stage}: done in {seconds:.1f} s")
     results = collect_results(run)
     write_json(run.workdir / "results.json", results)
@@ -88,24 +97,82 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
         params = jax.device_put(model.params)
         execution = "dense" if stage == "finetune" else settings.execution
         outputs = runner.run(params, features, execution)
-        summary = summarize(outputs, model.config)
+        score = run.score(split, model, outputs)
+        summary = summarize(outputs, model.config, score.metrics)
         last = stage == run.last_model_stage
         if stage == "finetune":
             result["dense"] = summary
         else:
             result["reduced" if last else stage] = summary
-        write_predictions(directory / f"predictions_{stage}.jsonl", outputs, features, model.config.labels)
+        _write_answers(directory, f"_{stage}", run, outputs, features, model, score)
         if last:
-            write_predictions(run.workdir / "predictions.jsonl", outputs, features, model.config.labels)
+            _write_answers(run.workdir, "", run, outputs, features, model, score)
             if outputs.kept:
+
+                def judge(found: Outputs, model: Pretrained = model) -> dict[str, float]:
+                    return run.score(split, model, found).metrics
+
                 result["baselines"] = run_baselines(
-                    runner, params, features, outputs, settings.baselines, run.config.seed
+                    runner, params, features, outputs, settings.baselines, run.config.seed, judge
                 )
-                result["thresholds"] = run_thresholds(runner, params, features, settings.thresholds)
+                result["thresholds"] = run_thresholds(runner, params, features, settings.thresholds, judge)
+            result |= _tune_null_threshold(run, model, execution, score.metrics)
     source = run.output_of(run.last_model_stage, "model", "evaluate")
     with atomic_directory(run.workdir / "model") as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
+        if "null_threshold" in result:
+            inputs = dataclasses.replace(
+                model.config.inputs, null_threshold=result["null_threshold"]["value"]
+            )
+            config = dataclasses.replace(model.config, inputs=inputs)
+            write_json(temporary / "config.json", model_config_to_dict(config))
     return {"split": split, "execution": settings.execution, **result}
+
+
+def _tune_null_threshold(
+    run: Run, model: Pretrained, execution: str, reported: Mapping[str, float]
+) -> dict[str, Any]:
+    """The best null threshold on the development set, and what it gives on the split that is reported.
+
+    The published results use 0, and so do `dense` and `reduced`. Empty for tasks without such a threshold.
+    """
+    data, split = run.data, run.config.evaluate.split
+    if not isinstance(data, QuestionData) or data.best_null_threshold(reported) is None:
+        return {}
+    runner, params = run.runner(model.config, run.config.evaluate.batch_size), jax.device_put(model.params)
+
+    def outputs(split: str) -> Outputs:
+        return runner.run(params, run.features(split, model), execution)
+
+    threshold = data.best_null_threshold(run.score("dev", model, outputs("dev")).metrics)
+    if threshold is None:  # a development set in which every question has an answer
+        return {}
+    common = len(data.ids("dev") & data.ids(split))
+    data.null_threshold = threshold
+    try:
+        metrics = run.score(split, model, outputs(split)).metrics
+    finally:
+        data.null_threshold = QuestionData.null_threshold
+    found = {"value": threshold, "tuned_on": "dev", "questions_in_common": common, **metrics}
+    return {"null_threshold": found}
+
+
+def _write_answers(
+    directory: Path,
+    suffix: str,
+    run: Run,
+    outputs: Outputs,
+    features: FeatureSet,
+    model: Pretrained,
+    score: Score,
+) -> None:
+    """Predictions as the official scorer reads them; of labels, one JSON line an example."""
+    if run.data.task == "classification" and not score.files:
+        path = directory / f"predictions{suffix}.jsonl"
+        write_predictions(path, outputs, features, model.config.labels)
+    for name, content in score.files.items():
+        path = directory / name
+        write_json(path.with_stem(path.stem + suffix), content)
 
 
 def evaluate_all_checkpoints(config: RunConfig, announce: loop.Announce = print) -> dict[str, Any]:
@@ -136,7 +203,8 @@ def evaluate_all_checkpoints(config: RunConfig, announce: loop.Announce = print)
             announce(f"{stage}: evaluating step {step}")
             params = merge_params(loop.restore_state(store, step, like).trained, frozen)
             outputs = runner.run(params, features, execution)
-            results[stage][f"step_{step}"] = summarize(outputs, model_config)
+            score = run.score(config.evaluate.split, prepared.start, outputs)
+            results[stage][f"step_{step}"] = summarize(outputs, model_config, score.metrics)
     if not results:
         raise UserError(
             f"{run.workdir}: has no checkpoints; run `trbert train` with this configuration first"
@@ -147,10 +215,14 @@ def evaluate_all_checkpoints(config: RunConfig, announce: loop.Announce = print)
 def collect_results(run: Run) -> dict[str, Any]:
     """Everything there is to say about a run so far."""
     done = {stage: summary for stage in run.config.stages if (summary := run.finished(stage)) is not None}
+    notes: dict[str, Any] = {}
+    for summary in done.values():
+        notes |= summary.pop("data", {})
     evaluated = {k: v for k, v in done.pop("evaluate", {}).items() if k != "steps"}
     seconds = {"evaluate": {"seconds": evaluated.pop("seconds")}} if evaluated else {}
     return {
         **evaluated,
+        **({"data": notes} if notes else {}),
         "stages": {**done, **seconds},
         "config": to_dict(run.config),
         "seed": run.config.seed,
@@ -161,6 +233,7 @@ def collect_results(run: Run) -> dict[str, Any]:
 
 def results_table(run: Run, results: dict[str, Any]) -> Iterator[str]:
     """Lines for people: accuracy, tokens and FLOPs of each model, seconds of each stage, what is where."""
+    metric = run.data.metric
     rows = [
         ("dense", results.get("dense")),
         ("after policy", results.get("policy")),
@@ -170,13 +243,15 @@ def results_table(run: Run, results: dict[str, Any]) -> Iterator[str]:
     rows += [(f"threshold {name}", summary) for name, summary in results.get("thresholds", {}).items()]
     yield ""
     if any(summary for _, summary in rows):
-        yield f"{'model':<16} {'accuracy':>9} {'tokens kept':>22} {'MFLOPs':>9} {'speed-up':>9}"
+        yield f"{'model':<16} {metric:>9} {'tokens kept':>22} {'MFLOPs':>9} {'speed-up':>9}"
     for name, summary in rows:
         if summary:
             kept = " -> ".join(f"{x:.1f}" for x in [summary["tokens"], *summary.get("kept", [])])
             speedup = f"{summary.get('flops_speedup', 1.0):.2f}x"
-            accuracy, flops = f"{summary['accuracy']:.1%}", f"{summary['flops'] / 1e6:.1f}"
-            yield f"{name:<16} {accuracy:>9} {kept:>22} {flops:>9} {speedup:>9}"
+            # Some official scorers count from 0 to 1, others from 0 to 100.
+            worth = f"{summary[metric]:.1%}" if summary[metric] <= 1 else f"{summary[metric]:.1f}%"
+            flops = f"{summary['flops'] / 1e6:.1f}"
+            yield f"{name:<16} {worth:>9} {kept:>22} {flops:>9} {speedup:>9}"
     yield ""
     yield "seconds a stage:  " + ", ".join(f"{k} {v['seconds']:.0f}" for k, v in results["stages"].items())
     yield f"numbers           {run.workdir / 'results.json'}"
@@ -184,7 +259,8 @@ def results_table(run: Run, results: dict[str, Any]) -> Iterator[str]:
         yield f"training curves   {run.workdir / 'curves.png'}"
     if (run.workdir / "model").is_dir():
         yield f"model             {run.workdir / 'model'}"
-        yield f'next              trbert predict --model {run.workdir / "model"} "some text"'
+        what = "--file questions.jsonl" if isinstance(run.data, QuestionData) else '"some text"'
+        yield f"next              trbert predict --model {run.workdir / 'model'} {what}"
 
 
 _RUN: dict[str, Callable[[Run], dict[str, Any]]] = {

@@ -18,12 +18,19 @@ from trbert_jax.files import atomic_file, make_directory, read_text
 from trbert_jax.training.progress import Progress
 
 METRICS_NAME = "metrics.jsonl"
-_SHOWN = ("loss", "accuracy", "reward", "kept_ratio")  # a scalar with one of these in its name is shown
+_SHOWN = (
+    "loss",
+    "accuracy",
+    "exact",
+    "f1",
+    "reward",
+    "kept_ratio",
+)  # a scalar with one of these in its name is shown
 
 # Panels of the training curves, left to right: title, and which scalars are drawn in it.
 _PANELS = (
     ("loss", lambda name: "loss" in name),
-    ("accuracy", lambda name: "accuracy" in name),
+    ("accuracy", lambda name: any(part in name for part in ("accuracy", "exact", "f1"))),
     ("reward", lambda name: "reward" in name),
     ("tokens kept", lambda name: "kept" in name and "ratio" not in name),
     ("learning rate", lambda name: name == "learning_rate"),

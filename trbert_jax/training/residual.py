@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.losses import task
+from trbert_jax.modeling import tasks
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier
+from trbert_jax.modeling.heads import Logits
+from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, head_inputs
 from trbert_jax.modeling.packed import PackedEncoder
 
 
@@ -29,8 +30,8 @@ def score_layers(config: ModelConfig) -> tuple[tuple[int, ...], int]:
 
 
 def residual_scores(
-    model: TokenReducingClassifier, params: Params, batch: Batch
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    model: TokenReducingModel, params: Params, batch: Batch
+) -> tuple[jax.Array, Logits, jax.Array]:
     """Scores every token of a batch with the dense model.
 
     `score[b, s, t] = |sum_h g[b, t, h] * (h_r[b, t, h] - h_s[b, t, h])|`, where h_r is the output
@@ -43,10 +44,9 @@ def residual_scores(
       batch: see `trbert_jax.training.objectives`.
 
     Returns:
-      score float32 [B, stages, S] (0 on padding), logits float32 [B, C], loss float32 [B].
+      score float32 [B * G, stages, S] (0 on padding), the logits, loss float32 [B].
     """
     before, back = score_layers(model.config)
-    last_layer = model.config.num_layers - 1
     encoder = PackedEncoder.of(model, len(batch["input_ids"]))
     tokens = encoder.embed(params, batch)
     states = {-1: tokens.states}  # [C, H] each
@@ -54,15 +54,10 @@ def residual_scores(
         tokens = encoder.run_layers(params, tokens, [layer])
         states[layer] = tokens.states
 
-    def loss_from(back_states: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def loss_from(back_states: jax.Array) -> tuple[jax.Array, tuple[Logits, jax.Array]]:
         last = dataclasses.replace(tokens, states=back_states)
-        if back < last_layer:
-            last = encoder.run_layers(params, last, range(back + 1, last_layer))
-            first = encoder.run_last_layer(params, last)
-        else:
-            first = last.states[last.start]
-        logits = encoder.classify(params, first)
-        loss = task.cross_entropy(logits, batch["labels"])
+        logits = encoder.finish(params, last, range(back + 1, model.config.num_layers), head_inputs(batch))
+        loss = tasks.task_loss(model.config.task, logits, batch)
         # Rows do not interact, so the gradient of the sum holds each example's own gradient.
         return loss.sum(), (logits, loss)
 

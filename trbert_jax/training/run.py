@@ -20,16 +20,17 @@ import jax
 import jax.numpy as jnp
 
 from trbert_jax.config import STAGES, RunConfig, diff_configs, load_config, to_dict
-from trbert_jax.data.features import FeatureSet, build_features
-from trbert_jax.data.readers import Dataset, read_examples
+from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
 from trbert_jax.execution import Programs
 from trbert_jax.files import make_directory, read_json, write_json
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import TokenReducingClassifier, init_params
+from trbert_jax.modeling.config import InputConfig, ModelConfig
+from trbert_jax.modeling.model import TokenReducingModel, init_params
 from trbert_jax.modeling.pretrained import Pretrained, load_pretrained
 from trbert_jax.modeling.tokenizer_files import load_tokenizer, read_line_breaks_as_spaces
-from trbert_jax.runner import Runner
+from trbert_jax.runner import Outputs, Runner
+from trbert_jax.task_data import Score, TaskData, load_task_data
+from trbert_jax.task_data.base import QuestionData
 
 Announce = Callable[[str], None]
 
@@ -135,17 +136,32 @@ class Run:
 
     def base_model(self) -> Pretrained:
         """The model before any training, with a fresh classifier for the data's labels."""
-        labels = self.dataset("train").label_names
+        labels = self.data.labels
         base = self._scratch(labels) if self.config.model.init == "scratch" else self._pretrained(labels)
+        base = dataclasses.replace(base, config=dataclasses.replace(base.config, inputs=self._inputs()))
         if self.config.model.line_breaks_as_spaces:
             read_line_breaks_as_spaces(base.tokenizer)
         return base
+
+    def _inputs(self) -> InputConfig:
+        data, model = self.config.data, self.config.model
+        if not isinstance(self.data, QuestionData):
+            return InputConfig()
+        return InputConfig(
+            data=data.name,
+            choices=data.choices,
+            max_question_length=model.max_question_length or 0,
+            window_step=model.window_step or 0,
+            max_segments=model.max_segments,
+            unanswerable=self.data.unanswerable,
+        )
 
     def _pretrained(self, labels: tuple[str, ...]) -> Pretrained:
         model = self.config.model
         loaded = load_pretrained(
             model.init,
-            labels=labels,
+            task=self.data.task,
+            labels=labels or None,
             max_positions=model.max_positions,
             keep_layers=model.keep_layers,
             max_length=model.max_length,
@@ -166,11 +182,12 @@ class Run:
         if model.tokenizer:
             tokenizer = load_tokenizer(model.tokenizer)
         else:
-            texts = [example.text for example in self.dataset("train").examples]
-            tokenizer = train_wordpiece(texts, shape.vocab_size)
+            texts = self.data.texts("train")
+            tokenizer = train_wordpiece(texts, shape.vocab_size, self.data.markers)
             self.announce(f"trained a WordPiece vocabulary of {len(tokenizer)} tokens on {len(texts)} texts")
         config = ModelConfig(
             model_type=shape.model_type,
+            task=self.data.task,
             vocab_size=len(tokenizer),
             hidden_size=shape.hidden_size,
             num_layers=shape.num_layers,
@@ -180,15 +197,15 @@ class Run:
             type_vocab_size=2 if shape.model_type == "bert" else 0,
             classifier_dropout=0.1 if shape.model_type == "bert" else 0.2,
             initializer_range=shape.initializer_range,
-            labels=labels,
+            labels=labels or ModelConfig.labels,
             max_length=model.max_length,
         )
         params = jax.device_get(init_params(config, jax.random.key(self.config.seed)))
-        return Pretrained(config, params, tokenizer, fresh=("selectors", "classifier"))
+        return Pretrained(config, params, tokenizer, fresh=("selectors", "head"))
 
-    def module(self, config: ModelConfig) -> TokenReducingClassifier:
+    def module(self, config: ModelConfig) -> TokenReducingModel:
         """The model that computes, in the configured dtype."""
-        return TokenReducingClassifier(config, DTYPES[self.config.model.dtype])
+        return TokenReducingModel(config, DTYPES[self.config.model.dtype])
 
     @functools.cache  # noqa: B019 - a run lives as long as the process
     def _programs(self, config: ModelConfig) -> Programs:
@@ -201,21 +218,29 @@ class Run:
 
     # Data ---------------------------------------------------------------------------------------
 
-    @functools.cache  # noqa: B019
-    def dataset(self, split: str) -> Dataset:
-        """Raw examples of `train`, `dev` or `test`."""
-        return read_examples(self.config.data, split, self.config.seed, self.say_once)
+    @functools.cached_property
+    def data(self) -> TaskData:
+        """Examples, answers and metrics of the configured data set."""
+        return load_task_data(self.config, self.say_once)
 
-    @functools.cache  # noqa: B019
+    @functools.cache  # noqa: B019 - a run lives as long as the process
     def _features(self, split: str, tokenizer: Any) -> FeatureSet:
         cache = self.config.data.cache_dir or self.workdir / "cache"
-        return build_features(
-            self.dataset(split), tokenizer, self.config.model.max_length, Path(cache), announce=self.say_once
-        )
+        return self.data.features(split, tokenizer, Path(cache))
 
     def features(self, split: str, model: Pretrained) -> FeatureSet:
         """Tokenized examples of a split for a model."""
         return self._features(split, model.tokenizer)
+
+    def redraw(self, model: Pretrained) -> Callable[[int], FeatureSet | None] | None:
+        """Draws the training inputs of an epoch; None for data whose inputs are the same in all."""
+        if type(self.data).redraw is TaskData.redraw:
+            return None
+        return functools.partial(self.data.redraw, model.tokenizer)
+
+    def score(self, split: str, model: Pretrained, outputs: Outputs) -> Score:
+        """Judges a model's outputs for the examples of a split."""
+        return self.data.score(split, self.features(split, model), model.tokenizer, outputs.logits)
 
     def fingerprint(self, stage: str, features: FeatureSet) -> dict[str, Any]:
         """What a stage's checkpoints depend on."""

@@ -17,20 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.config import InitConfig, JointConfig, PolicyConfig, TrainingConfig
-from trbert_jax.data.batching import length_batches, pad_batch, width_ladder
+from trbert_jax.data.batching import batch_rows, length_batches, pad_batch, width_ladder
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
 from trbert_jax.files import atomic_file
-from trbert_jax.modeling.model import Batch, Params, TokenReducingClassifier, forward
+from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward
 from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.pretrained import Pretrained, save_pretrained
+from trbert_jax.modeling.tasks import is_by_token
 from trbert_jax.training import loop, objectives, optimizer, residual
 from trbert_jax.training.report import StageReport
 from trbert_jax.training.run import Run
 from trbert_jax.training.steps import ObjectiveFn
 
 FORWARD: dict[str, objectives.Execute] = {"packed": packed_forward, "masked": forward}
-SCORES, LOGITS = "scores.npy", "logits.npy"
+SCORES, LOGITS = "scores.npy", "logits{}.npy"
+_LOGITS_OF = {"multi_hop": ("span", "kind", "sentence")}  # tasks whose logits are several arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ def prepare(run: Run, stage: str) -> Prepared:
     features = run.features("train", start)
     module = run.module(start.config)
     config: TrainingConfig = getattr(run.config, stage)
+    extras = _extras(run, stage, features, start.config.task)
     training = loop.Training(
         name=stage,
         directory=run.directory(stage),
@@ -58,11 +61,14 @@ def prepare(run: Run, stage: str) -> Prepared:
         model_config=start.config,
         seed=run.config.seed,
         features=features,
-        extras=_extras(run, stage, features),
+        extras=extras,
         make_objective=lambda total_steps: _OBJECTIVES[stage](run, module, total_steps),
         trains=_TRAINS[stage](start.config),
         evaluate=_dev_evaluation(run, stage, start),
+        metric=run.data.metric,
         fingerprint=run.fingerprint(stage, features),
+        # Scores and teacher are of the inputs of epoch 0.
+        redraw=None if extras else run.redraw(start),
     )
     return Prepared(start, training)
 
@@ -82,7 +88,7 @@ def train_stage(run: Run, stage: str) -> dict[str, Any]:
 
 
 def score_stage(run: Run) -> dict[str, Any]:
-    """Residual scores of all training tokens: `scores.npy`, float32 [n, stages, max_length]."""
+    """Residual scores of all training tokens: `scores.npy`, float32 [rows, stages, max_length]."""
     model = run.load("finetune", "score")
     features, module = run.features("train", model), run.module(model.config)
     width_limit, size = model.config.max_length, run.config.score.batch_size
@@ -90,7 +96,7 @@ def score_stage(run: Run) -> dict[str, Any]:
     score = jax.jit(lambda params, batch: residual.residual_scores(module, params, batch)[::2])
     params = jax.device_put(model.params)
 
-    shape = (len(features), model.config.num_selectors, width_limit)
+    shape = (features.num_rows, model.config.num_selectors, width_limit)
     losses = np.zeros(len(features))
     with (
         StageReport(run.directory("score"), "score", total_steps=len(batches)) as report,
@@ -99,7 +105,8 @@ def score_stage(run: Run) -> dict[str, Any]:
         scores = _create_npy(Path(stream.name), shape)
         for step, (index, width) in enumerate(batches, 1):
             values, loss = score(params, pad_batch(features, index, size, width))
-            scores[index, :, :width] = np.asarray(values)[: len(index)]
+            rows = batch_rows(features, index, size)
+            scores[rows[rows >= 0], :, :width] = np.asarray(values)[rows >= 0]
             losses[index] = np.asarray(loss)[: len(index)]
             report.progress(step, len(index))
         scores.flush()
@@ -108,17 +115,24 @@ def score_stage(run: Run) -> dict[str, Any]:
 
 
 def teacher_stage(run: Run) -> dict[str, Any]:
-    """Logits of the fine-tuned model on the training examples: `logits.npy`, float32 [n, C]."""
+    """Logits of the fine-tuned model on the training examples: `logits.npy`, shaped as `Outputs.logits`.
+
+    Where there are several arrays, `logits_NAME.npy` each.
+    """
     model = run.load("finetune", "teacher")
     features = run.features("train", model)
     runner = run.runner(model.config, run.config.teacher.batch_size)
     steps = runner.num_batches(features)
     with StageReport(run.directory("teacher"), "teacher", total_steps=steps) as report:
         outputs = runner.run(jax.device_put(model.params), features, "dense", report.progress)
-        report.log(steps, {"accuracy": outputs.accuracy})
-    with atomic_file(run.directory("teacher") / LOGITS, "wb") as stream:
-        np.save(stream, outputs.logits)
-    return {"accuracy": outputs.accuracy}
+        metrics = {"accuracy": outputs.accuracy} if features.has_labels else {}
+        report.log(steps, metrics)
+    several = isinstance(outputs.logits, dict)
+    arrays = {f"_{k}": v for k, v in outputs.logits.items()} if several else {"": outputs.logits}
+    for name, array in arrays.items():
+        with atomic_file(run.directory("teacher") / LOGITS.format(name), "wb") as stream:
+            np.save(stream, array)
+    return metrics
 
 
 # Parts of a training stage --------------------------------------------------------------------------
@@ -131,22 +145,46 @@ def _predecessor(run: Run, stage: str) -> str:
     return "init" if stage == "policy" and "init" in run.config.stages else "finetune"
 
 
-def _extras(run: Run, stage: str, features: FeatureSet) -> dict[str, np.ndarray]:
-    """Arrays of earlier stages that a stage's batches need, rows as in the training examples."""
+def _extras(run: Run, stage: str, features: FeatureSet, task: str) -> dict[str, loop.Extra]:
+    """What a stage's batches need of earlier stages, in the order of the training examples."""
     if stage == "policy" and run.config.policy.guide_rate > 0:
-        return {"guide": _load_rows(run.output_of("score", SCORES, stage), features)}
+        scores = _scores(run, stage, features)
+        return {"guide": loop.Extra(scores, by_row=True, by_token=True)}
     if stage == "init":
-        scores = _load_rows(run.output_of("score", SCORES, stage), features)
-        return {"rank": residual.rank_targets(scores, features.lengths)}
+        lengths = features.row_targets.get("shared_length", features.row_lengths)
+        ranks = residual.rank_targets(_scores(run, stage, features), lengths)
+        return {"rank": loop.Extra(ranks, by_row=True, by_token=True)}
     if stage == "joint" and run.config.joint.distill:
-        return {"teacher_logits": _load_rows(run.output_of("teacher", LOGITS, stage), features)}
+        return {"teacher_logits": _teacher_logits(run, stage, features, task)}
     return {}
 
 
-def _finetune_objective(run: Run, module: TokenReducingClassifier, total_steps: int) -> ObjectiveFn:
+def _scores(run: Run, stage: str, features: FeatureSet) -> np.ndarray:
+    """Residual scores of all rows; rows that decide together on what they share have the sum of theirs."""
+    scores = _load(run.output_of("score", SCORES, stage), features.num_rows)
+    if "shared_length" not in features.row_targets:
+        return scores
+    groups = scores.reshape(-1, features.group, *scores.shape[1:])
+    return np.repeat(groups.sum(1), features.group, axis=0)
+
+
+def _teacher_logits(run: Run, stage: str, features: FeatureSet, task: str) -> loop.Extra:
+    by_row = task == "span"
+    count = features.num_rows if by_row else len(features)
+    names = _LOGITS_OF.get(task)
+    if names is None:
+        values = _load(run.output_of("teacher", LOGITS.format(""), stage), count)
+        return loop.Extra(values, by_row, by_token=is_by_token(task))
+    files = {name: LOGITS.format(f"_{name}") for name in names}
+    arrays = {name: _load(run.output_of("teacher", file, stage), count) for name, file in files.items()}
+    return loop.Extra(arrays, by_row, tuple(name for name in names if is_by_token(task, name)))
+
+
+def _finetune_objective(run: Run, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
     config = run.config.finetune
 
     def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
+        batch = _with_padding(config, module, batch)
         return objectives.dense_objective(
             module,
             params,
@@ -158,10 +196,11 @@ def _finetune_objective(run: Run, module: TokenReducingClassifier, total_steps: 
     return objective
 
 
-def _init_objective(run: Run, module: TokenReducingClassifier, total_steps: int) -> ObjectiveFn:
+def _init_objective(run: Run, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
     config: InitConfig = run.config.init
 
     def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
+        batch = _with_padding(config, module, batch)
         return objectives.initialization_objective(
             module,
             params,
@@ -174,11 +213,12 @@ def _init_objective(run: Run, module: TokenReducingClassifier, total_steps: int)
     return objective
 
 
-def _policy_objective(run: Run, module: TokenReducingClassifier, total_steps: int) -> ObjectiveFn:
+def _policy_objective(run: Run, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
     config: PolicyConfig = run.config.policy
     guided_steps = math.ceil(config.guide_rate * total_steps)
 
     def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
+        batch = _with_padding(config, module, batch)
         imitating = step < guided_steps if "guide" in batch else False
         samples = objectives.sample_policy(
             module,
@@ -196,11 +236,12 @@ def _policy_objective(run: Run, module: TokenReducingClassifier, total_steps: in
     return objective
 
 
-def _joint_objective(run: Run, module: TokenReducingClassifier, total_steps: int) -> ObjectiveFn:
+def _joint_objective(run: Run, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
     config: JointConfig = run.config.joint
     num_samples = config.num_samples or run.config.policy.num_samples
 
     def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
+        batch = _with_padding(config, module, batch)
         samples = objectives.sample_policy(
             module,
             params,
@@ -218,7 +259,7 @@ def _joint_objective(run: Run, module: TokenReducingClassifier, total_steps: int
     return objective
 
 
-_OBJECTIVES: dict[str, Callable[[Run, TokenReducingClassifier, int], ObjectiveFn]] = {
+_OBJECTIVES: dict[str, Callable[[Run, TokenReducingModel, int], ObjectiveFn]] = {
     "finetune": _finetune_objective,
     "init": _init_objective,
     "policy": _policy_objective,
@@ -230,6 +271,13 @@ _TRAINS = {
     "policy": optimizer.trains_selectors,
     "joint": optimizer.trains_all,
 }
+
+
+def _with_padding(config: TrainingConfig, module: TokenReducingModel, batch: Batch) -> Batch:
+    """The batch with padding as the published code treats it, where the stage asks for that."""
+    if not (config.published_padding and module.config.reads_all_tokens):
+        return batch
+    return {**batch, "head_mask": jnp.ones_like(batch["mask"])}
 
 
 def _dropout_rng(config: TrainingConfig, rng: jax.Array, batch: Batch) -> jax.Array | None:
@@ -254,22 +302,22 @@ def _dev_evaluation(run: Run, stage: str, start: Pretrained) -> Callable[[Params
     def evaluate(params: Params) -> dict[str, float]:
         outputs = runner.run(params, features, execution)
         kept = {f"kept_tokens_{stage}": float(x) for stage, x in enumerate(outputs.num_kept.mean(0))}
-        return {"accuracy": outputs.accuracy, **kept}
+        return {**run.score("dev", start, outputs).metrics, **kept}
 
     return evaluate
 
 
-def _load_rows(path: Path, features: FeatureSet) -> np.ndarray:
+def _load(path: Path, count: int) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{path}: damaged ({error}); delete {path.parent} to run stage {path.parent.name} again"
         ) from error
-    if len(array) != len(features):
+    if len(array) != count:
         raise UserError(
-            f"{path}: has {len(array)} rows for {len(features)} training examples; the data has changed "
-            "since it was written, choose another `workdir`"
+            f"{path}: has {len(array)} entries, the training data {count}; the data has changed since it "
+            "was written, choose another `workdir`"
         )
     return array
 

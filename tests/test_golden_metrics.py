@@ -1,0 +1,132 @@
+"""Parity with the official scorers of question answering: one test a file, 1e-9 relative.
+
+Files come from `TRBERT_GOLDEN_METRICS_DIR` if set, else from `tests/golden_metrics`. Each holds
+predictions, gold and `expected`, what the official scorer prints; its keys say which scorer that is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trbert_jax.metrics import hotpotqa, mrqa, squad, triviaqa
+
+OWN = Path(__file__).parent / "golden_metrics"
+DIRECTORY = Path(os.environ.get("TRBERT_GOLDEN_METRICS_DIR") or OWN)
+FILES = sorted(DIRECTORY.glob("*.json"))
+TOLERANCE = 1e-9  # relative
+
+
+def run_squad(case: dict[str, Any]) -> dict[str, float]:
+    questions = [qa for page in case["gold"]["data"] for part in page["paragraphs"] for qa in part["qas"]]
+    gold = {qa["id"]: [answer["text"] for answer in qa["answers"]] for qa in questions}
+    assert len(gold) == len(questions), "two questions have the same id"
+    odds = case.get("na_probs")
+    # The official default: "" where the probability is above.
+    threshold = None if odds is None else case.get("na_prob_thresh", 1.0)
+    return squad.evaluate(gold, case["predictions"], odds, threshold)
+
+
+def run_mrqa(case: dict[str, Any]) -> dict[str, float]:
+    return mrqa.evaluate(case["answers"], case["predictions"])
+
+
+def run_hotpotqa(case: dict[str, Any]) -> dict[str, float]:
+    gold = {question["_id"]: question for question in case["gold"]}
+    assert len(gold) == len(case["gold"]), "two questions have the same id"
+    return hotpotqa.evaluate(gold, case["predictions"])
+
+
+def run_triviaqa(case: dict[str, Any]) -> dict[str, float]:
+    gold = {
+        question: [*answer["NormalizedAliases"], *answer.get("HumanAnswers", [])]
+        for question, answer in case["ground_truth"].items()
+    }
+    return triviaqa.evaluate(gold, case["predictions"])
+
+
+# Scorer -> whether a file is one of its, by what only its gold looks like.
+SCORERS: dict[Callable[[dict[str, Any]], dict[str, float]], Callable[[dict[str, Any]], bool]] = {
+    run_squad: lambda case: isinstance(case.get("gold"), dict) and "data" in case["gold"],
+    run_mrqa: lambda case: "answers" in case,
+    run_hotpotqa: lambda case: isinstance(case.get("gold"), list) and "sp" in case["predictions"],
+    run_triviaqa: lambda case: "ground_truth" in case,
+}
+
+
+def check(path: Path) -> None:
+    """Fails unless every number of a file's `expected` comes out."""
+    case = json.loads(path.read_text(encoding="utf-8"))
+    fitting = [scorer for scorer, fits in SCORERS.items() if fits(case)]
+    assert len(fitting) == 1, f"{path.name}: no kind of file that a scorer here knows, has {sorted(case)}"
+    assert case["expected"], f"{path.name}: expects nothing"
+    found = fitting[0](case)
+    unknown = case["expected"].keys() - found.keys()
+    assert not unknown, f"{path.name}: nobody computes {sorted(unknown)}"
+    for name, expected in case["expected"].items():
+        close = math.isclose(found[name], expected, rel_tol=TOLERANCE, abs_tol=0)
+        assert close, f"{path.name}: {name} is {found[name]!r}, the official scorer says {expected!r}"
+
+
+def test_there_are_files() -> None:
+    """An empty or mistyped directory must not pass for agreement."""
+    assert FILES, f"no golden metric file in {DIRECTORY}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_golden_metrics(path: Path) -> None:
+    check(path)
+
+
+# The test of the test ------------------------------------------------------------------------------
+
+
+def changed(path: Path, tmp_path: Path, **changes: Any) -> Path:
+    case = json.loads(path.read_text(encoding="utf-8"))
+    target = tmp_path / path.name
+    target.write_text(json.dumps({**case, **changes}), encoding="utf-8")
+    return target
+
+
+def expected_of(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text(encoding="utf-8"))["expected"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_perturbed_expectations_are_refused(path: Path, tmp_path: Path) -> None:
+    """A number that is off by 1e-8 fails, whichever it is."""
+    expected = expected_of(path)
+    for name, value in expected.items():
+        wrong = value * (1 + 1e-8) if value else 1e-8
+        with pytest.raises(AssertionError, match=f": {name} is"):
+            check(changed(path, tmp_path, expected={**expected, name: wrong}))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_expectations_nobody_meets_are_refused(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="nobody computes"):
+        check(changed(path, tmp_path, expected={**expected_of(path), "bleu": 1.0}))
+    with pytest.raises(AssertionError, match="expects nothing"):
+        check(changed(path, tmp_path, expected={}))
+    name = next(iter(expected_of(path)))
+    with pytest.raises(AssertionError, match=f": {name} is"):
+        check(changed(path, tmp_path, expected={name: math.nan}))
+
+
+@pytest.mark.parametrize("name", ["squad_v2", "summaries"])
+def test_an_unknown_kind_fails(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps({"predictions": {}, "references": {}, "expected": {"f1": 1.0}}))
+    with pytest.raises(AssertionError, match="no kind of file"):
+        check(path)
+
+
+def test_every_kind_is_among_our_files() -> None:
+    cases = [json.loads(path.read_text(encoding="utf-8")) for path in OWN.glob("*.json")]
+    assert {scorer for scorer, fits in SCORERS.items() for case in cases if fits(case)} == SCORERS.keys()

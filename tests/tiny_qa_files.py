@@ -1,0 +1,341 @@
+"""Small files of question answering data sets, each in its published format, to read and to spoil."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trbert_jax.data.qa_readers import (
+    BadRecords,
+    hotpotqa,
+    hotpotqa_graph,
+    mrqa,
+    race,
+    squad,
+    triviaqa,
+    wikihop,
+)
+
+MOUNTAIN = "Mont\u00a0Blanc rises to 4,808 m.\u2028The Élysée in  Paris is lower; 東京 is far."
+
+
+def squad_document() -> Any:
+    """Version 2.0: several answers, a repeated one, multi-byte text, a question without answer."""
+    questions = [
+        {
+            "id": "q1",
+            "question": "How high is it?",
+            "answers": [
+                {"text": "4,808 m", "answer_start": MOUNTAIN.index("4,808")},
+                {"text": "4,808", "answer_start": MOUNTAIN.index("4,808")},
+                {"text": "4,808", "answer_start": MOUNTAIN.index("4,808")},
+            ],
+            "is_impossible": False,
+        },
+        {
+            "id": "q2",
+            "question": "Which city is far?",
+            "answers": [{"text": "東京", "answer_start": MOUNTAIN.index("東")}],
+            "is_impossible": False,
+        },
+        {
+            "id": "q3",
+            "question": "Who climbed it?",
+            "answers": [],
+            "is_impossible": True,
+            "plausible_answers": [{"text": "Paris", "answer_start": MOUNTAIN.index("Paris")}],
+        },
+    ]
+    other = {"id": "q4", "question": "What is here?", "answers": [{"text": "words", "answer_start": 5}]}
+    return {
+        "version": "v2.0",
+        "data": [
+            {"title": "Mont_Blanc", "paragraphs": [{"context": MOUNTAIN, "qas": questions}]},
+            {"title": "Other", "paragraphs": [{"context": "Some words.", "qas": [other]}]},
+        ],
+    }
+
+
+def mrqa_document() -> Any:
+    """A header and two contexts; the first question has two answers, the second of them twice."""
+    first, second = MOUNTAIN.index("Paris"), MOUNTAIN.index("東")
+    questions = [
+        {
+            "qid": "n1",
+            "id": "story#1",
+            "question": "Where?",
+            "answers": ["Paris", "東京"],
+            "detected_answers": [
+                {"text": "Paris", "char_spans": [[first, first + 4]]},
+                {"text": "東京", "char_spans": [[second, second + 1], [second, second + 1]]},
+            ],
+        },
+        {
+            "id": "n2",
+            "question": "What?",
+            "answers": ["the elysee"],
+            "detected_answers": [
+                {"text": "the elysee", "char_spans": [[MOUNTAIN.index("The"), MOUNTAIN.index(" in")]]}
+            ],
+        },
+    ]
+    found = {"text": "b c", "char_spans": [[2, 4]], "token_spans": [[1, 2]]}
+    other = {"qid": "n3", "question": "Which?", "answers": ["b c"], "detected_answers": [found]}
+    return [
+        {"header": {"dataset": "NewsQA", "split": "dev"}},
+        {"id": "", "context": MOUNTAIN, "qas": questions, "context_tokens": []},
+        {"id": "", "context": "a b c", "qas": [other]},
+    ]
+
+
+def race_document() -> Any:
+    """Articles by file; in one the questions are few, in one there is none."""
+    return {
+        "high/2.txt": {
+            "article": "Élodie reads.",
+            "questions": ["Who reads?", "", "She _ ."],
+            "options": [["Élodie", "Bo", "Cy", "Di"], ["a", "b", "c", "d"], ["reads", "x", "x", "y z"]],
+            "answers": ["A", "D", "A"],
+            "id": "high2.txt",
+        },
+        "high/10.txt": {"article": "No question.", "questions": [], "options": [], "answers": []},
+        "middle/1.txt": {
+            "article": "Bo runs.",
+            "questions": ["Who runs?"],
+            "options": [["Al", "Bo", "Cy", "Di"]],
+            "answers": ["B"],
+        },
+    }
+
+
+def hotpotqa_document() -> Any:
+    """A span, a yes and, in the last, an empty sentence that counts."""
+    context = [
+        ["Léon", ["Léon is a film.", " It is from 1994."]],
+        ["Nikita", ["Nikita is older.", "", " It is from 1990."]],
+    ]
+    return [
+        {
+            "_id": "h1",
+            "question": "When was the older film made?",
+            "answer": "1990",
+            "type": "bridge",
+            "level": "hard",
+            "context": context,
+            "supporting_facts": [["Nikita", 2], ["Léon", 1]],
+        },
+        {
+            "_id": "h2",
+            "question": "Are both films?",
+            "answer": "yes",
+            "context": context,
+            "supporting_facts": [["Léon", 0]],
+        },
+    ]
+
+
+def hotpotqa_graph_document() -> Any:
+    """Two lines of training; the second has a third paragraph without support, and an empty sentence."""
+    gold = [
+        {
+            "name": "Léon_(film)",
+            "context": ["le", "##on", "is", "a", "film"],
+            "spans": [[0, 1], [4, 4]],
+            "sent_pos": [[0, 2], [2, 5]],
+            "supp_label": [1, 0],
+            "has_supp": True,
+        },
+        {
+            "name": "Nikita",
+            "context": ["older"],
+            "spans": [],
+            "sent_pos": [[0, 1]],
+            "supp_label": [1],
+            "has_supp": 1,
+        },
+    ]
+    other = {
+        "name": "Other",
+        "context": ["no", "[SEP]"],
+        "spans": [],
+        "sent_pos": [[0, 2], [2, 2]],
+        "supp_label": [0, 0],
+        "has_supp": False,
+    }
+    return [
+        {"question": "Which film?", "answer": "Léon", "edge": [[0, 1]], "node": gold},
+        {"question": "Is it?", "answer": "yes", "edge": [], "node": [*gold, other]},
+    ]
+
+
+def hotpotqa_graph_dev_document() -> Any:
+    """As the training lines, with ids, words and the words' numbers, without spans."""
+    lines = hotpotqa_graph_document()
+    for number, line in enumerate(lines):
+        line["qid"] = f"g{number}"
+        for node in line["node"]:
+            for field in ("spans", "has_supp"):
+                node.pop(field, None)
+            node["doc_tokens"] = ["w"] * len(node["context"])
+            node["tok_to_orig_index"] = [-1, *range(1, len(node["context"]))]
+    return lines
+
+
+DOCUMENTS = {
+    "wikipedia/Lloyd_Webber.txt": "Lloyd Webber wrote\nSUNSET  BOULEVARD, that is, The Sunset Boulevard.\n",
+    "wikipedia/Élysée.txt": "Rien. Le Sunset\u2019Boulevard?",
+    "web/35/35_995.txt": "west sunset boulevard",
+}
+
+
+def triviaqa_document() -> Any:
+    """Two questions; the first has three documents."""
+    answer = {
+        "Aliases": ["Sunset Boulevard", "West Sunset Boulevard"],
+        "NormalizedAliases": ["sunset boulevard", "west sunset boulevard"],
+        "NormalizedValue": "sunset boulevard",
+        "Value": "Sunset Boulevard",
+        "Type": "WikipediaEntity",
+    }
+    return {
+        "Domain": "Web",
+        "Data": [
+            {
+                "QuestionId": "tc_33",
+                "Question": "Which Lloyd Webber musical premiered in the US in 1993?",
+                "Answer": answer,
+                "EntityPages": [{"Filename": "Lloyd_Webber.txt"}, {"Filename": "Élysée.txt"}],
+                "SearchResults": [{"Filename": "35/35_995.txt", "Rank": 0}],
+            },
+            {
+                "QuestionId": "tc_34",
+                "Question": "Who wrote it?",
+                "Answer": {**answer, "NormalizedAliases": ["lloyd webber"], "HumanAnswers": ["Webber, the"]},
+                "EntityPages": [{"Filename": "Lloyd_Webber.txt"}],
+            },
+        ],
+    }
+
+
+def triviaqa_list_document() -> Any:
+    """Two contexts with a question each; the second has no span."""
+    return [
+        {
+            "context": "東京 is big; Tokyo is.",
+            "qas": [
+                {
+                    "qid": "t1",
+                    "question": "Which city?",
+                    "answers": {"Aliases": ["Tokyo", "東京"]},
+                    "detected_answers": [{"char_spans": [[0, 1]]}, {"char_spans": [[11, 15]]}],
+                }
+            ],
+        },
+        {
+            "context": "Nothing here.",
+            "qas": [
+                {
+                    "qid": "t2",
+                    "question": "Which?",
+                    "answers": {"Aliases": ["Kyoto"]},
+                    "detected_answers": [],
+                }
+            ],
+        },
+    ]
+
+
+def wikihop_document() -> Any:
+    """Candidates of several words, the right one last; documents, one of them empty."""
+    return [
+        {
+            "id": "WH_dev_0",
+            "query": "country élan vital",
+            "candidates": ["france", "united kingdom", "côte d'ivoire"],
+            "supports": ["Élan vital is from Côte d'Ivoire.", ""],
+            "answer": "côte d'ivoire",
+        },
+        {"id": "WH_dev_1", "query": "genre x", "candidates": ["y"], "supports": ["x is y"], "answer": "y"},
+    ]
+
+
+def _dump(document: Any) -> bytes:
+    text = json.dumps(document, ensure_ascii=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair can only be written as an escape
+        return json.dumps(document).encode()
+
+
+def write_json(path: Path, document: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_dump(document))
+    return path
+
+
+def write_lines(path: Path, document: Any) -> Path:
+    """JSON lines, gzip-compressed where the name says so; characters of every kind as they are."""
+    content = b"".join(_dump(line) + b"\n" for line in document)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def write_race(path: Path, document: Any) -> Path:
+    for name, article in document.items():
+        write_json(path / name, article)
+    return path
+
+
+def write_triviaqa(path: Path, document: Any) -> Path:
+    """`path` stands in the folder `qa`, as in the archive, with the evidence beside that."""
+    for name, text in DOCUMENTS.items():
+        evidence = path.parent.parent / "evidence" / name
+        evidence.parent.mkdir(parents=True, exist_ok=True)
+        evidence.write_text(text, encoding="utf-8")
+    return write_json(path, document)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A good file of a format, and its reader."""
+
+    document: Callable[[], Any]
+    write: Callable[[Path, Any], Path]
+    path: str
+    read: Callable[[Path, BadRecords], Any]
+
+    def fresh(self) -> Any:
+        """The document, in which no two parts are the same object."""
+        return json.loads(json.dumps(self.document()))
+
+
+SAMPLES = {
+    "squad": Sample(squad_document, write_json, "dev-v2.0.json", squad.read),
+    "mrqa": Sample(mrqa_document, write_lines, "dev.jsonl", mrqa.read),
+    "mrqa_gz": Sample(mrqa_document, write_lines, "dev.jsonl.gz", mrqa.read),
+    "race": Sample(race_document, write_race, "dev", race.read),
+    "hotpotqa": Sample(hotpotqa_document, write_json, "hotpot_dev_distractor_v1.json", hotpotqa.read),
+    "hotpotqa_fullwiki": Sample(
+        hotpotqa_document, write_json, "hotpot_dev_fullwiki_v1.json", hotpotqa.read_fullwiki
+    ),
+    "hotpotqa_graph": Sample(
+        hotpotqa_graph_document, write_lines, "hotpot_train_graph.json", hotpotqa_graph.read
+    ),
+    "hotpotqa_graph_dev": Sample(
+        hotpotqa_graph_dev_document, write_lines, "rerank_dev_tok.json", hotpotqa_graph.read
+    ),
+    "triviaqa": Sample(triviaqa_document, write_triviaqa, "qa/wikipedia-dev.json", triviaqa.read),
+    "triviaqa_list": Sample(triviaqa_list_document, write_json, "dev.json", triviaqa.read),
+    "wikihop": Sample(wikihop_document, write_json, "dev.json", wikihop.read),
+}
+
+
+def read_sample(name: str, folder: Path, document: Any = None, bad: BadRecords | None = None) -> Any:
+    """Writes a sample, or a document in its format, and reads it."""
+    sample = SAMPLES[name]
+    path = sample.write(folder / sample.path, sample.fresh() if document is None else document)
+    return sample.read(path, BadRecords() if bad is None else bad)

@@ -1,0 +1,113 @@
+"""Questions that a trained model is asked: JSON objects as records of its data set, without answers.
+
+    span             {"question": "...", "context": "..."}
+    multiple choice  {"passage": "...", "question": "...", "options": ["...", "...", "...", "..."]}
+    candidates       {"query": "...", "candidates": ["...", ...], "supports": ["...", ...]}
+    several hops     {"question": "...", "paragraphs": [{"title": "...", "sentences": ["...", ...]}, ...]}
+
+An `id` is optional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from trbert_jax.data.records import (
+    CandidateQuestion,
+    ChoiceQuestion,
+    MultiHopQuestion,
+    Paragraph,
+    SpanQuestion,
+)
+from trbert_jax.errors import UserError
+
+
+def parse_requests(kind: str, requests: Sequence[Any], source: str) -> list[Any]:
+    """Records of JSON objects.
+
+    Args:
+      kind: `span`, `choice`, `candidates` or `multi_hop`.
+      requests: the objects.
+      source: what messages call the place that they come from.
+
+    Raises:
+      UserError: a missing field, a wrong type, an empty text, an id that is there twice; names the object.
+    """
+    records, seen = [], set[str]()
+    for number, request in enumerate(requests, 1):
+        where = f"{source}:{number}"
+        if not isinstance(request, Mapping):
+            raise UserError(f"{where}: a JSON {type(request).__name__}; expected an object")
+        name = str(request.get("id", number))
+        if name in seen:
+            raise UserError(f"{where}: the id {name!r} is there twice; give each question its own, or none")
+        seen.add(name)
+        records.append(_PARSERS[kind](_Fields(request, where), name, where))
+    return records
+
+
+class _Fields:
+    """The fields of a request, checked when they are asked for."""
+
+    def __init__(self, request: Mapping[str, Any], where: str) -> None:
+        self._request, self._where = request, where
+
+    def get(self, *names: str) -> Any:
+        for name in names:
+            if name in self._request:
+                return self._request[name]
+        there = ", ".join(map(repr, self._request)) or "none"
+        raise UserError(f"{self._where}: no field {names[0]!r} (it has: {there})")
+
+    def text(self, *names: str) -> str:
+        return _text(self.get(*names), f"{self._where}: {names[0]}")
+
+    def texts(self, name: str, exactly: int | None = None) -> tuple[str, ...]:
+        values = self.get(name)
+        expected = "a list of strings" if exactly is None else f"a list of {exactly} strings"
+        if not isinstance(values, list) or not values or exactly not in (None, len(values)):
+            raise UserError(f"{self._where}: {name} is not {expected}")
+        return tuple(_text(value, f"{self._where}: {name}") for value in values)
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where} is {value!r}; expected a string with something in it")
+    return value
+
+
+def _span(fields: _Fields, name: str, where: str) -> SpanQuestion:
+    return SpanQuestion(name, fields.text("question"), fields.text("context"), (), (), False, where)
+
+
+def _choice(fields: _Fields, name: str, where: str) -> ChoiceQuestion:
+    article, question = fields.text("passage", "article"), fields.text("question")
+    return ChoiceQuestion(name, article, question, fields.texts("options", 4), None, where)
+
+
+def _candidates(fields: _Fields, name: str, where: str) -> CandidateQuestion:
+    candidates, supports = fields.texts("candidates"), fields.texts("supports")
+    return CandidateQuestion(name, fields.text("query"), candidates, supports, None, where)
+
+
+def _multi_hop(fields: _Fields, name: str, where: str) -> MultiHopQuestion:
+    paragraphs = fields.get("paragraphs")
+    if not isinstance(paragraphs, list) or not paragraphs:
+        raise UserError(f"{where}: paragraphs is not a list of objects with title and sentences")
+    found = []
+    for number, paragraph in enumerate(paragraphs, 1):
+        place = f"{where}: paragraph {number}"
+        if not isinstance(paragraph, Mapping):
+            raise UserError(f"{place} is a JSON {type(paragraph).__name__}; expected an object")
+        inner = _Fields(paragraph, place)
+        found.append(Paragraph(inner.text("title"), inner.texts("sentences")))
+    return MultiHopQuestion(name, fields.text("question"), None, tuple(found), (), where)
+
+
+_PARSERS: dict[str, Callable[[_Fields, str, str], Any]] = {
+    "span": _span,
+    "choice": _choice,
+    "candidates": _candidates,
+    "multi_hop": _multi_hop,
+}
