@@ -15,10 +15,12 @@ from tiny_qa_files import SAMPLES
 
 from trbert_jax import TRBert, answer_questions
 from trbert_jax.cli import main
+from trbert_jax.config_schema import BackboneConfig, DataConfig, RunConfig
 from trbert_jax.errors import UserError
 from trbert_jax.metrics import flops
 from trbert_jax.modeling.config import InputConfig, ModelConfig
 from trbert_jax.modeling.pretrained import save_pretrained
+from trbert_jax.task_data import load_task_data
 
 BASE = dataclasses.replace(
     tiny_models.BERT,
@@ -286,3 +288,22 @@ def test_squad_1_knows_no_unanswerable_questions(models: dict[str, Path], tmp_pa
     save_pretrained(tmp_path / "model", own, tiny_models.tiny_params(own), qa_tokenizer())
     (answer,) = predict(tmp_path / "model", tmp_path, [SPAN])
     assert answer["answer"] != ""
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "setting"),
+    [
+        ("race", "model", {"window_step": 64}),
+        ("hotpotqa", "model", {"max_segments": 2}),
+        ("wikihop", "model", {"max_question_length": 9}),
+        ("squad", "data", {"choices": "shared"}),
+        ("imdb", "data", {"skip_bad_records": True}),
+    ],
+)
+def test_settings_that_a_data_set_does_not_read(name: str, section: str, setting: dict[str, Any]) -> None:
+    parts: dict[str, dict[str, Any]] = {"data": {"name": name}, "model": {"init": "scratch"}}
+    parts[section] |= setting
+    data, model = DataConfig(**parts["data"]), BackboneConfig(**parts["model"])
+    (key,) = setting
+    with pytest.raises(UserError, match=rf"{section}.{key} is .*, which {name} does not read; leave it out"):
+        load_task_data(RunConfig(workdir="x", data=data, model=model), print)

@@ -42,6 +42,7 @@ class TaskData(abc.ABC):
       task: what the model's head is for, one of `modeling.config.TASKS`.
       labels: names of the classes; empty where answers are none.
       metric: which of the metrics decides what is best, the more the better.
+      own_settings: those that not every data set reads and this one does, `model.window_step` and the like.
       markers: entries of the vocabulary, besides word pieces, that inputs may have.
       notes: split -> what became of it on the way to inputs: how many were skipped, cut, left out.
     """
@@ -49,6 +50,7 @@ class TaskData(abc.ABC):
     task: str
     metric: str
     labels: tuple[str, ...]
+    own_settings: frozenset[str] = frozenset()
     markers: tuple[str, ...] = ()
 
     def __init__(self, config: RunConfig, announce: Announce) -> None:

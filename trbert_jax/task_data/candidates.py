@@ -22,6 +22,7 @@ class CandidateData(QuestionData):
     labels = ()
     request = "candidates"
     metric = "accuracy"
+    own_settings = frozenset({"data.skip_bad_records", "model.max_segments"})
 
     def texts(self, split: str) -> list[str]:
         asked = [" ".join((record.query, *record.candidates)) for record in self.records(split)]

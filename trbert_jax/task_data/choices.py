@@ -29,6 +29,7 @@ class ChoiceData(QuestionData):
 
     request = "choice"
     metric = "accuracy"
+    own_settings = frozenset({"data.skip_bad_records", "data.choices", "model.max_question_length"})
 
     def __init__(self, config: RunConfig, announce: Announce) -> None:
         super().__init__(config, announce)

@@ -32,6 +32,7 @@ class MultiHopData(QuestionData):
     labels = ()
     request = "multi_hop"
     metric = "f1"
+    own_settings = frozenset({"data.skip_bad_records", "model.max_question_length"})
 
     def texts(self, split: str) -> list[str]:
         found = list[str]()

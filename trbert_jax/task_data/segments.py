@@ -25,6 +25,9 @@ class SegmentData(QuestionData):
     labels = ()
     request = "span"
     metric = "f1"
+    own_settings = frozenset(
+        {"data.skip_bad_records", "model.max_question_length", "model.window_step", "model.max_segments"}
+    )
 
     def __init__(self, config: RunConfig, announce: Announce) -> None:
         super().__init__(config, announce)

@@ -29,6 +29,7 @@ class SpanData(QuestionData):
     labels = ()
     request = "span"
     metric = "f1"
+    own_settings = frozenset({"data.skip_bad_records", "model.max_question_length", "model.window_step"})
 
     def __init__(self, config: RunConfig, announce: Announce) -> None:
         super().__init__(config, announce)
