@@ -26,8 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # clear it again each time (glibc on Linux; no effect elsewhere).
 export GLIBC_TUNABLES := glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736
 
-# A file's tests stay in one process: they share compiled programs.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test slow lint clean
@@ -39,10 +38,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/trbert train --config configs/quickstart.yaml
 
 test: $(INSTALLED)
-	$(PYTEST)
+	$(PYTEST) --dist loadfile  # a file's tests share compiled programs
 
 slow: $(INSTALLED)
-	$(PYTEST) -m slow
+	$(PYTEST) --dist worksteal -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
