@@ -221,3 +221,14 @@ def test_expected_gradient_is_the_rewards(num_samples: int) -> None:
     slope = (kept_reward - dropped_reward) * keep_prob * (1 - keep_prob)
     expected = -slope * (num_samples - 1) / num_samples / 2
     np.testing.assert_allclose(gradient, [[0, expected]], rtol=1e-4, atol=1e-6)
+
+
+def test_distillation_keeps_its_precision_beside_candidates_that_are_not_there() -> None:
+    """Their published logit, -10000, must not swallow the digits of the others."""
+    student, teacher = np.array([[0.14, 0.85, 0.78]]), np.array([[1.01, 2.84, 0.19]])
+    absent = np.full((1, 2), task.NO_CANDIDATE)
+    with_absent = [np.concatenate([x, absent], axis=1).astype(np.float32) for x in (student, teacher)]
+    loss = task.distillation(*map(jnp.asarray, with_absent))
+    probability = np.exp(teacher) / np.exp(teacher).sum()
+    expected = -(probability * (student - np.log(np.exp(student).sum()))).sum(-1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)

@@ -33,12 +33,17 @@ def distillation(
     Args:
       logits, teacher_logits: float [..., C].
       temperature: divides both.
-      mask: bool [..., C]; None for all.
+      mask: bool [..., C]; None for all. Logits of a mask are centred, see `_only`; without one they may
+        hold `NO_CANDIDATE`.
     """
     chex.assert_equal_shape([logits, teacher_logits])
-    mask = jnp.ones_like(logits, bool) if mask is None else jnp.broadcast_to(mask, logits.shape)
-    target = jax.nn.softmax(_only(jax.lax.stop_gradient(teacher_logits) / temperature, mask), axis=-1)
-    return -jnp.sum(target * jax.nn.log_softmax(_only(logits / temperature, mask), axis=-1), axis=-1)
+    logits = logits / temperature
+    teacher_logits = jax.lax.stop_gradient(teacher_logits) / temperature
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, logits.shape)
+        logits, teacher_logits = _only(logits, mask), _only(teacher_logits, mask)
+    target = jax.nn.softmax(teacher_logits, axis=-1)
+    return -jnp.sum(target * jax.nn.log_softmax(logits, axis=-1), axis=-1)
 
 
 def any_of(logits: jax.Array, gold: jax.Array, mask: jax.Array) -> jax.Array:
