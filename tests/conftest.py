@@ -9,7 +9,12 @@ import signal
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-# No programs from earlier runs, none left behind.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# No programs from earlier runs, none left behind; unless a folder for them is named, which makes all runs
+# but the first three times as fast.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = programs = os.environ.get("TRBERT_TEST_PROGRAMS", "")
+if programs:
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # With a limit JAX locks the folder: several workers write into it.
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(10**10)
 # A shell starts background jobs, and with them a whole CI run, deaf to Ctrl-C; the tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
