@@ -349,7 +349,7 @@ RUN_CASES = [
     ),
     Case(
         "damaged checkpoint",
-        FINETUNE,
+        "evaluate --config config.yaml --all-checkpoints",
         (f"{STEP_2}: damaged checkpoint", "delete this folder, the run then goes on from step 1"),
         remove(f"{STEP_2}/manifest.json"),
         start="interrupted",

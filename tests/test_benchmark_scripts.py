@@ -62,7 +62,11 @@ def test_accelerator(tmp_path: Path) -> None:
         "dense_full",
     ]
     assert {record["dtype"] for record in result["inference"] + result["training"]} == {"bfloat16"}
-    assert len(result["training"]) == 6
+    assert [(r["execution"], r["strategy"]) for r in result["training"]] == 3 * [
+        ("packed", "jit"),
+        ("masked", "jit"),
+        ("packed", "pmap"),
+    ]
     assert result["machine"]["peak_tflops"] is None
 
 
@@ -72,3 +76,13 @@ def test_accelerator_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     assert result["finished"]
     assert len(result["left_out"]) == 5
     assert result["checks"] == result["inference"] == result["training"] == []
+
+
+@pytest.mark.slow
+def test_soak(tmp_path: Path) -> None:
+    """Three signals, of which one is SIGTERM."""
+    options = ["--kills", "2", "--terms", "1", "--steps", "20"]
+    result = run("soak", *options, target=tmp_path / "r.json")
+    assert result["identical"]
+    assert (result["sigkill"], result["sigterm"]) == (2, 1)
+    assert result["compared_files"] >= 14

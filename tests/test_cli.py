@@ -20,7 +20,7 @@ from tiny_models import tiny_model
 
 from trbert_jax import __version__
 from trbert_jax.cli import main
-from trbert_jax.errors import UserError
+from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.modeling.config import InputConfig
 
 COMMANDS = ("train", "evaluate", "predict", "compile", "benchmark", "convert", "split-hyperpartisan")
@@ -106,6 +106,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"trbert {__version__}\n"
 
 
+JOIN = ["train", "--config", "c", "--coordinator", "a:1", "--num-processes", "2", "--process-id", "1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -126,6 +129,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["predict", "--model", "m", "--threshold", "half", "a"], "above 0 and below 1"),
         (["evaluate", "--all-checkpoints", "--config", "c", "--threshold", "0.4"], "from --config alone"),
         (["evaluate", "--model", "m", "--data", "d", "--execution", "dense", "--baselines"], "drops none"),
+        (["train", "--config", "c", "--coordinator", "a:1"], "go together"),
+        (["train", "--config", "c", "--process-id", "0", "--num-processes", "2"], "go together"),
+        ([*JOIN, "--distributed"], "without --distributed"),
+        ([*JOIN, "--process-id", "2"], "--process-id 2 is not below --num-processes 2"),
+        (["train", "--config", "c", "--profile-steps", "5:3"], "FIRST:END was expected"),
         (["predict", "text"], "--model"),
         (["predict", "--model", "m", "--batch-size", "many"], "argument --batch-size"),
         (["benchmark", "--data", "d"], "one of --model and --random"),
@@ -158,16 +166,20 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.Capt
 def test_train_takes_overrides_anywhere(arguments: list[str], fake: Callable[..., None]) -> None:
     calls: list[Any] = []
     fake("config", load_config=lambda path, overrides: (path, overrides))
-    fake("training.pipeline", train=lambda config, stages: calls.append((config, stages)))
-    assert main(["train", *arguments]) == 0
-    assert calls == [((Path("c.yaml"), ["a.b=1", "c=2"]), ["score", "policy"])]
+
+    def train(config: Any, stages: Any, profile_steps: Any) -> None:
+        calls.append((config, stages, profile_steps))
+
+    fake("training.pipeline", train=train)
+    assert main(["train", "--profile-steps", "3:5", *arguments]) == 0
+    assert calls == [((Path("c.yaml"), ["a.b=1", "c=2"]), ["score", "policy"], (3, 5))]
 
 
 # How a command ends -------------------------------------------------------------------------------
 
 
 def end_training(fake: Callable[..., None], error: BaseException) -> int:
-    def train(config: Any, stages: Any) -> None:
+    def train(config: Any, stages: Any, profile_steps: Any) -> None:
         raise error
 
     fake("config", load_config=lambda path, overrides: None)
@@ -186,6 +198,14 @@ def test_interrupted_training_says_how_to_go_on(
     assert end_training(fake, KeyboardInterrupt()) == 130
     err = capsys.readouterr().err
     assert "run the same command again to go on from the last checkpoint" in err
+
+
+def test_training_that_was_told_to_stop_says_how_to_go_on(
+    fake: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end_training(fake, PreemptedError("policy: told to stop; saved at step 3 of 9")) == 143
+    err = capsys.readouterr().err
+    assert "saved at step 3 of 9; run the same command again to go on from the last checkpoint" in err
 
 
 def test_a_mistake_of_ours_is_not_hidden(fake: Callable[..., None]) -> None:

@@ -23,10 +23,12 @@ BASE = {"errors", "files"}
 CONFIG = {"config", "config_schema", "config_tree", "config_typing"}
 LEAVES = BASE | CONFIG | {"tokens", "losses", "metrics"}
 MODEL = LEAVES | {"modeling"}
-RUN = MODEL | {"data", "checkpoint"}
+RUN = MODEL | {"data", "checkpoint", "parallel"}
 # Each part of the package (a module or a folder) and the parts it may import. A new part needs a line.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "parallel": BASE,
+    "distributed": BASE,
     "files": {"errors"},
     "config_tree": BASE,
     "config_typing": BASE | {"config_tree"},
@@ -61,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "text_input",
         "compilation_cache",
         "benchmark",
+        "distributed",
     },
 }
 WITHOUT_JAX = {

@@ -125,9 +125,36 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         getattr(args, positional).extend(late + literal)
     if args.command == "evaluate":
         _check_evaluate(command, args)
+    if args.command == "train":
+        _check_processes(command, args)
     if args.command == "benchmark" and bool(args.model) == bool(args.random):
         command.error("one of --model and --random is needed")
     return args
+
+
+def _add_processes(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("several processes, each with its own devices")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the other processes in the environment (SLURM, Open MPI, Kubernetes, Cloud TPU)",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is to be reached")
+    group.add_argument("--num-processes", metavar="N", type=_count, help="how many processes there are")
+    group.add_argument("--process-id", metavar="I", type=_index, help="which one this is, from 0 on")
+    group.add_argument(
+        "--join-timeout", metavar="S", type=_count, default=300, help="seconds to wait for the others (300)"
+    )
+
+
+def _check_processes(command: _Parser, args: argparse.Namespace) -> None:
+    if not args.dry_run and (args.devices or args.processes):
+        command.error("--devices and --processes go with --dry-run; a run uses all devices there are")
+    given = [x is not None for x in (args.coordinator, args.num_processes, args.process_id)]
+    if any(given) and (args.distributed or not all(given)):
+        command.error("--coordinator, --num-processes and --process-id go together, without --distributed")
+    if all(given) and args.process_id >= args.num_processes:
+        command.error(f"--process-id {args.process_id} is not below --num-processes {args.num_processes}")
 
 
 def _check_evaluate(command: _Parser, args: argparse.Namespace) -> None:
@@ -160,6 +187,20 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         "--config", required=True, metavar="FILE", type=Path, help="YAML file with the settings"
     )
     train.add_argument("--stages", metavar="A,B", type=_names, help="run only these stages")
+    _add_processes(train)
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be done on --devices of --processes, and do nothing",
+    )
+    train.add_argument("--devices", metavar="N", type=_count, help="devices, for --dry-run (default 1)")
+    train.add_argument("--processes", metavar="P", type=_count, help="processes, for --dry-run (default 1)")
+    train.add_argument(
+        "--profile-steps",
+        metavar="A:B",
+        type=_step_range,
+        help="record a profile of updates A to B of each stage, for TensorBoard or Perfetto",
+    )
     _add_skip(train)
     _add_overrides(train)
 
@@ -359,3 +400,16 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a number of at least 1 was expected, not {text!r}")
     return int(text)
+
+
+def _index(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"a number of at least 0 was expected, not {text!r}")
+    return int(text)
+
+
+def _step_range(text: str) -> tuple[int, int]:
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"FIRST:END was expected, such as 10:15, not {text!r}")
+    return int(first), int(end)

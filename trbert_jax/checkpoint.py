@@ -35,6 +35,19 @@ _PARTIAL = ".partial-"  # in the names of what is not finished, see files.py
 _MOST_LINES = 12  # of a list of differences
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint is not as it was written.
+
+    Attributes:
+      step: which one.
+      finding: its folder and what is wrong with it.
+    """
+
+    def __init__(self, step: int, finding: str, advice: str) -> None:
+        super().__init__(f"{finding}; {advice}")
+        self.step, self.finding = step, finding
+
+
 class CheckpointStore:
     """The checkpoints in one directory, which need not exist yet.
 
@@ -197,10 +210,18 @@ class CheckpointStore:
     def _step_folders(self) -> list[int]:
         return sorted(int(match[1]) for name in self._names() if (match := _STEP_NAME.fullmatch(name)))
 
-    def _damaged(self, step: int, what: Exception) -> UserError:
+    def _damaged(self, step: int, what: Exception) -> DamagedCheckpointError:
         others = [other for other in self._step_folders() if other != step]
         then = f"the run then goes on from step {max(others)}" if others else "the stage then starts again"
-        return UserError(f"{self.folder(step)}: damaged checkpoint ({what}); delete this folder, {then}")
+        finding = f"{self.folder(step)}: damaged checkpoint ({what})"
+        return DamagedCheckpointError(step, finding, f"delete this folder, {then}")
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that it is no longer one; returns where it is now."""
+        target = self.directory / f"damaged_{self.folder(step).name}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(self.folder(step), target)
+        return target
 
     def _retire_old(self) -> None:
         """Writes the index, and only then deletes what it no longer names."""

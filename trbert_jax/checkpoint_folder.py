@@ -125,7 +125,7 @@ def read_arrays(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
             args = ocp.ArrayRestoreArgs(sharding=value.sharding or default)
         if value.size:
             template[name], restore_args[name] = value, args
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _quiet(), _checkpointer() as checkpointer:
         request = ocp.args.PyTreeRestore(item=template, restore_args=restore_args)
         arrays = checkpointer.restore((folder / ARRAYS).absolute(), args=request)
     return {name: _as_kind(arrays.get(name), leaf) for name, leaf in like.items()}
@@ -161,8 +161,22 @@ def _write_arrays(directory: Path, leaves: Mapping[str, Any]) -> None:
     plain = {name: _plain(leaf) for name, leaf in leaves.items()}
     # Orbax refuses empty arrays; their description in the manifest says all about them.
     arrays = {name: value for name, value in plain.items() if value.size}
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _quiet(), _checkpointer() as checkpointer:
         checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(arrays))
+
+
+def _checkpointer() -> Any:
+    """Orbax's, for this process alone: a folder is written by one process and read by each for itself."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    mine = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"process_{mine}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _is_key(leaf: Any) -> bool:

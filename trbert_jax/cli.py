@@ -7,17 +7,21 @@ that needs it, so that help and a mistyped argument answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
 from trbert_jax import compilation_cache
 from trbert_jax.arguments import parse_arguments
-from trbert_jax.errors import UserError
+from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.files import atomic_file, check_writable, write_json
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+EXIT_TERMINATED = 143  # 128 + SIGTERM: launchers take it for a job to start again
 USES_MODEL = ("train", "evaluate", "predict", "compile")
 RESUME = "run the same command again to go on from the last checkpoint"
 
@@ -39,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0, or 2 where the user has to mend something, 130 after Ctrl-C, 141 where the
-      reader of the output has gone.
+      reader of the output has gone, 143 after SIGTERM.
     """
     try:
         args = parse_arguments(argv)
@@ -58,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say(f"interrupted; {RESUME}" if args.command == "train" else "interrupted")
         return EXIT_INTERRUPTED
+    except PreemptedError as stop:
+        _say(f"{stop}; {RESUME}")
+        return EXIT_TERMINATED
     except BrokenPipeError:
         # The interpreter flushes stdout once more at exit; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,9 +85,39 @@ def _config(args: argparse.Namespace) -> RunConfig:
 
 def _train(args: argparse.Namespace) -> None:
     config = _config(args)  # mistakes in it show before the slow import
+    if args.dry_run:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # a plan needs no accelerator, and takes none from others
+        from trbert_jax.training import plan
+        from trbert_jax.training.run import Run
+
+        print("\n".join(plan.lines(Run(config), args.devices or 1, args.processes or 1)))
+        return
+    if args.distributed or args.coordinator:
+        from trbert_jax.distributed import join
+
+        join(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
     from trbert_jax.training.pipeline import train
 
-    train(config, args.stages)
+    # Several processes agree on when to stop, which JAX listens for.
+    with contextlib.nullcontext() if args.distributed or args.coordinator else _stopped_by_sigterm():
+        train(config, args.stages, profile_steps=args.profile_steps)
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Ends what needs no saving; in updates `training.watch.StopRequest` takes over."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise PreemptedError("told to stop")
+
+    if threading.current_thread() is not threading.main_thread():  # may not say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

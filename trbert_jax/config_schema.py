@@ -286,6 +286,25 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the devices share the work. Changes nothing of what is computed but dropout's masks.
+
+    Batches are divided over all devices of all processes: batch_size is what they take together.
+
+    Attributes:
+      strategy: jit (one program over a mesh of all devices) or pmap (a program a device).
+      fsdp: devices that share one copy of the parameters and the optimizer's state; 1 gives each its own. jit
+        only.
+      remat: compute the layers' inner values again in the backward pass rather than keep them: less memory,
+        more time.
+    """
+
+    strategy: Literal["jit", "pmap"] = "jit"
+    fsdp: Count = 1
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run, from raw text to results.
 
@@ -296,6 +315,7 @@ class RunConfig:
         evaluate.
       data, model: the examples, the model before training.
       finetune, score, init, policy, teacher, joint, evaluate: a section for each stage.
+      parallel: how the devices share the work; may change between calls of one run.
     """
 
     workdir: str
@@ -310,3 +330,4 @@ class RunConfig:
     teacher: TeacherConfig = TeacherConfig()
     joint: JointConfig = JointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    parallel: ParallelConfig = ParallelConfig()

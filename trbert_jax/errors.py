@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake a user can make and mend."""
+"""The exceptions that are told to a user without a traceback."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UserError(Exception):
     The message names the file, key or value, says what was expected and what to do. The command
     line prints it without a traceback and exits with code 2; library callers may catch it.
     """
+
+
+class PreemptedError(BaseException):  # like KeyboardInterrupt: no `except Exception` on the way may stop it
+    """The process was told to stop (SIGTERM); the message says what is saved."""

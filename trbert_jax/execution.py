@@ -19,6 +19,7 @@ from trbert_jax.modeling.heads import Logits
 from trbert_jax.modeling.model import ModelOutput, Params, TokenReducingModel, forward
 from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.tasks import example_logits
+from trbert_jax.parallel import KEPT, ROWS, Layout, single_device
 
 Inputs = Mapping[str, Any]  # arrays [B, ...]
 Program = Callable[[Params, Inputs], tuple[Logits, jax.Array]]
@@ -74,10 +75,15 @@ def check_execution(execution: str, threshold: float = DEFAULT_THRESHOLD) -> Non
 
 
 class Programs:
-    """The compiled forward passes of one model: one for each execution and batch shape."""
+    """The compiled forward passes of one model: one for each execution and batch shape.
 
-    def __init__(self, model: TokenReducingModel) -> None:
+    With a `layout` of several devices each computes its share of a batch's rows, and every process gets all
+    results. Batches then have a number of examples that the devices divide (`Layout.rounded`).
+    """
+
+    def __init__(self, model: TokenReducingModel, layout: Layout | None = None) -> None:
         self.model = model
+        self.layout = layout or single_device()
         self.compile_seconds: dict[tuple[str, int, int], float] = {}  # execution, rows, width -> seconds
         self._compiled: dict[tuple[str, int, int], Program] = {}
 
@@ -106,9 +112,24 @@ class Programs:
                 return logits, jnp.stack(keep) if keep else jnp.zeros((0, 1), bool)
 
             start = time.perf_counter()
-            self._compiled[key] = jax.jit(program).lower(params, batch).compile()
+            # The published fill looks at the whole batch: every device computes all of it.
+            self._compiled[key] = self._compile(program, params, batch, divide=name != "batch_max")
             self.compile_seconds[key] = time.perf_counter() - start
         return self._compiled[key]
+
+    def _compile(self, program: Program, params: Params, batch: Inputs, divide: bool) -> Program:
+        if self.layout.is_single:
+            return jax.jit(program).lower(params, batch).compile()
+        place = self.layout.place_rows if divide else self.layout.replicate
+        mapped = self.layout.by_rows(program, out_specs=(ROWS, KEPT)) if divide else program
+        whole = self.layout.whole
+        compiled = jax.jit(mapped, out_shardings=whole).lower(params, place(batch)).compile()
+
+        def run(params: Params, batch: Inputs) -> tuple[Logits, jax.Array]:
+            # Every device has the results of all; those of one are enough.
+            return jax.tree.map(lambda x: x.addressable_data(0), compiled(params, place(batch)))
+
+        return run
 
     def _warn_of_many(self, count: int) -> None:
         if count == MANY_PROGRAMS:

@@ -66,8 +66,8 @@ class Runner:
 
     def __init__(self, model: TokenReducingModel, batch_size: int, programs: Programs | None = None) -> None:
         self.model = model
-        self.batch_size = batch_size
         self.programs = programs or Programs(model)
+        self.batch_size = self.programs.layout.rounded(batch_size)
 
     def num_batches(self, features: FeatureSet) -> int:
         """Batches of a run over `features`."""
@@ -156,6 +156,7 @@ class Runner:
             for _ in range(0 if name == "dense" else config.num_reductions)
         )
         store, seconds = None, 0.0
+        params = self.programs.layout.replicate(params)
         ladder = execution.widths(config.max_length)
         for step, (index, width) in enumerate(length_batches(features, self.batch_size, ladder), 1):
             batch = pad_batch(features, index, self.batch_size, width)

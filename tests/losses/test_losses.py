@@ -227,8 +227,8 @@ def test_distillation_keeps_its_precision_beside_candidates_that_are_not_there()
     """Their published logit, -10000, must not swallow the digits of the others."""
     student, teacher = np.array([[0.14, 0.85, 0.78]]), np.array([[1.01, 2.84, 0.19]])
     absent = np.full((1, 2), task.NO_CANDIDATE)
-    with_absent = [np.concatenate([x, absent], axis=1).astype(np.float32) for x in (student, teacher)]
-    loss = task.distillation(*map(jnp.asarray, with_absent))
+    logits, teacher_logits = (jnp.asarray(np.append(x, absent, 1), jnp.float32) for x in (student, teacher))
+    loss = task.distillation(logits, teacher_logits)
     probability = np.exp(teacher) / np.exp(teacher).sum()
     expected = -(probability * (student - np.log(np.exp(student).sum()))).sum(-1)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)

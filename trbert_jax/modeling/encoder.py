@@ -26,11 +26,13 @@ class Encoder(nn.Module):
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    remat: bool = False
 
     def setup(self) -> None:
         config, dtype = self.config, self.dtype
         self.embeddings = Embeddings(config, dtype)
-        self.layer = [TransformerLayer(config, dtype) for _ in range(config.num_layers)]
+        make = nn.remat(TransformerLayer, static_argnums=(3,)) if self.remat else TransformerLayer
+        self.layer = [make(config, dtype) for _ in range(config.num_layers)]
         self.selector = [Selector(config) for _ in range(config.num_selectors)]
         if config.model_type == "bert":
             self.pooler = dense(config.hidden_size, config, dtype)

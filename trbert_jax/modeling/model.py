@@ -34,13 +34,15 @@ class TokenReducingModel(nn.Module):
       config: the model's shape.
       dtype: compute dtype; parameters, selector logits, softmax and LayerNorm statistics and the
         head's logits stay float32.
+      remat: compute a layer's inner values again in the backward pass rather than keep them.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    remat: bool = False
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype, self.remat)
         head = HEADS[self.config.task]
         reads_states = self.config.reads_all_tokens
         self.head = head(self.config) if reads_states else head(self.config, self.dtype)

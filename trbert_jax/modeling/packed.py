@@ -204,7 +204,8 @@ class PackedEncoder:
         """Runs the given layers."""
         for i in layers:
             layer, (weights, rng) = self._layer(params, i, dropout_rng)
-            packed = self._run_layer(layer, weights, packed, rng)
+            run = functools.partial(self._run_layer, layer)
+            packed = (jax.checkpoint(run) if self.model.remat else run)(weights, packed, rng)
         return packed
 
     def run_last_layer(

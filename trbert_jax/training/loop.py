@@ -7,9 +7,11 @@ and every random draw follow from the seed and the number of the update.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.checkpoint import CheckpointStore
+from trbert_jax.checkpoint import CheckpointStore, DamagedCheckpointError
 from trbert_jax.config import TrainingConfig
 from trbert_jax.data.batching import batch_rows, epoch_order, pad_batch, width_ladder
 from trbert_jax.data.features import FeatureSet
+from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import Params
+from trbert_jax.parallel import Layout, single_device
 from trbert_jax.training import optimizer as optim
+from trbert_jax.training import steps as updates
 from trbert_jax.training.report import StageReport
-from trbert_jax.training.steps import ObjectiveFn, TrainState, init_state, train_step
+from trbert_jax.training.steps import ObjectiveFn, TrainState, init_state
+from trbert_jax.training.watch import Background, Profile, StepClock, StopRequest
 
 Announce = Callable[[str], None]
 LOG_EVERY = 10  # updates between lines of metrics.jsonl
@@ -77,6 +83,8 @@ class Training:
       metric: which of them decides what is best, the more the better.
       fingerprint: what a checkpoint must agree with to be resumed from.
       redraw: epoch -> the training examples as inputs drawn for it; None where they are always the same.
+      layout: the devices.
+      profile_steps: updates (0-based, first and one past the last) to record a profile of; None for none.
     """
 
     name: str
@@ -92,6 +100,8 @@ class Training:
     metric: str
     fingerprint: Mapping[str, Any]
     redraw: Callable[[int], FeatureSet | None] | None = None
+    layout: Layout = dataclasses.field(default_factory=single_device)
+    profile_steps: tuple[int, int] | None = None
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - lives as long as the stage
     def features_of(self, epoch: int) -> FeatureSet:
@@ -140,6 +150,8 @@ class Training:
 def run(training: Training, params: Params, announce: Announce = print) -> tuple[Params, dict[str, Any]]:
     """Trains a stage, or the rest of it, and returns the parameters the next stage takes.
 
+    Every process of a run calls this; the first one writes.
+
     Args:
       training: the stage.
       params: the parameters it starts from.
@@ -147,50 +159,132 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
 
     Returns:
       All parameters (of the best or the last checkpoint, as `config.output` asks) and a summary.
+
+    Raises:
+      PreemptedError: the process was told to stop; a checkpoint of the last update is there.
+      UserError: the loss or the gradient is not finite; the message says where.
     """
+    layout, config = training.layout, training.config
     adamw, schedule = training.optimizer()
     trained, frozen = optim.split_params(jax.tree.map(jnp.asarray, params), training.trains)
-    state = init_state(trained, adamw)
     store = training.checkpoints(announce)
-    total, start = training.total_steps, store.latest_step() or 0
-    if start:
-        state = restore_state(store, start, state)
-        announce(f"{training.name}: going on from step {start} of {total}")
+    start, state = _latest_state(training, store, init_state(trained, adamw), announce)
+    total = training.total_steps
 
-    objective = training.make_objective(total)
-    step_fn = jax.jit(functools.partial(train_step, objective, adamw), donate_argnums=(0,))
+    step_fn = updates.update_step(training.make_objective(total), adamw, layout)
+    state = updates.place_state(state, layout)
+    placed = updates.place_frozen(frozen, layout)
     rng = jax.random.fold_in(jax.random.key(training.seed), _stage_number(training.name))
-    eval_steps = training.config.eval_steps or training.steps_per_epoch
+    rng = rng if layout.strategy == "pmap" else layout.replicate(rng)
+    eval_steps = config.eval_steps or training.steps_per_epoch
     width = _training_width(training)
 
-    with StageReport(training.directory, training.name, total_steps=total, start_step=start) as report:
+    def current() -> Params:
+        if layout.is_single and layout.strategy == "jit":
+            return optim.merge_params(state.trained, frozen)
+        return optim.merge_params(updates.fetch(state.trained, layout), frozen)
+
+    with contextlib.ExitStack() as stack:
+        report = stack.enter_context(
+            StageReport(training.directory, training.name, total, start, silent=not layout.is_main)
+        )
+        stop = stack.enter_context(StopRequest())
+        writer = stack.enter_context(Background())
+        profile = stack.enter_context(
+            Profile(training.directory / "profile", training.profile_steps, announce)
+        )
+        clock = StepClock()
+        unchecked: list[tuple[int, dict[str, jax.Array]]] = []
+
+        def check_finite() -> None:
+            _check_finite(training, store, unchecked)
+            unchecked.clear()
+
+        def save(done: int, evaluated: dict[str, float] | None) -> None:
+            check_finite()  # what is not finite is never saved
+            with clock.part("checkpoint"):
+                saved = _checkpoint(training, updates.fetch(state, layout))
+                if layout.is_main:
+                    metric = None if evaluated is None else evaluated.get(training.metric)
+                    writer.submit(lambda: store.save(done, saved, metrics=evaluated, metric=metric))
+
         for step in range(start, total):
-            batches = update_batches(training, step, width)
-            state, metrics = step_fn(state, frozen, batches, rng)
-            done = step + 1
+            profile.at(step)
+            with clock.part("input"):
+                batches = update_batches(training, step, width)
+                there = updates.place_batches(batches, layout)
+            state, metrics = step_fn(state, placed, there, rng)
+            done, count = step + 1, int(batches["valid"].sum())
+            unchecked.append((done, metrics))
+            clock.count(examples=count, tokens=int(batches["mask"].sum()))
             if done % LOG_EVERY == 0 or done in (1, total):
+                values = _floats(updates.fetch(metrics, layout))
+                check_finite()
                 rate = float(schedule(step))
-                report.log(done, {**_floats(metrics), "learning_rate": rate})
-            report.progress(done, int(batches["valid"].sum()))
+                report.log(done, {**values, "learning_rate": rate})
+                report.log_speed(done, clock.rates(values))
+            report.progress(done, count)
             evaluated = None
             if done % eval_steps == 0 or done == total:
-                evaluated = training.evaluate(optim.merge_params(state.trained, frozen))
+                with clock.part("evaluation"):
+                    evaluated = training.evaluate(current())
                 report.log(done, {f"dev_{k}": v for k, v in evaluated.items()})
-            if evaluated is not None or done % training.config.save_steps == 0:
-                store.save(
-                    done,
-                    _checkpoint(training, state),
-                    metrics=evaluated,
-                    metric=None if evaluated is None else evaluated.get(training.metric),
-                )
+            stopping = done < total and stop.requested(done, layout)
+            if evaluated is not None or done % config.save_steps == 0 or stopping:
+                save(done, evaluated)
+            if stopping:
+                writer.wait()
+                raise PreemptedError(f"{training.name}: told to stop; saved at step {done} of {total}")
 
+    layout.barrier(f"{training.name} saved")
     chosen = total
-    if training.config.output == "best":
+    if config.output == "best":
         chosen = store.best_step() or total
-    if chosen != total or start == total:
-        state = restore_state(store, chosen, state)
+    result = current()
+    if chosen != total:
+        like = init_state(trained, adamw)
+        result = optim.merge_params(restore_state(store, chosen, like).trained, frozen)
     summary = {"steps": total, "output_step": chosen, "best_step": store.best_step()}
-    return optim.merge_params(state.trained, frozen), summary
+    return result, summary
+
+
+def _latest_state(
+    training: Training, store: CheckpointStore, state: TrainState, announce: Announce
+) -> tuple[int, TrainState]:
+    """The state to go on from and its step: the last checkpoint that is whole, else the beginning."""
+    layout = training.layout
+    layout.barrier(f"{training.name} looks for checkpoints")
+    while True:
+        try:
+            step = store.latest_step()
+            if step is None:
+                return 0, state
+            restored = restore_state(store, step, state)
+        except DamagedCheckpointError as error:
+            layout.barrier(f"{training.name} found step {error.step} damaged")
+            if layout.is_main:
+                announce(f"{error.finding}; set aside as {store.set_aside(error.step)}")
+            layout.barrier(f"{training.name} set step {error.step} aside")
+            continue
+        announce(f"{training.name}: going on from step {step} of {training.total_steps}")
+        return step, restored
+
+
+def _check_finite(
+    training: Training, store: CheckpointStore, metrics: Sequence[tuple[int, dict[str, jax.Array]]]
+) -> None:
+    """Raises a UserError that names the first of these updates whose loss or gradient is not finite."""
+    for step, values in metrics:
+        found = _floats(updates.fetch({k: values[k] for k in ("loss", "gradient_norm")}, training.layout))
+        strange = {name: value for name, value in found.items() if not math.isfinite(value)}
+        if strange:
+            last = store.latest_step()
+            good = f"the last good checkpoint is {store.folder(last)}" if last else "no checkpoint is there"
+            what = ", ".join(f"{name} is {value}" for name, value in strange.items())
+            raise UserError(
+                f"{training.name}: {what} at step {step}; {good}; a smaller {training.name}.learning_rate or "
+                "float32 may help"
+            )
 
 
 def update_batches(training: Training, step: int, width: int) -> dict[str, np.ndarray]:
@@ -235,8 +329,13 @@ def _checkpoint(training: Training, state: TrainState) -> dict[str, Any]:
 
 
 def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainState:
-    """The state at a checkpoint; `like` has its structure and shapes."""
-    template = {"trained": like.trained, "opt_state": like.opt_state, "step": np.asarray(0, np.int32)}
+    """The state at a checkpoint, however many devices wrote it; `like` has its structure and shapes.
+
+    Raises:
+      DamagedCheckpointError: a file of it is not as it was written.
+    """
+    host = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (like.trained, like.opt_state))
+    template = {"trained": host[0], "opt_state": host[1], "step": np.asarray(0, np.int32)}
     template |= {name: np.asarray(0, np.int64) for name in ("seed", "epoch", "position")}
     saved = store.restore(step, template)
     # Copies on the device: the step donates its state's buffers.
@@ -250,5 +349,5 @@ def _stage_number(name: str) -> int:
     return int.from_bytes(name.encode()[:4].ljust(4, b"\0"), "big") & 0x7FFFFFFF
 
 
-def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    return {k: float(v) for k, v in jax.device_get(dict(metrics)).items()}
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in metrics.items()}

@@ -44,23 +44,35 @@ PACKAGES = (
 
 
 def train(
-    config: RunConfig, only: Sequence[str] | None = None, announce: loop.Announce = print
+    config: RunConfig,
+    only: Sequence[str] | None = None,
+    announce: loop.Announce = print,
+    profile_steps: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Runs the stages of a configuration that are not finished yet.
+
+    Of several processes each calls this, with the same work directory; the first one writes.
 
     Args:
       config: the run.
       only: the stages to run, in any order; None for all that the configuration names.
       announce: prints a line for the user.
+      profile_steps: updates of each stage (0-based, first and one past the last) to record a profile of.
 
     Returns:
       What is written to `WORKDIR/results.json`.
 
     Raises:
-      UserError: an unknown stage, a work directory of another configuration, missing inputs, bad data.
+      UserError: an unknown stage, a work directory of another configuration, missing inputs, bad data,
+        devices that cannot share a batch, processes that do not agree.
+      PreemptedError: the process was told to stop and has saved a checkpoint.
     """
     chosen = _chosen_stages(config, only)
-    run = Run(config, announce)
+    announce = announce if jax.process_index() == 0 else _say_nothing
+    run = Run(config, announce, profile_steps)
+    layout = run.layout
+    if not layout.is_single:
+        announce(layout.describe())
     run.claim()
     for stage in chosen:
         done = run.finished(stage)
@@ -69,13 +81,19 @@ def train(
             continue
         announce(f"{stage}: starting, files in {run.directory(stage)}")
         start = time.perf_counter()
-        make_directory(run.directory(stage))
+        if layout.is_main:
+            make_directory(run.directory(stage))
+        layout.barrier(f"starts {stage}")
         summary = _RUN[stage](run) if stage in _RUN else stages.train_stage(run, stage)
         seconds = time.perf_counter() - start
         notes = {"data": run.data.notes} if run.data.notes else {}
-        write_json(run.directory(stage) / "done.json", {**summary, **notes, "seconds": seconds})
+        if layout.is_main:
+            write_json(run.directory(stage) / "done.json", {**summary, **notes, "seconds": seconds})
+        layout.barrier(f"finished {stage}")
         announce(f"{stage}: done in {seconds:.1f} s")
     results = collect_results(run)
+    if not layout.is_main:
+        return results
     write_json(run.workdir / "results.json", results)
     trained = [run.directory(stage) for stage in results["stages"] if stage not in _RUN]
     if trained:
@@ -118,6 +136,13 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
                 result["thresholds"] = run_thresholds(runner, params, features, settings.thresholds, judge)
             result |= _tune_null_threshold(run, model, execution, score.metrics)
     source = run.output_of(run.last_model_stage, "model", "evaluate")
+    if run.layout.is_main:
+        _export(run, source, model, result)
+    return {"split": split, "execution": settings.execution, **result}
+
+
+def _export(run: Run, source: Path, model: Pretrained, result: Mapping[str, Any]) -> None:
+    """The run's own model: that of the last stage, with what evaluation found out."""
     with atomic_directory(run.workdir / "model") as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         if "null_threshold" in result:
@@ -126,7 +151,6 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
             )
             config = dataclasses.replace(model.config, inputs=inputs)
             write_json(temporary / "config.json", model_config_to_dict(config))
-    return {"split": split, "execution": settings.execution, **result}
 
 
 def _tune_null_threshold(
@@ -167,6 +191,8 @@ def _write_answers(
     score: Score,
 ) -> None:
     """Predictions as the official scorer reads them; of labels, one JSON line an example."""
+    if not run.layout.is_main:
+        return
     if run.data.task == "classification" and not score.files:
         path = directory / f"predictions{suffix}.jsonl"
         write_predictions(path, outputs, features, model.config.labels)
@@ -284,6 +310,10 @@ def _chosen_stages(config: RunConfig, only: Sequence[str] | None) -> list[str]:
     return [stage for stage in STAGES if stage in only]
 
 
+def _say_nothing(message: str) -> None:
+    """What a process says that is not the first."""
+
+
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -300,4 +330,5 @@ def _machine() -> dict[str, Any]:
         "processor": platform.machine(),
         "cpus": os.cpu_count(),
         "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
     }

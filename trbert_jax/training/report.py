@@ -1,6 +1,7 @@
 """What a training stage reports: metrics on disk, progress on the terminal, curves to look at.
 
-`STAGE/metrics.jsonl` has one JSON object a line, {"step": 40, "loss": 0.31, ...};
+`STAGE/metrics.jsonl` has one JSON object a line, {"step": 40, "loss": 0.31, ...}, the same whenever the
+run is repeated; `STAGE/speed.jsonl` where the time went, which is not;
 `STAGE/tensorboard/` the same as TensorBoard events.
 """
 
@@ -11,13 +12,13 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from trbert_jax.errors import UserError
 from trbert_jax.files import atomic_file, make_directory, read_text
 from trbert_jax.training.progress import Progress
 
-METRICS_NAME = "metrics.jsonl"
+METRICS_NAME, SPEED_NAME = "metrics.jsonl", "speed.jsonl"
 _SHOWN = (
     "loss",
     "accuracy",
@@ -48,6 +49,7 @@ class StageReport:
       stage_name: what the progress display begins with.
       total_steps: updates in all.
       start_step: updates already done.
+      silent: write and show nothing, in a process that is not the one to do so.
 
     Raises:
       UserError: the folder cannot be written to, or its metrics.jsonl is malformed.
@@ -59,11 +61,16 @@ class StageReport:
         stage_name: str,
         total_steps: int,
         start_step: int = 0,
+        silent: bool = False,
     ) -> None:
+        self._silent = silent
+        if silent:
+            return
         self._path = Path(stage_dir) / METRICS_NAME
         _drop_after(self._path, start_step)
         self._writer = _open_tensorboard(Path(stage_dir) / "tensorboard", start_step)
         self._stream = self._path.open("a", encoding="utf-8")
+        self._speed = self._path.with_name(SPEED_NAME).open("a", encoding="utf-8")
         self._progress = Progress(stage_name, total_steps, start_step)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -71,24 +78,38 @@ class StageReport:
 
         A step may be logged more than once, its training metrics and its evaluation for example.
         """
+        if self._silent:
+            return
+        self._write(self._stream, step, scalars)
+        self._progress.show({k: float(v) for k, v in scalars.items() if any(part in k for part in _SHOWN)})
+
+    def log_speed(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes times and rates up to a step, apart from the metrics, which they would make unrepeatable."""
+        if not self._silent:
+            self._write(self._speed, step, scalars)
+
+    def _write(self, stream: IO[str], step: int, scalars: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in scalars.items()}
         try:
-            self._stream.write(_to_line({"step": int(step), **values}))
-            self._stream.flush()
+            stream.write(_to_line({"step": int(step), **values}))
+            stream.flush()
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written, {error.strerror}") from error
+            raise UserError(f"{stream.name}: cannot be written, {error.strerror}") from error
         for name, value in values.items():
             self._writer.add_scalar(name, value, int(step))
-        self._progress.show({k: v for k, v in values.items() if any(part in k for part in _SHOWN)})
 
     def progress(self, step: int, num_examples: int) -> None:
         """Moves the progress display to `step`, whose update took `num_examples` examples."""
-        self._progress.update(step, num_examples)
+        if not self._silent:
+            self._progress.update(step, num_examples)
 
     def close(self) -> None:
         """Ends the display and closes the files. Does nothing the second time."""
+        if self._silent:
+            return
         self._progress.close()
         self._stream.close()
+        self._speed.close()
         self._writer.close()
 
     def __enter__(self) -> Self:

@@ -28,6 +28,7 @@ from trbert_jax.modeling.config import InputConfig, ModelConfig
 from trbert_jax.modeling.model import TokenReducingModel, init_params
 from trbert_jax.modeling.pretrained import Pretrained, load_pretrained
 from trbert_jax.modeling.tokenizer_files import load_tokenizer, read_line_breaks_as_spaces
+from trbert_jax.parallel import Layout, make_layout
 from trbert_jax.runner import Outputs, Runner
 from trbert_jax.task_data import Score, TaskData, load_task_data
 from trbert_jax.task_data.base import QuestionData
@@ -35,7 +36,14 @@ from trbert_jax.task_data.base import QuestionData
 Announce = Callable[[str], None]
 
 # Settings that may change between calls of one run: they do not touch what is in the directory.
-_FREE_KEYS = ("workdir", "stages", "data.cache_dir")
+_FREE_KEYS = (
+    "workdir",
+    "stages",
+    "data.cache_dir",
+    "parallel.strategy",
+    "parallel.fsdp",
+    "parallel.remat",
+)
 # What only the last stage reads: free until that has finished.
 _EVALUATION_KEYS = ("evaluate.split", "evaluate.baselines", "evaluate.thresholds")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -48,10 +56,12 @@ class Run:
     Attributes:
       config: of the whole run.
       announce: prints a line for the user.
+      profile_steps: updates of each stage (0-based, first and one past the last) to record a profile of.
     """
 
     config: RunConfig
     announce: Announce = print
+    profile_steps: tuple[int, int] | None = None
     _said: set[str] = dataclasses.field(default_factory=set, repr=False)
 
     def say_once(self, message: str) -> None:
@@ -59,6 +69,12 @@ class Run:
         if message not in self._said:
             self._said.add(message)
             self.announce(message)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The devices of the run, and how they share its work."""
+        settings = self.config.parallel
+        return make_layout(settings.strategy, settings.fsdp)
 
     @property
     def workdir(self) -> Path:
@@ -75,6 +91,12 @@ class Run:
         Raises:
           UserError: it belongs to another one (with what differs), or cannot be written to.
         """
+        self.layout.check_agreement("the configuration", to_dict(self.config))
+        if self.layout.is_main:
+            self._claim()
+        self.layout.barrier("claimed the work directory")
+
+    def _claim(self) -> None:
         make_directory(self.workdir)
         # A first try that failed before any stage wrote something, for a wrong path, is no claim.
         if any(any(self.directory(stage).glob("*")) for stage in STAGES):
@@ -205,11 +227,11 @@ class Run:
 
     def module(self, config: ModelConfig) -> TokenReducingModel:
         """The model that computes, in the configured dtype."""
-        return TokenReducingModel(config, DTYPES[self.config.model.dtype])
+        return TokenReducingModel(config, DTYPES[self.config.model.dtype], self.config.parallel.remat)
 
     @functools.cache  # noqa: B019 - a run lives as long as the process
     def _programs(self, config: ModelConfig) -> Programs:
-        return Programs(self.module(config))
+        return Programs(self.module(config), self.layout)
 
     def runner(self, config: ModelConfig, batch_size: int) -> Runner:
         """Runs models of this shape; what one stage has compiled the next ones need not compile again."""

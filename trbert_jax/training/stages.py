@@ -6,6 +6,7 @@ Source: docs/method.md, "Training stages".
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward
 from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.pretrained import Pretrained, save_pretrained
 from trbert_jax.modeling.tasks import is_by_token
+from trbert_jax.parallel import ROWS
 from trbert_jax.training import loop, objectives, optimizer, residual
 from trbert_jax.training.report import StageReport
 from trbert_jax.training.run import Run
@@ -69,6 +71,8 @@ def prepare(run: Run, stage: str) -> Prepared:
         fingerprint=run.fingerprint(stage, features),
         # Scores and teacher are of the inputs of epoch 0.
         redraw=None if extras else run.redraw(start),
+        layout=run.layout,
+        profile_steps=run.profile_steps,
     )
     return Prepared(start, training)
 
@@ -76,40 +80,64 @@ def prepare(run: Run, stage: str) -> Prepared:
 def train_stage(run: Run, stage: str) -> dict[str, Any]:
     """Runs a training stage and writes its model; returns what to remember of it."""
     prepared = prepare(run, stage)
+    _check_divides(run, stage, prepared.training)
     params, summary = loop.run(prepared.training, prepared.start.params, run.announce)
-    save_pretrained(
-        run.directory(stage) / "model",
-        prepared.start.config,
-        jax.device_get(params),
-        prepared.start.tokenizer,
-        leave_out=("selectors",) if stage == "finetune" else (),
-    )
+    if run.layout.is_main:
+        save_pretrained(
+            run.directory(stage) / "model",
+            prepared.start.config,
+            jax.device_get(params),
+            prepared.start.tokenizer,
+            leave_out=("selectors",) if stage == "finetune" else (),
+        )
     return summary
+
+
+def _check_divides(run: Run, stage: str, training: loop.Training) -> None:
+    """Before any training: the devices must share a batch evenly, and all hosts train on the same data."""
+    size, devices = training.config.batch_size, run.layout.num_devices
+    if size % devices:
+        raise UserError(
+            f"{stage}.batch_size is {size}, which {devices} devices cannot share evenly; "
+            f"set it to a multiple of {devices} (and {stage}.accumulation_steps so that their product stays)"
+        )
+    run.layout.check_agreement(f"what stage {stage} trains on (settings, data)", training.fingerprint)
 
 
 def score_stage(run: Run) -> dict[str, Any]:
     """Residual scores of all training tokens: `scores.npy`, float32 [rows, stages, max_length]."""
     model = run.load("finetune", "score")
     features, module = run.features("train", model), run.module(model.config)
-    width_limit, size = model.config.max_length, run.config.score.batch_size
+    layout, width_limit = run.layout, model.config.max_length
+    size = layout.rounded(run.config.score.batch_size)
     batches = list(length_batches(features, size, width_ladder(width_limit)))
-    score = jax.jit(lambda params, batch: residual.residual_scores(module, params, batch)[::2])
-    params = jax.device_put(model.params)
+
+    def scores_and_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        values, _, loss = residual.residual_scores(module, params, batch)
+        return values, loss
+
+    mapped = layout.by_rows(scores_and_losses, out_specs=ROWS)
+    score = jax.jit(mapped) if layout.is_single else jax.jit(mapped, out_shardings=layout.whole)
+    params = layout.replicate(model.params)
 
     shape = (features.num_rows, model.config.num_selectors, width_limit)
     losses = np.zeros(len(features))
-    with (
-        StageReport(run.directory("score"), "score", total_steps=len(batches)) as report,
-        atomic_file(run.directory("score") / SCORES, "wb") as stream,
-    ):
-        scores = _create_npy(Path(stream.name), shape)
+    with contextlib.ExitStack() as stack:
+        report = stack.enter_context(_report(run, "score", len(batches)))
+        scores = None
+        if layout.is_main:
+            stream = stack.enter_context(atomic_file(run.directory("score") / SCORES, "wb"))
+            scores = _create_npy(Path(stream.name), shape)
         for step, (index, width) in enumerate(batches, 1):
-            values, loss = score(params, pad_batch(features, index, size, width))
+            found = score(params, layout.place_rows(pad_batch(features, index, size, width)))
+            values, loss = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), found)
             rows = batch_rows(features, index, size)
-            scores[rows[rows >= 0], :, :width] = np.asarray(values)[rows >= 0]
-            losses[index] = np.asarray(loss)[: len(index)]
+            if scores is not None:
+                scores[rows[rows >= 0], :, :width] = values[rows >= 0]
+            losses[index] = loss[: len(index)]
             report.progress(step, len(index))
-        scores.flush()
+        if scores is not None:
+            scores.flush()
         report.log(len(batches), {"loss": float(losses.mean())})
     return {"loss": float(losses.mean())}
 
@@ -123,16 +151,20 @@ def teacher_stage(run: Run) -> dict[str, Any]:
     features = run.features("train", model)
     runner = run.runner(model.config, run.config.teacher.batch_size)
     steps = runner.num_batches(features)
-    with StageReport(run.directory("teacher"), "teacher", total_steps=steps) as report:
+    with _report(run, "teacher", steps) as report:
         outputs = runner.run(jax.device_put(model.params), features, "dense", report.progress)
         metrics = {"accuracy": outputs.accuracy} if features.has_labels else {}
         report.log(steps, metrics)
     several = isinstance(outputs.logits, dict)
     arrays = {f"_{k}": v for k, v in outputs.logits.items()} if several else {"": outputs.logits}
-    for name, array in arrays.items():
+    for name, array in arrays.items() if run.layout.is_main else ():
         with atomic_file(run.directory("teacher") / LOGITS.format(name), "wb") as stream:
             np.save(stream, array)
     return metrics
+
+
+def _report(run: Run, stage: str, total_steps: int) -> StageReport:
+    return StageReport(run.directory(stage), stage, total_steps, silent=not run.layout.is_main)
 
 
 # Parts of a training stage --------------------------------------------------------------------------

@@ -1,19 +1,24 @@
 """One optimizer update: gradients of a stage's objective, accumulated over micro-batches.
 
-Pure functions of arrays, tested without the loop. Source: docs/method.md, "Optimiser".
+Pure functions of arrays, tested without the loop, on one device or several. Source: docs/method.md,
+"Optimiser".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trbert_jax.modeling.model import Batch, Params
+from trbert_jax.parallel import AXES, WHOLE, Layout
 from trbert_jax.training.objectives import Objective, mean_over_examples
 from trbert_jax.training.optimizer import merge_params
 
@@ -41,6 +46,39 @@ def init_state(trained: Params, optimizer: optax.GradientTransformation) -> Trai
     return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
 
 
+def update_step(
+    objective: ObjectiveFn, optimizer: optax.GradientTransformation, layout: Layout | None = None
+) -> Any:
+    """The compiled update of a stage, `(state, frozen, batches, rng) -> (state, metrics)`.
+
+    The loss is the mean over all real examples of the update, however they are divided into
+    micro-batches and over devices.
+
+    Args:
+      objective: the stage's objective.
+      optimizer: its optimizer.
+      layout: the devices; None for one. Then `batches` are rows of all devices, `state` is divided as
+        `layout.divide` does, or for the strategy pmap both are as `per_device` and `copies` make them.
+
+    Returns:
+      A function of `state` before the update (donated), `frozen` parameters that are only read, `batches`,
+      arrays [accumulation_steps, batch_size, ...], and `rng`, the stage's key, from which the update's own is
+      derived with `state.step`. It returns the state after the update, and metrics: means over examples and
+      the gradient's global norm.
+    """
+    if layout is not None and layout.strategy == "pmap":
+        step = functools.partial(train_step, objective, optimizer, add_up=_added_up(_DEVICES))
+        return jax.pmap(
+            step,
+            axis_name=_DEVICES,
+            in_axes=(0, 0, 0, None),
+            devices=list(layout.mesh.devices.flat),
+            donate_argnums=(0,),
+        )
+    step = functools.partial(train_step, objective, optimizer, layout=layout)
+    return jax.jit(step, donate_argnums=(0,))
+
+
 def train_step(
     objective: ObjectiveFn,
     optimizer: optax.GradientTransformation,
@@ -48,46 +86,125 @@ def train_step(
     frozen: Params,
     batches: Batch,
     rng: jax.Array,
+    *,
+    add_up: Callable[[Any], Any] | None = None,
+    layout: Layout | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Updates the trained parameters once.
+    """One update as a pure function; `update_step` says what it takes and returns.
 
-    The loss is the mean over all real examples of the update, however they are divided into
-    micro-batches.
+    `add_up` adds gradients and sums up over devices; `layout` does that and divides the results.
+    """
+
+    def gradients(params: tuple[Params, Params], batches: Batch, rng: jax.Array, step: jax.Array) -> Any:
+        found = accumulated_gradients(objective, *params, batches, rng, step)
+        return add_up(found) if add_up else found
+
+    if layout is not None and not layout.is_single:
+        add_up = _added_up(AXES)
+        gradients = layout.by_rows(gradients, out_specs=WHOLE, batch_spec=PartitionSpec(None, AXES))
+    update_rng = jax.random.fold_in(rng, state.step)
+    grads, sums = gradients((state.trained, frozen), batches, update_rng, state.step)
+
+    grads = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1.0), grads)
+    if layout is not None:
+        grads = layout.keep_divided(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    metrics = {**mean_over_examples(sums), "gradient_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
+
+
+def accumulated_gradients(
+    objective: ObjectiveFn,
+    trained: Params,
+    frozen: Params,
+    batches: Batch,
+    rng: jax.Array,
+    step: jax.Array,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """Gradients of the summed loss and `Objective.sums`, one micro-batch after another.
 
     Args:
       objective: the stage's objective.
-      optimizer: its optimizer.
-      state: before the update.
-      frozen: parameters that are only read.
+      trained, frozen: parameters, with and without a gradient.
       batches: arrays [accumulation_steps, batch_size, ...].
-      rng: the stage's key; the update's own is derived from it and `state.step`.
-
-    Returns:
-      The state after the update, and metrics: means over examples and the gradient's global norm.
+      rng: key of the update.
+      step: int32 scalar, number of the update.
     """
-    update_rng = jax.random.fold_in(rng, state.step)
 
     def micro_step(batch: Batch) -> tuple[Params, dict[str, jax.Array]]:
         def loss(trained: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
             params = merge_params(trained, frozen)
-            sums = objective(params, batch, update_rng, state.step).sums()
+            sums = objective(params, batch, rng, step).sums()
             return sums["loss"], sums
 
-        grads, sums = jax.grad(loss, has_aux=True)(state.trained)
+        grads, sums = jax.grad(loss, has_aux=True)(trained)
         return grads, sums
 
     first = jax.tree.map(lambda x: x[0], batches)
-    if next(iter(batches.values())).shape[0] == 1:
-        grads, sums = micro_step(first)
-    else:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_step, first))
+    if jax.tree.leaves(batches)[0].shape[0] == 1:
+        return micro_step(first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_step, first))
 
-        def accumulate(carry: Any, batch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, micro_step(batch)), None
+    def accumulate(carry: Any, batch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, micro_step(batch)), None
 
-        (grads, sums), _ = jax.lax.scan(accumulate, zeros, batches)
+    total, _ = jax.lax.scan(accumulate, zeros, batches)
+    return total
 
-    grads = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1.0), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-    metrics = {**mean_over_examples(sums), "gradient_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
+
+# One update's arrays on the devices -----------------------------------------------------------------
+
+
+def place_state(state: TrainState, layout: Layout) -> TrainState:
+    """The state as `update_step` takes it."""
+    return copies(state, layout) if layout.strategy == "pmap" else layout.divide(state)
+
+
+def place_frozen(frozen: Params, layout: Layout) -> Params:
+    """Parameters that are not trained, as `update_step` takes them."""
+    return copies(frozen, layout) if layout.strategy == "pmap" else layout.divide(frozen)
+
+
+def place_batches(batches: Mapping[str, Any], layout: Layout) -> Batch:
+    """Arrays [accumulation_steps, batch_size, ...] of all devices, as `update_step` takes them."""
+    return per_device(batches, layout) if layout.strategy == "pmap" else layout.place_rows(batches, axis=1)
+
+
+def fetch(tree: Any, layout: Layout) -> Any:
+    """NumPy copies of (a part of) a state, each array once."""
+    if layout.strategy == "pmap":
+        return jax.tree.map(lambda x: np.array(x.addressable_data(0))[0], tree)
+    return layout.fetch(tree)
+
+
+def copies(tree: Any, layout: Layout) -> Any:
+    """Each array once for each of this process's devices, [devices, ...]."""
+    devices = layout.local_devices
+    sharding = NamedSharding(Mesh(np.array(devices), (_DEVICES,)), PartitionSpec(_DEVICES))
+
+    def repeated(x: Any) -> jax.Array:
+        array = np.asarray(x)
+        shape = (len(devices), *array.shape)
+        return jax.make_array_from_callback(shape, sharding, lambda index: array[None])
+
+    return jax.tree.map(repeated, tree)
+
+
+def per_device(batches: Mapping[str, Any], layout: Layout) -> Batch:
+    """[accumulation_steps, batch_size, ...] -> [own devices, accumulation_steps, rows of a device, ...]."""
+    all_devices = list(layout.mesh.devices.flat)
+    mine = [all_devices.index(device) for device in layout.local_devices]
+
+    def divided(x: Any) -> np.ndarray:
+        array = np.asarray(x)
+        parts = array.reshape(array.shape[0], len(all_devices), -1, *array.shape[2:])
+        return np.moveaxis(parts, 1, 0)[mine]
+
+    return jax.tree.map(divided, batches)
+
+
+_DEVICES = "devices"
+
+
+def _added_up(axes: str | tuple[str, ...]) -> Callable[[Any], Any]:
+    return functools.partial(jax.lax.psum, axis_name=axes)

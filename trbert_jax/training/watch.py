@@ -1,0 +1,164 @@
+"""What goes on beside the updates: saving in the background, timing, profiles, being told to stop."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import jax
+
+from trbert_jax.parallel import Layout
+
+Announce = Callable[[str], None]
+
+
+class Background:
+    """Runs jobs one after another on a thread of its own; what one raises, the next call here raises."""
+
+    def __init__(self) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._job: concurrent.futures.Future[Any] | None = None
+
+    def submit(self, job: Callable[[], Any]) -> None:
+        """Starts a job once the one before it has ended."""
+        self.wait()
+        self._job = self._pool.submit(job)
+
+    def wait(self) -> None:
+        """Waits for the job that runs, if one does."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if exc_type is None:
+                self.wait()
+            elif self._job is not None:  # finish the writing; the error under way goes first
+                concurrent.futures.wait([self._job])
+        finally:
+            self._pool.shutdown()
+
+
+class StopRequest:
+    """Notices SIGTERM, which launchers send before they kill; a context manager.
+
+    Where several processes run together, JAX notices it, and all stop at the same update.
+    """
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._before: Any = None
+        # Only the main thread may say what signals do; elsewhere nobody is listened to.
+        self._listens = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+
+    def requested(self, step: int, layout: Layout) -> bool:
+        """Whether to stop after this update; the same in every process."""
+        if layout.num_processes > 1:
+            from jax.experimental import multihost_utils
+
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._asked.is_set()
+
+    def __enter__(self) -> Self:
+        if self._listens:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._before)
+            if self._asked.is_set() and exc_type is None:  # after the last update: to whoever listened before
+                signal.raise_signal(signal.SIGTERM)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked.set()
+
+
+class StepClock:
+    """Where the time since the last report went, and how much was done in it."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._began = time.perf_counter()
+        self._seconds = {"input": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
+        self._updates, self._counts = 0, {"examples": 0, "tokens": 0}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts what is done inside as `input`, `checkpoint` or `evaluation`; all else is computation."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def count(self, examples: int, tokens: int) -> None:
+        """One update of so many examples and tokens, padding not counted."""
+        self._updates += 1
+        self._counts["examples"] += examples
+        self._counts["tokens"] += tokens
+
+    def rates(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Seconds an update and their parts, examples and tokens a second since the last call.
+
+        Evaluation is not counted. Compilation is: the first report of a stage is slow.
+
+        Args:
+          metrics: of an update; with `kept_tokens_N` (tokens of an example that are left after a point of
+            reduction) also kept tokens a second.
+        """
+        total = time.perf_counter() - self._began - self._seconds["evaluation"]
+        seconds = {k: v for k, v in self._seconds.items() if k != "evaluation"}
+        compute = max(total - sum(seconds.values()), 0.0)
+        per_update = {"compute": compute, **seconds}
+        found = {f"seconds_{name}": value / self._updates for name, value in per_update.items()}
+        found |= {f"{name}_per_second": count / max(total, 1e-9) for name, count in self._counts.items()}
+        for name, value in metrics.items():
+            if name.startswith("kept_tokens_"):
+                found[f"{name}_per_second"] = value * found["examples_per_second"]
+        self._start()
+        return found
+
+
+class Profile:
+    """Records a profile of some updates, to look at with TensorBoard or Perfetto; a context manager."""
+
+    def __init__(self, directory: Path, steps: tuple[int, int] | None, announce: Announce) -> None:
+        self._directory, self._steps, self._announce = directory, steps, announce
+        self._runs = False
+
+    def at(self, step: int) -> None:
+        """Starts or stops at the beginning of this update, 0-based."""
+        if self._steps is None:
+            return
+        first, end = self._steps
+        if self._runs and step >= end:
+            self._stop()
+        elif not self._runs and first <= step < end:
+            jax.profiler.start_trace(str(self._directory))
+            self._runs = True
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._runs = False
+        self._announce(f"profile of updates {self._steps}: {self._directory}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._runs:
+            self._stop()
