@@ -166,8 +166,8 @@ def inference(config: ModelConfig, params: Params, plan: Plan, batch_size: int) 
 
 
 def training(config: ModelConfig, plan: Plan, stage: str) -> list[dict[str, Any]]:
-    """The steps of one stage in bfloat16, packed and masked."""
-    return measure(config, plan.setting, stages=[stage], dtype=jnp.bfloat16)
+    """The steps of one stage in bfloat16, packed (by jit and by pmap) and masked."""
+    return measure(config, plan.setting, stages=[stage], strategies=("jit", "pmap"), dtype=jnp.bfloat16)
 
 
 class Session:
@@ -271,14 +271,15 @@ def main() -> int:
     for record in (*result["inference"], *result["training"]):
         used = record.get("model_flops_per_second", record.get("flops_per_second"))
         peak = about["peak_tflops"]
-        record["flop_utilisation"] = used / peak / 1e12 if peak else None
+        record["flop_utilisation"] = used / peak / 1e12 / record.get("devices", 1) if peak else None
     about["device_peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
     result["finished"] = True
     session.save()
     for record in result["training"]:
         if record["flop_utilisation"] is not None:
             share = 100 * record["flop_utilisation"]
-            print(f"{record['size']} {record['stage']} {record['execution']}: {share:.1f} % of the peak")
+            what = " ".join(record[key] for key in ("size", "stage", "execution", "strategy"))
+            print(f"{what}: {share:.1f} % of the peak")
     failed = [f"{line['size']}, {line['what']}" for line in result["checks"] if not line["ok"]]
     print(f"{result['seconds']:.0f} s; checks: {'NOT OK: ' + '; '.join(failed) if failed else 'ok'}")
     return 1 if failed else 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +32,9 @@ from trbert_jax.metrics.flops import EncoderShape, dense_flops, layer_macs, redu
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward, init_params
 from trbert_jax.modeling.packed import packed_forward
-from trbert_jax.training import objectives, optimizer
-from trbert_jax.training.steps import ObjectiveFn, init_state, train_step
+from trbert_jax.parallel import make_layout
+from trbert_jax.training import objectives, optimizer, steps
+from trbert_jax.training.steps import ObjectiveFn, init_state
 
 DEFAULTS: dict[str, TrainingConfig] = {
     "finetune": FinetuneConfig(),
@@ -144,21 +144,30 @@ class Step:
         params: Params,
         batches: Sequence[dict[str, np.ndarray]],
         num_samples: int,
+        strategy: str = "jit",
     ) -> None:
-        trained, self._frozen = optimizer.split_params(params, TRAINS[stage](model.config))
+        # pmap runs on all devices, jit on one or all, whichever the batch can be shared by.
+        rows = len(batches[0]["input_ids"])
+        shared = rows % jax.device_count() == 0
+        layout = make_layout(strategy) if shared else make_layout(strategy, devices=jax.devices()[:1])
+        trained, frozen = optimizer.split_params(params, TRAINS[stage](model.config))
         adamw = optimizer.adamw(optimizer.linear_schedule(3e-5, 1000, 0), model.config)
         # Copies: the step donates its state.
-        self._state = init_state(jax.tree.map(jnp.copy, trained), adamw)
-        self._rng = jax.random.key(0, impl="rbg")  # the kind that the stages use for dropout
+        state = init_state(jax.tree.map(jnp.copy, trained), adamw)
+        self._state, self._frozen = steps.place_state(state, layout), steps.place_frozen(frozen, layout)
+        rng = jax.random.key(0, impl="rbg")  # the kind that the stages use for dropout
+        self._rng = rng if strategy == "pmap" else layout.replicate(rng)
         # [accumulation steps, B, ...], on the device: loading is not what is measured.
-        self._batches = [jax.device_put({key: value[None] for key, value in b.items()}) for b in batches]
+        placed = [steps.place_batches({k: v[None] for k, v in b.items()}, layout) for b in batches]
+        self._batches = [jax.device_put(b) if layout.is_single and strategy == "jit" else b for b in placed]
         dropout = DEFAULTS[stage].dropout
         objective = make_objective(stage, model, execution, num_samples, dropout=dropout)
-        step = jax.jit(functools.partial(train_step, objective, adamw), donate_argnums=(0,))
+        step = steps.update_step(objective, adamw, layout)
         start = time.perf_counter()
         self._step = step.lower(self._state, self._frozen, self._batches[0], self._rng).compile()
         self.compile_seconds = time.perf_counter() - start
         self.memory_bytes = memory_bytes(self._step)
+        self.devices = layout.num_devices
 
     def run(self) -> dict[str, Any]:
         """A step on each batch; the metrics of the last one."""
@@ -174,36 +183,48 @@ def measure(
     *,
     stages: Sequence[str] = tuple(DEFAULTS),
     executions: Sequence[str] = tuple(FORWARD),
+    strategies: Sequence[str] = ("jit",),
     dtype: Any = jnp.float32,
 ) -> list[dict[str, Any]]:
-    """One record a stage and execution, with `faster` the ratio to the masked step where that was timed."""
+    """One record a stage, execution and strategy.
+
+    `faster` is the ratio to the masked step of the strategy jit, where that was timed. The other strategies
+    are timed packed only.
+    """
     model, batches = TokenReducingModel(config, dtype), make_batches(config, setting)
     params = init_params(config, jax.random.key(0))
     records = []
     for stage in stages:
-        steps = {name: Step(stage, model, name, params, batches, setting.num_samples) for name in executions}
-        losses = {name: float(step.run()["loss"]) for name, step in steps.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        ways = [(name, "jit") for name in executions]
+        ways += [("packed", strategy) for strategy in strategies if strategy != "jit"]
+        timed = {
+            way: Step(stage, model, way[0], params, batches, setting.num_samples, way[1]) for way in ways
+        }
+        losses = {way: float(np.ravel(step.run()["loss"])[0]) for way, step in timed.items()}
+        seconds: dict[tuple[str, str], list[float]] = {way: [] for way in timed}
         for _ in range(setting.repeats):
-            for name, step in steps.items():
+            for way, step in timed.items():
                 start = time.perf_counter()
                 step.run()
-                seconds[name].append((time.perf_counter() - start) / len(batches))
-        median = {name: float(np.median(times)) for name, times in seconds.items()}
+                seconds[way].append((time.perf_counter() - start) / len(batches))
+        median = {way: float(np.median(times)) for way, times in seconds.items()}
+        masked = median.get(("masked", "jit"))
         flops = model_flops(stage, config, batches, setting.num_samples)
-        for name, step in steps.items():
+        for way, step in timed.items():
             records.append(
                 {
                     "stage": stage,
-                    "execution": name,
-                    "examples_per_second": setting.batch_size / median[name],
-                    "seconds_per_step": median[name],
-                    "faster": median["masked"] / median[name] if "masked" in median else None,
+                    "execution": way[0],
+                    "strategy": way[1],
+                    "devices": step.devices,
+                    "examples_per_second": setting.batch_size / median[way],
+                    "seconds_per_step": median[way],
+                    "faster": masked / median[way] if masked else None,
                     "model_flops_per_step": flops,
-                    "model_flops_per_second": flops / median[name],
+                    "model_flops_per_second": flops / median[way],
                     "compile_seconds": step.compile_seconds,
                     "peak_memory_bytes": step.memory_bytes,
-                    "loss": losses[name],
+                    "loss": losses[way],
                     "dropout": DEFAULTS[stage].dropout,
                     "kept": np.mean([b["actions"].sum(-1).mean(0) for b in batches], axis=0).tolist(),
                     "tokens": float(np.mean([b["mask"].sum(-1).mean() for b in batches])),
@@ -222,8 +243,9 @@ def line_of(record: dict[str, Any]) -> str:
     """A record for people."""
     faster = "" if record["faster"] is None else f"  {record['faster']:5.2f} x masked"
     return (
-        f"{record['stage']:<9} {record['execution']:<7} {record['examples_per_second']:8.2f} examples/s"
-        f"{faster}  compiled in {record['compile_seconds']:.1f} s"
+        f"{record['stage']:<9} {record['execution']:<7} {record['strategy']:<5} "
+        f"{record['examples_per_second']:8.2f} examples/s{faster}"
+        f"  compiled in {record['compile_seconds']:.1f} s"
     )
 
 
