@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -202,3 +203,25 @@ def test_ladder_ends_at_the_width_and_stays_short(width: int) -> None:
         # A row that starts at the last token, and the last tile, end within the array.
         assert tiling.capacity(3 * width, width) >= 3 * width - 1 + ladder[-1]
         assert tiling.capacity(3 * width, width) >= -(-3 * width // tiling.tokens) * tiling.tokens
+
+
+@pytest.mark.parametrize("execute", [forward, packed_forward], ids=["masked", "packed"])
+def test_computing_again_changes_no_gradient(execute: Callable[..., Any]) -> None:
+    config = dataclasses.replace(tiny_models.BERT, num_layers=2)
+    params = jax.tree.map(jnp.asarray, tiny_models.tiny_params(config))
+    batch = random_batch(config, [18, 1, 7], width=18)
+
+    def gradient(remat: bool) -> tuple[Any, str]:
+        model = TokenReducingModel(config, remat=remat)
+
+        def loss(params: Any) -> jax.Array:
+            rng = jax.random.key(1)
+            output = execute(model, params, batch, rule=tokens.keep_probable, dropout_rng=rng)
+            return jnp.square(output.logits).sum()
+
+        return jax.jit(jax.grad(loss))(params), str(jax.make_jaxpr(loss)(params))
+
+    (kept, plain), (again, marked) = gradient(False), gradient(True)
+    assert "remat" in marked or "checkpoint" in marked
+    assert "remat" not in plain
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), kept, again)

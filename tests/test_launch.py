@@ -1,0 +1,81 @@
+"""The scripts in launch/, with a `trbert` that only says how it was called."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+FAKE = """#!/usr/bin/env bash
+echo "$@ [$XLA_FLAGS]"
+exit "${CODE:-0}"
+"""
+
+
+def launch(folder: Path, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    fake = folder / "trbert"
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "XLA_FLAGS": "",
+        **variables,
+    }
+    return subprocess.run(
+        [str(LAUNCH / script), *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_local(tmp_path: Path) -> None:
+    done = launch(tmp_path, "local.sh", "--config", "a b.yaml")
+    assert (done.returncode, done.stdout) == (0, "train --config a b.yaml []\n")
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="the processes would divide GPUs")
+def test_local_multiprocess(tmp_path: Path) -> None:
+    done = launch(tmp_path, "local_multiprocess.sh", "2", "--config", "c", DEVICES="3", PORT="999")
+    assert done.returncode == 0
+    assert sorted(done.stdout.splitlines()) == [
+        f"train --config c --coordinator 127.0.0.1:999 --num-processes 2 --process-id {i} "
+        "[ --xla_force_host_platform_device_count=3]"
+        for i in range(2)
+    ]
+    assert launch(tmp_path, "local_multiprocess.sh", "2", "--config", "c", CODE="143").returncode == 143
+    wrong = launch(tmp_path, "local_multiprocess.sh", "--config", "c")
+    assert (wrong.returncode, "usage: " in wrong.stderr) == (2, True)
+
+
+def test_tpu_pod(tmp_path: Path) -> None:
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text('#!/usr/bin/env bash\nprintf "%s|" "$@"\n')
+    gcloud.chmod(0o755)
+    done = launch(tmp_path, "tpu_pod.sh", "--config", "a b.yaml", TPU="t", ZONE="z", PROJECT="p")
+    assert done.returncode == 0
+    assert "|ssh|t|--zone|z|--project|p|--worker=all|--command|" in done.stdout
+    assert "trbert train --distributed --config a\\ b.yaml|" in done.stdout
+    assert "set TPU to the name" in launch(tmp_path, "tpu_pod.sh").stderr
+
+
+def test_every_script_says_what_it_needs_and_what_it_was_run_on() -> None:
+    scripts = sorted(path for path in LAUNCH.iterdir())
+    assert [path.name for path in scripts] == [
+        "gke_jobset.yaml",
+        "local.sh",
+        "local_multiprocess.sh",
+        "slurm.sbatch",
+        "tpu_pod.sh",
+    ]
+    for path in scripts:
+        text = path.read_text(encoding="utf-8")
+        assert "\n# needs " in text
+        assert "\n# run on " in text
+        if path.suffix == ".yaml":
+            assert yaml.safe_load(text)["kind"] == "JobSet"
+        else:
+            subprocess.run(["bash", "-n", str(path)], check=True)
+            assert os.access(path, os.X_OK)
