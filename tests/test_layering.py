@@ -79,7 +79,7 @@ WITHOUT_JAX = {
 } | CONFIG
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 # Slow to import, or not always installed: imported where they are used, never with the module.
-LAZY = {"tensorflow_datasets", "torch", "matplotlib"}
+LAZY = {"tensorflow_datasets", "grain", "array_record", "torch", "matplotlib"}
 
 
 def part_of(module: str) -> str:

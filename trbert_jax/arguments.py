@@ -83,6 +83,14 @@ examples:
   trbert benchmark --model work/imdb/model --data test.jsonl --batch-sizes 32 --plot speed.png
   trbert benchmark --random bert-base --replay work/imdb/model --data test.jsonl --max-length 256
 """
+PREPARE_EXAMPLES = """\
+Tokenizes a configuration's data once and writes it in shards, a data set that TensorFlow Datasets reads too.
+Training reads them with data.prepared=DIR, in the background, each process its own rows. Stopped and started
+again, it goes on.
+
+example:
+  trbert prepare-data --config configs/yelp_f_bert.yaml --output prepared/yelp_f data.path=data/yelp_f
+"""
 SPLIT_EXAMPLES = """\
 Shuffles with a fixed seed and writes train.jsonl, dev.jsonl and test.jsonl, the published split.
 
@@ -115,7 +123,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     command = commands[args.command]
     # argparse gives up on positional arguments that stand after an option; they belong to the same list.
-    positional = {"train": "overrides", "evaluate": "overrides", "predict": "texts"}.get(args.command)
+    positional = {
+        "train": "overrides",
+        "prepare-data": "overrides",
+        "evaluate": "overrides",
+        "predict": "texts",
+    }.get(args.command)
     end_of_options = rest.index("--") if "--" in rest else len(rest)
     late, literal = rest[:end_of_options], rest[end_of_options + 1 :]
     strange = [word for word in late if positional is None or word.startswith("-")]
@@ -276,6 +289,18 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     convert.add_argument(
         "--labels", metavar="A,B", type=_names, help="names of the labels, in order of their ids"
     )
+
+    prepare = command("prepare-data", "tokenize a data set once, into shards", PREPARE_EXAMPLES)
+    prepare.add_argument("--config", required=True, metavar="FILE", type=Path, help="settings of the run")
+    prepare.add_argument("--output", required=True, metavar="DIR", type=Path, help="folder of the shards")
+    prepare.add_argument(
+        "--shard-size", metavar="N", type=_count, default=4096, help="examples of a shard (default 4096)"
+    )
+    prepare.add_argument(
+        "--workers", metavar="N", type=_count, default=2, help="shards written at a time (default 2)"
+    )
+    _add_skip(prepare)
+    _add_overrides(prepare)
 
     split = command("split-hyperpartisan", "split the Hyperpartisan articles", SPLIT_EXAMPLES)
     split.add_argument(

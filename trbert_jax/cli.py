@@ -227,6 +227,13 @@ def _convert(args: argparse.Namespace) -> None:
     )
 
 
+def _prepare_data(args: argparse.Namespace) -> None:
+    config = _config(args)
+    from trbert_jax.training.run import Run
+
+    Run(config).prepare_data(args.output, args.shard_size, args.workers)
+
+
 def _split_hyperpartisan(args: argparse.Namespace) -> None:
     from trbert_jax.data.hyperpartisan import split_hyperpartisan
 
@@ -241,6 +248,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "compile": _compile,
     "benchmark": _benchmark,
     "convert": _convert,
+    "prepare-data": _prepare_data,
     "split-hyperpartisan": _split_hyperpartisan,
 }
 

@@ -58,6 +58,8 @@ class DataConfig:
       max_train_examples: use at most so many for training; null for all.
       max_eval_examples: use at most so many of the dev split, and of the test split; null for all.
       cache_dir: folder of tokenized examples; null for WORKDIR/cache.
+      prepared: folder that `trbert prepare-data` wrote: training reads its examples there, in the background
+        and never all at once; null to read the files in `path`.
       text_field: field that holds the text; tfds only.
       label_field: field that holds the label; tfds only.
       skip_bad_records: leave out records of question answering that are not as they should be, and say how
@@ -72,6 +74,7 @@ class DataConfig:
     max_train_examples: Count | None = None
     max_eval_examples: Count | None = None
     cache_dir: str | None = None
+    prepared: str | None = None
     text_field: str = "text"
     label_field: str = "label"
     skip_bad_records: bool = False

@@ -79,6 +79,15 @@ class Layout:
         """The next number of rows that the devices can share evenly."""
         return -(-rows // self.num_devices) * self.num_devices
 
+    def own_rows(self, num_rows: int) -> slice:
+        """Which of the rows of a batch, shared evenly by all devices, this process's devices get."""
+        all_devices = list(self.mesh.devices.flat)
+        mine = [i for i, device in enumerate(all_devices) if device.process_index == jax.process_index()]
+        each = num_rows // len(all_devices)
+        return slice(
+            mine[0] * each, (mine[-1] + 1) * each
+        )  # jax.devices() lists a process's one after the other
+
     def by_rows(self, function: Callable[..., Any], out_specs: Any, batch_spec: Any = ROWS) -> Callable:
         """`function(params, batch, *others)` on each device's rows of `batch`; all else is whole on each."""
         if self.is_single:
@@ -123,6 +132,13 @@ class Layout:
             return tree
         spec = PartitionSpec(*[None] * axis, AXES)
         return jax.tree.map(lambda x: self._place(np.asarray(x), spec), tree)
+
+    def place_own_rows(self, tree: Tree, axis: int = 0) -> Tree:
+        """Host arrays of this process's own rows (`own_rows`), each device gets its part."""
+        if self.num_processes == 1:
+            return self.place_rows(tree, axis)
+        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXES))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
     def keep_divided(self, tree: Tree) -> Tree:
         """Inside a program: results divided over `fsdp` as `divide` does."""

@@ -99,23 +99,19 @@ def pad_batch(
         raise ValueError(f"an example of {lengths.max()} tokens does not fit into a width of {width}")
     columns = np.arange(width)
     mask = columns < lengths[:, None]  # [B * G, W]
-    source = np.where(mask, features.offsets[rows][:, None] + columns, 0)
-
-    def padded(values: np.ndarray) -> np.ndarray:
-        return np.where(mask, values[source], 0).astype(np.int32)
 
     def by_example(values: np.ndarray) -> np.ndarray:
         array = np.full((batch_size, *values.shape[1:]), _FILL.get(values.dtype.kind, 0), values.dtype)
         array[: len(chosen)] = values[chosen]
         return array
 
-    input_ids = padded(features.tokens)
-    input_ids[~there, 0] = features.tokens[0]  # every row begins with [CLS]
+    input_ids, token_types = features.padded_rows(rows, width)
+    input_ids[~there, 0] = features.first_token
     index = np.full(batch_size, -1, np.int32)
     index[: len(chosen)] = chosen
     batch = {"input_ids": input_ids, "mask": mask, "valid": index >= 0, "index": index}
-    if features.token_types is not None:
-        batch["token_type_ids"] = padded(features.token_types)
+    if token_types is not None:
+        batch["token_type_ids"] = token_types
     if features.has_labels:
         batch["labels"] = np.maximum(by_example(features.labels), 0)
     batch |= {name: by_example(values) for name, values in features.targets.items()}

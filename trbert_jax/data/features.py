@@ -92,6 +92,27 @@ class FeatureSet:
         rows = self.first_row[indices][:, None] + np.arange(self.group)
         return np.where(rows < self.first_row[np.asarray(indices) + 1][:, None], rows, -1)
 
+    @property
+    def first_token(self) -> int:
+        """The first token of every row, [CLS]."""
+        return int(self.tokens[0])
+
+    def padded_rows(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens of some rows, and their types where the set has them: int32 [b, width], 0 behind the end.
+
+        Args:
+          rows: int64 [b], none longer than `width`; -1 gives a row of zeros.
+          width: columns.
+        """
+        columns = np.arange(width)
+        mask = columns < np.where(rows >= 0, self.row_lengths[rows], 0)[:, None]
+        source = np.where(mask, self.offsets[rows][:, None] + columns, 0)
+
+        def padded(values: np.ndarray) -> np.ndarray:
+            return np.where(mask, values[source], 0).astype(np.int32)
+
+        return padded(self.tokens), None if self.token_types is None else padded(self.token_types)
+
     def take(self, indices: Sequence[int] | np.ndarray) -> FeatureSet:
         """The examples at these positions, in this order."""
         chosen = np.asarray(indices, np.int64)

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from trbert_jax.checkpoint import CheckpointStore, DamagedCheckpointError
 from trbert_jax.config import TrainingConfig
 from trbert_jax.data.batching import batch_rows, epoch_order, pad_batch, width_ladder
 from trbert_jax.data.features import FeatureSet
+from trbert_jax.data.prepared import PreparedFeatures
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import Params
@@ -35,6 +36,7 @@ from trbert_jax.training.watch import Background, Profile, StepClock, StopReques
 
 Announce = Callable[[str], None]
 LOG_EVERY = 10  # updates between lines of metrics.jsonl
+READERS = 4  # threads that read from shards
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,7 +179,7 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
     rng = jax.random.fold_in(jax.random.key(training.seed), _stage_number(training.name))
     rng = rng if layout.strategy == "pmap" else layout.replicate(rng)
     eval_steps = config.eval_steps or training.steps_per_epoch
-    width = _training_width(training)
+    width = training_width(training)
 
     def current() -> Params:
         if layout.is_single and layout.strategy == "jit":
@@ -208,22 +210,24 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
                     metric = None if evaluated is None else evaluated.get(training.metric)
                     writer.submit(lambda: store.save(done, saved, metrics=evaluated, metric=metric))
 
+        batches = read_ahead(training, start, width)
         for step in range(start, total):
             profile.at(step)
             with clock.part("input"):
-                batches = update_batches(training, step, width)
-                there = updates.place_batches(batches, layout)
+                there = updates.place_batches(next(batches), layout)
             state, metrics = step_fn(state, placed, there, rng)
-            done, count = step + 1, int(batches["valid"].sum())
+            done = step + 1
             unchecked.append((done, metrics))
-            clock.count(examples=count, tokens=int(batches["mask"].sum()))
+            features, index = update_examples(training, step)
+            rows = features.rows(index)
+            clock.count(len(index), tokens=int(features.row_lengths[rows[rows >= 0]].sum()))
             if done % LOG_EVERY == 0 or done in (1, total):
                 values = _floats(updates.fetch(metrics, layout))
                 check_finite()
                 rate = float(schedule(step))
                 report.log(done, {**values, "learning_rate": rate})
                 report.log_speed(done, clock.rates(values))
-            report.progress(done, count)
+            report.progress(done, len(index))
             evaluated = None
             if done % eval_steps == 0 or done == total:
                 with clock.part("evaluation"):
@@ -287,25 +291,55 @@ def _check_finite(
             )
 
 
-def update_batches(training: Training, step: int, width: int) -> dict[str, np.ndarray]:
-    """The examples of one update, arrays [accumulation_steps, batch_size, ...].
+def update_examples(training: Training, step: int) -> tuple[FeatureSet, np.ndarray]:
+    """The set of an update's examples and their positions in it, int64 [<= update_size].
 
-    Depends on nothing but the seed and the number of the update. The last update of an epoch is
-    filled up with rows that do not count.
+    Depends on nothing but the seed and the number of the update; the last one of an epoch takes what is left.
     """
     epoch, position = divmod(step, training.steps_per_epoch)
     features = training.features_of(epoch)
     order = epoch_order(len(features), training.seed, epoch)
-    index = order[position * training.update_size :][: training.update_size]
-    batch = pad_batch(features, index, training.update_size, width)
-    rows = np.maximum(batch_rows(features, index, training.update_size), 0)
-    for name, extra in training.extras.items():
-        batch[name] = extra.take(np.maximum(batch["index"], 0), rows, width)
-    steps = training.config.accumulation_steps
-    return jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch)
+    return features, order[position * training.update_size :][: training.update_size]
 
 
-def _training_width(training: Training) -> int:
+def update_batches(training: Training, step: int, width: int) -> dict[str, np.ndarray]:
+    """The examples of one update: arrays [accumulation_steps, own examples, ...].
+
+    Own are those that this process's devices compute: all, unless it is one of several. An update that is
+    not full is filled up with rows that do not count.
+    """
+    features, index = update_examples(training, step)
+    size, own = training.config.batch_size, training.layout.own_rows(training.config.batch_size)
+    passes = []
+    for start in range(0, training.update_size, size):
+        chosen = index[start : start + size][own]
+        batch = pad_batch(features, chosen, own.stop - own.start, width)
+        rows = np.maximum(batch_rows(features, chosen, own.stop - own.start), 0)
+        for name, extra in training.extras.items():
+            batch[name] = extra.take(np.maximum(batch["index"], 0), rows, width)
+        passes.append(batch)
+    return jax.tree.map(lambda *x: np.stack(x), *passes)
+
+
+def read_ahead(training: Training, start: int, width: int) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of all updates from `start` on, read by threads while others are computed.
+
+    Of examples that lie in shards; those in memory are quick enough. Where a run stands in the data is the
+    number of its update, so that nothing of this needs saving.
+    """
+    steps = range(start, training.total_steps)
+    make = functools.partial(update_batches, training, width=width)
+    if not isinstance(training.features, PreparedFeatures):
+        yield from map(make, steps)
+        return
+    import grain
+
+    source = grain.MapDataset.source(steps).map(make)
+    options = grain.ReadOptions(num_threads=READERS, prefetch_buffer_size=2 * READERS)
+    yield from source.to_iter_dataset(options)
+
+
+def training_width(training: Training) -> int:
     """One padded length for the whole stage, so that its step compiles once."""
     # As long as the model takes: so published, or not to be known before all epochs are drawn.
     if training.config.published_padding or training.redraw:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from trbert_jax.config import STAGES, RunConfig, diff_configs, load_config, to_dict
-from trbert_jax.data.features import FeatureSet
+from trbert_jax.data.features import FeatureSet, prepare_tokenizer
+from trbert_jax.data.prepared import load_prepared, write_prepared
 from trbert_jax.errors import UserError
 from trbert_jax.execution import Programs
 from trbert_jax.files import make_directory, read_json, write_json
@@ -40,6 +42,7 @@ _FREE_KEYS = (
     "workdir",
     "stages",
     "data.cache_dir",
+    "data.prepared",
     "parallel.strategy",
     "parallel.fsdp",
     "parallel.remat",
@@ -245,8 +248,32 @@ class Run:
         """Examples, answers and metrics of the configured data set."""
         return load_task_data(self.config, self.say_once)
 
+    def preparation(self, tokenizer: Any) -> dict[str, Any]:
+        """What prepared data depends on, besides the data itself."""
+        settings = to_dict(self.config)
+        backend, ends = prepare_tokenizer(tokenizer)
+        keep = ("name", "max_train_examples", "max_eval_examples", "text_field", "label_field", "choices")
+        inputs = ("max_length", "line_breaks_as_spaces", "max_question_length", "window_step", "max_segments")
+        text = backend.to_str() + str(ends)
+        return {
+            **{f"data.{key}": settings["data"][key] for key in keep},
+            **{f"model.{key}": settings["model"][key] for key in inputs},
+            "tokenizer": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        }
+
     @functools.cache  # noqa: B019 - a run lives as long as the process
     def _features(self, split: str, tokenizer: Any) -> FeatureSet:
+        prepared = self.config.data.prepared
+        if prepared and split == "train":
+            if type(self.data).redraw is not TaskData.redraw:
+                raise UserError(
+                    f"data.prepared: {self.config.data.name} draws new inputs in each epoch; leave it out"
+                )
+            return load_prepared(prepared, split, self.preparation(tokenizer))
+        return self.read_features(split, tokenizer)
+
+    def read_features(self, split: str, tokenizer: Any) -> FeatureSet:
+        """Tokenized examples of a split, from the original files or the cache."""
         cache = self.config.data.cache_dir or self.workdir / "cache"
         return self.data.features(split, tokenizer, Path(cache))
 
@@ -259,6 +286,22 @@ class Run:
         if type(self.data).redraw is TaskData.redraw:
             return None
         return functools.partial(self.data.redraw, model.tokenizer)
+
+    def prepare_data(self, directory: Path, shard_size: int, workers: int) -> Path:
+        """Writes all splits as `data.prepared` reads them; see `trbert_jax.data.prepared`."""
+        model = self.base_model()
+        splits = {}
+        for split in ("train", "dev", "test"):
+            try:
+                splits[split] = self.read_features(split, model.tokenizer)
+            except UserError as error:
+                if split == "train":
+                    raise
+                self.announce(f"{split}: left out, {error}")
+        settings = self.preparation(model.tokenizer)
+        return write_prepared(
+            directory, splits, settings, shard_size=shard_size, workers=workers, announce=self.announce
+        )
 
     def score(self, split: str, model: Pretrained, outputs: Outputs) -> Score:
         """Judges a model's outputs for the examples of a split."""

@@ -166,8 +166,10 @@ def place_frozen(frozen: Params, layout: Layout) -> Params:
 
 
 def place_batches(batches: Mapping[str, Any], layout: Layout) -> Batch:
-    """Arrays [accumulation_steps, batch_size, ...] of all devices, as `update_step` takes them."""
-    return per_device(batches, layout) if layout.strategy == "pmap" else layout.place_rows(batches, axis=1)
+    """Arrays [accumulation_steps, rows of this process, ...], as `update_step` takes them."""
+    return (
+        per_device(batches, layout) if layout.strategy == "pmap" else layout.place_own_rows(batches, axis=1)
+    )
 
 
 def fetch(tree: Any, layout: Layout) -> Any:
@@ -191,14 +193,12 @@ def copies(tree: Any, layout: Layout) -> Any:
 
 
 def per_device(batches: Mapping[str, Any], layout: Layout) -> Batch:
-    """[accumulation_steps, batch_size, ...] -> [own devices, accumulation_steps, rows of a device, ...]."""
-    all_devices = list(layout.mesh.devices.flat)
-    mine = [all_devices.index(device) for device in layout.local_devices]
+    """[accumulation_steps, own rows, ...] -> [own devices, accumulation_steps, rows of a device, ...]."""
+    count = len(layout.local_devices)
 
     def divided(x: Any) -> np.ndarray:
         array = np.asarray(x)
-        parts = array.reshape(array.shape[0], len(all_devices), -1, *array.shape[2:])
-        return np.moveaxis(parts, 1, 0)[mine]
+        return np.moveaxis(array.reshape(array.shape[0], count, -1, *array.shape[2:]), 1, 0)
 
     return jax.tree.map(divided, batches)
 
