@@ -4,8 +4,8 @@
         data.path=data/imdb model.init=models/minilm
 
 `trbert prepare-data` runs in a process of its own, once to its end and once killed when half of its shards
-are there and started again; both must write the same files. Then the batches of training are read as fast as they
-come, as training reads them.
+are there and started again; both must write the same files. Then the batches of training are read, the way
+training reads them, as fast as they come.
 """
 
 from __future__ import annotations

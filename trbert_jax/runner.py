@@ -29,6 +29,9 @@ from trbert_jax.modeling.heads import Logits
 from trbert_jax.modeling.model import Params, TokenReducingModel
 from trbert_jax.modeling.tasks import Rows, is_by_token
 
+# Name of the logits ("" where there is one array) and shape -> zeros, float32.
+Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
+
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
@@ -80,6 +83,7 @@ class Runner:
         execution: str = DEFAULT_EXECUTION,
         progress: Callable[[int, int], None] | None = None,
         threshold: float = DEFAULT_THRESHOLD,
+        allocate: Allocate | None = None,
     ) -> Outputs:
         """Runs with one of `EXECUTIONS`.
 
@@ -89,6 +93,7 @@ class Runner:
           execution: a key of `EXECUTIONS`.
           progress: called after each batch with the number of batches done and its examples.
           threshold: keep probability from which a token is kept, for an exact execution.
+          allocate: makes the arrays for the logits, for example on disk; None has them in memory.
 
         Raises:
           UserError: no such execution, a threshold that is no probability, or one for an execution that has
@@ -97,7 +102,8 @@ class Runner:
         check_execution(execution, threshold)
         # An input of the compiled program, which all thresholds share.
         limit = np.full(features.num_rows, tokens.min_logit(threshold), np.float32)
-        return self._run(params, features, execution, EXECUTIONS[execution], {"min_logit": limit}, progress)
+        extras = {"min_logit": limit}
+        return self._run(params, features, execution, EXECUTIONS[execution], extras, progress, allocate)
 
     def compile(self, params: Params, execution: str, width: int) -> float:
         """Compiles the program for batches of this padded length, unless it is there; seconds taken."""
@@ -149,6 +155,7 @@ class Runner:
         execution: Execution,
         extras: dict[str, np.ndarray],  # arrays [R, ...]
         progress: Callable[[int, int], None] | None = None,
+        allocate: Allocate | None = None,
     ) -> Outputs:
         config = self.model.config
         kept = tuple(
@@ -167,7 +174,7 @@ class Runner:
             start = time.perf_counter()
             output, keep = jax.block_until_ready(program(params, batch))
             seconds += time.perf_counter() - start
-            store = store or LogitStore(config, features, output)
+            store = store or LogitStore(config, features, output, allocate)
             store.put(index, rows, output)
             there = np.flatnonzero(rows >= 0)
             for positions, masks in zip(kept, np.asarray(keep), strict=True):
@@ -182,14 +189,17 @@ class Runner:
 class LogitStore:
     """The logits of a whole feature set, put together from those of its batches."""
 
-    def __init__(self, config: ModelConfig, features: FeatureSet, like: Logits) -> None:
+    def __init__(
+        self, config: ModelConfig, features: FeatureSet, like: Logits, allocate: Allocate | None = None
+    ) -> None:
         self._by_row = config.task == "span"
         count = features.num_rows if self._by_row else len(features)
 
         def empty(path: Any, x: jax.Array) -> np.ndarray:
-            by_token = is_by_token(config.task, path[0].key if path else None)
+            name = path[0].key if path else ""
             *inner, last = x.shape[1:]
-            return np.zeros((count, *inner, config.max_length if by_token else last), np.float32)
+            shape = (count, *inner, config.max_length if is_by_token(config.task, name or None) else last)
+            return allocate(name, shape) if allocate else np.zeros(shape, np.float32)
 
         self.logits = jax.tree_util.tree_map_with_path(empty, like)
 

@@ -151,15 +151,22 @@ def teacher_stage(run: Run) -> dict[str, Any]:
     features = run.features("train", model)
     runner = run.runner(model.config, run.config.teacher.batch_size)
     steps = runner.num_batches(features)
-    with _report(run, "teacher", steps) as report:
-        outputs = runner.run(jax.device_put(model.params), features, "dense", report.progress)
+    with contextlib.ExitStack() as stack:
+        report = stack.enter_context(_report(run, "teacher", steps))
+
+        def allocate(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            if not run.layout.is_main:  # one process writes; the others' numbers are the same
+                return np.zeros(shape, np.float32)
+            path = run.directory("teacher") / LOGITS.format(f"_{name}" if name else "")
+            stream = stack.enter_context(atomic_file(path, "wb"))
+            return _create_npy(Path(stream.name), shape)
+
+        outputs = runner.run(model.params, features, "dense", report.progress, allocate=allocate)
         metrics = {"accuracy": outputs.accuracy} if features.has_labels else {}
         report.log(steps, metrics)
-    several = isinstance(outputs.logits, dict)
-    arrays = {f"_{k}": v for k, v in outputs.logits.items()} if several else {"": outputs.logits}
-    for name, array in arrays.items() if run.layout.is_main else ():
-        with atomic_file(run.directory("teacher") / LOGITS.format(name), "wb") as stream:
-            np.save(stream, array)
+        for array in jax.tree.leaves(outputs.logits):
+            if isinstance(array, np.memmap):
+                array.flush()
     return metrics
 
 
