@@ -32,22 +32,11 @@ from trbert_jax.benchmark.sizes import SIZES
 from trbert_jax.benchmark.workload import Workload, random_actions, random_features, review_lengths
 from trbert_jax.execution import Programs
 from trbert_jax.files import check_writable, write_json
+from trbert_jax.metrics.peak import known_peak
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import Params, TokenReducingModel, init_params
 from trbert_jax.training import optimizer
 
-# bfloat16 TFLOP/s without sparsity, as the vendors state them; the first part of a name that fits.
-PEAK_TFLOPS = {
-    "NVIDIA B200": 2250,
-    "NVIDIA H200": 989,
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA H100 80GB HBM3": 989,
-    "NVIDIA A100": 312,
-    "TPU v6 lite": 918,
-    "TPU v5 lite": 197,
-    "TPU v5": 459,
-    "TPU v4": 275,
-}
 WAYS = ("packed", "masked_full", "batch_max", "dense", "dense_full")
 SHARES = (98 / 203, 51 / 203)
 LOGITS_TOLERANCE, GRADIENTS_TOLERANCE = 1e-5, 1e-4
@@ -233,11 +222,6 @@ def run_all(plan: Plan, session: Session) -> None:
                 for stage in ("finetune", "policy", "joint"):
                     step = functools.partial(training, config, plan, stage)
                     session.run("training", size, stage, step)
-
-
-def known_peak(device: str) -> float | None:
-    """What the vendor states for a device, None for one that is not in the table."""
-    return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in device), None)
 
 
 def _keep(run: runs.PreparedRun) -> np.ndarray:

@@ -37,7 +37,7 @@ done
 # The first that fails decides; the others wait for it in vain.
 code=0
 for ((i = 0; i < number; i++)); do
-    wait -n "${pids[@]}" || { code=$?; stop; break; }
+    wait -n || { code=$?; stop; break; }
 done
-wait "${pids[@]}" 2>/dev/null || true
+wait || true
 exit "$code"

@@ -253,6 +253,8 @@ def test_speed_is_told_apart_from_the_metrics(whole: Path) -> None:
         assert row["seconds_compute"] > 0
         assert row["seconds_input"] > 0
         assert row["tokens_per_second"] > row["examples_per_second"] > 0
+        assert row["flops_per_second"] > 0
+        assert "flop_utilisation" not in row  # nobody has stated the peak of a CPU
     assert not any("second" in name for row in read_metrics(whole / "metrics.jsonl") for name in row)
 
 
@@ -264,22 +266,31 @@ def test_the_clock_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
         with clock.part("input"):
             now[0] += 1
         now[0] += 5
-        clock.count(examples=8, tokens=100)
+        clock.count(8, np.full(8, 25))
     with clock.part("checkpoint"):
         now[0] += 8
     with clock.part("evaluation"):
         now[0] += 1000
-    rates = clock.rates({"kept_tokens_0": 3.0, "loss": 1.0})
+    shares: list[Any] = []
+
+    def flops(lengths: np.ndarray, **given: Any) -> np.ndarray:
+        shares.append(given["shares"])
+        return 10.0 * lengths
+
+    rates = clock.rates({"kept_tokens_0": 5.0, "loss": 1.0}, flops, peak=1000.0)
+    assert shares == [[0.2]]
     assert rates == {
         "seconds_compute": 5.0,
         "seconds_input": 1.0,
         "seconds_checkpoint": 2.0,
         "examples_per_second": 1.0,
-        "tokens_per_second": 12.5,
-        "kept_tokens_0_per_second": 3.0,
+        "tokens_per_second": 25.0,
+        "kept_tokens_0_per_second": 5.0,
+        "flops_per_second": 250.0,
+        "flop_utilisation": 0.25,
     }
     now[0] += 2
-    clock.count(examples=1, tokens=1)
+    clock.count(1, np.array([1]))
     assert clock.rates({})["seconds_compute"] == 2.0
 
 

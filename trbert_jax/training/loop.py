@@ -25,6 +25,7 @@ from trbert_jax.data.batching import batch_rows, epoch_order, pad_batch, width_l
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.data.prepared import PreparedFeatures
 from trbert_jax.errors import PreemptedError, UserError
+from trbert_jax.metrics.peak import known_peak
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import Params
 from trbert_jax.parallel import Layout, single_device
@@ -86,6 +87,8 @@ class Training:
       fingerprint: what a checkpoint must agree with to be resumed from.
       redraw: epoch -> the training examples as inputs drawn for it; None where they are always the same.
       layout: the devices.
+      flops: lengths int [R] and, as `shares`, the part of the tokens that is left after each point of
+        reduction -> FLOPs of each row in this stage; None where nobody asks.
       profile_steps: updates (0-based, first and one past the last) to record a profile of; None for none.
     """
 
@@ -104,6 +107,7 @@ class Training:
     redraw: Callable[[int], FeatureSet | None] | None = None
     layout: Layout = dataclasses.field(default_factory=single_device)
     profile_steps: tuple[int, int] | None = None
+    flops: Callable[..., np.ndarray] | None = None
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - lives as long as the stage
     def features_of(self, epoch: int) -> FeatureSet:
@@ -220,13 +224,13 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
             unchecked.append((done, metrics))
             features, index = update_examples(training, step)
             rows = features.rows(index)
-            clock.count(len(index), tokens=int(features.row_lengths[rows[rows >= 0]].sum()))
+            clock.count(len(index), features.row_lengths[rows[rows >= 0]])
             if done % LOG_EVERY == 0 or done in (1, total):
                 values = _floats(updates.fetch(metrics, layout))
                 check_finite()
                 rate = float(schedule(step))
                 report.log(done, {**values, "learning_rate": rate})
-                report.log_speed(done, clock.rates(values))
+                report.log_speed(done, clock.rates(values, training.flops, _peak(layout)))
             report.progress(done, len(index))
             evaluated = None
             if done % eval_steps == 0 or done == total:
@@ -272,6 +276,12 @@ def _latest_state(
             continue
         announce(f"{training.name}: going on from step {step} of {training.total_steps}")
         return step, restored
+
+
+def _peak(layout: Layout) -> float | None:
+    """FLOP/s that all devices can do at most, None where nobody has told us."""
+    peak = known_peak(layout.mesh.devices.flat[0].device_kind)
+    return None if peak is None else 1e12 * peak * layout.num_devices
 
 
 def _check_finite(

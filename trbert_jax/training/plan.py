@@ -6,7 +6,7 @@ Memory and FLOPs are estimates by closed forms, for planning; each is named wher
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -118,11 +118,25 @@ def _plan_stage(
     )
 
 
-def stage_flops(config: RunConfig, stage: str, model: ModelConfig, lengths: np.ndarray) -> np.ndarray:
+def stage_flops(
+    config: RunConfig,
+    stage: str,
+    model: ModelConfig,
+    lengths: np.ndarray,
+    shares: Sequence[float] | None = None,
+) -> np.ndarray:
     """FLOPs of one pass over rows of these lengths in a stage, float64 [R].
 
     A backward pass counts as two forward passes. Before the first point of reduction the samples of a row
-    share their work; after each point `ASSUMED_KEPT` of the tokens are left.
+    share their work.
+
+    Args:
+      config: of the run.
+      stage: a training stage.
+      model: its model.
+      lengths: int [R], tokens of each row.
+      shares: which part of a row's tokens is left after each point of reduction; None assumes that each point
+        keeps `ASSUMED_KEPT` of what it gets.
     """
     shape = flops.EncoderShape.of(model)
     dense = flops.exact_dense_flops(shape, lengths).astype(np.float64)
@@ -132,7 +146,8 @@ def stage_flops(config: RunConfig, stage: str, model: ModelConfig, lengths: np.n
     if stage == "joint":
         samples = config.joint.num_samples or samples
     points = len(shape.reduction_layers)
-    kept = np.stack([np.maximum(1, lengths * ASSUMED_KEPT ** (i + 1)).astype(int) for i in range(points)], 1)
+    shares = [ASSUMED_KEPT ** (i + 1) for i in range(points)] if shares is None else shares
+    kept = np.stack([np.maximum(1, lengths * share).astype(int) for share in shares], 1)
     reduced = flops.exact_flops(shape, lengths, np.minimum(kept, lengths[:, None])).astype(np.float64)
     layer = flops.layer_macs(lengths, shape.hidden_size, shape.intermediate_size)
     shared = 2.0 * shape.segments[0] * layer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.pretrained import Pretrained, save_pretrained
 from trbert_jax.modeling.tasks import is_by_token
 from trbert_jax.parallel import ROWS
-from trbert_jax.training import loop, objectives, optimizer, residual
+from trbert_jax.training import loop, objectives, optimizer, plan, residual
 from trbert_jax.training.report import StageReport
 from trbert_jax.training.run import Run
 from trbert_jax.training.steps import ObjectiveFn
@@ -73,6 +74,7 @@ def prepare(run: Run, stage: str) -> Prepared:
         redraw=None if extras else run.redraw(start),
         layout=run.layout,
         profile_steps=run.profile_steps,
+        flops=functools.partial(plan.stage_flops, run.config, stage, start.config),
     )
     return Prepared(start, training)
 

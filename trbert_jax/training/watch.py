@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Self
 
 import jax
+import numpy as np
 
 from trbert_jax.parallel import Layout
 
@@ -94,7 +95,8 @@ class StepClock:
     def _start(self) -> None:
         self._began = time.perf_counter()
         self._seconds = {"input": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
-        self._updates, self._counts = 0, {"examples": 0, "tokens": 0}
+        self._updates, self._examples = 0, 0
+        self._lengths: list[np.ndarray] = []
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -105,13 +107,18 @@ class StepClock:
         finally:
             self._seconds[name] += time.perf_counter() - start
 
-    def count(self, examples: int, tokens: int) -> None:
-        """One update of so many examples and tokens, padding not counted."""
+    def count(self, examples: int, lengths: np.ndarray) -> None:
+        """One update of so many examples, with the tokens of each of their rows, int [R]."""
         self._updates += 1
-        self._counts["examples"] += examples
-        self._counts["tokens"] += tokens
+        self._examples += examples
+        self._lengths.append(lengths)
 
-    def rates(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def rates(
+        self,
+        metrics: Mapping[str, float],
+        flops: Callable[..., np.ndarray] | None = None,
+        peak: float | None = None,
+    ) -> dict[str, float]:
         """Seconds an update and their parts, examples and tokens a second since the last call.
 
         Evaluation is not counted. Compilation is: the first report of a stage is slow.
@@ -119,16 +126,26 @@ class StepClock:
         Args:
           metrics: of an update; with `kept_tokens_N` (tokens of an example that are left after a point of
             reduction) also kept tokens a second.
+          flops: see `loop.Training.flops`; adds `flops_per_second`, what the method asks for, padding and
+            recomputing not counted.
+          peak: FLOP/s of all devices; adds `flop_utilisation`, a share of it.
         """
         total = time.perf_counter() - self._began - self._seconds["evaluation"]
         seconds = {k: v for k, v in self._seconds.items() if k != "evaluation"}
         compute = max(total - sum(seconds.values()), 0.0)
         per_update = {"compute": compute, **seconds}
         found = {f"seconds_{name}": value / self._updates for name, value in per_update.items()}
-        found |= {f"{name}_per_second": count / max(total, 1e-9) for name, count in self._counts.items()}
-        for name, value in metrics.items():
-            if name.startswith("kept_tokens_"):
-                found[f"{name}_per_second"] = value * found["examples_per_second"]
+        lengths, total = np.concatenate(self._lengths), max(total, 1e-9)
+        found |= {"examples_per_second": self._examples / total, "tokens_per_second": lengths.sum() / total}
+        kept = {name: x for name, x in sorted(metrics.items()) if name.startswith("kept_tokens_")}
+        rows = len(lengths) / self._examples
+        # `kept_tokens` are means over the rows of an example.
+        found |= {f"{name}_per_second": x * rows * self._examples / total for name, x in kept.items()}
+        if flops is not None:
+            shares = [x / lengths.mean() for x in kept.values()]
+            found["flops_per_second"] = flops(lengths, shares=shares or None).sum() / total
+            if peak is not None:
+                found["flop_utilisation"] = found["flops_per_second"] / peak
         self._start()
         return found
 
