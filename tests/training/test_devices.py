@@ -71,6 +71,7 @@ def test_no_activation_is_gathered() -> None:
     found = check("gathers")
     assert found["gathered"]
     assert set(found["gathered"]) <= set(found["parameters"])
+    assert int(found["reductions"][0]) <= 3  # of all gradients together, not of each
 
 
 def test_the_second_axis_divides_parameters_and_optimizer() -> None:
