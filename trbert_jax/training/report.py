@@ -19,14 +19,19 @@ from trbert_jax.files import atomic_file, make_directory, read_text
 from trbert_jax.training.progress import Progress
 
 METRICS_NAME, SPEED_NAME = "metrics.jsonl", "speed.jsonl"
+# Shown beside the progress, and what the development set says of them.
 _SHOWN = (
     "loss",
+    "task_loss",
+    "policy_loss",
     "accuracy",
     "exact",
+    "exact_match",
     "f1",
+    "joint_f1",
     "reward",
     "kept_ratio",
-)  # a scalar with one of these in its name is shown
+)
 
 # Panels of the training curves, left to right: title, and which scalars are drawn in it.
 _PANELS = (
@@ -81,7 +86,7 @@ class StageReport:
         if self._silent:
             return
         self._write(self._stream, step, scalars)
-        self._progress.show({k: float(v) for k, v in scalars.items() if any(part in k for part in _SHOWN)})
+        self._progress.show({k: float(v) for k, v in scalars.items() if k.removeprefix("dev_") in _SHOWN})
 
     def log_speed(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes times and rates up to a step, apart from the metrics, which they would make unrepeatable."""
