@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_runs
+from safetensors.numpy import load_file
 
 from trbert_jax.errors import UserError
 from trbert_jax.parallel import make_layout
 
 TESTS = Path(__file__).parent.parent
+MODEL = "model.safetensors"
 TRAINED = ("finetune", "init", "policy", "joint")
 NO_DROPOUT = {stage: {"dropout": False, "learning_rate": 1e-2} for stage in TRAINED}
 
@@ -109,7 +111,15 @@ def assert_same_numbers(one: Path, other: Path) -> None:
         for left, right in zip(*lines, strict=True):
             assert left.keys() == right.keys()
             for name in left:
-                assert left[name] == pytest.approx(right[name], abs=1e-5, rel=1e-5), (stage, name)
+                # What is left of a gradient whose parts nearly cancel, as in distillation from the model
+                # itself, shows the rounding of the updates before it; parameters are held to as much.
+                close = 1e-4 if name == "gradient_norm" else 1e-5
+                assert left[name] == pytest.approx(right[name], abs=close, rel=close), (stage, name)
+    for stage in NO_DROPOUT:
+        left_model, right_model = (load_file(f / "work" / stage / "model" / MODEL) for f in (one, other))
+        assert left_model.keys() == right_model.keys()
+        for name, array in left_model.items():
+            np.testing.assert_allclose(right_model[name], array, rtol=0, atol=1e-4, err_msg=f"{stage} {name}")
     left_scores, right_scores = (np.load(f / "work" / "score" / "scores.npy") for f in (one, other))
     np.testing.assert_allclose(left_scores, right_scores, rtol=1e-4, atol=1e-6)
     records = [tiny_runs.read_lines(folder / "work" / "predictions.jsonl") for folder in (one, other)]
