@@ -25,7 +25,7 @@ from trbert_jax.benchmark.records import machine
 from trbert_jax.config import RunConfig, load_config
 from trbert_jax.data.prepared import hash_file
 from trbert_jax.files import check_writable, write_json
-from trbert_jax.training import loop, stages
+from trbert_jax.training import batches, stages
 from trbert_jax.training.run import Run
 
 COMMAND = [sys.executable, "-c", "import sys; from trbert_jax.cli import main; sys.exit(main())"]
@@ -62,11 +62,11 @@ def read_speed(config: RunConfig, folder: Path, seconds: float) -> dict[str, flo
     """Examples a second of training's batches, read and put together but not computed on."""
     run = Run(config, announce=lambda line: None)
     training = stages.prepare(run, "finetune").training
-    width = loop.training_width(training)
-    batches = loop.read_ahead(training, 0, width)
-    next(batches)
+    width = batches.training_width(training)
+    stream = batches.read_ahead(training, 0, width)
+    next(stream)
     count, start = 0, time.perf_counter()
-    for batch in batches:
+    for batch in stream:
         count += int(np.sum(batch["valid"]))
         if time.perf_counter() - start > seconds:
             break

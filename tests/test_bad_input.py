@@ -23,7 +23,7 @@ import pytest
 from tiny_models import tiny_model
 
 from trbert_jax.cli import main
-from trbert_jax.training import loop
+from trbert_jax.training import batches
 
 CONFIG = """\
 workdir: work
@@ -119,14 +119,14 @@ def set_json(path: str, **values: Any) -> Callable[[], Any]:
 
 def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C at the start of an update."""
-    original = loop.update_batches
+    original = batches.update_batches
 
-    def interrupted(training: loop.Training, at: int, width: int) -> Any:
+    def interrupted(training: batches.Training, at: int, width: int) -> Any:
         if at == step:
             signal.raise_signal(signal.SIGINT)
         return original(training, at, width)
 
-    monkeypatch.setattr(loop, "update_batches", interrupted)
+    monkeypatch.setattr(batches, "update_batches", interrupted)
 
 
 def cut_scores() -> None:

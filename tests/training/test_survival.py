@@ -22,7 +22,7 @@ from trbert_jax.cli import main
 from trbert_jax.config import TrainingConfig
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.parallel import single_device
-from trbert_jax.training import loop
+from trbert_jax.training import batches, loop
 from trbert_jax.training.report import read_metrics
 from trbert_jax.training.steps import TrainState
 from trbert_jax.training.watch import Background, StepClock, StopRequest
@@ -57,15 +57,15 @@ def assert_ended_alike(stage: Path, whole: Path) -> None:
 
 def at_update(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> None:
     """Does something at the start of an update (0-based), once."""
-    original, left = loop.update_batches, [number]
+    original, left = batches.update_batches, [number]
 
-    def update_batches(training: loop.Training, step: int, width: int) -> Any:
+    def update_batches(training: batches.Training, step: int, width: int) -> Any:
         if left == [step]:
             left.clear()
             action()
         return original(training, step, width)
 
-    monkeypatch.setattr(loop, "update_batches", update_batches)
+    monkeypatch.setattr(batches, "update_batches", update_batches)
 
 
 def test_sigterm_saves_and_the_next_run_goes_on(
@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
     assert_ended_alike(tmp_path / "work" / "finetune", whole)
 
 
-class Store(loop.Training):
+class Store(batches.Training):
     """A stage of which only the checkpoints matter."""
 
     def __init__(self, directory: Path) -> None:

@@ -25,6 +25,7 @@ from trbert_jax.runner import Outputs
 from trbert_jax.task_data import Score
 from trbert_jax.task_data.base import QuestionData
 from trbert_jax.training import loop, stages
+from trbert_jax.training.batches import Announce
 from trbert_jax.training.optimizer import merge_params, split_params
 from trbert_jax.training.report import plot_metrics
 from trbert_jax.training.run import Run
@@ -46,7 +47,7 @@ PACKAGES = (
 def train(
     config: RunConfig,
     only: Sequence[str] | None = None,
-    announce: loop.Announce = print,
+    announce: Announce = print,
     profile_steps: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Runs the stages of a configuration that are not finished yet.
@@ -201,7 +202,7 @@ def _write_answers(
         write_json(path.with_stem(path.stem + suffix), content)
 
 
-def evaluate_all_checkpoints(config: RunConfig, announce: loop.Announce = print) -> dict[str, Any]:
+def evaluate_all_checkpoints(config: RunConfig, announce: Announce = print) -> dict[str, Any]:
     """Evaluates every checkpoint that the training stages have kept, on the configured split.
 
     Returns:

@@ -29,6 +29,7 @@ from trbert_jax.modeling.pretrained import Pretrained, save_pretrained
 from trbert_jax.modeling.tasks import is_by_token
 from trbert_jax.parallel import ROWS
 from trbert_jax.training import loop, objectives, optimizer, plan, residual
+from trbert_jax.training.batches import Extra, Training
 from trbert_jax.training.report import StageReport
 from trbert_jax.training.run import Run
 from trbert_jax.training.steps import ObjectiveFn
@@ -43,7 +44,7 @@ class Prepared:
     """A training stage before its first update: where it starts from and how it trains."""
 
     start: Pretrained
-    training: loop.Training
+    training: Training
 
 
 def prepare(run: Run, stage: str) -> Prepared:
@@ -57,7 +58,7 @@ def prepare(run: Run, stage: str) -> Prepared:
     module = run.module(start.config)
     config: TrainingConfig = getattr(run.config, stage)
     extras = _extras(run, stage, features, start.config.task)
-    training = loop.Training(
+    training = Training(
         name=stage,
         directory=run.directory(stage),
         config=config,
@@ -95,7 +96,7 @@ def train_stage(run: Run, stage: str) -> dict[str, Any]:
     return summary
 
 
-def _check_divides(run: Run, stage: str, training: loop.Training) -> None:
+def _check_divides(run: Run, stage: str, training: Training) -> None:
     """Before any training: the devices must share a batch evenly, and all hosts train on the same data."""
     size, devices = training.config.batch_size, run.layout.num_devices
     if size % devices:
@@ -186,15 +187,15 @@ def _predecessor(run: Run, stage: str) -> str:
     return "init" if stage == "policy" and "init" in run.config.stages else "finetune"
 
 
-def _extras(run: Run, stage: str, features: FeatureSet, task: str) -> dict[str, loop.Extra]:
+def _extras(run: Run, stage: str, features: FeatureSet, task: str) -> dict[str, Extra]:
     """What a stage's batches need of earlier stages, in the order of the training examples."""
     if stage == "policy" and run.config.policy.guide_rate > 0:
         scores = _scores(run, stage, features)
-        return {"guide": loop.Extra(scores, by_row=True, by_token=True)}
+        return {"guide": Extra(scores, by_row=True, by_token=True)}
     if stage == "init":
         lengths = features.row_targets.get("shared_length", features.row_lengths)
         ranks = residual.rank_targets(_scores(run, stage, features), lengths)
-        return {"rank": loop.Extra(ranks, by_row=True, by_token=True)}
+        return {"rank": Extra(ranks, by_row=True, by_token=True)}
     if stage == "joint" and run.config.joint.distill:
         return {"teacher_logits": _teacher_logits(run, stage, features, task)}
     return {}
@@ -209,16 +210,16 @@ def _scores(run: Run, stage: str, features: FeatureSet) -> np.ndarray:
     return np.repeat(groups.sum(1), features.group, axis=0)
 
 
-def _teacher_logits(run: Run, stage: str, features: FeatureSet, task: str) -> loop.Extra:
+def _teacher_logits(run: Run, stage: str, features: FeatureSet, task: str) -> Extra:
     by_row = task == "span"
     count = features.num_rows if by_row else len(features)
     names = _LOGITS_OF.get(task)
     if names is None:
         values = _load(run.output_of("teacher", LOGITS.format(""), stage), count)
-        return loop.Extra(values, by_row, by_token=is_by_token(task))
+        return Extra(values, by_row, by_token=is_by_token(task))
     files = {name: LOGITS.format(f"_{name}") for name in names}
     arrays = {name: _load(run.output_of("teacher", file, stage), count) for name, file in files.items()}
-    return loop.Extra(arrays, by_row, tuple(name for name in names if is_by_token(task, name)))
+    return Extra(arrays, by_row, tuple(name for name in names if is_by_token(task, name)))
 
 
 def _finetune_objective(run: Run, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:

@@ -126,7 +126,7 @@ class StepClock:
         Args:
           metrics: of an update; with `kept_tokens_N` (tokens of an example that are left after a point of
             reduction) also kept tokens a second.
-          flops: see `loop.Training.flops`; adds `flops_per_second`, what the method asks for, padding and
+          flops: see `batches.Training.flops`; adds `flops_per_second`, what the method asks for, padding and
             recomputing not counted.
           peak: FLOP/s of all devices; adds `flop_utilisation`, a share of it.
         """
