@@ -23,7 +23,16 @@ from trbert_jax.cli import main
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.modeling.config import InputConfig
 
-COMMANDS = ("train", "evaluate", "predict", "compile", "benchmark", "convert", "split-hyperpartisan")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "compile",
+    "benchmark",
+    "convert",
+    "prepare-data",
+    "split-hyperpartisan",
+)
 
 
 @dataclasses.dataclass

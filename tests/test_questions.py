@@ -125,6 +125,12 @@ def test_predict_answers_in_order(models: dict[str, Path], tmp_path: Path, kind:
     }  # whatever else is in the batch
 
 
+def test_answers_repeat_the_question_where_asked(models: dict[str, Path], tmp_path: Path) -> None:
+    (answer,) = predict(models["choice"], tmp_path, [CHOICE], "--with-text")
+    assert {name: answer[name] for name in CHOICE} == CHOICE
+    assert answer["answer"] in LETTERS
+
+
 def test_dense_drops_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     reduced, dense = (
         predict(models["choice"], tmp_path, [CHOICE], "--execution", name) for name in ("masked", "dense")

@@ -49,10 +49,14 @@ order: "label", "label_id", "scores" (a probability for every label), "kept" (fo
 the positions of the tokens that remained; 0 is the first token, [CLS]), "num_tokens" (special
 tokens included), "truncated" (the text was longer than the model reads).
 
+A model that answers questions takes a JSON object a line ("question" and "context", say; see
+docs/question_answering.md) and prints "id", "answer", "num_tokens" and "num_kept".
+
 examples:
   trbert predict --model work/imdb/model "A fine film." "A waste of time."
   trbert predict --model work/imdb/model --file reviews.jsonl --output predictions.jsonl
   cat reviews.txt | trbert predict --model work/imdb/model
+  trbert predict --model work/squad/model '{"question": "Who wrote it?", "context": "Ada wrote it."}'
 """
 COMPILE_EXAMPLES = """\
 Compiles what predict and evaluate need with this batch size: one text, a few texts and full batches,
@@ -245,7 +249,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     )
     _add_overrides(evaluate)
 
-    predict = command("predict", "label texts", PREDICT_EXAMPLES)
+    predict = command("predict", "label texts or answer questions", PREDICT_EXAMPLES)
     predict.add_argument("--model", required=True, metavar="DIR", help="folder of a trained model")
     predict.add_argument(
         "texts", nargs="*", metavar="TEXT", help="texts (after `--` if one begins with a dash)"
@@ -259,7 +263,9 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     )
     _add_execution(predict)
     _add_threshold(predict)
-    predict.add_argument("--with-text", action="store_true", help="repeat the text in each line")
+    predict.add_argument(
+        "--with-text", action="store_true", help="repeat the text, or the question, in each line"
+    )
 
     compile_ = command("compile", "compile a model ahead of its use", COMPILE_EXAMPLES)
     compile_.add_argument("--model", required=True, metavar="DIR", help="folder of a trained model")

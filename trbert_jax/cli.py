@@ -304,8 +304,9 @@ def _answer_lines(model: TRBert, args: argparse.Namespace, lines: Lines) -> Iter
             ) from error
     source = str(args.file or ("argument" if args.texts else "standard input"))
     options = {"batch_size": args.batch_size, "execution": args.execution, "threshold": args.threshold}
-    for answer in answer_questions(model, requests, source=source, announce=_say, **options):
-        yield json.dumps(answer, ensure_ascii=False)
+    answers = answer_questions(model, requests, source=source, announce=_say, **options)
+    for request, answer in zip(requests, answers, strict=True):
+        yield json.dumps({**request, **answer} if args.with_text else answer, ensure_ascii=False)
 
 
 def _write_lines(stream: IO[str], lines: Iterable[str]) -> None:
