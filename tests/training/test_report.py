@@ -165,6 +165,20 @@ def test_the_last_line_says_how_long_it_took(
     )
 
 
+def test_the_rate_is_that_of_the_last_two_minutes(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine that was busy with something else, and is not any more."""
+    with StageReport(tmp_path, "policy", 200) as report:
+        for step in range(1, 101):
+            clock.now += 10 if step <= 60 else 5
+            report.progress(step, 8)
+    # 24 steps of 5 seconds make two minutes.
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "policy: step 100/200 (50 %), 1.6 examples/s, 8:20 left"
+    )
+
+
 def test_nothing_is_said_of_a_stage_that_did_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 LINE_SECONDS = 10.0  # between lines where stderr is not a terminal
+RATE_SECONDS = 120.0  # the rate is that of the last two minutes: how busy a machine is changes
 
 
 class Progress:
@@ -26,23 +28,23 @@ class Progress:
         self._total = total_steps
         self._step = start_step
         self._began = time.monotonic()
-        self._first: tuple[int, float] | None = None  # the first update: its number, when it ended
-        self._num_examples = 0
+        # When updates ended, their numbers, and the examples until then; the oldest is where the rate begins.
+        self._ended: collections.deque[tuple[float, int, int]] = collections.deque()
         self._scalars: dict[str, float] = {}
         self._line_time, self._line_step = self._began, start_step
         self._bar = _open_bar(name, total_steps, start_step) if sys.stderr.isatty() else None
 
     def update(self, step: int, num_examples: int) -> None:
         """Moves to `step`, whose update took `num_examples` examples."""
-        self._step = step
-        if self._first is None:
-            self._first = (step, time.monotonic())
-        else:
-            self._num_examples += num_examples
+        self._step, now = step, time.monotonic()
+        done = self._ended[-1][2] + num_examples if self._ended else 0
+        self._ended.append((now, step, done))
+        while len(self._ended) > 2 and self._ended[1][0] <= now - RATE_SECONDS:
+            self._ended.popleft()
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(self._details()), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif time.monotonic() - self._line_time >= LINE_SECONDS:
+        elif now - self._line_time >= LINE_SECONDS:
             self._print_line()
 
     def show(self, scalars: Mapping[str, float]) -> None:
@@ -66,10 +68,10 @@ class Progress:
     def _details(self) -> list[str]:
         """`35.2 examples/s`, `1:05 left`, `loss 0.312`."""
         details, now = [], time.monotonic()
-        if self._first is not None and self._step > self._first[0]:
-            first_step, first_time = self._first
-            seconds = max(now - first_time, 1e-9)
-            details.append(f"{_short(self._num_examples / seconds)} examples/s")
+        if len(self._ended) > 1:
+            since, first_step, before = self._ended[0]
+            seconds = max(now - since, 1e-9)
+            details.append(f"{_short((self._ended[-1][2] - before) / seconds)} examples/s")
             if self._step < self._total:
                 left = (self._total - self._step) * seconds / (self._step - first_step)
                 details.append(f"{_clock(left)} left")
