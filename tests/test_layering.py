@@ -52,7 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text_input": BASE | {"data"},
     "compilation_cache": set(),
     "benchmark": RUN | {"execution", "runner", "inference", "answering", "text_input", "compilation_cache"},
-    "arguments": BASE,
+    "help_texts": set(),
+    "arguments": BASE | {"help_texts"},
     "cli": RUN
     | {
         "arguments",

@@ -8,99 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trbert_jax import __version__
+from trbert_jax import __version__, help_texts
 
 PROGRAM = "trbert"
 BASELINES = ("random", "first_k")
-
-DESCRIPTION = """\
-Trains and runs text classifiers that read every word once and then drop the words they no longer
-need (TR-BERT), so that long texts cost less. All settings of a training run are in one YAML file.
-"""
-EXAMPLES = """\
-examples:
-  trbert train --config configs/quickstart.yaml
-  trbert predict --model work/quickstart/model "some text"
-  trbert COMMAND --help
-"""
-TRAIN_EXAMPLES = """\
-The stages run in order: finetune (the whole model, no tokens dropped), score (how much each token
-matters), policy (learn which tokens to drop), teacher (what the full model says), joint (train all
-of it together), evaluate. Each has a folder in the work directory. The same command run again
-skips finished stages and goes on with the one that was interrupted.
-
-examples:
-  trbert train --config configs/quickstart.yaml
-  trbert train --config configs/imdb_bert.yaml data.path=~/imdb workdir=/tmp/imdb policy.alpha=2
-  trbert train --config configs/imdb_bert.yaml --stages finetune,score
-"""
-EVALUATE_EXAMPLES = """\
-Prints accuracy, tokens kept at each reduction, FLOPs and speed.
-
-examples:
-  trbert evaluate --model work/imdb/model --data test.jsonl --json result.json
-  trbert evaluate --model work/imdb/model --data test.jsonl --execution dense
-  trbert evaluate --model work/imdb/model --data test.jsonl --threshold 0.4
-  trbert evaluate --config configs/imdb_bert.yaml --all-checkpoints --json checkpoints.json
-"""
-PREDICT_EXAMPLES = """\
-Texts are arguments, lines of --file, or lines of standard input. Prints one JSON object a text, in
-order: "label", "label_id", "scores" (a probability for every label), "kept" (for each reduction
-the positions of the tokens that remained; 0 is the first token, [CLS]), "num_tokens" (special
-tokens included), "truncated" (the text was longer than the model reads).
-
-A model that answers questions takes a JSON object a line ("question" and "context", say; see
-docs/question_answering.md) and prints "id", "answer", "num_tokens" and "num_kept".
-
-examples:
-  trbert predict --model work/imdb/model "A fine film." "A waste of time."
-  trbert predict --model work/imdb/model --file reviews.jsonl --output predictions.jsonl
-  cat reviews.txt | trbert predict --model work/imdb/model
-  trbert predict --model work/squad/model '{"question": "Who wrote it?", "context": "Ada wrote it."}'
-"""
-COMPILE_EXAMPLES = """\
-Compiles what predict and evaluate need with this batch size: one text, a few texts and full batches,
-short and long ones. The programs are kept in ~/.cache/trbert_jax (or $JAX_COMPILATION_CACHE_DIR), so
-that the next process starts at once.
-
-example:
-  trbert compile --model work/imdb/model --batch-size 32
-"""
-CONVERT_EXAMPLES = """\
-Reads a Hugging Face BERT or DistilBERT, or a checkpoint of the published TR-BERT code, and writes
-it in this project's form: config.json, model.safetensors, tokenizer files.
-
-examples:
-  trbert convert --input downloads/trbert-imdb --output models/imdb
-  trbert convert --input bert-base-uncased --output models/bert-1024 --max-positions 1024
-  trbert convert --input distilbert-base-uncased --output models/distil3 --keep-layers 0,2,4
-"""
-BENCHMARK_EXAMPLES = """\
-Times the ways to run a model side by side, on the same texts in the same batches: packed (what is kept
-and nothing else), masked (everything is computed), masked_full (all texts padded to the model's longest),
-batch_max (the published evaluation), dense and dense_full (nothing is dropped) and, where PyTorch is
-installed, huggingface. "realised" in the table is how much faster than masked_full a way is, as a share
-of how many fewer FLOPs it needs: 1 where every FLOP saved saves its time.
-
-examples:
-  trbert benchmark --model work/imdb/model --data test.jsonl --max-texts 256 --json speed.json
-  trbert benchmark --model work/imdb/model --data test.jsonl --batch-sizes 32 --plot speed.png
-  trbert benchmark --random bert-base --replay work/imdb/model --data test.jsonl --max-length 256
-"""
-PREPARE_EXAMPLES = """\
-Tokenizes a configuration's data once and writes it in shards, a data set that TensorFlow Datasets reads too.
-Training reads them with data.prepared=DIR, in the background, each process its own rows. Stopped and started
-again, it goes on.
-
-example:
-  trbert prepare-data --config configs/yelp_f_bert.yaml --output prepared/yelp_f data.path=data/yelp_f
-"""
-SPLIT_EXAMPLES = """\
-Shuffles with a fixed seed and writes train.jsonl, dev.jsonl and test.jsonl, the published split.
-
-example:
-  trbert split-hyperpartisan --input original_data.txt --output data/hyperpartisan
-"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -191,7 +102,7 @@ def _check_evaluate(command: _Parser, args: argparse.Namespace) -> None:
 
 
 def _build() -> tuple[_Parser, dict[str, _Parser]]:
-    parser = _Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
+    parser = _Parser(prog=PROGRAM, description=help_texts.DESCRIPTION, epilog=help_texts.EXAMPLES)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
 
@@ -199,7 +110,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         title = f"{summary[0].upper()}{summary[1:]}."
         return subparsers.add_parser(name, help=summary, description=title, epilog=details)
 
-    train = command("train", "train a model through all stages, or go on with it", TRAIN_EXAMPLES)
+    train = command("train", "train a model through all stages, or go on with it", help_texts.TRAIN_EXAMPLES)
     train.add_argument(
         "--config", required=True, metavar="FILE", type=Path, help="YAML file with the settings"
     )
@@ -221,7 +132,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     _add_skip(train)
     _add_overrides(train)
 
-    evaluate = command("evaluate", "measure a model on labelled texts", EVALUATE_EXAMPLES)
+    evaluate = command("evaluate", "measure a model on labelled texts", help_texts.EVALUATE_EXAMPLES)
     evaluate.add_argument("--model", metavar="DIR", help="folder of a trained model")
     evaluate.add_argument(
         "--data", metavar="FILE", type=Path, help=".jsonl (text, label) or .csv (label, text)"
@@ -249,7 +160,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     )
     _add_overrides(evaluate)
 
-    predict = command("predict", "label texts or answer questions", PREDICT_EXAMPLES)
+    predict = command("predict", "label texts or answer questions", help_texts.PREDICT_EXAMPLES)
     predict.add_argument("--model", required=True, metavar="DIR", help="folder of a trained model")
     predict.add_argument(
         "texts", nargs="*", metavar="TEXT", help="texts (after `--` if one begins with a dash)"
@@ -267,15 +178,17 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         "--with-text", action="store_true", help="repeat the text, or the question, in each line"
     )
 
-    compile_ = command("compile", "compile a model ahead of its use", COMPILE_EXAMPLES)
+    compile_ = command("compile", "compile a model ahead of its use", help_texts.COMPILE_EXAMPLES)
     compile_.add_argument("--model", required=True, metavar="DIR", help="folder of a trained model")
     compile_.add_argument(
         "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
     )
     _add_execution(compile_)
-    _add_benchmark(command("benchmark", "time the ways to run a model side by side", BENCHMARK_EXAMPLES))
+    _add_benchmark(
+        command("benchmark", "time the ways to run a model side by side", help_texts.BENCHMARK_EXAMPLES)
+    )
 
-    convert = command("convert", "bring a checkpoint into this project's form", CONVERT_EXAMPLES)
+    convert = command("convert", "bring a checkpoint into this project's form", help_texts.CONVERT_EXAMPLES)
     convert.add_argument("--input", required=True, metavar="DIR", help="folder of a checkpoint, or a hub id")
     convert.add_argument("--output", required=True, metavar="DIR", type=Path, help="folder to write")
     convert.add_argument("--overwrite", action="store_true", help="replace --output if it is there")
@@ -296,7 +209,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         "--labels", metavar="A,B", type=_names, help="names of the labels, in order of their ids"
     )
 
-    prepare = command("prepare-data", "tokenize a data set once, into shards", PREPARE_EXAMPLES)
+    prepare = command("prepare-data", "tokenize a data set once, into shards", help_texts.PREPARE_EXAMPLES)
     prepare.add_argument("--config", required=True, metavar="FILE", type=Path, help="settings of the run")
     prepare.add_argument("--output", required=True, metavar="DIR", type=Path, help="folder of the shards")
     prepare.add_argument(
@@ -308,7 +221,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     _add_skip(prepare)
     _add_overrides(prepare)
 
-    split = command("split-hyperpartisan", "split the Hyperpartisan articles", SPLIT_EXAMPLES)
+    split = command("split-hyperpartisan", "split the Hyperpartisan articles", help_texts.SPLIT_EXAMPLES)
     split.add_argument(
         "--input",
         required=True,
