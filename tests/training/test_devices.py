@@ -162,7 +162,9 @@ def test_two_processes_with_two_devices_each(one_device: Path, tmp_path: Path) -
     assert_same_numbers(one_device, tmp_path)
 
 
-def run_processes(configs: list[Path], *arguments: str) -> list[tuple[int, str, str]]:
+def run_processes(
+    configs: list[Path], *arguments: str, folders: list[Path] | None = None
+) -> list[tuple[int, str, str]]:
     """One process a configuration, together: exit code, stdout and stderr of each."""
     port = free_port()
     processes = [
@@ -176,6 +178,7 @@ def run_processes(configs: list[Path], *arguments: str) -> list[tuple[int, str, 
                 *arguments,
             ),
             env=environment(2),
+            cwd=folders[number] if folders else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -212,6 +215,23 @@ def test_processes_that_do_not_agree_are_told_before_the_first_step(tmp_path: Pa
     for _, _, err in outputs:
         assert "the processes do not agree on the configuration: 1 of 2 differ from process 0" in err
     assert not (tmp_path / "work" / "finetune").exists()
+
+
+def test_processes_that_read_different_data_are_told_before_the_first_step(tmp_path: Path) -> None:
+    """As when one machine has an older copy: equal settings, one label changed."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        tiny_runs.write_dataset(folder / "data")
+    file = folders[1] / "data" / "train.jsonl"
+    first, rest = file.read_text(encoding="utf-8").split("\n", 1)
+    record = json.loads(first)
+    file.write_text(json.dumps(record | {"label": 1 - record["label"]}) + "\n" + rest, encoding="utf-8")
+    config = tiny_runs.write_config(tmp_path, data={"name": "imdb", "path": "data"})
+    outputs = run_processes([config, config], folders=folders)
+    assert [code for code, _, _ in outputs] == [2, 2], outputs
+    for _, _, err in outputs:
+        assert "the processes do not agree on what stage finetune trains on (settings, data): 1 of 2" in err
+    assert not (tmp_path / "work" / "finetune" / "checkpoints").exists()
 
 
 def test_a_coordinator_that_is_not_there(tmp_path: Path) -> None:
