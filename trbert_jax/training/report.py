@@ -36,7 +36,7 @@ _SHOWN = (
 # Panels of the training curves, left to right: title, and which scalars are drawn in it.
 _PANELS = (
     ("loss", lambda name: "loss" in name),
-    ("accuracy", lambda name: any(part in name for part in ("accuracy", "exact", "f1"))),
+    ("accuracy", lambda name: any(x in name for x in ("accuracy", "exact", "f1")) and "thresh" not in name),
     ("reward", lambda name: "reward" in name),
     ("tokens kept", lambda name: "kept" in name and "ratio" not in name),
     ("learning rate", lambda name: name == "learning_rate"),
