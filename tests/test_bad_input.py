@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_model
 
 from trbert_jax.cli import main
@@ -105,6 +107,18 @@ def corrupt(path: str, start: int, stop: int) -> Callable[[], Any]:
         content = bytearray(Path(path).read_bytes())
         content[start:stop] = b"\xff" * (stop - start)
         Path(path).write_bytes(content)
+
+    return spoil
+
+
+def scale_weights(value: float) -> Callable[[], Any]:
+    """The classifier's weights become a finite number with which its logits overflow."""
+
+    def spoil() -> None:
+        weights = load_file(WEIGHTS)
+        save_file(
+            {**weights, "classifier.weight": np.full_like(weights["classifier.weight"], value)}, WEIGHTS
+        )
 
     return spoil
 
@@ -284,6 +298,23 @@ MODEL_CASES = [
 ]
 
 STEP_2 = "work/finetune/checkpoints/step_00000002"
+MODEL_CASES += [
+    Case(
+        f"logits that overflow, {command.split()[0]}",
+        command,
+        ("the model's logits are not finite", "its weights are damaged"),
+        scale_weights(3e38),
+    )
+    for command in (EVALUATE, PREDICT)
+]
+MODEL_CASES.append(
+    Case(
+        "half a character in a file",
+        "predict --model model --file data/half.jsonl --output out/lines.jsonl --batch-size 1",
+        ("data/half.jsonl:40: text is not valid Unicode",),
+        write("data/half.jsonl", (json.dumps({"text": "good"}) + "\n") * 39 + '{"text": "a \\ud800"}\n'),
+    )
+)
 RUN_CASES = [
     Case(
         "work directory of another config",
@@ -391,6 +422,12 @@ WRITE_CASES = [
     ),
     Case("work directory is a file", f"{FINETUNE} workdir=config.yaml", ("config.yaml: cannot be written",)),
     Case(
+        "work directory is a model",
+        f"{FINETUNE} workdir=model",
+        ("model/config.json: is not a run's configuration", "choose another"),
+        leaves="",
+    ),
+    Case(
         "result below a file",
         EVALUATE.replace("out/result", "config.yaml/result"),
         ("config.yaml/result.json: cannot be written, Not a directory",),
@@ -409,6 +446,11 @@ WRITE_CASES = [
         "model in place of other files",
         CONVERT.replace("out/model", "data"),
         ("data: exists and is not empty", "choose another --output"),
+    ),
+    Case(
+        "model in place of other files, with --overwrite",
+        CONVERT.replace("out/model", "data --overwrite"),
+        ("data: holds what is no part of a model", "dev.jsonl, test.jsonl, train.jsonl", "choose another"),
     ),
     Case(
         "no permission for the work directory",

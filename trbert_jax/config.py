@@ -15,6 +15,7 @@ from typing import Any
 from trbert_jax.config_schema import (
     DATA_NAMES,
     STAGES,
+    TEXT_DATA,
     TFDS_PREFIX,
     BackboneConfig,
     DataConfig,
@@ -129,6 +130,16 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
             "model.scratch.hidden_size",
             f"{scratch.hidden_size} is not a multiple of model.scratch.num_heads {scratch.num_heads}",
         )
+
+    if data.name in TEXT_DATA:
+        for stage in ("finetune", "init", "policy", "joint"):
+            if getattr(config, stage).published_padding:
+                yield f"{stage}.published_padding", f"padding takes no part for {data.name}, remove it"
+    evaluate = config.evaluate
+    if evaluate.thresholds and evaluate.execution in ("batch_max", "dense"):
+        yield "evaluate.thresholds", f"{evaluate.execution} execution has none; use packed, or remove them"
+    if evaluate.baselines and evaluate.execution == "dense":
+        yield "evaluate.baselines", "dense execution drops nothing to compare with, remove them"
 
 
 def _plain(value: Any) -> Any:

@@ -159,7 +159,8 @@ class TrainingConfig:
       clip_norm: largest global L2 norm of a gradient; longer ones are scaled down to it.
       adam_epsilon: of AdamW.
       eval_steps: steps between evaluations on the dev split; null for once an epoch.
-      save_steps: steps between checkpoints, the most that an interruption can lose.
+      save_steps: steps between checkpoints. An interruption loses at most so many, and those taken while the
+        latest checkpoint was still being written.
       keep_checkpoints: latest checkpoints to keep; the best one is kept besides.
       output: the checkpoint that the next stage starts from, the last or the best on dev.
       dropout: whether dropout is on.

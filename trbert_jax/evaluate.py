@@ -106,12 +106,17 @@ def run_baselines(
 
 
 def run_thresholds(
-    runner: Runner, params: Params, features: FeatureSet, thresholds: Sequence[float], judge: Judge
+    runner: Runner,
+    params: Params,
+    features: FeatureSet,
+    execution: str,
+    thresholds: Sequence[float],
+    judge: Judge,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates one model at several points between keeping more and keeping less."""
     result = {}
     for threshold in thresholds:
-        found = runner.run(params, features, threshold=threshold)
+        found = runner.run(params, features, execution, threshold=threshold)
         result[str(threshold)] = summarize(found, runner.model.config, judge(found))
     return result
 

@@ -8,7 +8,7 @@ multiple choice. All settings of a training run are in one YAML file.
 EXAMPLES = """\
 examples:
   trbert train --config configs/quickstart.yaml
-  trbert predict --model work/quickstart/model "some text"
+  trbert predict --model runs/quickstart/model "some text"
   trbert COMMAND --help
 """
 TRAIN_EXAMPLES = """\

@@ -1,6 +1,6 @@
 """Using a trained model: texts in, labels and the tokens that decided them out.
 
-    model = TRBert.from_pretrained("work/model")
+    model = TRBert.from_pretrained("runs/quickstart/model")
     for prediction in model.predict(["a gripping film", "two hours I want back"]):
         print(prediction.label, prediction.scores, prediction.num_tokens)
 
@@ -216,13 +216,15 @@ class TRBert:
 
         if not (window := read()):
             return
+        num_read = 0
         rows = _num_rows(len(window), batch_size)
         with ThreadPoolExecutor(1) as pool:  # the tokenizer works outside Python's lock
-            encoding = pool.submit(self._encode, window)
+            encoding = pool.submit(self._encode, window, num_read)
             while window:
                 features, truncated = encoding.result()
+                num_read += len(window)
                 if following := read():
-                    encoding = pool.submit(self._encode, following)
+                    encoding = pool.submit(self._encode, following, num_read)
                 output = self.runner(rows).run(self.params, features, execution, threshold=threshold)
                 yield from self._predictions(window, features, truncated, output)
                 window = following
@@ -278,8 +280,8 @@ class TRBert:
             self._runners[batch_size] = Runner(self._model, batch_size, self.programs)
         return self._runners[batch_size]
 
-    def _encode(self, texts: Sequence[str]) -> tuple[FeatureSet, list[bool]]:
-        _check_texts(texts)
+    def _encode(self, texts: Sequence[str], first: int) -> tuple[FeatureSet, list[bool]]:
+        _check_texts(texts, first)
         if self.tokenizer is None:
             raise UserError(
                 "this model has no tokenizer; put the tokenizer.json or vocab.txt of the model it was "
@@ -314,10 +316,10 @@ def _check_batch_size(batch_size: int) -> None:
         raise UserError(f"batch_size is {batch_size!r}; expected a whole number, at least 1")
 
 
-def _check_texts(texts: Sequence[str]) -> None:
+def _check_texts(texts: Sequence[str], first: int = 0) -> None:
     if isinstance(texts, str):
         raise UserError("predict takes a list of texts; put the text into one: predict([text])")
-    for i, text in enumerate(texts):
+    for i, text in enumerate(texts, first):  # numbered as the caller's, of which these may be a part
         if not isinstance(text, str):
             raise UserError(f"texts[{i}] is a {type(text).__name__}; expected a string")
         try:

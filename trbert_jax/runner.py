@@ -13,6 +13,7 @@ import numpy as np
 from trbert_jax import tokens
 from trbert_jax.data.batching import batch_rows, length_batches, pad_batch
 from trbert_jax.data.features import FeatureSet
+from trbert_jax.errors import UserError
 from trbert_jax.execution import (
     DEFAULT_EXECUTION,
     DEFAULT_THRESHOLD,
@@ -192,6 +193,7 @@ class LogitStore:
     def __init__(
         self, config: ModelConfig, features: FeatureSet, like: Logits, allocate: Allocate | None = None
     ) -> None:
+        self._features = features
         self._by_row = config.task == "span"
         count = features.num_rows if self._by_row else len(features)
 
@@ -210,12 +212,28 @@ class LogitStore:
           index: int [b], its examples.
           rows: int [B * G], its rows, -1 for fillers.
           output: of the batch.
+
+        Raises:
+          UserError: one of them is NaN or infinite; names the example.
         """
         there = np.flatnonzero(rows >= 0) if self._by_row else np.arange(len(index))
         to = rows[there] if self._by_row else index
 
         def put(into: np.ndarray, x: jax.Array) -> None:
             values = np.asarray(x)[there]
+            self._check_finite(to, values)
             into[to, ..., : values.shape[-1]] = values
 
         jax.tree.map(put, self.logits, output)
+
+    def _check_finite(self, entries: np.ndarray, values: np.ndarray) -> None:
+        finite = np.isfinite(values.reshape(len(values), -1)).all(-1)
+        if finite.all():
+            return
+        entry, first_row = entries[np.flatnonzero(~finite)[0]], self._features.first_row
+        if self._by_row and first_row is not None:
+            entry = np.searchsorted(first_row, entry, side="right") - 1
+        raise UserError(
+            f"example {self._features.ids[entry]}: the model's logits are not finite (NaN or infinity); its "
+            "weights are damaged, or too large for the dtype it computes in"
+        )

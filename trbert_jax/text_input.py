@@ -58,4 +58,11 @@ def _text_of_record(where: str, line: str) -> str:
         raise UserError(f"{where}: not valid JSON ({error}); one object a line was expected") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise UserError(f'{where}: an object with a string "text" was expected')
-    return record["text"]
+    text = record["text"]
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of an escaped pair: JSON allows it, Unicode does not
+        raise UserError(
+            f"{where}: text is not valid Unicode (character {error.start}: {error.reason})"
+        ) from error
+    return text

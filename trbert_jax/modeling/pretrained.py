@@ -52,6 +52,20 @@ __all__ = [
 
 Announce = Callable[[str], Any]
 
+# What a model's directory consists of.
+_MODEL_FILES = frozenset(
+    (
+        "config.json",
+        SAFETENSORS,
+        "pytorch_model.bin",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.txt",
+    )
+)
+
 # Parts that a checkpoint of another origin may lack as a whole; they start at random.
 _OPTIONAL_PARTS = {
     "selectors": "token selectors",
@@ -171,7 +185,7 @@ def save_pretrained(
 
     It holds `config.json` (Hugging Face's, with our settings under `trbert`), `model.safetensors`
     (float32, original names) and the tokenizer's files. `load_pretrained` returns every bit of it;
-    `transformers` loads the dense model from it. A directory already there is replaced.
+    `transformers` loads the dense model from it. A model's directory already there is replaced.
 
     Args:
       directory: where.
@@ -182,9 +196,10 @@ def save_pretrained(
         model is told that they start afresh.
 
     Raises:
-      UserError: the place cannot be written.
+      UserError: the place cannot be written, or holds files that are not a model's.
       ValueError: `params` lacks parameters of the model.
     """
+    _check_replaceable(Path(directory))
     wanted = {p.name for p in parameters(config) if p.part not in leave_out}
     weights = {k: v for k, v in to_original_names(params, config).items() if k in wanted}
     lacking = sorted(wanted - set(weights))
@@ -195,6 +210,19 @@ def save_pretrained(
         write_weights(temporary / SAFETENSORS, weights)
         if tokenizer is not None:
             save_tokenizer(temporary, tokenizer, config)
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Raises where replacing a directory would take with it what is no part of a model."""
+    if not directory.is_dir():
+        return
+    others = sorted(p.name for p in directory.iterdir() if p.is_dir() or p.name not in _MODEL_FILES)
+    if others:
+        more = ", ..." if len(others) > 3 else ""
+        raise UserError(
+            f"{directory}: holds what is no part of a model and would be lost ({', '.join(others[:3])}{more}); "
+            "choose another directory, or move that away"
+        )
 
 
 def _check_report(report: NameReport, config: ModelConfig, directory: Path) -> None:

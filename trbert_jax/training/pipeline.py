@@ -134,7 +134,9 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
                 result["baselines"] = run_baselines(
                     runner, params, features, outputs, settings.baselines, run.config.seed, judge
                 )
-                result["thresholds"] = run_thresholds(runner, params, features, settings.thresholds, judge)
+                result["thresholds"] = run_thresholds(
+                    runner, params, features, execution, settings.thresholds, judge
+                )
             result |= _tune_null_threshold(run, model, execution, score.metrics)
     source = run.output_of(run.last_model_stage, "model", "evaluate")
     if run.layout.is_main:

@@ -101,10 +101,22 @@ class Run:
 
     def _claim(self) -> None:
         make_directory(self.workdir)
+        self._check_free()
         # A first try that failed before any stage wrote something, for a wrong path, is no claim.
         if any(any(self.directory(stage).glob("*")) for stage in STAGES):
             self.check_owner()
         write_json(self.workdir / "config.json", to_dict(self.config))
+
+    def _check_free(self) -> None:
+        """Raises `UserError` where WORKDIR/config.json is something else's, such as a model's."""
+        path = self.workdir / "config.json"
+        if path.exists():
+            content = read_json(path)
+            if not isinstance(content, dict) or "workdir" not in content:
+                raise UserError(
+                    f"{path}: is not a run's configuration, and would be overwritten; a `workdir` is a folder of "
+                    "its own, not a model's: choose another"
+                )
 
     def check_owner(self) -> None:
         """Raises `UserError` where the work directory belongs to another configuration."""
