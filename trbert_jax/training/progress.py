@@ -10,6 +10,8 @@ from typing import Any
 
 LINE_SECONDS = 10.0  # between lines where stderr is not a terminal
 RATE_SECONDS = 120.0  # the rate is that of the last two minutes: how busy a machine is changes
+# ... or of as many updates: they are waited for in groups of 10, one of which may take longer than that.
+RATE_UPDATES = 20
 
 
 class Progress:
@@ -39,7 +41,7 @@ class Progress:
         self._step, now = step, time.monotonic()
         done = self._ended[-1][2] + num_examples if self._ended else 0
         self._ended.append((now, step, done))
-        while len(self._ended) > 2 and self._ended[1][0] <= now - RATE_SECONDS:
+        while len(self._ended) > RATE_UPDATES + 1 and self._ended[1][0] <= now - RATE_SECONDS:
             self._ended.popleft()
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(self._details()), refresh=False)

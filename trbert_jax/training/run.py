@@ -114,8 +114,8 @@ class Run:
             content = read_json(path)
             if not isinstance(content, dict) or "workdir" not in content:
                 raise UserError(
-                    f"{path}: is not a run's configuration, and would be overwritten; a `workdir` is a folder of "
-                    "its own, not a model's: choose another"
+                    f"{path}: is not a run's configuration, and would be overwritten; a `workdir` is a folder"
+                    " of its own, not a model's: choose another"
                 )
 
     def check_owner(self) -> None:
