@@ -220,7 +220,7 @@ def _check_replaceable(directory: Path) -> None:
     if others:
         more = ", ..." if len(others) > 3 else ""
         raise UserError(
-            f"{directory}: holds what is no part of a model and would be lost ({', '.join(others[:3])}{more});"
+            f"{directory}: holds what is no part of a model and would go ({', '.join(others[:3])}{more});"
             " choose another directory, or move that away"
         )
 
