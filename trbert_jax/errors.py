@@ -11,5 +11,9 @@ class UserError(Exception):
     """
 
 
+class MissingSplitError(UserError):
+    """A data set that has no such split; all else that is wrong with one is a plain `UserError`."""
+
+
 class PreemptedError(BaseException):  # like KeyboardInterrupt: no `except Exception` on the way may stop it
     """The process was told to stop (SIGTERM); the message says what is saved."""

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import tiny_runs
 
 from trbert_jax.cli import main
+from trbert_jax.config import load_config
+from trbert_jax.data import prepared_writer
 from trbert_jax.data.batching import pad_batch
 from trbert_jax.data.features import FeatureSet
-from trbert_jax.data.prepared import load_prepared, shard_paths, write_prepared
+from trbert_jax.data.prepared import load_prepared, shard_paths
+from trbert_jax.data.prepared_writer import write_prepared
 from trbert_jax.errors import UserError
+from trbert_jax.files import read_json, write_json
+from trbert_jax.training.run import Run
 
 SETTINGS = {"model.max_length": 9}
 
@@ -109,6 +117,113 @@ def test_what_was_interrupted_ends_with_the_same_files(tmp_path: Path) -> None:
     assert contents(write(tmp_path / "one at a time", features, workers=1)) == whole
 
 
+def test_a_killed_call_leaves_shards_that_the_next_one_can_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three shards the first is good, the second damaged after it was written, the third not there."""
+    features, parts, said = make_features(), tmp_path / "parts", list[str]()
+    whole = contents(write(tmp_path / "whole", features))
+    first, second, third = shard_paths(parts, "train", 11, 4)
+    original = prepared_writer._write_shard
+
+    def killed_at_third(path: Path, *arguments: Any) -> dict[str, Any]:
+        if path == third:
+            raise KeyboardInterrupt
+        return original(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared_writer, "_write_shard", killed_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            write(parts, features, workers=1)
+    assert second.exists()
+    os.truncate(second, 10)
+    with (parts / prepared_writer.NOTES).open("a", encoding="utf-8") as stream:
+        stream.write('["half a li')
+    before = first.stat().st_mtime_ns
+    write_prepared(parts, {"train": features}, SETTINGS, shard_size=4, announce=said.append)
+    assert said[:2] == [
+        f"{second}: is not as it was written; written again",
+        "train: 1 of 3 shards are there already",
+    ]
+    assert first.stat().st_mtime_ns == before
+    assert contents(parts) == whole
+
+
+@pytest.mark.parametrize("name", ["trbert-train.array_record-00001-of-00003", "index-train.npz"])
+def test_damage_is_mended_and_never_blessed(tmp_path: Path, name: str) -> None:
+    features, said = make_features(), list[str]()
+    folder = write(tmp_path / "p", features)
+    whole = contents(folder)
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is not as it was written"):
+        load_prepared(folder, "train", SETTINGS)
+    write_prepared(folder, {"train": features}, SETTINGS, shard_size=4, announce=said.append)
+    assert f"{path}: is not as it was written; written again" in said
+    assert contents(folder) == whole
+    assert len(load_prepared(folder, "train", SETTINGS)) == 11
+
+
+def test_shards_without_a_hash_are_written_again(tmp_path: Path) -> None:
+    features, said = make_features(), list[str]()
+    folder = write(tmp_path / "p", features)
+    whole = contents(folder)
+    about = read_json(folder / "provenance.json")
+    del about["files"]
+    write_json(folder / "provenance.json", about)
+    os.truncate(shard_paths(folder, "train", 11, 4)[0], 10)
+    write_prepared(folder, {"train": features}, SETTINGS, shard_size=4, announce=said.append)
+    assert sum("has no hash on record; written again" in line for line in said) == 3
+    assert contents(folder) == whole
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writer:
+        def __init__(self, path: str, options: str) -> None:
+            Path(path).write_bytes(b"half")
+
+        def write(self, record: bytes) -> None:
+            pass
+
+        def close(self) -> None:
+            raise RuntimeError("write() failed: No space left on device; writing x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("array_record.python.array_record_module.ArrayRecordWriter", Writer)
+        with pytest.raises(
+            UserError, match=r"array_record-0000\d.*: cannot be written.*No space left on device"
+        ):
+            write(tmp_path / "p", make_features(), workers=1)
+    assert not list((tmp_path / "p").glob("*array_record*"))
+    assert len(load_prepared(write(tmp_path / "p", make_features()), "train", SETTINGS)) == 11
+
+
+def test_splits_whose_targets_differ_in_width(tmp_path: Path) -> None:
+    """TensorFlow Datasets has one description for all splits, and would reshape what does not fit it."""
+    import tensorflow_datasets as tfds
+
+    train, dev = (make_features(seed, grouped=True, types=not seed) for seed in (0, 1))
+    wide = np.arange(4 * len(dev.row_lengths), dtype=np.int32).reshape(-1, 4)
+    dev = dataclasses.replace(dev, row_targets={"starts": wide}, targets={})
+    splits = {"train": train, "dev": dev}
+    write_prepared(tmp_path / "p", splits, SETTINGS, shard_size=4, announce=lambda line: None)
+    builder = tfds.builder_from_directory(str(tmp_path / "p"))
+    for split, features in splits.items():
+        assert features.first_row is not None
+        for index, example in enumerate(builder.as_data_source(split)):
+            rows = slice(features.first_row[index], features.first_row[index + 1])
+            expected = np.full((rows.stop - rows.start, 4), -1)
+            values = features.row_targets["starts"][rows]
+            expected[:, : values.shape[1]] = values
+            np.testing.assert_array_equal(example["row_starts"], expected)
+            assert example["target_weights"].shape == (3,)
+            assert len(example["token_type_ids"]) == len(example["input_ids"])
+        there = load_prepared(tmp_path / "p", split, SETTINGS)
+        np.testing.assert_array_equal(there.row_targets["starts"], features.row_targets["starts"])
+
+
 def damage(name: str, action: Callable[[Path], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         action(folder / name)
@@ -123,7 +238,10 @@ SHARD = "trbert-train.array_record-00001-of-00003"
     ("change", "message"),
     [
         (damage(SHARD, Path.unlink), f"{SHARD} is missing; run `trbert prepare-data` again"),
-        (damage(SHARD, lambda p: os.truncate(p, 9)), f"{SHARD} is not as it was written; delete it"),
+        (
+            damage(SHARD, lambda p: os.truncate(p, 9)),
+            f"{SHARD} is not as it was written; run `trbert prepare-data` again",
+        ),
         (
             damage("index-train.npz", lambda p: p.write_bytes(b"x")),
             "index-train.npz is not as it was written",
@@ -164,7 +282,7 @@ def test_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trbert_jax.data.prepared._write_index", stop)
+    monkeypatch.setattr(prepared_writer, "_write_index", stop)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "p", make_features())
     with pytest.raises(UserError, match="is not finished; run `trbert prepare-data` again, it goes on"):
@@ -195,6 +313,39 @@ def test_training_from_shards_is_training_from_files(
         == 2
     )
     assert "was made with other settings:\n  model.max_length: 16 then, 12 now" in capsys.readouterr().err
+
+
+def test_what_the_settings_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed counts where it decides which examples a limit leaves; data may move."""
+    tiny_runs.write_dataset(tmp_path / "data")
+
+    def settings(**data: Any) -> dict[str, Any]:
+        seed = data.pop("seed", 3)
+        changes = {"data": {"name": "imdb", "path": str(tmp_path / "data"), **data}, "seed": seed}
+        run = Run(load_config(tiny_runs.write_config(tmp_path, **changes)), announce=lambda line: None)
+        return run.preparation(tiny_models.tiny_tokenizer())
+
+    plain = settings()
+    assert settings(seed=4) == plain
+    assert settings(path=str(tmp_path)) == plain
+    assert settings(max_train_examples=9) != settings(max_train_examples=9, seed=4)
+    assert settings(skip_bad_records=True) != plain
+
+
+def test_only_a_split_that_does_not_exist_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, config = list[str](), load_config(tiny_runs.write_config(tmp_path))
+    model = types.SimpleNamespace(tokenizer=tiny_models.tiny_tokenizer())
+    monkeypatch.setattr(Run, "base_model", lambda run: model)
+    test = tmp_path / "data" / "test.jsonl"
+    test.unlink()
+    Run(config, said.append).prepare_data(tmp_path / "shards", 50, 1)
+    assert any(line.startswith(f"test: left out, {test}: no such file") for line in said)
+    test.write_text('{"text": "cut sho', encoding="utf-8")
+    with pytest.raises(UserError, match=r"test\.jsonl:1"):
+        Run(config, said.append).prepare_data(tmp_path / "other", 50, 1)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_set_in_memory_is_replaced_whole() -> None:

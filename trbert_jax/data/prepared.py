@@ -6,15 +6,14 @@
     DIR/provenance.json                              what it was made of, the hash of every file
 
 `tfds.builder_from_directory(DIR)` reads it, and so does training (`data.prepared`): the index as a whole,
-tokens as batches need them. Source: docs/scaling.md, "Data".
+tokens as batches need them. `prepared_writer` writes it. Source: docs/scaling.md, "Data".
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,77 +21,12 @@ import numpy as np
 
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
-from trbert_jax.files import atomic_file, make_directory, read_json, write_json
+from trbert_jax.files import read_json
 
 NAME, VERSION, FORMAT = "trbert", "1.0.0", 1
 PROVENANCE = "provenance.json"
 SHARD_SIZE = 4096  # examples of a shard
-
-Announce = Callable[[str], None]
-
-
-# Writing ---------------------------------------------------------------------------------------------
-
-
-def write_prepared(
-    directory: str | Path,
-    splits: Mapping[str, FeatureSet],
-    settings: Mapping[str, Any],
-    *,
-    shard_size: int = SHARD_SIZE,
-    workers: int = 2,
-    announce: Announce = print,
-) -> Path:
-    """Writes a data set, or what is missing of it: stopped and called again, it ends with the same files.
-
-    Args:
-      directory: where.
-      splits: name -> examples.
-      settings: JSON-like, what `load_prepared` is to compare.
-      shard_size: examples of a shard.
-      workers: shards written at a time.
-      announce: prints a line for the user.
-
-    Returns:
-      The directory.
-
-    Raises:
-      UserError: it holds something else, or cannot be written.
-    """
-    directory = make_directory(directory)
-    about = {
-        "format": FORMAT,
-        "settings": dict(settings),
-        "shard_size": shard_size,
-        "splits": {
-            name: {"examples": len(features), "digest": features.digest} for name, features in splits.items()
-        },
-    }
-    _claim(directory, about)
-    files: dict[str, dict[str, Any]] = {}
-    for split, features in splits.items():
-        paths = shard_paths(directory, split, len(features), shard_size)
-        missing = [number for number, path in enumerate(paths) if not path.exists()]
-        if len(missing) < len(paths):
-            announce(f"{split}: {len(paths) - len(missing)} of {len(paths)} shards are there already")
-        schema = _Schema.of(features)
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            jobs = [
-                pool.submit(
-                    _write_shard, paths[i], schema, features, range(i * shard_size, (i + 1) * shard_size)
-                )
-                for i in missing
-            ]
-            for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-                job.result()
-                announce(f"{split}: {len(paths) - len(missing) + done} of {len(paths)} shards")
-        _write_index(directory / f"index-{split}.npz", features)
-        for path in [*paths, directory / f"index-{split}.npz"]:
-            files[path.name] = hash_file(path)
-    _write_metadata(directory, splits, shard_size)
-    write_json(directory / PROVENANCE, {**about, "files": files})
-    announce(f"{directory}: {sum(map(len, splits.values()))} examples in {len(files)} files")
-    return directory
+_AGAIN = "run `trbert prepare-data` again"
 
 
 def shard_paths(directory: Path, split: str, num_examples: int, shard_size: int) -> list[Path]:
@@ -106,137 +40,6 @@ def hash_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
         return {"bytes": stream.tell(), "blake2b": digest.hexdigest()}
-
-
-def _claim(directory: Path, about: Mapping[str, Any]) -> None:
-    """The first file: shards that are found later belong to what it says."""
-    path = directory / PROVENANCE
-    if path.exists():
-        before = {k: v for k, v in read_json(path).items() if k != "files"}
-        if before != about:
-            raise UserError(
-                f"{directory}: holds data that was prepared otherwise (settings, data, tokenizer or shard "
-                "size differ); choose another --output, or delete it"
-            )
-    elif any(directory.iterdir()):
-        raise UserError(f"{directory}: is not empty and not prepared data; choose another --output")
-    else:
-        write_json(path, about)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Schema:
-    """How an example lies in a record: name -> its type in TensorFlow Datasets."""
-
-    features: Any
-    serializer: Any
-
-    @classmethod
-    def of(cls, features: FeatureSet) -> _Schema:
-        import tensorflow_datasets as tfds
-        from tensorflow_datasets.core import example_serializer
-
-        def tensor(shape: Sequence[int | None], dtype: Any) -> Any:
-            return tfds.features.Tensor(shape=tuple(shape), dtype=_stored(dtype))
-
-        fields = {
-            "id": tfds.features.Text(),
-            "label": tensor((), np.int32),
-            "input_ids": tensor((None,), np.int32),
-            "row_lengths": tensor((None,), np.int32),
-        }
-        if features.token_types is not None:
-            fields["token_type_ids"] = tensor((None,), np.int32)
-        for name, values in features.targets.items():
-            fields[f"target_{name}"] = tensor(values.shape[1:], values.dtype)
-        for name, values in features.row_targets.items():
-            fields[f"row_{name}"] = tensor((None, *values.shape[1:]), values.dtype)
-        made = tfds.features.FeaturesDict(fields)
-        return cls(made, example_serializer.ExampleSerializer(made.get_serialized_info()))
-
-    def record(self, features: FeatureSet, index: int) -> bytes:
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        rows = features.rows(np.array([index]))[0]
-        rows = rows[rows >= 0]
-        begin, end = features.offsets[rows[0]], features.offsets[rows[-1] + 1]
-        example: dict[str, Any] = {
-            "id": features.ids[index],
-            "label": np.int32(features.labels[index]),
-            "input_ids": features.tokens[begin:end].astype(np.int32),
-            "row_lengths": features.row_lengths[rows].astype(np.int32),
-        }
-        if features.token_types is not None:
-            example["token_type_ids"] = features.token_types[begin:end].astype(np.int32)
-        for name, values in features.targets.items():
-            example[f"target_{name}"] = values[index].astype(_stored(values.dtype))
-        for name, values in features.row_targets.items():
-            example[f"row_{name}"] = values[rows].astype(_stored(values.dtype))
-        content = self.serializer.serialize_example(self.features.encode_example(example))
-        # Once more, with the fields in one order: equal examples are to make equal files.
-        ordered: bytes = tf_example_pb2.Example.FromString(content).SerializeToString(deterministic=True)
-        return ordered
-
-
-def _stored(dtype: Any) -> Any:
-    return np.float32 if np.dtype(dtype).kind == "f" else np.int32
-
-
-def _write_shard(path: Path, schema: _Schema, features: FeatureSet, examples: range) -> None:
-    from array_record.python import array_record_module
-
-    temporary = path.with_name(f"{path.name}.partial")
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-    for index in range(examples.start, min(examples.stop, len(features))):
-        writer.write(schema.record(features, index))
-    writer.close()
-    temporary.replace(path)
-
-
-def _write_index(path: Path, features: FeatureSet) -> None:
-    """Everything but the tokens, which the file's reader has in memory."""
-    arrays = {
-        "row_lengths": features.row_lengths,
-        "labels": features.labels,
-        "ids": np.array([i.encode() for i in features.ids]),
-        "num_truncated": np.array(features.num_truncated),
-        "group": np.array(features.group),
-        "first_token": np.array(features.first_token),
-        "has_token_types": np.array(features.token_types is not None),
-        "digest": np.array(features.digest.encode()),
-        **{f"target_{name}": values for name, values in features.targets.items()},
-        **{f"row_{name}": values for name, values in features.row_targets.items()},
-    }
-    if features.first_row is not None:
-        arrays["first_row"] = features.first_row
-    with atomic_file(path, "wb") as stream:
-        np.savez(stream, allow_pickle=False, **arrays)
-
-
-def _write_metadata(directory: Path, splits: Mapping[str, FeatureSet], shard_size: int) -> None:
-    import tensorflow_datasets as tfds
-
-    infos = []
-    for split, features in splits.items():
-        paths = shard_paths(directory, split, len(features), shard_size)
-        lengths = [min(shard_size, len(features) - i * shard_size) for i in range(len(paths))]
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=directory, dataset_name=NAME, split=split, filetype_suffix="array_record"
-        )
-        size = sum(path.stat().st_size for path in paths)
-        infos.append(
-            tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
-        )
-    tfds.folder_dataset.write_metadata(
-        data_dir=str(directory),
-        features=_Schema.of(next(iter(splits.values()))).features,
-        split_infos=infos,
-        version=VERSION,
-        check_data=False,  # that would need TensorFlow
-    )
-
-
-# Reading ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -315,6 +118,29 @@ def _parse(content: bytes) -> dict[str, np.ndarray]:
     }
 
 
+def read_provenance(directory: str | Path, split: str) -> dict[str, Any]:
+    """What prepared data says of itself; no other file is read.
+
+    Raises:
+      UserError: no such folder, nothing prepared in it, not finished, no such split.
+    """
+    directory = Path(directory)
+    path = directory / PROVENANCE
+    if not directory.is_dir():
+        raise UserError(
+            f"data.prepared: {directory}: no such folder; make it with "
+            f"`trbert prepare-data --output {directory}`"
+        )
+    if not path.exists():
+        raise UserError(f"data.prepared: {directory} has no {PROVENANCE}; make it with `trbert prepare-data`")
+    about: dict[str, Any] = read_json(path)
+    if "files" not in about:
+        raise UserError(f"data.prepared: {directory} is not finished; {_AGAIN}, it goes on")
+    if about["format"] != FORMAT or split not in about["splits"]:
+        raise UserError(f"data.prepared: {directory} has no split {split} of format {FORMAT}; {_AGAIN}")
+    return about
+
+
 def load_prepared(directory: str | Path, split: str, settings: Mapping[str, Any]) -> PreparedFeatures:
     """A split that `write_prepared` wrote, every file of it checked.
 
@@ -327,15 +153,7 @@ def load_prepared(directory: str | Path, split: str, settings: Mapping[str, Any]
       UserError: no such data or split, other settings, a file that is missing or changed.
     """
     directory = Path(directory)
-    path = directory / PROVENANCE
-    if not path.exists():
-        raise UserError(f"data.prepared: {directory} has no {PROVENANCE}; make it with `trbert prepare-data`")
-    about = read_json(path)
-    again = "run `trbert prepare-data` again"
-    if "files" not in about:
-        raise UserError(f"data.prepared: {directory} is not finished; {again}, it goes on")
-    if about["format"] != FORMAT or split not in about["splits"]:
-        raise UserError(f"data.prepared: {directory} has no split {split} of format {FORMAT}; {again}")
+    about = read_provenance(directory, split)
     different = [
         f"  {key}: {about['settings'].get(key)} then, {settings.get(key)} now"
         for key in sorted({*about["settings"], *settings})
@@ -345,17 +163,16 @@ def load_prepared(directory: str | Path, split: str, settings: Mapping[str, Any]
         raise UserError(
             f"data.prepared: {directory} was made with other settings:\n"
             + "\n".join(different)
-            + "\nset them "
-            "back, or prepare the data again in another folder"
+            + "\nset them back, or prepare the data again in another folder"
         )
     count = about["splits"][split]["examples"]
     paths = shard_paths(directory, split, count, about["shard_size"])
     index = directory / f"index-{split}.npz"
     for file in [*paths, index]:
         if not file.exists():
-            raise UserError(f"data.prepared: {file} is missing; {again}")
+            raise UserError(f"data.prepared: {file} is missing; {_AGAIN}")
         if hash_file(file) != about["files"][file.name]:
-            raise UserError(f"data.prepared: {file} is not as it was written; delete it and {again}")
+            raise UserError(f"data.prepared: {file} is not as it was written; {_AGAIN}, which writes it anew")
     with np.load(index, allow_pickle=False) as archive:
         arrays = dict(archive)
 

@@ -15,7 +15,7 @@ from trbert_jax.data.hyperpartisan import LABEL_NAMES as HYPERPARTISAN_LABELS
 from trbert_jax.data.stdlib import read_stdlib
 from trbert_jax.data.text_files import read_csv, read_jsonl
 from trbert_jax.data.tfds import read_tfds
-from trbert_jax.errors import UserError
+from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.files import read_json
 
 __all__ = ["FILE_FORMATS", "Dataset", "Example", "FileFormat", "read_examples", "read_file"]
@@ -117,7 +117,7 @@ def _read_split(config: DataConfig, form: FileFormat, split: str, announce: Anno
     if divide:
         path = train
     elif not path.exists():
-        raise UserError(f"{path}: no such file; data.path must hold {expected}{_hint(folder, form)}")
+        raise MissingSplitError(f"{path}: no such file; data.path must hold {expected}{_hint(folder, form)}")
     dataset = read_file(path, _label_names(folder, form))
     if not divide:
         return dataset

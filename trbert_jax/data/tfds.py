@@ -10,7 +10,7 @@ from typing import Any
 
 from trbert_jax.config_schema import TFDS_PREFIX, DataConfig
 from trbert_jax.data.dataset import Announce, Dataset, hold_out, make_example, sample_indices
-from trbert_jax.errors import UserError
+from trbert_jax.errors import MissingSplitError, UserError
 
 # What the library's data sets call a split, in order of preference.
 _NAMES = {"train": ("train",), "dev": ("validation", "dev"), "test": ("test",)}
@@ -80,7 +80,7 @@ def find_split(
     if key is None:
         there = ", ".join(sources) or "none"
         hint = "; set evaluate.split=dev" if split == "test" else ""
-        raise UserError(f"{name}: has no split {' or '.join(_NAMES[split])} (it has: {there}){hint}")
+        raise MissingSplitError(f"{name}: has no split {' or '.join(_NAMES[split])} (it has: {there}){hint}")
     return sources[key], list(range(len(sources[key])))
 
 

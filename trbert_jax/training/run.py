@@ -22,8 +22,9 @@ import jax.numpy as jnp
 
 from trbert_jax.config import STAGES, RunConfig, diff_configs, load_config, to_dict
 from trbert_jax.data.features import FeatureSet, prepare_tokenizer
-from trbert_jax.data.prepared import load_prepared, write_prepared
-from trbert_jax.errors import UserError
+from trbert_jax.data.prepared import load_prepared
+from trbert_jax.data.prepared_writer import write_prepared
+from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.execution import Programs
 from trbert_jax.files import make_directory, read_json, write_json
 from trbert_jax.modeling.config import InputConfig, ModelConfig
@@ -264,12 +265,15 @@ class Run:
         """What prepared data depends on, besides the data itself."""
         settings = to_dict(self.config)
         backend, ends = prepare_tokenizer(tokenizer)
-        keep = ("name", "max_train_examples", "max_eval_examples", "text_field", "label_field", "choices")
+        limits = ("max_train_examples", "max_eval_examples")
+        keep = ("name", *limits, "text_field", "label_field", "choices", "skip_bad_records")
         inputs = ("max_length", "line_breaks_as_spaces", "max_question_length", "window_step", "max_segments")
         text = backend.to_str() + str(ends)
         return {
             **{f"data.{key}": settings["data"][key] for key in keep},
             **{f"model.{key}": settings["model"][key] for key in inputs},
+            # Which examples a limit leaves depends on it; nothing does without one.
+            "seed": self.config.seed if any(settings["data"][key] for key in limits) else None,
             "tokenizer": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         }
 
@@ -306,7 +310,7 @@ class Run:
         for split in ("train", "dev", "test"):
             try:
                 splits[split] = self.read_features(split, model.tokenizer)
-            except UserError as error:
+            except MissingSplitError as error:
                 if split == "train":
                     raise
                 self.announce(f"{split}: left out, {error}")

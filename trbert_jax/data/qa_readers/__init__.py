@@ -17,7 +17,7 @@ from trbert_jax.data.qa_readers import hotpotqa, hotpotqa_graph, mrqa, race, squ
 from trbert_jax.data.qa_readers.bad_records import BadRecord, BadRecords
 from trbert_jax.data.qa_readers.hotpotqa_graph import GraphQuestion
 from trbert_jax.data.records import CandidateQuestion, ChoiceQuestion, MultiHopQuestion, SpanQuestion
-from trbert_jax.errors import UserError
+from trbert_jax.errors import MissingSplitError, UserError
 
 __all__ = ["QA_FORMATS", "BadRecord", "BadRecords", "QaFormat", "QaRecord", "find_split", "read_split"]
 
@@ -138,7 +138,7 @@ def find_split(name: str, folder: Path, split: str, announce: Announce = print) 
             announce(f"{name}: no test set with answers is published; {found.name} serves as test")
     if found is None:
         expected = " or ".join(form.files[split])
-        raise UserError(f"{folder}: nothing to read for {split} of {name}; expected {expected} in it")
+        raise MissingSplitError(f"{folder}: nothing to read for {split} of {name}; expected {expected} in it")
     return found
 
 
