@@ -149,6 +149,11 @@ def cut_scores() -> None:
     Path("work/score/scores.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr'")
 
 
+def unfinished_shards() -> None:
+    Path("shards").mkdir()
+    Path("shards/provenance.json").write_text('{"format": 1}', encoding="utf-8")
+
+
 def forbid(path: str) -> Callable[[], Any]:
     def spoil() -> None:
         Path(path).mkdir()
@@ -339,6 +344,19 @@ RUN_CASES = [
         "no checkpoints",
         "evaluate --config config.yaml --all-checkpoints --json out/result.json",
         ("work: has no checkpoints; run `trbert train`",),
+        leaves="",
+    ),
+    Case(
+        "prepared data that is not there",
+        f"{FINETUNE} data.prepared=nowhere",
+        ("data.prepared: nowhere: no such folder; make it with `trbert prepare-data --output nowhere`\n",),
+        leaves="",
+    ),
+    Case(
+        "prepared data that is not finished",
+        f"{FINETUNE} data.prepared=shards",
+        ("data.prepared: shards is not finished; run `trbert prepare-data` again, it goes on\n",),
+        unfinished_shards,
         leaves="",
     ),
     Case(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -85,6 +86,7 @@ class Runner:
         progress: Callable[[int, int], None] | None = None,
         threshold: float = DEFAULT_THRESHOLD,
         allocate: Allocate | None = None,
+        start: int = 0,
     ) -> Outputs:
         """Runs with one of `EXECUTIONS`.
 
@@ -95,6 +97,8 @@ class Runner:
           progress: called after each batch with the number of batches done and its examples.
           threshold: keep probability from which a token is kept, for an exact execution.
           allocate: makes the arrays for the logits, for example on disk; None has them in memory.
+          start: batches to leave out, whose logits the arrays of `allocate` have from an earlier call; fewer
+            than there are. Only for an execution that drops nothing.
 
         Raises:
           UserError: no such execution, a threshold that is no probability, or one for an execution that has
@@ -103,8 +107,8 @@ class Runner:
         check_execution(execution, threshold)
         # An input of the compiled program, which all thresholds share.
         limit = np.full(features.num_rows, tokens.min_logit(threshold), np.float32)
-        extras = {"min_logit": limit}
-        return self._run(params, features, execution, EXECUTIONS[execution], extras, progress, allocate)
+        rule, extras = EXECUTIONS[execution], {"min_logit": limit}
+        return self._run(params, features, execution, rule, extras, progress, allocate, start)
 
     def compile(self, params: Params, execution: str, width: int) -> float:
         """Compiles the program for batches of this padded length, unless it is there; seconds taken."""
@@ -157,6 +161,7 @@ class Runner:
         extras: dict[str, np.ndarray],  # arrays [R, ...]
         progress: Callable[[int, int], None] | None = None,
         allocate: Allocate | None = None,
+        start: int = 0,
     ) -> Outputs:
         config = self.model.config
         kept = tuple(
@@ -166,15 +171,16 @@ class Runner:
         store, seconds = None, 0.0
         params = self.programs.layout.replicate(params)
         ladder = execution.widths(config.max_length)
-        for step, (index, width) in enumerate(length_batches(features, self.batch_size, ladder), 1):
+        batches = itertools.islice(length_batches(features, self.batch_size, ladder), start, None)
+        for step, (index, width) in enumerate(batches, start + 1):
             batch = pad_batch(features, index, self.batch_size, width)
             rows = batch_rows(features, index, self.batch_size)
             for key, values in extras.items():
                 batch[key] = values[np.maximum(rows, 0)]
             program = self.programs.get(name, params, batch, execution)
-            start = time.perf_counter()
+            begun = time.perf_counter()
             output, keep = jax.block_until_ready(program(params, batch))
-            seconds += time.perf_counter() - start
+            seconds += time.perf_counter() - begun
             store = store or LogitStore(config, features, output, allocate)
             store.put(index, rows, output)
             there = np.flatnonzero(rows >= 0)

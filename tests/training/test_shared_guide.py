@@ -10,23 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax import tokens
-from trbert_jax.training import stages
+from trbert_jax.training import extras
 
 OPTIONS, WIDTH, SHARED = 4, 7, [4, 5]  # two questions
 
 
-def read(path: Path, row_targets: dict[str, Any]) -> np.ndarray:
+def read(path: Path, row_targets: dict[str, Any]) -> Any:
     run = types.SimpleNamespace(output_of=lambda stage, name, needed_by: path)
     features = types.SimpleNamespace(row_targets=row_targets, group=OPTIONS, num_rows=2 * OPTIONS)
-    return stages._scores(cast(Any, run), "policy", cast(Any, features))
+    return extras.residual_scores(cast(Any, run), "policy", cast(Any, features))
 
 
 def test_scores_are_summed_over_the_rows_of_a_question(tmp_path: Path) -> None:
     scores = np.random.default_rng(0).random((2 * OPTIONS, 2, WIDTH)).astype(np.float32)
     np.save(tmp_path / "scores.npy", scores)
-    np.testing.assert_array_equal(read(tmp_path / "scores.npy", {}), scores)
+    np.testing.assert_array_equal(read(tmp_path / "scores.npy", {})[:], scores)
     lengths = np.repeat(SHARED, OPTIONS)
-    guide = read(tmp_path / "scores.npy", {"shared_length": lengths})
+    sums = read(tmp_path / "scores.npy", {"shared_length": lengths})
+    guide = sums[np.arange(2 * OPTIONS)]
+    np.testing.assert_array_equal(sums[np.array([6, 2, 6, 0])], guide[[6, 2, 6, 0]])
+    assert isinstance(sums.values, np.memmap), "read by rows, not held whole"
     np.testing.assert_allclose(guide[2], scores[:4].sum(0), rtol=1e-6)
     np.testing.assert_allclose(guide[7], scores[4:].sum(0), rtol=1e-6)
 

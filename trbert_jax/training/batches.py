@@ -35,7 +35,8 @@ class Extra:
     """What an earlier stage found out about the training examples.
 
     Attributes:
-      values: array with an entry an example, or a row, in the order of the training examples; or a dict.
+      values: array with an entry an example, or a row, in the order of the training examples, or what gives
+        such entries when indexed with their numbers; or a dict of these.
       by_row: whether an entry is a row's rather than an example's.
       by_token: whether the last axis are positions, to be cut to the batch's width; of a dict, the names of
         those arrays for which it is.

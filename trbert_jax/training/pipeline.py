@@ -74,6 +74,8 @@ def train(
     layout = run.layout
     if not layout.is_single:
         announce(layout.describe())
+    if any(run.finished(stage) is None for stage in chosen if stage != "evaluate"):
+        run.check_prepared()
     run.claim()
     for stage in chosen:
         done = run.finished(stage)

@@ -189,6 +189,7 @@ def _activation_bytes(config: RunConfig, stage: str, model: ModelConfig, rows: i
 
 def lines(run: Run, devices: int, processes: int) -> Iterator[str]:
     """The plan as text."""
+    run.check_prepared()
     parallel = run.config.parallel
     stages = plan(run, devices, processes)
     fsdp = parallel.fsdp

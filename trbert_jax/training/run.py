@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from trbert_jax.config import STAGES, RunConfig, diff_configs, load_config, to_dict
 from trbert_jax.data.features import FeatureSet, prepare_tokenizer
-from trbert_jax.data.prepared import load_prepared
+from trbert_jax.data.prepared import load_prepared, read_provenance
 from trbert_jax.data.prepared_writer import write_prepared
 from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.execution import Programs
@@ -287,6 +287,11 @@ class Run:
                 )
             return load_prepared(prepared, split, self.preparation(tokenizer))
         return self.read_features(split, tokenizer)
+
+    def check_prepared(self) -> None:
+        """Raises `UserError` where `data.prepared` is not there, before anything that takes long is done."""
+        if self.config.data.prepared:
+            read_provenance(self.config.data.prepared, "train")
 
     def read_features(self, split: str, tokenizer: Any) -> FeatureSet:
         """Tokenized examples of a split, from the original files or the cache."""

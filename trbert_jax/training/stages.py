@@ -6,12 +6,10 @@ Source: docs/method.md, "Training stages".
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,23 +18,21 @@ import numpy as np
 
 from trbert_jax.config import InitConfig, JointConfig, PolicyConfig, TrainingConfig
 from trbert_jax.data.batching import batch_rows, length_batches, pad_batch, width_ladder
-from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
-from trbert_jax.files import atomic_file
 from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward
 from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.pretrained import Pretrained, save_pretrained
-from trbert_jax.modeling.tasks import is_by_token
 from trbert_jax.parallel import ROWS
 from trbert_jax.training import loop, objectives, optimizer, plan, residual
-from trbert_jax.training.batches import Extra, Training
+from trbert_jax.training.batches import Training
+from trbert_jax.training.extras import LOGITS, SCORES, stage_extras
 from trbert_jax.training.report import StageReport
+from trbert_jax.training.row_files import RowFiles, params_digest
 from trbert_jax.training.run import Run
 from trbert_jax.training.steps import ObjectiveFn
 
 FORWARD: dict[str, objectives.Execute] = {"packed": packed_forward, "masked": forward}
-SCORES, LOGITS = "scores.npy", "logits{}.npy"
-_LOGITS_OF = {"multi_hop": ("span", "kind", "sentence")}  # tasks whose logits are several arrays
+LOSSES = "losses.npy"  # of the examples that are scored; for their mean only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +53,7 @@ def prepare(run: Run, stage: str) -> Prepared:
     features = run.features("train", start)
     module = run.module(start.config)
     config: TrainingConfig = getattr(run.config, stage)
-    extras = _extras(run, stage, features, start.config.task)
+    extras = stage_extras(run, stage, features, start.config.task)
     training = Training(
         name=stage,
         directory=run.directory(stage),
@@ -124,25 +120,27 @@ def score_stage(run: Run) -> dict[str, Any]:
     params = layout.replicate(model.params)
 
     shape = (features.num_rows, model.config.num_selectors, width_limit)
-    losses = np.zeros(len(features))
-    with contextlib.ExitStack() as stack:
-        report = stack.enter_context(_report(run, "score", len(batches)))
-        scores = None
-        if layout.is_main:
-            stream = stack.enter_context(atomic_file(run.directory("score") / SCORES, "wb"))
-            scores = _create_npy(Path(stream.name), shape)
-        for step, (index, width) in enumerate(batches, 1):
+    fingerprint = {**run.fingerprint("score", features), "of": params_digest(model.params), "batch": size}
+    with (
+        _report(run, "score", len(batches)) as report,
+        RowFiles(run.directory("score"), fingerprint, len(batches), layout) as files,
+    ):
+        _say_start(run, "score", files.start, len(batches))
+        scores, losses = files.array(SCORES, shape), files.array(LOSSES, (len(features),))
+        for step, (index, width) in enumerate(batches[files.start :], files.start + 1):
             found = score(params, layout.place_rows(pad_batch(features, index, size, width)))
             values, loss = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), found)
             rows = batch_rows(features, index, size)
-            if scores is not None:
-                scores[rows[rows >= 0], :, :width] = values[rows >= 0]
+            scores[rows[rows >= 0], :, :width] = values[rows >= 0]
             losses[index] = loss[: len(index)]
             report.progress(step, len(index))
-        if scores is not None:
-            scores.flush()
-        report.log(len(batches), {"loss": float(losses.mean())})
-    return {"loss": float(losses.mean())}
+            files.progress(step)
+        if not layout.is_main:  # it has kept nothing
+            return {}
+        files.finish(SCORES)
+        result = {"loss": float(np.asarray(losses).mean(dtype=np.float64))}
+        report.log(len(batches), result)
+    return result
 
 
 def teacher_stage(run: Run) -> dict[str, Any]:
@@ -154,23 +152,39 @@ def teacher_stage(run: Run) -> dict[str, Any]:
     features = run.features("train", model)
     runner = run.runner(model.config, run.config.teacher.batch_size)
     steps = runner.num_batches(features)
-    with contextlib.ExitStack() as stack:
-        report = stack.enter_context(_report(run, "teacher", steps))
+    fingerprint = {
+        **run.fingerprint("teacher", features),
+        "of": params_digest(model.params),
+        "batch": runner.batch_size,
+    }
+    with (
+        _report(run, "teacher", steps) as report,
+        RowFiles(run.directory("teacher"), fingerprint, steps, run.layout) as files,
+    ):
+        _say_start(run, "teacher", files.start, steps)
+        names: list[str] = []
 
         def allocate(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            if not run.layout.is_main:  # one process writes; the others' numbers are the same
-                return np.zeros(shape, np.float32)
-            path = run.directory("teacher") / LOGITS.format(f"_{name}" if name else "")
-            stream = stack.enter_context(atomic_file(path, "wb"))
-            return _create_npy(Path(stream.name), shape)
+            names.append(LOGITS.format(f"_{name}" if name else ""))
+            array: np.ndarray = files.array(names[-1], shape)
+            return array
 
-        outputs = runner.run(model.params, features, "dense", report.progress, allocate=allocate)
+        def progress(step: int, num_examples: int) -> None:
+            report.progress(step, num_examples)
+            files.progress(step)
+
+        outputs = runner.run(model.params, features, "dense", progress, allocate=allocate, start=files.start)
+        if not run.layout.is_main:  # it has kept nothing
+            return {}
+        files.finish(*names)
         metrics = {"accuracy": outputs.accuracy} if features.has_labels else {}
         report.log(steps, metrics)
-        for array in jax.tree.leaves(outputs.logits):
-            if isinstance(array, np.memmap):
-                array.flush()
     return metrics
+
+
+def _say_start(run: Run, stage: str, start: int, total: int) -> None:
+    if start:
+        run.announce(f"{stage}: going on from batch {start} of {total}")
 
 
 def _report(run: Run, stage: str, total_steps: int) -> StageReport:
@@ -185,41 +199,6 @@ def _predecessor(run: Run, stage: str) -> str:
     if stage == "joint":
         return "policy"
     return "init" if stage == "policy" and "init" in run.config.stages else "finetune"
-
-
-def _extras(run: Run, stage: str, features: FeatureSet, task: str) -> dict[str, Extra]:
-    """What a stage's batches need of earlier stages, in the order of the training examples."""
-    if stage == "policy" and run.config.policy.guide_rate > 0:
-        scores = _scores(run, stage, features)
-        return {"guide": Extra(scores, by_row=True, by_token=True)}
-    if stage == "init":
-        lengths = features.row_targets.get("shared_length", features.row_lengths)
-        ranks = residual.rank_targets(_scores(run, stage, features), lengths)
-        return {"rank": Extra(ranks, by_row=True, by_token=True)}
-    if stage == "joint" and run.config.joint.distill:
-        return {"teacher_logits": _teacher_logits(run, stage, features, task)}
-    return {}
-
-
-def _scores(run: Run, stage: str, features: FeatureSet) -> np.ndarray:
-    """Residual scores of all rows; rows that decide together on what they share have the sum of theirs."""
-    scores = _load(run.output_of("score", SCORES, stage), features.num_rows)
-    if "shared_length" not in features.row_targets:
-        return scores
-    groups = scores.reshape(-1, features.group, *scores.shape[1:])
-    return np.repeat(groups.sum(1), features.group, axis=0)
-
-
-def _teacher_logits(run: Run, stage: str, features: FeatureSet, task: str) -> Extra:
-    by_row = task == "span"
-    count = features.num_rows if by_row else len(features)
-    names = _LOGITS_OF.get(task)
-    if names is None:
-        values = _load(run.output_of("teacher", LOGITS.format(""), stage), count)
-        return Extra(values, by_row, by_token=is_by_token(task))
-    files = {name: LOGITS.format(f"_{name}") for name in names}
-    arrays = {name: _load(run.output_of("teacher", file, stage), count) for name, file in files.items()}
-    return Extra(arrays, by_row, tuple(name for name in names if is_by_token(task, name)))
 
 
 def _finetune_objective(run: Run, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
@@ -347,23 +326,3 @@ def _dev_evaluation(run: Run, stage: str, start: Pretrained) -> Callable[[Params
         return {**run.score("dev", start, outputs).metrics, **kept}
 
     return evaluate
-
-
-def _load(path: Path, count: int) -> np.ndarray:
-    try:
-        array: np.ndarray = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{path}: damaged ({error}); delete {path.parent} to run stage {path.parent.name} again"
-        ) from error
-    if len(array) != count:
-        raise UserError(
-            f"{path}: has {len(array)} entries, the training data {count}; the data has changed since it "
-            "was written, choose another `workdir`"
-        )
-    return array
-
-
-def _create_npy(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A zeroed float32 .npy file as an array on disk: scores of a large data set do not fit in memory."""
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
