@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 from trbert_jax.errors import UserError
 
 TIMEOUT = 300  # seconds to wait for the others
+LONGER = 120  # seconds by which JAX's patience exceeds ours
+EXIT_USER_ERROR = 2
 
 
 def join(
@@ -20,6 +25,9 @@ def join(
 ) -> None:
     """Joins the other processes of a run; to be called before anything asks JAX for its devices.
 
+    Where the others do not come in time, says so on stderr and ends the process with code 2: nothing can be
+    raised while JAX waits.
+
     Args:
       coordinator: HOST:PORT of process 0; None to find everything in the environment (SLURM, Open MPI,
         Kubernetes, Cloud TPU), as JAX does.
@@ -28,13 +36,19 @@ def join(
       timeout: seconds to wait for the others.
 
     Raises:
-      UserError: nothing in the environment says what to join, or the coordinator cannot be reached.
+      UserError: nothing in the environment says what to join, nobody listens at the coordinator's address, or
+        somebody else does where process 0 should.
     """
     import jax
 
     if coordinator is None:
+        late = (
+            f"the processes that the environment names did not join each other within {timeout} s; look "
+            "whether all of them were started, at their network, or wait longer with --join-timeout"
+        )
         try:
-            jax.distributed.initialize(initialization_timeout=timeout)
+            with _ended_after(timeout, late):
+                jax.distributed.initialize(initialization_timeout=timeout + LONGER)
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"--distributed: the environment does not say which processes run together ({error}); it is "
@@ -43,14 +57,51 @@ def join(
             ) from error
         return
     host, port = _address(coordinator)
+    end = time.monotonic() + timeout
+    late = (
+        f"process {process_id} could not join within {timeout} s: {num_processes} processes were to meet at "
+        f"{coordinator}; "
+    )
     if process_id == 0:
         waiting = f"process 0 of {num_processes} waits at {coordinator} for the others, at most {timeout} s"
         sys.stderr.write(waiting + "\n")
         sys.stderr.flush()
+        late += "start the others, with the same address and --num-processes and each its own --process-id"
     else:
-        # JAX itself would end the process with a stack trace.
         _wait_for(host, port, timeout)
-    jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
+        late += "something listens there, look whether it is process 0 of this run and the others are started"
+    try:
+        with _ended_after(max(end - time.monotonic(), 1), late + ", or wait longer with --join-timeout"):
+            jax.distributed.initialize(
+                coordinator, num_processes, process_id, initialization_timeout=timeout + LONGER
+            )
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"process {process_id} of {num_processes} cannot join at {coordinator} ({reason}); look whether "
+            "another program has that port, and give each process its own --process-id"
+        ) from error
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, message: str) -> Iterator[None]:
+    """Ends the process with a message unless the block ends in time.
+
+    JAX, once its own time is over, would abort with a stack trace, which cannot be caught.
+    """
+
+    def end() -> None:
+        sys.stderr.write(f"trbert: error: {message}\n")
+        sys.stderr.flush()
+        os._exit(EXIT_USER_ERROR)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _address(coordinator: str) -> tuple[str, int]:
