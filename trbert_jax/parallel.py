@@ -26,6 +26,7 @@ AXES = (DATA, FSDP)
 STRATEGIES = ("jit", "pmap")
 # Arrays with fewer elements stay whole on every device: dividing them saves nothing and costs a message each.
 SMALLEST_DIVIDED = 4096
+LONGEST_MESSAGE = 4096  # bytes of a text that one process tells the others
 
 Tree = Any
 ROWS = PartitionSpec(AXES)  # the first axis are rows
@@ -84,9 +85,7 @@ class Layout:
         all_devices = list(self.mesh.devices.flat)
         mine = [i for i, device in enumerate(all_devices) if device.process_index == jax.process_index()]
         each = num_rows // len(all_devices)
-        return slice(
-            mine[0] * each, (mine[-1] + 1) * each
-        )  # jax.devices() lists a process's one after the other
+        return slice(mine[0] * each, (mine[-1] + 1) * each)  # `make_layout` puts them beside each other
 
     def by_rows(self, function: Callable[..., Any], out_specs: Any, batch_spec: Any = ROWS) -> Callable:
         """`function(params, batch, *others)` on each device's rows of `batch`; all else is whole on each."""
@@ -193,21 +192,100 @@ class Layout:
 
             multihost_utils.sync_global_devices(name)
 
+    def on_main(self, work: Callable[[], Any]) -> None:
+        """Has the first process do something while the others wait.
+
+        Raises:
+          UserError: `work` raised one there; in every process the same, so that none waits for another.
+          Exception: what else `work` raised, in the first process; a UserError in the others.
+        """
+        if self.num_processes == 1:
+            work()
+            return
+        from jax.experimental import multihost_utils
+
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                work()
+            except Exception as caught:  # raised again below, once the others know
+                error = caught
+        text = "" if error is None else str(error)
+        if error is not None and not isinstance(error, UserError):
+            text = f"process 0 failed, {type(error).__name__}: {text}"
+        found = multihost_utils.broadcast_one_to_all(_encoded(text))
+        if error is not None:
+            raise error
+        if message := _decoded(np.asarray(found)):
+            raise UserError(message)
+
+    def broadcast(self, text: str) -> str:
+        """What the first process says here, in every process; at most `LONGEST_MESSAGE` bytes of it."""
+        if self.num_processes == 1:
+            return text
+        from jax.experimental import multihost_utils
+
+        return _decoded(np.asarray(multihost_utils.broadcast_one_to_all(_encoded(text))))
+
+    def gather(self, value: np.ndarray) -> np.ndarray:
+        """The arrays of all processes, of equal shapes, [processes, ...]."""
+        if self.num_processes == 1:
+            return value[None]
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(value))
+
     def check_agreement(self, what: str, value: Any) -> None:
         """Raises a UserError in every process unless `value` (JSON-like) is the same in all."""
         if self.num_processes == 1:
             return
-        from jax.experimental import multihost_utils
-
         text = json.dumps(value, sort_keys=True, default=str)
-        digest = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint8)
-        found = np.asarray(multihost_utils.process_allgather(digest))
+        found = self.gather(np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint8))
         strange = [i for i, other in enumerate(found) if not np.array_equal(other, found[0])]
         if strange:
             raise UserError(
                 f"the processes do not agree on {what}: {', '.join(map(str, strange))} "
                 f"of {self.num_processes} differ from process 0; start all with the same one"
             )
+
+
+def _encoded(text: str) -> np.ndarray:
+    """A text in a fixed number of bytes, uint8 [LONGEST_MESSAGE], as processes can exchange it."""
+    return np.frombuffer(text.encode()[:LONGEST_MESSAGE].ljust(LONGEST_MESSAGE, b"\0"), np.uint8)
+
+
+def _decoded(values: np.ndarray) -> str:
+    return values.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="ignore")
+
+
+def check_layout(strategy: str, fsdp: int, num_devices: int) -> None:
+    """Raises a UserError unless so many devices can be laid out so.
+
+    Args:
+      strategy: jit or pmap.
+      fsdp: devices that share one copy of parameters and optimizer state.
+      num_devices: of all processes.
+    """
+    if strategy not in STRATEGIES:
+        raise UserError(f"parallel.strategy is {strategy!r}; expected one of {', '.join(STRATEGIES)}")
+    if num_devices % fsdp:
+        raise UserError(
+            f"parallel.fsdp is {fsdp}, which does not divide the {num_devices} devices there are; "
+            "set it to 1 or to a divisor"
+        )
+    if strategy == "pmap" and fsdp > 1:
+        raise UserError(
+            "parallel.fsdp needs parallel.strategy jit: with pmap every device holds all parameters"
+        )
+
+
+def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
+    """Raises a UserError unless so many devices can share a training stage's batches evenly."""
+    if batch_size % num_devices:
+        raise UserError(
+            f"{stage}.batch_size is {batch_size}, which {num_devices} devices cannot share evenly; set it to "
+            f"a multiple of {num_devices} (and {stage}.accumulation_steps so that their product stays)"
+        )
 
 
 def make_layout(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | None = None) -> Layout:
@@ -221,18 +299,10 @@ def make_layout(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] 
     Raises:
       UserError: an unknown strategy, or `fsdp` does not divide the number of devices.
     """
-    if strategy not in STRATEGIES:
-        raise UserError(f"parallel.strategy is {strategy!r}; expected one of {', '.join(STRATEGIES)}")
     devices = jax.devices() if devices is None else devices
-    if len(devices) % fsdp:
-        raise UserError(
-            f"parallel.fsdp is {fsdp}, which does not divide the {len(devices)} devices there are; "
-            "set it to 1 or to a divisor"
-        )
-    if strategy == "pmap" and fsdp > 1:
-        raise UserError(
-            "parallel.fsdp needs parallel.strategy jit: with pmap every device holds all parameters"
-        )
+    check_layout(strategy, fsdp, len(devices))
+    # Of a process one after the other, which JAX does not promise: each reads its own rows in one piece.
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(devices).reshape(-1, fsdp)
     return Layout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2), strategy)
 

@@ -18,8 +18,9 @@ from trbert_jax.errors import UserError
 from trbert_jax.metrics import flops
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import init_params
-from trbert_jax.parallel import SMALLEST_DIVIDED, STRATEGIES
+from trbert_jax.parallel import SMALLEST_DIVIDED, check_batch, check_layout
 from trbert_jax.training import optimizer
+from trbert_jax.training.residual import score_layers
 from trbert_jax.training.run import Run
 
 TRAINS = {
@@ -34,14 +35,14 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """A training stage on given devices.
+    """A stage on given devices.
 
     Attributes:
-      examples: in the training split.
+      examples: it reads; in evaluate those of the evaluated split.
       batch_size: examples of one pass over all devices.
       per_process, per_device: their shares.
       accumulation_steps: passes an update.
-      steps: updates.
+      steps: updates; in score, teacher and evaluate batches.
       flops: of the whole stage.
       parameters, optimizer, activations: bytes on one device.
     """
@@ -65,7 +66,7 @@ class StagePlan:
 
 
 def plan(run: Run, devices: int, processes: int) -> list[StagePlan]:
-    """Every training stage of a run on so many devices of so many processes.
+    """Every stage of a run on so many devices of so many processes.
 
     Raises:
       UserError: devices that do not divide a batch, the processes or the axes of the mesh.
@@ -73,18 +74,21 @@ def plan(run: Run, devices: int, processes: int) -> list[StagePlan]:
     config = run.config
     _check(config, devices, processes)
     model = run.base_model()
-    features = run.features("train", model)
-    trained = [stage for stage in config.stages if stage in TRAINS]
-    return [_plan_stage(run, stage, model.config, features, devices, processes) for stage in trained]
+    plans = []
+    for stage in config.stages:
+        features = run.features(config.evaluate.split if stage == "evaluate" else "train", model)
+        plan_one = _plan_stage if stage in TRAINS else _plan_computation
+        plans.append(plan_one(run, stage, model.config, features, devices, processes))
+    return plans
 
 
 def _check(config: RunConfig, devices: int, processes: int) -> None:
-    if config.parallel.strategy not in STRATEGIES:
-        raise UserError(f"parallel.strategy is {config.parallel.strategy!r}")
+    """What a run on these devices refuses before its first stage."""
     if devices % processes:
         raise UserError(f"--devices {devices}: {processes} processes cannot have equally many of them")
-    if devices % config.parallel.fsdp:
-        raise UserError(f"parallel.fsdp is {config.parallel.fsdp}, which does not divide {devices} devices")
+    check_layout(config.parallel.strategy, config.parallel.fsdp, devices)
+    for stage in (stage for stage in config.stages if stage in TRAINS):
+        check_batch(stage, getattr(config, stage).batch_size, devices)
 
 
 def _plan_stage(
@@ -92,11 +96,6 @@ def _plan_stage(
 ) -> StagePlan:
     config: TrainingConfig = getattr(run.config, stage)
     size, update = config.batch_size, config.batch_size * config.accumulation_steps
-    if size % devices:
-        raise UserError(
-            f"{stage}.batch_size is {size}, which {devices} devices cannot share evenly; "
-            f"set it to a multiple of {devices}"
-        )
     steps = config.max_steps or -(-len(features) // update) * config.epochs
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     trained, _ = optimizer.split_params(shapes, TRAINS[stage](model))
@@ -118,6 +117,57 @@ def _plan_stage(
     )
 
 
+def _plan_computation(
+    run: Run, stage: str, model: ModelConfig, features: FeatureSet, devices: int, processes: int
+) -> StagePlan:
+    """A stage without updates: batches are rounded up to what the devices share, parameters are on each."""
+    size = -(-getattr(run.config, stage).batch_size // devices) * devices
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    passes = _evaluations(run) if stage == "evaluate" else (1, 0)
+    dense = stage_flops(run.config, "score" if stage == "score" else "teacher", model, features.row_lengths)
+    total = passes[0] * dense.sum()
+    if passes[1]:
+        total += passes[1] * _reduced_flops(model, features.row_lengths).sum()
+    rows = size // devices * features.group
+    return StagePlan(
+        stage=stage,
+        examples=len(features),
+        batch_size=size,
+        per_process=size // processes,
+        per_device=size // devices,
+        accumulation_steps=1,
+        steps=sum(passes) * -(-len(features) // size),
+        flops=float(total),
+        parameters=_bytes(shapes, 1),
+        optimizer=0,
+        activations=_activation_bytes(run.config, stage, model, rows),
+    )
+
+
+def _evaluations(run: Run) -> tuple[int, int]:
+    """How often `evaluate` goes through its split, with a dense model and with a reduced one.
+
+    What questions without an answer need besides, to find their threshold, is not counted.
+    """
+    stages, settings = run.config.stages, run.config.evaluate
+    reduced: set[str] = {stage for stage in ("policy", "joint") if stage in stages}
+    if run.last_model_stage != "finetune":
+        reduced.add(run.last_model_stage)
+    others = len(settings.baselines) + len(settings.thresholds) if reduced else 0
+    return 1, len(reduced) + others
+
+
+def _reduced_flops(
+    model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None = None
+) -> np.ndarray:
+    """FLOPs of a forward pass over rows of these lengths that drops tokens, float64 [R]."""
+    shape = flops.EncoderShape.of(model)
+    points = len(shape.reduction_layers)
+    shares = [ASSUMED_KEPT ** (i + 1) for i in range(points)] if shares is None else shares
+    kept = np.stack([np.maximum(1, lengths * share).astype(int) for share in shares], 1)
+    return flops.exact_flops(shape, lengths, np.minimum(kept, lengths[:, None])).astype(np.float64)
+
+
 def stage_flops(
     config: RunConfig,
     stage: str,
@@ -132,7 +182,7 @@ def stage_flops(
 
     Args:
       config: of the run.
-      stage: a training stage.
+      stage: a training stage, score or teacher.
       model: its model.
       lengths: int [R], tokens of each row.
       shares: which part of a row's tokens is left after each point of reduction; None assumes that each point
@@ -140,16 +190,17 @@ def stage_flops(
     """
     shape = flops.EncoderShape.of(model)
     dense = flops.exact_dense_flops(shape, lengths).astype(np.float64)
+    layer = flops.layer_macs(lengths, shape.hidden_size, shape.intermediate_size)
+    if stage == "teacher":
+        return dense
+    if stage == "score":  # the gradient of states, not of parameters, by a few layers
+        return dense + 2.0 * (model.num_layers - 1 - score_layers(model)[1]) * layer
     if stage in ("finetune", "init"):
         return 3 * dense
     samples = config.policy.num_samples
     if stage == "joint":
         samples = config.joint.num_samples or samples
-    points = len(shape.reduction_layers)
-    shares = [ASSUMED_KEPT ** (i + 1) for i in range(points)] if shares is None else shares
-    kept = np.stack([np.maximum(1, lengths * share).astype(int) for share in shares], 1)
-    reduced = flops.exact_flops(shape, lengths, np.minimum(kept, lengths[:, None])).astype(np.float64)
-    layer = flops.layer_macs(lengths, shape.hidden_size, shape.intermediate_size)
+    reduced = _reduced_flops(model, lengths, shares)
     shared = 2.0 * shape.segments[0] * layer
     backward = 3 if stage == "joint" else 1  # the policy's gradient ends at the selectors
     return backward * (shared + samples * (reduced - shared))
@@ -169,15 +220,18 @@ def _activation_bytes(config: RunConfig, stage: str, model: ModelConfig, rows: i
     """What the backward pass of one micro-batch keeps on a device, rows as long as they can be.
 
     (34 H + 5 heads S) bytes a token and layer in 16 bit (Korthikanti et al., 2022, equation 1), twice that in
-    32 bit; with `remat` 2 H, and one layer in full. The policy keeps nothing: its encoder has no gradient.
+    32 bit; with `remat` 2 H, and one layer in full. The policy keeps nothing: its encoder has no gradient;
+    nor do teacher and evaluate. Score keeps the layers behind the one that it looks back to.
     """
     length, hidden = model.max_length, model.hidden_size
     size = 1 if config.model.dtype == "bfloat16" else 2
     full = size * (34 * hidden + 5 * model.num_heads * length)
     layers = model.num_layers
     tokens: float = rows * length
-    if stage == "policy":
+    if stage in ("policy", "teacher", "evaluate"):
         return int(tokens * full)
+    if stage == "score":
+        return int(tokens * full * (layers - score_layers(model)[1]))
     if stage == "joint":
         samples = config.joint.num_samples or config.policy.num_samples
         segments = flops.EncoderShape.of(model).segments
@@ -199,7 +253,7 @@ def lines(run: Run, devices: int, processes: int) -> Iterator[str]:
     )
     yield (
         f"{'stage':<9} {'examples':>9} {'batch':>6} {'/process':>8} {'/device':>7} {'passes':>6} "
-        f"{'updates':>8} {'PFLOPs':>9} {'parameters':>10} {'optimizer':>10} {'activations':>11}"
+        f"{'steps':>8} {'PFLOPs':>9} {'parameters':>10} {'optimizer':>10} {'activations':>11}"
     )
     for x in stages:
         yield (
@@ -208,7 +262,8 @@ def lines(run: Run, devices: int, processes: int) -> Iterator[str]:
             f"{_gib(x.optimizer):>10} {_gib(x.activations):>11}"
         )
     yield (
-        "estimates: memory on one device, gradients with the optimizer; activations of rows as long as they "
+        "steps: updates, in score, teacher and evaluate batches; estimates: "
+        "memory on one device, gradients with the optimizer; activations of rows as long as they "
         f"can be; {ASSUMED_KEPT:.0%} of the tokens kept at each point of reduction"
     )
 
