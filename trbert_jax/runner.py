@@ -31,6 +31,8 @@ from trbert_jax.modeling.heads import Logits
 from trbert_jax.modeling.model import Params, TokenReducingModel
 from trbert_jax.modeling.tasks import Rows, is_by_token
 
+# Called after each batch with the features, the examples of the batch, int [b], and its logits.
+AfterBatch = Callable[[FeatureSet, np.ndarray, Logits], None]
 # Name of the logits ("" where there is one array) and shape -> zeros, float32.
 Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
 
@@ -69,8 +71,15 @@ class Outputs:
 class Runner:
     """Runs a model over feature sets; one compilation a batch shape and rule, none after that."""
 
-    def __init__(self, model: TokenReducingModel, batch_size: int, programs: Programs | None = None) -> None:
+    def __init__(
+        self,
+        model: TokenReducingModel,
+        batch_size: int,
+        programs: Programs | None = None,
+        after_batch: AfterBatch | None = None,
+    ) -> None:
         self.model = model
+        self._after_batch = after_batch
         self.programs = programs or Programs(model)
         self.batch_size = self.programs.layout.rounded(batch_size)
 
@@ -181,6 +190,8 @@ class Runner:
             begun = time.perf_counter()
             output, keep = jax.block_until_ready(program(params, batch))
             seconds += time.perf_counter() - begun
+            if self._after_batch:
+                self._after_batch(features, index, output)
             store = store or LogitStore(config, features, output, allocate)
             store.put(index, rows, output)
             there = np.flatnonzero(rows >= 0)

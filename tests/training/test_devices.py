@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny_runs
 from safetensors.numpy import load_file
+from tiny_processes import TESTS, command, environment, run_processes
 
+from trbert_jax import parallel
 from trbert_jax.errors import UserError
 from trbert_jax.parallel import make_layout
 
-TESTS = Path(__file__).parent.parent
 MODEL = "model.safetensors"
 TRAINED = ("finetune", "init", "policy", "joint")
 NO_DROPOUT = {stage: {"dropout": False, "learning_rate": 1e-2} for stage in TRAINED}
-
-
-def environment(devices: int) -> dict[str, str]:
-    """Of a process with so many devices, which finds the helpers of the tests."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
-    }
 
 
 def check(name: str, *arguments: str) -> Any:
@@ -88,12 +81,21 @@ def test_bad_layouts() -> None:
         make_layout(fsdp=3)
 
 
+def test_a_process_reads_the_rows_of_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where JAX lists the devices of two processes in turn, as a TPU's topology may have it."""
+    devices: list[Any] = [SimpleNamespace(process_index=i % 2, id=i) for i in range(4)]
+    monkeypatch.setattr(
+        parallel, "Mesh", lambda grid, *axes, **types: SimpleNamespace(devices=grid, size=grid.size)
+    )
+    layout = make_layout(devices=devices)
+    order = [(device.process_index, device.id) for device in layout.mesh.devices.flat]
+    assert order == [(0, 0), (0, 2), (1, 1), (1, 3)]
+    for process, rows in enumerate((slice(0, 4), slice(4, 8))):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert layout.own_rows(8) == rows
+
+
 # Whole runs -----------------------------------------------------------------------------------------
-
-
-def command(config: Path, *arguments: str) -> list[str]:
-    call = "import sys; from trbert_jax.cli import main; sys.exit(main())"
-    return [sys.executable, "-W", "error", "-c", call, "train", "--config", str(config), *arguments]
 
 
 def run_all(config: Path, devices: int, *arguments: str) -> str:
@@ -162,94 +164,6 @@ def test_two_processes_with_two_devices_each(one_device: Path, tmp_path: Path) -
     assert_same_numbers(one_device, tmp_path)
 
 
-def run_processes(
-    configs: list[Path], *arguments: str, folders: list[Path] | None = None
-) -> list[tuple[int, str, str]]:
-    """One process a configuration, together: exit code, stdout and stderr of each."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            command(
-                config,
-                f"--coordinator=127.0.0.1:{port}",
-                f"--num-processes={len(configs)}",
-                f"--process-id={number}",
-                "--join-timeout=60",
-                *arguments,
-            ),
-            env=environment(2),
-            cwd=folders[number] if folders else None,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number, config in enumerate(configs)
-    ]
-    try:
-        ended = [process.communicate(timeout=500) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *out) for process, out in zip(processes, ended, strict=True)]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def test_processes_that_do_not_agree_are_told_before_the_first_step(tmp_path: Path) -> None:
-    tiny_runs.write_dataset(tmp_path / "data")
-    configs = []
-    for number in range(2):
-        (tmp_path / str(number)).mkdir()
-        workdir, data = str(tmp_path / "work"), {"name": "imdb", "path": str(tmp_path / "data")}
-        configs.append(
-            tiny_runs.write_config(tmp_path / str(number), workdir=workdir, data=data, seed=number)
-        )
-    outputs = run_processes(configs)
-    assert [code for code, _, _ in outputs] == [2, 2], outputs
-    for _, _, err in outputs:
-        assert "the processes do not agree on the configuration: 1 of 2 differ from process 0" in err
-    assert not (tmp_path / "work" / "finetune").exists()
-
-
-def test_processes_that_read_different_data_are_told_before_the_first_step(tmp_path: Path) -> None:
-    """As when one machine has an older copy: equal settings, one label changed."""
-    folders = [tmp_path / "0", tmp_path / "1"]
-    for folder in folders:
-        tiny_runs.write_dataset(folder / "data")
-    file = folders[1] / "data" / "train.jsonl"
-    first, rest = file.read_text(encoding="utf-8").split("\n", 1)
-    record = json.loads(first)
-    file.write_text(json.dumps(record | {"label": 1 - record["label"]}) + "\n" + rest, encoding="utf-8")
-    config = tiny_runs.write_config(tmp_path, data={"name": "imdb", "path": "data"})
-    outputs = run_processes([config, config], folders=folders)
-    assert [code for code, _, _ in outputs] == [2, 2], outputs
-    for _, _, err in outputs:
-        assert "the processes do not agree on what stage finetune trains on (settings, data): 1 of 2" in err
-    assert not (tmp_path / "work" / "finetune" / "checkpoints").exists()
-
-
-def test_a_coordinator_that_is_not_there(tmp_path: Path) -> None:
-    tiny_runs.write_dataset(tmp_path / "data")
-    port = free_port()
-    arguments = (f"--coordinator=127.0.0.1:{port}", "--num-processes=2", "--process-id=1", "--join-timeout=1")
-    process = subprocess.run(
-        command(tiny_runs.write_config(tmp_path), *arguments),
-        env=environment(1),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 2
-    assert f"the coordinator at 127.0.0.1:{port} could not be reached within 1 s" in process.stderr
-    assert "Traceback" not in process.stderr
-
-
 def test_devices_that_cannot_share_a_batch(tmp_path: Path) -> None:
     tiny_runs.write_dataset(tmp_path / "data")
     process = subprocess.run(
@@ -263,3 +177,17 @@ def test_devices_that_cannot_share_a_batch(tmp_path: Path) -> None:
     assert "finetune.batch_size is 8, which 3 devices cannot share evenly; set it to a multiple of 3" in (
         process.stderr
     )
+
+
+def test_a_later_stage_that_devices_cannot_share_is_told_first(tmp_path: Path) -> None:
+    tiny_runs.write_dataset(tmp_path / "data")
+    process = subprocess.run(
+        command(tiny_runs.write_config(tmp_path, policy={"batch_size": 3})),
+        env=environment(2),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert "policy.batch_size is 3, which 2 devices cannot share evenly" in process.stderr
+    assert not (tmp_path / "work").exists()

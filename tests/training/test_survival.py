@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
 
 from trbert_jax.cli import main
 from trbert_jax.config import TrainingConfig
+from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.parallel import single_device
 from trbert_jax.training import batches, loop
+from trbert_jax.training.finite import check_finite
 from trbert_jax.training.report import read_metrics
 from trbert_jax.training.steps import TrainState
 from trbert_jax.training.watch import Background, StepClock, StopRequest
@@ -88,9 +95,9 @@ def test_a_signal_after_the_last_update_is_not_lost() -> None:
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
         with StopRequest() as stop:
-            assert not stop.requested(1, single_device())
+            assert not stop.requested(single_device())
             signal.raise_signal(signal.SIGTERM)
-            assert stop.requested(2, single_device())
+            assert stop.requested(single_device())
             assert heard == []
         assert heard == [signal.SIGTERM]
     finally:
@@ -182,6 +189,51 @@ def test_what_is_not_finite_is_named_and_never_saved(
     assert "is nan at step" in err
     assert "no checkpoint is there; a smaller finetune.learning_rate" in err
     assert not list((tmp_path / "work" / "finetune" / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("stage", ["score", "teacher"])
+def test_what_is_not_finite_is_never_handed_to_a_later_stage(
+    whole: Path, tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fine-tuned model that makes NaN of one word: the first text with it is named."""
+    shutil.copytree(whole.parent.parent, tmp_path, dirs_exist_ok=True)
+    changes = {"stages": ["finetune", stage], "data": {"path": str(whole.parent.parent / "data")}}
+    config = tiny_runs.write_config(tmp_path, **ONE_STAGE | changes)
+    model = tmp_path / "work" / "finetune" / "model"
+    text = json.loads((tmp_path / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[3])["text"]
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    weights[name][tokenizer(text)["input_ids"][1]] = np.nan
+    save_file(weights, model / "model.safetensors")
+    assert main(["train", "--config", str(config)]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"error: {stage}: (loss|a logit) of example \S+ is not finite", err)
+    assert not list((tmp_path / "work" / stage).glob("*.npy"))
+
+
+def test_an_example_with_a_value_that_is_not_finite_is_named() -> None:
+    lengths = np.array([2, 3, 1, 2])
+    features = FeatureSet(
+        np.zeros(8, np.int32),
+        np.append(0, np.cumsum(lengths)),
+        None,
+        np.zeros(3, np.int32),
+        ["a", "b", "c"],
+        0,
+        "",
+        first_row=np.array([0, 1, 3, 4]),
+        group=2,
+    )
+    index = np.array([2, 1])  # in a batch of three: c and a row that fills, both rows of b, fillers
+    rows = np.zeros((6, 2, 4), np.float32)
+    rows[[1, 4, 5]] = np.nan  # none of them is a row of an example
+    check_finite("score", features, index, 3, {"score": rows, "loss": np.array([0, 0, np.nan])})
+    rows[3, 1, 2] = np.inf
+    with pytest.raises(UserError, match="score: score of example b is not finite"):
+        check_finite("score", features, index, 3, {"score": rows})
+    with pytest.raises(UserError, match="teacher: a logit of example c is not finite"):
+        check_finite("teacher", features, index, 3, {"a logit": {"kind": np.array([np.nan, 0, 0])}})
 
 
 @pytest.fixture

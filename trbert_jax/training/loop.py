@@ -8,6 +8,7 @@ and every random draw follow from the seed and the number of the update.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -88,9 +89,9 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
             check_finite()  # what is not finite is never saved
             with clock.part("checkpoint"):
                 saved = _checkpoint(training, updates.fetch(state, layout))
-                if layout.is_main:
-                    metric = None if evaluated is None else evaluated.get(training.metric)
-                    writer.submit(lambda: store.save(done, saved, metrics=evaluated, metric=metric))
+                metric = None if evaluated is None else evaluated.get(training.metric)
+                write = functools.partial(store.save, done, saved, metrics=evaluated, metric=metric)
+                layout.on_main(lambda: writer.submit(write))
 
         batches = read_ahead(training, start, width)
         for step in range(start, total):
@@ -107,22 +108,23 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
                 values = _floats(updates.fetch(metrics, layout))
                 check_finite()
                 rate = float(schedule(step))
-                report.log(done, {**values, "learning_rate": rate})
+                layout.on_main(functools.partial(report.log, done, {**values, "learning_rate": rate}))
                 report.log_speed(done, clock.rates(values, training.flops, _peak(layout)))
             report.progress(done, len(index))
             evaluated = None
             if done % eval_steps == 0 or done == total:
                 with clock.part("evaluation"):
                     evaluated = training.evaluate(current())
-                report.log(done, {f"dev_{k}": v for k, v in evaluated.items()})
-            stopping = done < total and stop.requested(done, layout)
+                scalars = {f"dev_{k}": v for k, v in evaluated.items()}
+                layout.on_main(functools.partial(report.log, done, scalars))
+            stopping = done < total and stop.requested(layout)
             if evaluated is not None or done % config.save_steps == 0 or stopping:
                 save(done, evaluated)
             if stopping:
-                writer.wait()
+                layout.on_main(writer.wait)
                 raise PreemptedError(f"{training.name}: told to stop; saved at step {done} of {total}")
+        layout.on_main(writer.wait)
 
-    layout.barrier(f"{training.name} saved")
     chosen = total
     if config.output == "best":
         chosen = store.best_step() or total
@@ -148,12 +150,14 @@ def _latest_state(
             restored = restore_state(store, step, state)
         except DamagedCheckpointError as error:
             layout.barrier(f"{training.name} found step {error.step} damaged")
-            if layout.is_main:
-                announce(f"{error.finding}; set aside as {store.set_aside(error.step)}")
-            layout.barrier(f"{training.name} set step {error.step} aside")
+            layout.on_main(functools.partial(_set_aside, store, error, announce))
             continue
         announce(f"{training.name}: going on from step {step} of {training.total_steps}")
         return step, restored
+
+
+def _set_aside(store: CheckpointStore, error: DamagedCheckpointError, announce: Announce) -> None:
+    announce(f"{error.finding}; set aside as {store.set_aside(error.step)}")
 
 
 def _peak(layout: Layout) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
@@ -21,7 +22,8 @@ from trbert_jax.evaluate import run_baselines, run_thresholds, summarize, write_
 from trbert_jax.files import atomic_directory, make_directory, write_json
 from trbert_jax.modeling.hf_config import model_config_to_dict
 from trbert_jax.modeling.pretrained import Pretrained
-from trbert_jax.runner import Outputs
+from trbert_jax.parallel import check_batch
+from trbert_jax.runner import Outputs, Runner
 from trbert_jax.task_data import Score
 from trbert_jax.task_data.base import QuestionData
 from trbert_jax.training import loop, stages
@@ -30,6 +32,7 @@ from trbert_jax.training.optimizer import merge_params, split_params
 from trbert_jax.training.report import plot_metrics
 from trbert_jax.training.run import Run
 from trbert_jax.training.steps import init_state
+from trbert_jax.training.watch import stop_here
 
 PACKAGES = (
     "trbert-jax",
@@ -72,11 +75,13 @@ def train(
     announce = announce if jax.process_index() == 0 else _say_nothing
     run = Run(config, announce, profile_steps)
     layout = run.layout
+    for stage in (stage for stage in chosen if stage not in _RUN):
+        check_batch(stage, getattr(config, stage).batch_size, layout.num_devices)
     if not layout.is_single:
         announce(layout.describe())
     if any(run.finished(stage) is None for stage in chosen if stage != "evaluate"):
         run.check_prepared()
-    run.claim()
+    run.claim(chosen)
     for stage in chosen:
         done = run.finished(stage)
         if done is not None:
@@ -84,25 +89,25 @@ def train(
             continue
         announce(f"{stage}: starting, files in {run.directory(stage)}")
         start = time.perf_counter()
-        if layout.is_main:
-            make_directory(run.directory(stage))
-        layout.barrier(f"starts {stage}")
+        layout.on_main(functools.partial(make_directory, run.directory(stage)))
+        stop_here(layout, f"before {stage}")
         summary = _RUN[stage](run) if stage in _RUN else stages.train_stage(run, stage)
         seconds = time.perf_counter() - start
         notes = {"data": run.data.notes} if run.data.notes else {}
-        if layout.is_main:
-            write_json(run.directory(stage) / "done.json", {**summary, **notes, "seconds": seconds})
-        layout.barrier(f"finished {stage}")
+        report = {**summary, **notes, "seconds": seconds}
+        layout.on_main(functools.partial(write_json, run.directory(stage) / "done.json", report))
         announce(f"{stage}: done in {seconds:.1f} s")
     results = collect_results(run)
-    if not layout.is_main:
-        return results
+    layout.on_main(lambda: _write_results(run, results))
+    announce("\n".join(results_table(run, results)))
+    return results
+
+
+def _write_results(run: Run, results: dict[str, Any]) -> None:
     write_json(run.workdir / "results.json", results)
     trained = [run.directory(stage) for stage in results["stages"] if stage not in _RUN]
     if trained:
         plot_metrics(trained, run.workdir / "curves.png")
-    announce("\n".join(results_table(run, results)))
-    return results
 
 
 def evaluate_stage(run: Run) -> dict[str, Any]:
@@ -114,7 +119,8 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
     for stage in dict.fromkeys(["finetune", *after, run.last_model_stage]):  # the last may be init
         model = run.load(stage, "evaluate")
         features = run.features(split, model)
-        runner = run.runner(model.config, settings.batch_size)
+        run.check_inputs("evaluate", model, (split,))
+        runner = _stoppable_runner(run, model)
         params = jax.device_put(model.params)
         execution = "dense" if stage == "finetune" else settings.execution
         outputs = runner.run(params, features, execution)
@@ -141,9 +147,17 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
                 )
             result |= _tune_null_threshold(run, model, execution, score.metrics)
     source = run.output_of(run.last_model_stage, "model", "evaluate")
-    if run.layout.is_main:
-        _export(run, source, model, result)
+    run.layout.on_main(lambda: _export(run, source, model, result))
     return {"split": split, "execution": settings.execution, **result}
+
+
+def _stoppable_runner(run: Run, model: Pretrained) -> Runner:
+    """Of several processes all stop after the same batch."""
+    return run.runner(
+        model.config,
+        run.config.evaluate.batch_size,
+        lambda *batch: stop_here(run.layout, "in evaluate"),
+    )
 
 
 def _export(run: Run, source: Path, model: Pretrained, result: Mapping[str, Any]) -> None:
@@ -168,7 +182,7 @@ def _tune_null_threshold(
     data, split = run.data, run.config.evaluate.split
     if not isinstance(data, QuestionData) or data.best_null_threshold(reported) is None:
         return {}
-    runner, params = run.runner(model.config, run.config.evaluate.batch_size), jax.device_put(model.params)
+    runner, params = _stoppable_runner(run, model), jax.device_put(model.params)
 
     def outputs(split: str) -> Outputs:
         return runner.run(params, run.features(split, model), execution)
@@ -196,14 +210,16 @@ def _write_answers(
     score: Score,
 ) -> None:
     """Predictions as the official scorer reads them; of labels, one JSON line an example."""
-    if not run.layout.is_main:
-        return
-    if run.data.task == "classification" and not score.files:
-        path = directory / f"predictions{suffix}.jsonl"
-        write_predictions(path, outputs, features, model.config.labels)
-    for name, content in score.files.items():
-        path = directory / name
-        write_json(path.with_stem(path.stem + suffix), content)
+
+    def write() -> None:
+        if run.data.task == "classification" and not score.files:
+            path = directory / f"predictions{suffix}.jsonl"
+            write_predictions(path, outputs, features, model.config.labels)
+        for name, content in score.files.items():
+            path = directory / name
+            write_json(path.with_stem(path.stem + suffix), content)
+
+    run.layout.on_main(write)
 
 
 def evaluate_all_checkpoints(config: RunConfig, announce: Announce = print) -> dict[str, Any]:

@@ -13,12 +13,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trbert_jax.config import STAGES, RunConfig, diff_configs, load_config, to_dict
 from trbert_jax.data.features import FeatureSet, prepare_tokenizer
@@ -32,7 +35,7 @@ from trbert_jax.modeling.model import TokenReducingModel, init_params
 from trbert_jax.modeling.pretrained import Pretrained, load_pretrained
 from trbert_jax.modeling.tokenizer_files import load_tokenizer, read_line_breaks_as_spaces
 from trbert_jax.parallel import Layout, make_layout
-from trbert_jax.runner import Outputs, Runner
+from trbert_jax.runner import AfterBatch, Outputs, Runner
 from trbert_jax.task_data import Score, TaskData, load_task_data
 from trbert_jax.task_data.base import QuestionData
 
@@ -50,6 +53,7 @@ _FREE_KEYS = (
 )
 # What only the last stage reads: free until that has finished.
 _EVALUATION_KEYS = ("evaluate.split", "evaluate.baselines", "evaluate.thresholds")
+SHARED_TIMEOUT = 20  # seconds that a file of one process may take to show in another
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -89,16 +93,37 @@ class Run:
         """Folder of a stage."""
         return self.workdir / stage
 
-    def claim(self) -> None:
-        """Makes the work directory this configuration's own.
+    def claim(self, stages: Sequence[str]) -> None:
+        """Makes the work directory this configuration's own, to run these stages in.
 
         Raises:
-          UserError: it belongs to another one (with what differs), or cannot be written to.
+          UserError: it belongs to another one (with what differs), or cannot be written to; processes that do
+            not agree on what to run, or have different work directories.
         """
         self.layout.check_agreement("the configuration", to_dict(self.config))
-        if self.layout.is_main:
-            self._claim()
-        self.layout.barrier("claimed the work directory")
+        self.layout.check_agreement("the stages to run (--stages)", list(stages))
+        self.layout.on_main(self._claim)
+        self._check_shared()
+
+    def _check_shared(self) -> None:
+        """Raises a UserError in every process unless all see the same work directory."""
+        if self.layout.num_processes == 1:
+            return
+        name = self.layout.broadcast(f".seen-by-all-{uuid.uuid4().hex}")
+        file = self.workdir / name
+        self.layout.on_main(lambda: write_json(file, None))
+        # A network file system may show it late.
+        end = time.monotonic() + SHARED_TIMEOUT
+        while not (found := file.exists()) and time.monotonic() < end:
+            time.sleep(0.2)
+        seen = self.layout.gather(np.asarray(found, np.int32))
+        self.layout.on_main(lambda: file.unlink(missing_ok=True))
+        if not seen.all():
+            without = ", ".join(map(str, np.flatnonzero(seen == 0)))
+            raise UserError(
+                f"{self.workdir}: process {without} of {self.layout.num_processes} has another directory of "
+                "that name than process 0; `workdir` must be on a file system that all of them share"
+            )
 
     def _claim(self) -> None:
         make_directory(self.workdir)
@@ -118,6 +143,15 @@ class Run:
                     f"{path}: is not a run's configuration, and would be overwritten; a `workdir` is a folder"
                     " of its own, not a model's: choose another"
                 )
+
+    def check_inputs(self, stage: str, model: Pretrained, splits: Sequence[str]) -> None:
+        """Raises a UserError in every process unless all have the same parameters and data for a stage."""
+        if self.layout.num_processes == 1:
+            return
+        self.layout.check_agreement(f"the parameters that stage {stage} starts from", _digest(model.params))
+        for split in splits:
+            digest = self.features(split, model).digest
+            self.layout.check_agreement(f"the data of split {split} in stage {stage}", digest)
 
     def check_owner(self) -> None:
         """Raises `UserError` where the work directory belongs to another configuration."""
@@ -249,10 +283,10 @@ class Run:
     def _programs(self, config: ModelConfig) -> Programs:
         return Programs(self.module(config), self.layout)
 
-    def runner(self, config: ModelConfig, batch_size: int) -> Runner:
+    def runner(self, config: ModelConfig, batch_size: int, after_batch: AfterBatch | None = None) -> Runner:
         """Runs models of this shape; what one stage has compiled the next ones need not compile again."""
         programs = self._programs(config)
-        return Runner(programs.model, batch_size, programs)
+        return Runner(programs.model, batch_size, programs, after_batch)
 
     # Data ---------------------------------------------------------------------------------------
 
@@ -339,6 +373,15 @@ class Run:
             "examples": len(features),
             "data": features.digest,
         }
+
+
+def _digest(params: Any) -> str:
+    """Of the names, shapes and values of arrays."""
+    found = hashlib.blake2b(digest_size=16)
+    for path, array in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
 
 
 def _stored_config(path: Path) -> dict[str, Any]:

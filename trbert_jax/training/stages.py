@@ -26,10 +26,12 @@ from trbert_jax.parallel import ROWS
 from trbert_jax.training import loop, objectives, optimizer, plan, residual
 from trbert_jax.training.batches import Training
 from trbert_jax.training.extras import LOGITS, SCORES, stage_extras
+from trbert_jax.training.finite import check_finite
 from trbert_jax.training.report import StageReport
 from trbert_jax.training.row_files import RowFiles, params_digest
 from trbert_jax.training.run import Run
 from trbert_jax.training.steps import ObjectiveFn
+from trbert_jax.training.watch import stop_here
 
 FORWARD: dict[str, objectives.Execute] = {"packed": packed_forward, "masked": forward}
 LOSSES = "losses.npy"  # of the examples that are scored; for their mean only
@@ -79,33 +81,27 @@ def prepare(run: Run, stage: str) -> Prepared:
 def train_stage(run: Run, stage: str) -> dict[str, Any]:
     """Runs a training stage and writes its model; returns what to remember of it."""
     prepared = prepare(run, stage)
-    _check_divides(run, stage, prepared.training)
+    what = f"what stage {stage} trains on (settings, data)"
+    run.layout.check_agreement(what, prepared.training.fingerprint)
+    run.check_inputs(stage, prepared.start, ("dev",))
     params, summary = loop.run(prepared.training, prepared.start.params, run.announce)
-    if run.layout.is_main:
-        save_pretrained(
+    run.layout.on_main(
+        functools.partial(
+            save_pretrained,
             run.directory(stage) / "model",
             prepared.start.config,
             jax.device_get(params),
             prepared.start.tokenizer,
             leave_out=("selectors",) if stage == "finetune" else (),
         )
+    )
     return summary
-
-
-def _check_divides(run: Run, stage: str, training: Training) -> None:
-    """Before any training: the devices must share a batch evenly, and all hosts train on the same data."""
-    size, devices = training.config.batch_size, run.layout.num_devices
-    if size % devices:
-        raise UserError(
-            f"{stage}.batch_size is {size}, which {devices} devices cannot share evenly; "
-            f"set it to a multiple of {devices} (and {stage}.accumulation_steps so that their product stays)"
-        )
-    run.layout.check_agreement(f"what stage {stage} trains on (settings, data)", training.fingerprint)
 
 
 def score_stage(run: Run) -> dict[str, Any]:
     """Residual scores of all training tokens: `scores.npy`, float32 [rows, stages, max_length]."""
     model = run.load("finetune", "score")
+    run.check_inputs("score", model, ("train",))
     features, module = run.features("train", model), run.module(model.config)
     layout, width_limit = run.layout, model.config.max_length
     size = layout.rounded(run.config.score.batch_size)
@@ -131,10 +127,12 @@ def score_stage(run: Run) -> dict[str, Any]:
             found = score(params, layout.place_rows(pad_batch(features, index, size, width)))
             values, loss = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), found)
             rows = batch_rows(features, index, size)
+            check_finite("score", features, index, size, {"loss": loss, "score": values})
             scores[rows[rows >= 0], :, :width] = values[rows >= 0]
             losses[index] = loss[: len(index)]
             report.progress(step, len(index))
             files.progress(step)
+            stop_here(layout, "in score")
         if not layout.is_main:  # it has kept nothing
             return {}
         files.finish(SCORES)
@@ -149,8 +147,13 @@ def teacher_stage(run: Run) -> dict[str, Any]:
     Where there are several arrays, `logits_NAME.npy` each.
     """
     model = run.load("finetune", "teacher")
+    run.check_inputs("teacher", model, ("train",))
     features = run.features("train", model)
-    runner = run.runner(model.config, run.config.teacher.batch_size)
+
+    def after_batch(features: FeatureSet, index: np.ndarray, logits: Any) -> None:
+        check_finite("teacher", features, index, runner.batch_size, {"a logit": logits})
+
+    runner = run.runner(model.config, run.config.teacher.batch_size, after_batch)
     steps = runner.num_batches(features)
     fingerprint = {
         **run.fingerprint("teacher", features),
@@ -172,6 +175,7 @@ def teacher_stage(run: Run) -> dict[str, Any]:
         def progress(step: int, num_examples: int) -> None:
             report.progress(step, num_examples)
             files.progress(step)
+            stop_here(run.layout, "in teacher")
 
         outputs = runner.run(model.params, features, "dense", progress, allocate=allocate, start=files.start)
         if not run.layout.is_main:  # it has kept nothing

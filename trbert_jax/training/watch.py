@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from trbert_jax.errors import PreemptedError
 from trbert_jax.parallel import Layout
 
 Announce = Callable[[str], None]
@@ -51,6 +53,30 @@ class Background:
             self._pool.shutdown()
 
 
+# How often this process has asked JAX whether to stop. JAX answers yes at one number only, one above the
+# highest that any process has asked with: the numbers must rise, through all stages, and no yes be ignored.
+_ASKED = itertools.count(1)
+
+
+def all_told_to_stop(layout: Layout) -> bool:
+    """Whether SIGTERM has reached one of several processes; all must ask, equally often.
+
+    They get the same answer, and yes only once: whoever asks has to stop then. Of a single process always
+    no, `StopRequest` and the command line listen there.
+    """
+    if layout.num_processes == 1:
+        return False
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.reached_preemption_sync_point(next(_ASKED)))
+
+
+def stop_here(layout: Layout, where: str) -> None:
+    """Raises a PreemptedError in all of several processes once one was told to stop; nothing needs saving."""
+    if all_told_to_stop(layout):
+        raise PreemptedError(f"told to stop {where}")
+
+
 class StopRequest:
     """Notices SIGTERM, which launchers send before they kill; a context manager.
 
@@ -63,13 +89,9 @@ class StopRequest:
         # Only the main thread may say what signals do; elsewhere nobody is listened to.
         self._listens = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
 
-    def requested(self, step: int, layout: Layout) -> bool:
+    def requested(self, layout: Layout) -> bool:
         """Whether to stop after this update; the same in every process."""
-        if layout.num_processes > 1:
-            from jax.experimental import multihost_utils
-
-            return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self._asked.is_set()
+        return self._asked.is_set() or all_told_to_stop(layout)
 
     def __enter__(self) -> Self:
         if self._listens:
