@@ -18,7 +18,7 @@ import numpy as np
 
 from trbert_jax.config import InitConfig, JointConfig, PolicyConfig, TrainingConfig
 from trbert_jax.data.batching import batch_rows, length_batches, pad_batch, width_ladder
-from trbert_jax.errors import UserError
+from trbert_jax.data.features import FeatureSet
 from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward
 from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.pretrained import Pretrained, save_pretrained
