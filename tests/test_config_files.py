@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import config_reads
 import pytest
 
 from trbert_jax import config as config_module
@@ -118,18 +118,48 @@ def test_every_field_is_explained(cls: type) -> None:
     assert set(cls.__annotations__) - inherited <= explained
 
 
-@pytest.fixture(scope="module")
-def attributes_read() -> set[str]:
-    """Names of all attributes that the package, its configuration code aside, reads."""
-    names: set[str] = set()
-    for path in (ROOT / "trbert_jax").rglob("*.py"):
-        if not path.name.startswith("config") or path.parent.name != "trbert_jax":
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
-            names.update(node.attr for node in attributes if isinstance(node.ctx, ast.Load))
-    return names
+# The code that makes and checks a configuration is not what reads it.
+SOURCES = [
+    path
+    for path in (ROOT / "trbert_jax").rglob("*.py")
+    if not path.name.startswith("config") or path.parent.name != "trbert_jax"
+]
 
 
-@pytest.mark.parametrize("key", dotted_keys(RunConfig))
-def test_every_key_is_read_by_something(key: str, attributes_read: set[str]) -> None:
-    assert key.rpartition(".")[2] in attributes_read
+def unread(paths: list[Path]) -> list[str]:
+    """Keys of whose section, or of what all its kind have in common, no expression reads the field."""
+    found = config_reads.reads(paths, RunConfig)
+    return [key for key in dotted_keys(RunConfig) if not is_read(key, found)]
+
+
+def is_read(key: str, found: set[tuple[type, str]]) -> bool:
+    *sections, field = key.split(".")
+    cls: Any = RunConfig
+    for name in sections:
+        cls = get_type_hints(cls)[name]
+    return any((parent, field) in found for parent in cls.__mro__)
+
+
+def test_every_key_is_read_by_something() -> None:
+    assert unread(SOURCES) == []
+
+
+def test_a_key_of_the_same_name_elsewhere_is_no_reader(tmp_path: Path) -> None:
+    """The test of the test: as if `policy.alpha` were all that anybody read."""
+    source = tmp_path / "reader.py"
+    source.write_text(
+        "def loss(run: Run):\n"
+        "    config: PolicyConfig = run.config.policy\n"
+        "    return config.alpha * run.weight_decay\n"
+    )
+    keys = dotted_keys(RunConfig)
+    assert unread([source]) == [key for key in keys if key != "policy.alpha"]
+    source.write_text("def rate(config: TrainingConfig):\n    return config.learning_rate\n")
+    stages = {f"{stage}.learning_rate" for stage in ("finetune", "init", "policy", "joint")}
+    assert set(keys) - set(unread([source])) == stages
+    source.write_text(
+        "def shape(config: RunConfig):\n"
+        "    a, b = config.seed, config.model\n"
+        "    return b.scratch.num_heads\n"
+    )
+    assert set(keys) - set(unread([source])) == {"seed", "model.scratch.num_heads"}
