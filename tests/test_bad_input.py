@@ -143,6 +143,12 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(batches, "update_batches", interrupted)
 
 
+def scores_of_other_data() -> None:
+    Path("work/score").mkdir()
+    Path("work/score/done.json").write_text('{"data_digest": "another"}', encoding="utf-8")
+    np.save("work/score/scores.npy", np.zeros((SIZES["train"], 2, 16), np.float32))
+
+
 def cut_scores() -> None:
     Path("work/score").mkdir()
     Path("work/score/done.json").write_text("{}", encoding="utf-8")
@@ -387,6 +393,13 @@ RUN_CASES = [
         "train --config config.yaml --stages policy",
         ("work/score/scores.npy: damaged", "delete work/score to run stage score again"),
         cut_scores,
+        start="finetuned",
+    ),
+    Case(
+        "scores of other data",
+        "train --config config.yaml --stages policy",
+        ("work/score/scores.npy: has 8 entries, of other training data", "delete work/score"),
+        scores_of_other_data,
         start="finetuned",
     ),
     Case(

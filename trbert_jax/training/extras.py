@@ -19,6 +19,7 @@ from trbert_jax.training import residual
 from trbert_jax.training.batches import Extra
 from trbert_jax.training.run import Run
 
+DATA_DIGEST = "data_digest"  # in what a finished stage says of itself: the examples it was about
 SCORES, LOGITS = "scores.npy", "logits{}.npy"
 _LOGITS_OF = {"multi_hop": ("span", "kind", "sentence")}  # tasks whose logits are several arrays
 
@@ -42,7 +43,7 @@ def stage_extras(run: Run, stage: str, features: FeatureSet, task: str) -> dict[
 
 def residual_scores(run: Run, stage: str, features: FeatureSet) -> Any:
     """Residual scores, to be indexed by rows; of rows that decide together on what they share, their sum."""
-    scores = _load(run.output_of("score", SCORES, stage), features.num_rows)
+    scores = _load(run, run.output_of("score", SCORES, stage), features, features.num_rows)
     return GroupSums(scores, features.group) if "shared_length" in features.row_targets else scores
 
 
@@ -88,23 +89,25 @@ def _teacher_logits(run: Run, stage: str, features: FeatureSet, task: str) -> Ex
     count = features.num_rows if by_row else len(features)
     names = _LOGITS_OF.get(task)
     if names is None:
-        values = _load(run.output_of("teacher", LOGITS.format(""), stage), count)
+        values = _load(run, run.output_of("teacher", LOGITS.format(""), stage), features, count)
         return Extra(values, by_row, by_token=is_by_token(task))
-    files = {name: LOGITS.format(f"_{name}") for name in names}
-    arrays = {name: _load(run.output_of("teacher", file, stage), count) for name, file in files.items()}
+    paths = {name: run.output_of("teacher", LOGITS.format(f"_{name}"), stage) for name in names}
+    arrays = {name: _load(run, path, features, count) for name, path in paths.items()}
     return Extra(arrays, by_row, tuple(name for name in names if is_by_token(task, name)))
 
 
-def _load(path: Path, count: int) -> np.ndarray:
+def _load(run: Run, path: Path, features: FeatureSet, count: int) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{path}: damaged ({error}); delete {path.parent} to run stage {path.parent.name} again"
         ) from error
-    if len(array) != count:
+    # Rows belong together by their place: data in another order would go unnoticed by its number.
+    digest = (run.finished(path.parent.name) or {}).get(DATA_DIGEST, features.digest)
+    if len(array) != count or digest != features.digest:
         raise UserError(
-            f"{path}: has {len(array)} entries, the training data {count}; the data has changed since it "
-            "was written, choose another `workdir`"
+            f"{path}: has {len(array)} entries, of other training data than the {count} of now; delete "
+            f"{path.parent} to run stage {path.parent.name} again, or choose another `workdir`"
         )
     return array

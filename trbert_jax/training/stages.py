@@ -25,7 +25,7 @@ from trbert_jax.modeling.pretrained import Pretrained, save_pretrained
 from trbert_jax.parallel import ROWS
 from trbert_jax.training import loop, objectives, optimizer, plan, residual
 from trbert_jax.training.batches import Training
-from trbert_jax.training.extras import LOGITS, SCORES, stage_extras
+from trbert_jax.training.extras import DATA_DIGEST, LOGITS, SCORES, stage_extras
 from trbert_jax.training.finite import check_finite
 from trbert_jax.training.report import StageReport
 from trbert_jax.training.row_files import RowFiles, params_digest
@@ -138,7 +138,7 @@ def score_stage(run: Run) -> dict[str, Any]:
         files.finish(SCORES)
         result = {"loss": float(np.asarray(losses).mean(dtype=np.float64))}
         report.log(len(batches), result)
-    return result
+    return {**result, DATA_DIGEST: features.digest}
 
 
 def teacher_stage(run: Run) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def teacher_stage(run: Run) -> dict[str, Any]:
         files.finish(*names)
         metrics = {"accuracy": outputs.accuracy} if features.has_labels else {}
         report.log(steps, metrics)
-    return metrics
+    return {**metrics, DATA_DIGEST: features.digest}
 
 
 def _say_start(run: Run, stage: str, start: int, total: int) -> None:
