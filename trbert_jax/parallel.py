@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ SMALLEST_DIVIDED = 4096
 LONGEST_MESSAGE = 4096  # bytes of a text that one process tells the others
 
 Tree = Any
+T = TypeVar("T")
 ROWS = PartitionSpec(AXES)  # the first axis are rows
 WHOLE = PartitionSpec()
 KEPT = PartitionSpec(None, AXES)  # [points of reduction, rows, positions]
@@ -143,9 +144,11 @@ class Layout:
         """Inside a program: results divided over `fsdp` as `divide` does."""
         if self.is_single:
             return tree
-        return jax.tree.map(
-            lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec_of(x))), tree
-        )
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.sharding_of(x)), tree)
+
+    def sharding_of(self, array: Any) -> NamedSharding:
+        """How `divide` lays an array (or what has its shape)."""
+        return NamedSharding(self.mesh, self.spec_of(array))
 
     def spec_of(self, array: Any) -> PartitionSpec:
         """Where an array is divided: along its longest axis that `fsdp` divides, if it is worth it."""
@@ -210,14 +213,33 @@ class Layout:
                 work()
             except Exception as caught:  # raised again below, once the others know
                 error = caught
-        text = "" if error is None else str(error)
-        if error is not None and not isinstance(error, UserError):
-            text = f"process 0 failed, {type(error).__name__}: {text}"
-        found = multihost_utils.broadcast_one_to_all(_encoded(text))
+        found = multihost_utils.broadcast_one_to_all(_encoded(_told(error, 0)))
         if error is not None:
             raise error
         if message := _decoded(np.asarray(found)):
             raise UserError(message)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work`, which waits for no other process, returns in this one, once it has ended in all.
+
+        Raises:
+          UserError: `work` raised an error in another process.
+          Exception: `work` raised it here.
+        """
+        if self.num_processes == 1:
+            return work()
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as caught:  # raised again below, once the others know
+            error = caught
+        said = [_decoded(text) for text in self.gather(_encoded(_told(error, jax.process_index())))]
+        if error is not None:
+            raise error
+        for number, message in enumerate(said):
+            if message:
+                raise UserError(f"in process {number}: {message}")
+        return result
 
     def broadcast(self, text: str) -> str:
         """What the first process says here, in every process; at most `LONGEST_MESSAGE` bytes of it."""
@@ -247,6 +269,15 @@ class Layout:
                 f"the processes do not agree on {what}: {', '.join(map(str, strange))} "
                 f"of {self.num_processes} differ from process 0; start all with the same one"
             )
+
+
+def _told(error: Exception | None, process: int) -> str:
+    """What other processes are told of an error."""
+    if error is None:
+        return ""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"process {process} failed, {type(error).__name__}: {error}"
 
 
 def _encoded(text: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.tiles import Tiling
 from trbert_jax.parallel import KEPT, ROWS, Layout, make_layout, single_device
 from trbert_jax.training import objectives, optimizer, steps
-from trbert_jax.training.steps import init_state, update_step
+from trbert_jax.training.steps import update_step
 
 parallel.SMALLEST_DIVIDED = 64  # so that a tiny model has something to divide
 CONFIG = dataclasses.replace(tiny_models.BERT, num_layers=2)
@@ -91,7 +91,7 @@ def update_batch(number: int, accumulation_steps: int) -> dict[str, np.ndarray]:
 def start(stage: str, layout: Layout) -> tuple[Any, Any, Any, Any]:
     adamw = optimizer.adamw(optimizer.linear_schedule(1e-2, UPDATES, 2), CONFIG, epsilon=1e-4)
     trained, frozen = optimizer.split_params(jax.tree.map(jnp.asarray, PARAMS), TRAINS[stage])
-    state = steps.place_state(init_state(trained, adamw), layout)
+    state = steps.first_state(jax.tree.map(np.asarray, trained), adamw, layout)
     rng = jax.random.key(3)
     rng = rng if layout.strategy == "pmap" else layout.replicate(rng)
     return adamw, state, steps.place_frozen(frozen, layout), rng

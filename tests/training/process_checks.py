@@ -53,6 +53,7 @@ def main(port: str, number: int, config: str) -> dict[str, str]:
         "user": outcome(lambda: layout.on_main(lambda: fail(UserError("no räum left")))),
         "long": outcome(lambda: layout.on_main(lambda: fail(UserError("x" * 9999)))),
         "other": outcome(lambda: layout.on_main(lambda: fail(ValueError("what is that")))),
+        "one fails": outcome(lambda: layout.together(lambda: fail(UserError("no file")) if number else None)),
         "same directory": outcome(lambda: run.claim(["finetune"])),
         "stages": outcome(lambda: run.claim(["finetune", "score"][: number + 1])),
     }

@@ -81,6 +81,8 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
     assert main.pop("other") == "ValueError: what is that"
     assert other.pop("other") == "UserError: process 0 failed, ValueError: what is that"
     assert len(main.pop("long")) > len(other.pop("long")) > 4000
+    assert main.pop("one fails") == "UserError: in process 1: no file"
+    assert other.pop("one fails") == "UserError: no file"
     for found in (main, other):
         assert "process 1 of 2 has another directory of that name than process 0" in found.pop("apart")
     assert main == other

@@ -174,8 +174,7 @@ def test_without_a_whole_checkpoint_the_stage_starts_again(tmp_path: Path) -> No
     store.save(3, loop._checkpoint(training, state(3)))
     (store.folder(3) / "manifest.json").unlink()
     step, restored = loop._latest_state(training, store, state(0), said.append)
-    assert step == 0
-    jax.tree.map(np.testing.assert_array_equal, restored, state(0))
+    assert (step, restored) == (0, None)
 
 
 def test_what_is_not_finite_is_named_and_never_saved(
@@ -204,7 +203,7 @@ def test_what_is_not_finite_is_never_handed_to_a_later_stage(
     weights = load_file(model / "model.safetensors")
     name = next(name for name in weights if name.endswith("word_embeddings.weight"))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    weights[name][tokenizer(text)["input_ids"][1]] = np.nan
+    weights[name][tokenizer(text)["input_ids"][1]] = 3e38  # the sum over a token is not finite
     save_file(weights, model / "model.safetensors")
     assert main(["train", "--config", str(config)]) == 2
     err = capsys.readouterr().err.splitlines()[-1]

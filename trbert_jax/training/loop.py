@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.checkpoint import CheckpointStore, DamagedCheckpointError
@@ -51,13 +50,18 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
     """
     layout, config = training.layout, training.config
     adamw, schedule = training.optimizer()
-    trained, frozen = optim.split_params(jax.tree.map(jnp.asarray, params), training.trains)
+    # On the host until each array goes where it belongs: a device may be too small for all of them.
+    trained, frozen = optim.split_params(jax.tree.map(np.asarray, params), training.trains)
     store = training.checkpoints(announce)
-    start, state = _latest_state(training, store, init_state(trained, adamw), announce)
+    like = jax.eval_shape(functools.partial(init_state, optimizer=adamw), trained)
+    start, restored = _latest_state(training, store, like, announce)
     total = training.total_steps
 
     step_fn = updates.update_step(training.make_objective(total), adamw, layout)
-    state = updates.place_state(state, layout)
+    if restored is None:
+        state = updates.first_state(trained, adamw, layout)
+    else:
+        state = updates.place_state(restored, layout)
     placed = updates.place_frozen(frozen, layout)
     rng = jax.random.fold_in(jax.random.key(training.seed), _stage_number(training.name))
     rng = rng if layout.strategy == "pmap" else layout.replicate(rng)
@@ -66,13 +70,11 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
 
     def current() -> Params:
         if layout.is_single and layout.strategy == "jit":
-            return optim.merge_params(state.trained, frozen)
+            return optim.merge_params(state.trained, placed)
         return optim.merge_params(updates.fetch(state.trained, layout), frozen)
 
     with contextlib.ExitStack() as stack:
-        report = stack.enter_context(
-            StageReport(training.directory, training.name, total, start, silent=not layout.is_main)
-        )
+        report = stack.enter_context(_open_report(training, start))
         stop = stack.enter_context(StopRequest())
         writer = stack.enter_context(Background())
         profile = stack.enter_context(
@@ -130,24 +132,31 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
         chosen = store.best_step() or total
     result = current()
     if chosen != total:
-        like = init_state(trained, adamw)
         result = optim.merge_params(restore_state(store, chosen, like).trained, frozen)
     summary = {"steps": total, "output_step": chosen, "best_step": store.best_step()}
     return result, summary
 
 
+def _open_report(training: Training, start: int) -> StageReport:
+    """The first process writes it; where that cannot, none goes on."""
+    make = functools.partial(StageReport, training.directory, training.name, training.total_steps, start)
+    opened: list[StageReport] = []
+    training.layout.on_main(lambda: opened.append(make()))
+    return opened[0] if opened else make(silent=True)
+
+
 def _latest_state(
-    training: Training, store: CheckpointStore, state: TrainState, announce: Announce
-) -> tuple[int, TrainState]:
-    """The state to go on from and its step: the last checkpoint that is whole, else the beginning."""
+    training: Training, store: CheckpointStore, like: TrainState, announce: Announce
+) -> tuple[int, TrainState | None]:
+    """The step to go on from and its state, of the last checkpoint that is whole; None at the beginning."""
     layout = training.layout
     layout.barrier(f"{training.name} looks for checkpoints")
     while True:
         try:
             step = store.latest_step()
             if step is None:
-                return 0, state
-            restored = restore_state(store, step, state)
+                return 0, None
+            restored = restore_state(store, step, like)
         except DamagedCheckpointError as error:
             layout.barrier(f"{training.name} found step {error.step} damaged")
             layout.on_main(functools.partial(_set_aside, store, error, announce))
@@ -198,7 +207,9 @@ def _checkpoint(training: Training, state: TrainState) -> dict[str, Any]:
 
 
 def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainState:
-    """The state at a checkpoint, however many devices wrote it; `like` has its structure and shapes.
+    """The state at a checkpoint, on the host, however many devices wrote it.
+
+    `like` has its structure and shapes.
 
     Raises:
       DamagedCheckpointError: a file of it is not as it was written.
@@ -207,10 +218,7 @@ def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainS
     template = {"trained": host[0], "opt_state": host[1], "step": np.asarray(0, np.int32)}
     template |= {name: np.asarray(0, np.int64) for name in ("seed", "epoch", "position")}
     saved = store.restore(step, template)
-    # Copies on the device: the step donates its state's buffers.
-    return jax.tree.map(
-        jnp.array, TrainState(jnp.asarray(saved["step"]), saved["trained"], saved["opt_state"])
-    )
+    return TrainState(*(jax.tree.map(np.asarray, saved[k]) for k in ("step", "trained", "opt_state")))
 
 
 def _stage_number(name: str) -> int:

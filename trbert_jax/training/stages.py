@@ -80,7 +80,7 @@ def prepare(run: Run, stage: str) -> Prepared:
 
 def train_stage(run: Run, stage: str) -> dict[str, Any]:
     """Runs a training stage and writes its model; returns what to remember of it."""
-    prepared = prepare(run, stage)
+    prepared = run.layout.together(lambda: prepare(run, stage))
     what = f"what stage {stage} trains on (settings, data)"
     run.layout.check_agreement(what, prepared.training.fingerprint)
     run.check_inputs(stage, prepared.start, ("dev",))

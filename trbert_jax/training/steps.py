@@ -155,9 +155,25 @@ def accumulated_gradients(
 # One update's arrays on the devices -----------------------------------------------------------------
 
 
+def first_state(trained: Params, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """The state before the first update, as `update_step` takes it; `trained` are arrays on the host.
+
+    Made where it lies: divided, no device ever holds all of it.
+    """
+    if layout.is_single or layout.strategy == "pmap":
+        return place_state(init_state(jax.tree.map(jnp.array, trained), optimizer), layout)
+    init = functools.partial(init_state, optimizer=optimizer)
+    shardings = jax.tree.map(layout.sharding_of, jax.eval_shape(init, trained))
+    return jax.jit(init, out_shardings=shardings, donate_argnums=(0,))(layout.divide(trained))
+
+
 def place_state(state: TrainState, layout: Layout) -> TrainState:
     """The state as `update_step` takes it."""
-    return copies(state, layout) if layout.strategy == "pmap" else layout.divide(state)
+    if layout.strategy == "pmap":
+        return copies(state, layout)
+    if layout.is_single:  # copies of what is on the host: a step writes into its state
+        return jax.tree.map(lambda x: jnp.array(x) if isinstance(x, np.ndarray) else x, state)
+    return layout.divide(state)
 
 
 def place_frozen(frozen: Params, layout: Layout) -> Params:
