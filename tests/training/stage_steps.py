@@ -1,0 +1,103 @@
+"""The update of a stage as a run makes it, for the tests that look at it on many devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny_batches import random_batch
+
+from trbert_jax.config import RunConfig, load_config
+from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.model import Batch, Params
+from trbert_jax.parallel import Layout
+from trbert_jax.training import optimizer, stages, steps
+from trbert_jax.training.run import Run
+from trbert_jax.training.steps import ObjectiveFn, TrainState, init_state
+
+STAGES = ("finetune", "init", "policy", "joint")
+EXECUTIONS = ("masked", "packed")
+UPDATES, ROWS_AN_UPDATE = 20, 32
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+# What each stage's batches bring of earlier stages.
+EXTRAS = {"finetune": (), "init": ("rank",), "policy": ("guide",), "joint": ("teacher_logits",)}
+_ALL_EXTRAS = {name for names in EXTRAS.values() for name in names}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StageStep:
+    """A stage of the quickstart, on batches of random tokens.
+
+    Attributes:
+      stage: which one.
+      execution: packed or masked.
+      model: its shape.
+      dropout: whether dropout is on.
+      settings: further `key=value` settings.
+      learning_rate: large enough that 20 updates change the parameters.
+      num_samples: selections of an example.
+    """
+
+    stage: str
+    execution: str
+    model: ModelConfig
+    dropout: bool = False
+    settings: tuple[str, ...] = ()
+    learning_rate: float = 1e-2
+    num_samples: int = 3
+
+    @property
+    def run(self) -> Run:
+        """The quickstart's run with these settings."""
+        overrides = [
+            f"{self.stage}.execution={self.execution}",
+            f"{self.stage}.dropout={str(self.dropout).lower()}",
+            f"policy.num_samples={self.num_samples}",
+        ]
+        config: RunConfig = load_config(QUICKSTART, [*overrides, *self.settings])
+        return Run(config, announce=lambda line: None)
+
+    @property
+    def objective(self) -> ObjectiveFn:
+        """As the stage has it; the first half of the policy's updates imitates the guide."""
+        return stages._OBJECTIVES[self.stage](self.run, self.run.module(self.model), UPDATES)
+
+    @property
+    def adamw(self) -> Any:
+        """The optimizer, its epsilon so large that what rounding leaves of a gradient of 0 moves nothing."""
+        schedule = optimizer.linear_schedule(self.learning_rate, UPDATES, 2)
+        return optimizer.adamw(schedule, self.model, epsilon=1e-4)
+
+    def split(self, params: Params) -> tuple[TrainState, Params]:
+        """The state before the first update, and the parameters that the stage does not train."""
+        trained, frozen = optimizer.split_params(params, stages._TRAINS[self.stage](self.model))
+        return init_state(trained, self.adamw), frozen
+
+    def step(self, layout: Layout) -> Any:
+        """The compiled update."""
+        return steps.update_step(self.objective, self.adamw, layout)
+
+    def place(self, params: Params, layout: Layout) -> tuple[TrainState, Params, jax.Array]:
+        """State, frozen parameters and key on the devices."""
+        state, frozen = self.split(jax.tree.map(jnp.array, params))
+        rng = jax.random.key(3)
+        rng = rng if layout.strategy == "pmap" else layout.replicate(rng)
+        return steps.place_state(state, layout), steps.place_frozen(frozen, layout), rng
+
+    def batch(self, number: int, passes: int = 1, rows: int = ROWS_AN_UPDATE) -> dict[str, np.ndarray]:
+        """An update's examples, [passes, rows / passes, ...].
+
+        Lengths are spread unevenly over devices and passes, and so are the rows that only fill.
+        """
+        rng, width = np.random.default_rng(number), self.model.max_length
+        lengths = np.clip(rng.geometric(3 / width, rows), 1, width)
+        lengths[rng.integers(rows)] = width
+        batch: Batch = random_batch(self.model, lengths.tolist(), width, seed=number)
+        left_out = _ALL_EXTRAS - set(EXTRAS[self.stage])
+        found = {k: np.asarray(v) for k, v in batch.items() if k not in left_out}
+        found["valid"] = np.arange(rows) < rows - 5
+        return {k: v.reshape(passes, -1, *v.shape[1:]) for k, v in found.items()}

@@ -1,0 +1,206 @@
+"""Every program lowers for TPUs and GPUs that are not here, each over eight abstract devices.
+
+What a TPU alone would refuse to lower shows here. Nothing is compiled or run: that needs the machines.
+`pmap` cannot be exported ("must be the result of jit"); what it runs on each device is, under `shard_map`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from jax import export
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from stage_steps import EXECUTIONS, STAGES, StageStep
+
+from trbert_jax import parallel
+from trbert_jax.execution import EXECUTIONS as PREDICTIONS
+from trbert_jax.execution import Execution, Programs, with_threshold
+from trbert_jax.modeling.model import TokenReducingModel, init_params
+from trbert_jax.modeling.tiles import Tiling
+from trbert_jax.parallel import AXES, KEPT, ROWS, WHOLE, Layout
+from trbert_jax.runner import Runner
+from trbert_jax.training import residual, steps
+
+DEVICES, ROWS_A_DEVICE = 8, 4
+MODEL = tiny_models.BERT
+PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}  # the name for exporting, that of the backend
+FULL = ("model.dtype=bfloat16", "parallel.remat=true")
+
+
+@pytest.fixture
+def layout(monkeypatch: pytest.MonkeyPatch) -> Layout:
+    monkeypatch.setattr(parallel, "SMALLEST_DIVIDED", 64)  # so that a tiny model has something to divide
+    mesh = AbstractMesh((DEVICES // 2, 2), AXES, axis_types=(AxisType.Auto,) * 2)
+    return Layout(mesh)  # type: ignore[arg-type]  # all that lowering asks of a mesh
+
+
+def tile_for(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[int]:
+    """Packed execution takes the sizes for this backend; counts how often it asks for them."""
+    asked, for_backend = [0], Tiling.for_backend
+
+    def chosen(name: str, num_rows: int) -> Tiling:
+        asked[0] += 1
+        return for_backend(backend, num_rows)
+
+    monkeypatch.setattr(Tiling, "for_backend", chosen)
+    return asked
+
+
+def shapes(tree: Any, layout: Layout, spec: Callable[[Any], PartitionSpec] | PartitionSpec) -> Any:
+    """The arrays' shapes, and where they lie."""
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        place = spec(x) if callable(spec) else spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(layout.mesh, place))
+
+    return jax.tree.map(one, tree)
+
+
+def check(program: Any, platform: str, *arguments: Any) -> None:
+    exported = export.export(program, platforms=[platform])(*arguments)
+    assert exported.platforms == (platform,)
+    assert exported.nr_devices == DEVICES
+
+
+def params_of() -> Any:
+    return jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+
+
+def export_update(step: StageStep, layout: Layout, platform: str, passes: int) -> None:
+    """A stage's update as the strategy jit runs it, state and frozen parameters divided."""
+    state, frozen = jax.eval_shape(step.split, params_of())
+    state, frozen = (shapes(x, layout, layout.spec_of) for x in (state, frozen))
+    assert any(parallel.FSDP in x.sharding.spec for x in jax.tree.leaves((state, frozen)))
+    batch = step.batch(0, passes, passes * DEVICES * ROWS_A_DEVICE)
+    rng = shapes(jax.eval_shape(lambda: jax.random.key(0)), layout, WHOLE)
+    check(step.step(layout), platform, state, frozen, shapes(batch, layout, PartitionSpec(None, AXES)), rng)
+
+
+def export_device_update(step: StageStep, platform: str, passes: int) -> None:
+    """What the strategy pmap runs on each device: copies of the state in, its own rows, copies out."""
+    mesh, axis = AbstractMesh((DEVICES,), (steps._DEVICES,), axis_types=(AxisType.Auto,)), steps._DEVICES
+    train_step = functools.partial(steps.train_step, step.objective, step.adamw, add_up=steps._added_up(axis))
+
+    def on_a_device(state: Any, frozen: Any, batches: Any, rng: Any) -> Any:
+        state, frozen, batches = jax.tree.map(lambda x: x[0], (state, frozen, batches))
+        return jax.tree.map(lambda x: x[None], train_step(state, frozen, batches, rng))
+
+    each = PartitionSpec(axis)
+    program = jax.shard_map(
+        on_a_device, mesh=mesh, in_specs=(each, each, each, WHOLE), out_specs=each, check_vma=False
+    )
+    batch = steps.per_device(
+        step.batch(0, passes, passes * DEVICES * ROWS_A_DEVICE),
+        SimpleNamespace(local_devices=range(DEVICES)),  # type: ignore[arg-type]
+    )
+    copies = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((DEVICES, *x.shape), x.dtype),
+        jax.eval_shape(step.split, params_of()),
+    )
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    check(jax.jit(program, donate_argnums=0), platform, *copies, batch, rng)
+
+
+def predictors() -> dict[str, Execution]:
+    """Every way to run a model over texts, the baselines with the rule that `Runner` gives them."""
+    found = dict(PREDICTIONS)
+
+    class Asked(Runner):
+        def _run(self, params: Any, features: Any, name: str, execution: Execution, *others: Any) -> Any:
+            found[name] = execution
+
+    runner = Asked(TokenReducingModel(MODEL), DEVICES * ROWS_A_DEVICE, Programs(TokenReducingModel(MODEL)))
+    features: Any = SimpleNamespace(row_targets={}, num_rows=1)
+    for kind in ("random", "first_k"):
+        runner.baseline(None, features, kind, np.ones((1, MODEL.num_reductions), np.int32), seed=0)
+    return found
+
+
+class Exporting(Programs):
+    """Lowers for another platform where `Programs` would compile."""
+
+    platform = ""
+
+    def _compile(self, program: Any, params: Any, batch: Any, divide: bool) -> Any:
+        mapped = self.layout.by_rows(program, out_specs=(ROWS, KEPT)) if divide else program
+        placed = shapes(batch, self.layout, ROWS if divide else WHOLE)
+        check(jax.jit(mapped, out_shardings=self.layout.whole), self.platform, params, placed)
+
+
+def export_predictor(name: str, execution: Execution, layout: Layout, platform: str, dtype: Any) -> None:
+    rows = DEVICES * ROWS_A_DEVICE
+    batch = StageStep("finetune", "packed", MODEL).batch(0, 1, rows)
+    inputs = with_threshold({k: v[0] for k, v in batch.items()})
+    counts = np.ones((rows, MODEL.num_reductions), np.int32)
+    programs = Exporting(TokenReducingModel(MODEL, dtype), layout)
+    programs.platform = platform
+    programs.get(
+        name,
+        shapes(params_of(), layout, WHOLE),
+        {**inputs, "num_kept": counts, "seed": np.zeros(rows, np.int32)},
+        execution,
+    )
+
+
+def export_scores(layout: Layout, platform: str, dtype: Any) -> None:
+    """Stage score's program."""
+    model = TokenReducingModel(MODEL, dtype)
+
+    def scores_and_losses(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        values, _, loss = residual.residual_scores(model, params, batch)
+        return values, loss
+
+    mapped = layout.by_rows(scores_and_losses, out_specs=ROWS)
+    batch = {k: v[0] for k, v in StageStep("finetune", "packed", MODEL).batch(0).items()}
+    program = jax.jit(mapped, out_shardings=layout.whole)
+    check(program, platform, shapes(params_of(), layout, WHOLE), shapes(batch, layout, ROWS))
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_fullest_update_and_the_packed_predictor(
+    platform: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout, bfloat16, remat and accumulation at once, with the tiles of that platform."""
+    asked = tile_for(monkeypatch, PLATFORMS[platform])
+    export_update(StageStep("joint", "packed", MODEL, dropout=True, settings=FULL), layout, platform, 2)
+    export_predictor("packed", PREDICTIONS["packed"], layout, platform, jnp.bfloat16)
+    assert asked[0] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", ["own", "cpu"])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_update(platform: str, tiles: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every stage, plain and with everything on, by either strategy."""
+    tile_for(monkeypatch, PLATFORMS[platform] if tiles == "own" else tiles)
+    for stage in STAGES:
+        # The tiles make no difference to masked execution.
+        for execution in EXECUTIONS if tiles == "own" else ("packed",):
+            export_update(StageStep(stage, execution, MODEL), layout, platform, 1)
+            full = StageStep(stage, execution, MODEL, dropout=True, settings=FULL)
+            export_update(full, layout, platform, 2)
+            export_device_update(full, platform, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", ["own", "cpu"])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_predictor_and_the_scores(
+    platform: str, tiles: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dense` is the teacher's."""
+    tile_for(monkeypatch, PLATFORMS[platform] if tiles == "own" else tiles)
+    found = predictors()
+    assert set(found) == {"packed", "masked", "batch_max", "dense", "random", "first_k"}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for name, execution in found.items():
+            export_predictor(name, execution, layout, platform, dtype)
+        export_scores(layout, platform, dtype)
