@@ -103,6 +103,8 @@ def main() -> None:
         examples = len(Run(config, announce=lambda line: None).read_features("train", _tokenizer(config)))
         result: dict[str, Any] = {
             "config": args.config,
+            "overrides": args.overrides,
+            "shard_size": args.shard_size,
             "train_examples": examples,
             "shards": shards,
             "bytes": sum(file["bytes"] for file in files[0].values()),

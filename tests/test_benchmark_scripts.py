@@ -86,3 +86,21 @@ def test_soak(tmp_path: Path) -> None:
     assert result["identical"]
     assert (result["sigkill"], result["sigterm"]) == (2, 1)
     assert result["compared_files"] >= 14
+    assert len(result["endings"]) == 3
+    assert {ending["when"] for ending in result["endings"]} <= {"within", "after"}
+    # Each is drawn for a stage that none has hit yet.
+    assert max(result["stages_hit"].values()) == 1
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path: Path) -> None:
+    result = run("scaling", target=tmp_path / "r.json")
+    assert len(result["records"]) == 3 * 2 * 3
+    measured = result["measured"]
+    for stage, update in measured["update_seconds"].items():
+        assert 0 < update < measured["seconds_per_step"][stage]
+    for record in result["records"]:
+        assert 0 < record["efficiency"] < 1
+        assert record["input_seconds"] >= 0
+    by_devices = [r["efficiency"] for r in result["records"] if (r["stage"], r["passes"]) == ("joint", 4)]
+    assert by_devices == sorted(by_devices, reverse=True)
