@@ -21,8 +21,9 @@ def environment(devices: int) -> dict[str, str]:
     }
 
 
-def command(config: Path, *arguments: str) -> list[str]:
-    call = "import sys; from trbert_jax.cli import main; sys.exit(main())"
+def command(config: Path, *arguments: str, before: str = "") -> list[str]:
+    """`trbert train`, after some lines of Python where a test needs them."""
+    call = f"{before}\nimport sys; from trbert_jax.cli import main; sys.exit(main())"
     return [sys.executable, "-W", "error", "-c", call, "train", "--config", str(config), *arguments]
 
 

@@ -10,170 +10,175 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tiny_models
-from jax import export
-from tiny_batches import random_batch
+from stage_steps import UPDATES, StageStep
 
-from trbert_jax import parallel, tokens
-from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward
+from trbert_jax import parallel
+from trbert_jax.checkpoint import CheckpointStore
+from trbert_jax.modeling.config import ModelConfig
+from trbert_jax.modeling.model import init_params
 from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.tiles import Tiling
-from trbert_jax.parallel import KEPT, ROWS, Layout, make_layout, single_device
-from trbert_jax.training import objectives, optimizer, steps
-from trbert_jax.training.steps import update_step
+from trbert_jax.parallel import Layout, make_layout, single_device
+from trbert_jax.training import loop, stages, steps
+from trbert_jax.training.steps import TrainState
 
-parallel.SMALLEST_DIVIDED = 64  # so that a tiny model has something to divide
-CONFIG = dataclasses.replace(tiny_models.BERT, num_layers=2)
-PARAMS = tiny_models.tiny_params(CONFIG, scale=0.1)
-NUM_SAMPLES, UPDATES, ROWS_AN_UPDATE = 3, 20, 32
-EXECUTE: dict[str, objectives.Execute] = {
-    "masked": forward,
-    "packed": functools.partial(
-        packed_forward, tiling=Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
-    ),
-}
-
-
-def make_objective(stage: str, execution: str, model: TokenReducingModel) -> Callable[..., Any]:
-    execute = EXECUTE[execution]
-
-    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
-        if stage == "finetune":
-            return objectives.dense_objective(model, params, batch, execute=execute)
-        if stage == "init":
-            return objectives.initialization_objective(model, params, batch, execute=execute)
-        imitating = step < UPDATES // 2 if stage == "policy" else False
-        samples = objectives.sample_policy(
-            model,
-            params,
-            batch if stage == "joint" else {k: v for k, v in batch.items() if k != "teacher_logits"},
-            rule=objectives.sampling_rule(rng, batch, NUM_SAMPLES, imitating),
-            num_samples=NUM_SAMPLES,
-            alpha=1.0,
-            max_length=CONFIG.max_length,
-            execute=execute,
-        )
-        loss = objectives.joint_objective if stage == "joint" else objectives.policy_objective
-        return loss(batch, samples)
-
-    return objective
-
-
-TRAINS = {
-    "finetune": optimizer.trains_dense(CONFIG),
-    "init": optimizer.trains_selectors(CONFIG),
-    "policy": optimizer.trains_selectors(CONFIG),
-    "joint": optimizer.trains_all(CONFIG),
-}
+TINY = dataclasses.replace(tiny_models.BERT, num_layers=2)
 LAYOUTS: dict[str, Callable[[], Layout]] = {
     "one": single_device,
     "jit": make_layout,
     "fsdp": lambda: make_layout(fsdp=2),
+    "fsdp4": lambda: make_layout(fsdp=4),
     "pmap": lambda: make_layout("pmap"),
 }
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+EVERY_WAY = (("jit", 1), ("fsdp", 1), ("pmap", 1), ("one", 4), ("jit", 4))
 
 
-def update_batch(number: int, accumulation_steps: int) -> dict[str, np.ndarray]:
-    """The examples of an update, lengths and fillers unevenly spread over devices and micro-batches."""
-    rng = np.random.default_rng(number)
-    lengths = rng.integers(1, 19, ROWS_AN_UPDATE).tolist()
-    batch = dict(random_batch(CONFIG, lengths, 18, seed=number))
-    batch["valid"] = jnp.arange(ROWS_AN_UPDATE) < ROWS_AN_UPDATE - 5
-    return {k: np.asarray(v).reshape(accumulation_steps, -1, *v.shape[1:]) for k, v in batch.items()}
+def tiny_step(stage: str, execution: str) -> tuple[StageStep, Any]:
+    """A step of a tiny model, which still has something to divide and more than one tile; its parameters."""
+    parallel.SMALLEST_DIVIDED = 64
+    tiling = Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
+    stages.FORWARD["packed"] = functools.partial(packed_forward, tiling=tiling)
+    return StageStep(stage, execution, TINY), tiny_models.tiny_params(TINY, scale=0.1)
 
 
-def start(stage: str, layout: Layout) -> tuple[Any, Any, Any, Any]:
-    adamw = optimizer.adamw(optimizer.linear_schedule(1e-2, UPDATES, 2), CONFIG, epsilon=1e-4)
-    trained, frozen = optimizer.split_params(jax.tree.map(jnp.asarray, PARAMS), TRAINS[stage])
-    state = steps.first_state(jax.tree.map(np.asarray, trained), adamw, layout)
-    rng = jax.random.key(3)
-    rng = rng if layout.strategy == "pmap" else layout.replicate(rng)
-    return adamw, state, steps.place_frozen(frozen, layout), rng
+def quickstart_step(stage: str, execution: str) -> tuple[StageStep, Any]:
+    """A step of a model as large as the quickstart's, with its tiles; its parameters."""
+    settings = StageStep(stage, execution, TINY).run.config.model
+    scratch = settings.scratch
+    model = ModelConfig(
+        vocab_size=scratch.vocab_size,
+        hidden_size=scratch.hidden_size,
+        num_layers=scratch.num_layers,
+        num_heads=scratch.num_heads,
+        intermediate_size=scratch.intermediate_size,
+        initializer_range=scratch.initializer_range,
+        max_positions=settings.max_length,
+        max_length=settings.max_length,
+        labels=tuple("abcdefgh"),
+    )
+    step = StageStep(stage, execution, model, learning_rate=1e-3, num_samples=2)
+    return step, jax.device_get(init_params(model, jax.random.key(0)))
 
 
-def train(stage: str, layout: Layout, execution: str, accumulation_steps: int = 1) -> tuple[np.ndarray, Any]:
-    adamw, state, frozen, rng = start(stage, layout)
-    step = update_step(make_objective(stage, execution, TokenReducingModel(CONFIG)), adamw, layout)
-    losses = []
-    for number in range(UPDATES):
-        batches = steps.place_batches(update_batch(number, accumulation_steps), layout)
-        state, metrics = step(state, frozen, batches, rng)
+def train(step: StageStep, params: Any, layout: Layout, passes: int) -> tuple[np.ndarray, Any]:
+    """Losses of 20 updates, and the parameters after them."""
+    state, frozen, rng = step.place(params, layout)
+    _, losses, state = go_on(step, layout, state, frozen, rng, range(UPDATES), passes)
+    return losses, steps.fetch(state.trained, layout)
+
+
+def go_on(
+    step: StageStep, layout: Layout, state: TrainState, frozen: Any, rng: Any, updates: range, passes: int = 1
+) -> tuple[Any, np.ndarray, TrainState]:
+    """Some updates: the frozen parameters as they were, losses, the state after them."""
+    update, losses = step.step(layout), []
+    for number in updates:
+        batches = steps.place_batches(step.batch(number, passes), layout)
+        state, metrics = update(state, frozen, batches, rng)
         losses.append(steps.fetch(metrics["loss"], layout))
-    return np.array(losses), steps.fetch(state.trained, layout)
+    return frozen, np.array(losses), state
 
 
-def same(stage: str, execution: str) -> dict[str, Any]:
+def differences(left: Any, right: Any) -> float:
+    """The largest one between arrays of two trees."""
+    found = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), left, right)
+    return max(jax.tree.leaves(found))
+
+
+def compare(step: StageStep, params: Any, ways: Sequence[tuple[str, int]]) -> dict[str, Any]:
     """Largest differences to one device: of losses over 20 updates, and of the parameters after them."""
-    losses, params = train(stage, single_device(), execution)
-    found: dict[str, Any] = {"moved": float(np.abs(losses[-1] - losses[0]))}
-    for name, accumulation_steps in (("jit", 1), ("fsdp", 1), ("pmap", 1), ("one", 4), ("jit", 4)):
-        others, after = train(stage, LAYOUTS[name](), execution, accumulation_steps)
-        differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, after)
-        found[f"{name} {accumulation_steps}"] = [
-            float(np.abs(losses - others).max()),
-            max(jax.tree.leaves(differences)),
-        ]
+    losses, after = train(step, params, single_device(), 1)
+    before = step.split(params)[0].trained
+    found: dict[str, Any] = {"moved": differences(before, after)}
+    for name, passes in ways:
+        others, others_after = train(step, params, LAYOUTS[name](), passes)
+        found[f"{name} {passes}"] = [float(np.abs(losses - others).max()), differences(after, others_after)]
     return found
 
 
-def step_and_arguments(stage: str, execution: str, layout: Layout) -> tuple[Any, tuple[Any, ...]]:
-    adamw, state, frozen, rng = start(stage, layout)
-    step = update_step(make_objective(stage, execution, TokenReducingModel(CONFIG)), adamw, layout)
-    return step, (state, frozen, steps.place_batches(update_batch(0, 1), layout), rng)
+def same(stage: str, execution: str) -> dict[str, Any]:
+    """Every way to train a tiny model."""
+    return compare(*tiny_step(stage, execution), EVERY_WAY)
 
 
-def exported() -> list[list[Any]]:
-    """Every update and the packed predictor, lowered for machines that are not here."""
-    done = []
-    for platform in ("tpu", "cuda"):
-        for stage in TRAINS:
-            for execution in EXECUTE:
-                step, arguments = step_and_arguments(stage, execution, make_layout(fsdp=2))
-                program = export.export(step, platforms=[platform])(*arguments)
-                done.append([platform, stage, execution, program.nr_devices])
-        layout, model = make_layout(), TokenReducingModel(CONFIG)
-
-        def predict(params: Params, batch: Batch, model: TokenReducingModel = model) -> Any:
-            output = EXECUTE["packed"](model, params, batch, rule=tokens.keep_probable)
-            return output.logits, jnp.stack([s.keep for s in output.selections])
-
-        mapped = jax.jit(layout.by_rows(predict, out_specs=(ROWS, KEPT)))
-        batch = {k: v[0] for k, v in update_batch(0, 1).items()}
-        arguments = (layout.replicate(PARAMS), layout.place_rows(batch))
-        program = export.export(mapped, platforms=[platform])(*arguments)
-        done.append([platform, "predict", "packed", program.nr_devices])
-    return done
+def same_quickstart(stage: str, execution: str) -> dict[str, Any]:
+    """Few ways to train the quickstart's model, for time: with the second axis and accumulation at once."""
+    step, params = quickstart_step(stage, execution)
+    found = compare(step, params, (("fsdp", 4), ("pmap", 1)))
+    state = step.place(params, make_layout(fsdp=2))[0]
+    specs = [x.sharding.spec for x in jax.tree.leaves(state.trained)]
+    return {**found, "divided": sum(parallel.FSDP in spec for spec in specs)}
 
 
-def gathers() -> dict[str, list[str]]:
-    """Shapes that a sharded joint update gathers, and those of its parameters and of its state."""
+def restored() -> dict[str, Any]:
+    """A state saved by eight devices of which four share it, restored onto others, which go on with it."""
+    step, params = tiny_step("joint", "masked")
+    layout = LAYOUTS["fsdp4"]()
+    state, frozen, rng = step.place(params, layout)
+    frozen, _, state = go_on(step, layout, state, frozen, rng, range(8))
+    saved = steps.fetch(state, layout)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = CheckpointStore(Path(folder), keep=1, fingerprint={}, announce=lambda line: None)
+        position = dict.fromkeys(("seed", "epoch", "position"), np.asarray(0, np.int64))
+        arrays = {"trained": saved.trained, "opt_state": saved.opt_state, "step": saved.step}
+        store.save(8, {**arrays, **position})
+        expected = go_on(step, layout, state, frozen, rng, range(8, UPDATES))[1]
+        for name in ("pmap", "one", "jit", "fsdp"):
+            other = LAYOUTS[name]()
+            like = step.split(params)[0]
+            state = steps.place_state(loop.restore_state(store, 8, like), other)
+            there = differences(saved, steps.fetch(state, other))
+            _, frozen, rng = step.place(params, other)
+            losses = go_on(step, other, state, frozen, rng, range(8, UPDATES))[1]
+            found[name] = [there, float(np.abs(losses - expected).max())]
+    return found
+
+
+def collectives(stage: str, execution: str) -> dict[str, list[str]]:
+    """Shapes that a sharded update sends between devices, by operation, and those of its parameters."""
+    step, params = tiny_step(stage, execution)
     layout = make_layout(fsdp=2)
-    step, arguments = step_and_arguments("joint", "packed", layout)
-    text = step.lower(*arguments).compile().as_text()
-    found = re.findall(r"= \(?([a-z0-9]+\[[\d,]*\])[^=]*? all-gather(?:-start)?\(", text)
-    shapes = {f"f32[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(arguments[0].trained)}
-    reduced = re.findall(r"all-reduce(?:-start)?\(", text)
-    return {"gathered": sorted(set(found)), "parameters": sorted(shapes), "reductions": [str(len(reduced))]}
+    state, frozen, rng = step.place(params, layout)
+    arguments = (state, frozen, steps.place_batches(step.batch(0), layout), rng)
+    text = step.step(layout).lower(*arguments).compile().as_text()
+    found = {
+        name: _results(text, name)
+        for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+    }
+    arrays = jax.tree.leaves((state.trained, frozen))
+    return {**found, "parameters": sorted({f"f32[{','.join(map(str, x.shape))}]" for x in arrays})}
+
+
+def _results(text: str, operation: str) -> list[str]:
+    """Shapes of the results of an operation in an HLO program, a tuple's joined by spaces."""
+    # An asynchronous one has its results where it is done; where it starts, its operands too.
+    lines = re.findall(rf"^ *(?:ROOT )?%?\S+ = (.*?) {operation}(?:-done)?\(", text, re.MULTILINE)
+    return [" ".join(re.findall(r"[a-z]+[0-9a-z]*\[[\d,]*\]", line)) for line in lines]
 
 
 def divided() -> dict[str, float]:
     """Bytes of the state on one device, with and without the second axis."""
+    step, params = tiny_step("joint", "masked")
 
     def size(layout: Layout) -> float:
-        _, state, _, _ = start("joint", layout)
+        state = step.place(params, layout)[0]
         return float(sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)))
 
     return {"data": size(make_layout()), "fsdp": size(make_layout(fsdp=8))}
 
 
 CHECKS: dict[str, Callable[..., Any]] = {
-    check.__name__: check for check in (same, exported, gathers, divided)
+    check.__name__: check for check in (same, same_quickstart, restored, collectives, divided)
 }
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tiny_batches import random_batch
 
@@ -83,10 +82,11 @@ class StageStep:
 
     def place(self, params: Params, layout: Layout) -> tuple[TrainState, Params, jax.Array]:
         """State, frozen parameters and key on the devices."""
-        state, frozen = self.split(jax.tree.map(jnp.array, params))
+        first, frozen = self.split(jax.tree.map(np.asarray, params))
+        state = steps.first_state(first.trained, self.adamw, layout)
         rng = jax.random.key(3)
         rng = rng if layout.strategy == "pmap" else layout.replicate(rng)
-        return steps.place_state(state, layout), steps.place_frozen(frozen, layout), rng
+        return state, steps.place_frozen(frozen, layout), rng
 
     def batch(self, number: int, passes: int = 1, rows: int = ROWS_AN_UPDATE) -> dict[str, np.ndarray]:
         """An update's examples, [passes, rows / passes, ...].

@@ -1,0 +1,205 @@
+"""Whole runs on several devices, of one process or two, end as one on a single device does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_runs
+from safetensors.numpy import load_file
+from tiny_processes import command, environment, run_processes
+
+MODEL = "model.safetensors"
+TRAINED = ("finetune", "init", "policy", "joint")
+NO_DROPOUT = {stage: {"dropout": False, "learning_rate": 1e-2} for stage in TRAINED}
+
+# Before the command: arrays of a tiny model count as large enough to be divided, and each state says how many
+# of its arrays are.
+DIVIDING = """
+import jax
+from trbert_jax import parallel
+from trbert_jax.training import steps
+
+parallel.SMALLEST_DIVIDED = 64
+first_state = steps.first_state
+
+def placed(trained, adamw, layout):
+    state = first_state(trained, adamw, layout)
+    divided = [not x.sharding.is_fully_replicated for x in jax.tree.leaves(state)]
+    print(sum(divided), "of", len(divided), "arrays divided")
+    return state
+
+steps.first_state = placed
+"""
+# Before the command: at the start of the update number 7 it is told to stop.
+STOPPING = """
+import signal
+from trbert_jax.training import batches
+
+update_batches = batches.update_batches
+
+def stopping(training, step, width):
+    if step == 7:
+        signal.raise_signal(signal.SIGTERM)
+    return update_batches(training, step, width)
+
+batches.update_batches = stopping
+"""
+
+
+def run_all(config: Path, devices: int, *arguments: str, before: str = "", code: int = 0) -> str:
+    process = subprocess.run(
+        command(config, *arguments, before=before),
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == code, process.stderr
+    return process.stdout
+
+
+def assert_same_training(one: Path, other: Path, trained: Sequence[str] = TRAINED) -> None:
+    """Metrics and models of the stages of two runs, but for times."""
+    for stage in trained:
+        lines = [tiny_runs.read_lines(folder / "work" / stage / "metrics.jsonl") for folder in (one, other)]
+        for left, right in zip(*lines, strict=True):
+            assert left.keys() == right.keys()
+            for name in left:
+                # What is left of a gradient whose parts nearly cancel, as in distillation from the model
+                # itself, shows the rounding of the updates before it; parameters are held to as much.
+                close = 1e-4 if name == "gradient_norm" else 1e-5
+                assert left[name] == pytest.approx(right[name], abs=close, rel=close), (stage, name)
+    for stage in trained:
+        left_model, right_model = (load_file(f / "work" / stage / "model" / MODEL) for f in (one, other))
+        assert left_model.keys() == right_model.keys()
+        for name, array in left_model.items():
+            np.testing.assert_allclose(right_model[name], array, rtol=0, atol=1e-4, err_msg=f"{stage} {name}")
+
+
+def assert_same_numbers(one: Path, other: Path) -> None:
+    """Metrics, models, scores and predictions of two whole runs."""
+    assert_same_training(one, other)
+    left_scores, right_scores = (np.load(f / "work" / "score" / "scores.npy") for f in (one, other))
+    np.testing.assert_allclose(left_scores, right_scores, rtol=1e-4, atol=1e-6)
+    records = [tiny_runs.read_lines(folder / "work" / "predictions.jsonl") for folder in (one, other)]
+    assert len(records[0]) == tiny_runs.SIZES["test"]
+    for left, right in zip(*records, strict=True):
+        assert (left["id"], left["prediction"], left["kept"]) == (
+            right["id"],
+            right["prediction"],
+            right["kept"],
+        )
+
+
+def whole_run(folder: Path, devices: int, **changes: Any) -> Path:
+    tiny_runs.write_dataset(folder / "data")
+    run_all(tiny_runs.write_config(folder, **NO_DROPOUT, **changes), devices)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whole_run(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(scope="module")
+def four_devices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whole_run(tmp_path_factory.mktemp("four"), 4)
+
+
+@pytest.mark.slow
+def test_all_stages_on_eight_devices_that_share_parameters(one_device: Path, tmp_path: Path) -> None:
+    """17 test texts, 11 of dev and 42 of training: no number that eight divides."""
+    tiny_runs.write_dataset(tmp_path / "data")
+    config = tiny_runs.write_config(tmp_path, parallel={"fsdp": 2}, **NO_DROPOUT)
+    out = run_all(config, 8, before=DIVIDING)
+    assert "8 devices" in out
+    divided = re.findall(r"^(\d+) of \d+ arrays divided$", out, re.MULTILINE)
+    assert len(divided) == len(TRAINED)
+    assert min(map(int, divided)) > 0
+    assert_same_numbers(one_device, tmp_path)
+
+
+@pytest.mark.slow
+def test_all_stages_by_pmap_on_eight_devices(one_device: Path, tmp_path: Path) -> None:
+    tiny_runs.write_dataset(tmp_path / "data")
+    config = tiny_runs.write_config(tmp_path, parallel={"strategy": "pmap"}, **NO_DROPOUT)
+    assert "8 devices" in run_all(config, 8)
+    assert_same_numbers(one_device, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices_and_another_strategy(one_device: Path, tmp_path: Path) -> None:
+    """Begun on eight devices of which four share the state, told to stop in update 8 of 12."""
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    tiny_runs.write_dataset(begun / "data")
+    data = {"path": str(begun / "data")}  # the folder moves, the data does not
+
+    def config(folder: Path, **parallel: Any) -> Path:
+        return tiny_runs.write_config(folder, data=data, parallel=parallel, **NO_DROPOUT)
+
+    finetune = "--stages=finetune"
+    run_all(config(begun, fsdp=4), 8, finetune, before=DIVIDING + STOPPING, code=143)
+    for name, devices, parallel in (("one", 1, {}), ("pmap", 8, {"strategy": "pmap"}), ("four", 4, {})):
+        folder = tmp_path / name
+        shutil.copytree(begun, folder)
+        out = run_all(config(folder, **parallel), devices, finetune)
+        assert "finetune: going on from step 8 of 12" in out
+        assert_same_training(one_device, folder, ["finetune"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["jit", "pmap"])
+def test_two_processes_with_two_devices_each(four_devices: Path, tmp_path: Path, strategy: str) -> None:
+    """Compute what one process with four does."""
+    tiny_runs.write_dataset(tmp_path / "data")
+    config = tiny_runs.write_config(tmp_path, parallel={"strategy": strategy}, **NO_DROPOUT)
+    outputs = run_processes([config, config])
+    assert [code for code, _, _ in outputs] == [0, 0], outputs
+    assert "4 devices" in outputs[0][1]
+    assert f"strategy {strategy}" in outputs[0][1]
+    said = [line for line in outputs[1][1].splitlines() if "[Gloo]" not in line]
+    assert said == [], "only the first process speaks"
+    assert_same_numbers(four_devices, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_devices_compute_what_one_does(one_device: Path, four_devices: Path) -> None:
+    assert_same_numbers(one_device, four_devices)
+
+
+def test_devices_that_cannot_share_a_batch(tmp_path: Path) -> None:
+    tiny_runs.write_dataset(tmp_path / "data")
+    process = subprocess.run(
+        command(tiny_runs.write_config(tmp_path)),
+        env=environment(3),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert "finetune.batch_size is 8, which 3 devices cannot share evenly; set it to a multiple of 3" in (
+        process.stderr
+    )
+
+
+def test_a_later_stage_that_devices_cannot_share_is_told_first(tmp_path: Path) -> None:
+    tiny_runs.write_dataset(tmp_path / "data")
+    process = subprocess.run(
+        command(tiny_runs.write_config(tmp_path, policy={"batch_size": 3})),
+        env=environment(2),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert "policy.batch_size is 3, which 2 devices cannot share evenly" in process.stderr
+    assert not (tmp_path / "work").exists()
