@@ -2,16 +2,20 @@
 
     python benchmarks/soak.py --json benchmarks/soak.json
 
-A tiny model goes through all stages on the standard library's source texts, twice: once undisturbed, and
-once with a process that is ended after a random time and started again with the same command, by SIGKILL,
-which leaves it no time, or SIGTERM, at which it saves. When the disturbed run ends before all signals are
-spent, another one begins. Compared are metrics, models, residual scores, teacher logits and predictions.
+A tiny model goes through all stages on the standard library's source texts: twice undisturbed, the second
+time to see how long each stage takes once its programs are compiled, and then with a process that is ended
+and started again with the same command, by SIGKILL, which leaves it no time, or SIGTERM, at which it saves.
+For each signal a stage is drawn, among the next ones but for those that were hit more than others, and a
+moment of it. When a disturbed run ends before all signals are spent, another one begins. Compared are
+metrics, models, residual scores, teacher logits and predictions.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
+import json
 import os
 import random
 import re
@@ -30,6 +34,7 @@ import yaml
 from trbert_jax.benchmark.records import machine
 from trbert_jax.files import check_writable, write_json
 
+NEXT = 3  # stages that a signal is drawn for: a run is hit again and again on its way
 STAGES = ("finetune", "score", "init", "policy", "teacher", "joint", "evaluate")
 TRAINED = {"batch_size": 8, "accumulation_steps": 1, "learning_rate": 1e-3, "save_steps": 2, "eval_steps": 8}
 COMMAND = [sys.executable, "-c", "import sys; from trbert_jax.cli import main; sys.exit(main())"]
@@ -68,6 +73,7 @@ def start(config: Path, log: Path, cache: Path) -> subprocess.Popen[bytes]:
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONUNBUFFERED": "1",  # the log says at once which stage is running
     }
     with log.open("ab") as stream:
         return subprocess.Popen(
@@ -89,72 +95,162 @@ def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def stage_of(work: Path) -> str:
-    """The stage that is not finished yet."""
-    unfinished = [stage for stage in STAGES if not (work / stage / "done.json").exists()]
-    return unfinished[0] if unfinished else "end"
+def unfinished(work: Path) -> list[str]:
+    """The stages that are still to be done, in order."""
+    return [stage for stage in STAGES if not (work / stage / "done.json").exists()]
 
 
-def soak(
-    kills: int, terminations: int, steps: int, seed: int, longest: float, folder: Path
-) -> dict[str, Any]:
-    """Both runs; `longest` is the most seconds a process gets before it is ended."""
-    rng = random.Random(seed)
-    began = time.perf_counter()
-    cache, log = folder / "programs", folder / "log.txt"
-    whole = write_config(folder / "whole", steps)
-    if start(whole, log, cache).wait() != 0:
-        raise SystemExit(f"the undisturbed run failed: {log.read_text(encoding='utf-8')[-2000:]}")
-    expected = digests(folder / "whole" / "work")
+@dataclasses.dataclass
+class Soak:
+    """Runs, and what became of them.
 
-    signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terminations
-    rng.shuffle(signals)
-    endings: list[dict[str, Any]] = []
-    differing: set[str] = set()
-    runs, saved = 0, 0
-    while signals:
-        runs += 1
-        config = write_config(folder / f"parts{runs}", steps)
+    Attributes:
+      folder: of everything that is written.
+      steps: updates a stage.
+      rng: draws stages and moments.
+      seconds: what each stage takes undisturbed.
+      endings: a record a signal.
+      saved: how often a run said that it saved before it stopped.
+    """
+
+    folder: Path
+    steps: int
+    rng: random.Random
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    endings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    saved: int = 0
+
+    @property
+    def log(self) -> Path:
+        """What all processes print."""
+        return self.folder / "log.txt"
+
+    @property
+    def hits(self) -> Counter[str]:
+        """Signals that came while the stage that they were drawn for was running, by stage."""
+        return Counter(e["stage"] for e in self.endings if e["when"] == "within")
+
+    def start(self, config: Path) -> subprocess.Popen[bytes]:
+        """The run, or the rest of it."""
+        return start(config, self.log, self.folder / "programs")
+
+    def undisturbed(self, name: str) -> dict[str, str]:
+        """Digests of a run that is left alone."""
+        config = write_config(self.folder / name, self.steps)
+        if self.start(config).wait() != 0:
+            raise SystemExit(f"an undisturbed run failed: {self.log.read_text(encoding='utf-8')[-2000:]}")
+        work = config.parent / "work"
+        for stage in STAGES:
+            done = json.loads((work / stage / "done.json").read_text(encoding="utf-8"))
+            self.seconds[stage] = done["seconds"]
+        return digests(work)
+
+    def disturbed(self, name: str, signals: list[signal.Signals]) -> dict[str, str]:
+        """Digests of a run that is hit by signals, which are taken off the list, until it has ended."""
+        config = write_config(self.folder / name, self.steps)
         work = config.parent / "work"
         while True:
-            size = log.stat().st_size
-            process = start(config, log, cache)
-            code = None
-            if signals:
-                try:
-                    code = process.wait(rng.uniform(1, longest))
-                except subprocess.TimeoutExpired:
-                    sent = signals.pop()
-                    stage = stage_of(work)
-                    process.send_signal(sent)
-                    code = process.wait()
-                    endings.append({"signal": sent.name, "stage": stage, "code": code})
-            else:
-                code = process.wait()
-            text = log.read_bytes()[size:].decode("utf-8", "replace")
-            saved += len(re.findall(r"told to stop; saved at step", text))
+            size = self.log.stat().st_size if self.log.exists() else 0
+            process = self.start(config)
+            left = unfinished(work)
+            if signals and left:
+                self._hit(process, signals, left, work, size)
+            code = process.wait()
+            text = self._said(size)
+            self.saved += len(re.findall(r"told to stop; saved at step", text))
             if code == 0:
-                break
+                found = digests(work)
+                shutil.rmtree(config.parent)
+                return found
             if code not in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM):
                 raise SystemExit(f"a run that was started again failed with {code}: {text[-2000:]}")
-        found = digests(work)
-        differing |= {n for n in {*expected, *found} if expected.get(n) != found.get(n)}
-        shutil.rmtree(config.parent)
+
+    def _hit(
+        self,
+        process: subprocess.Popen[bytes],
+        signals: list[signal.Signals],
+        left: list[str],
+        work: Path,
+        size: int,
+    ) -> None:
+        """Draws a stage, waits until it is running and a while longer, and ends the process."""
+        # So that no stage is missed, none gets far ahead; a run with no other left is not disturbed any more.
+        most = min(self.hits[stage] for stage in STAGES) + 1
+        candidates = [stage for stage in left[:NEXT] if self.hits[stage] <= most]
+        if not candidates:
+            return
+        stage = self.rng.choice(candidates)
+        delay = self.rng.uniform(0, self.seconds[stage])
+        while f"{stage}: starting" not in self._said(size):
+            if process.poll() is not None:
+                return
+            time.sleep(0.005)
+        try:
+            process.wait(delay)
+            return
+        except subprocess.TimeoutExpired:
+            sent = signals.pop()
+            process.send_signal(sent)
+        done = f"{stage}: done in" in self._said(size)
+        code = process.wait()
+        self.endings.append(
+            {
+                "signal": sent.name,
+                "stage": stage,
+                "seconds_into_it": round(delay, 3),
+                "when": "after" if done else "within",
+                "in_stage": (unfinished(work) or ["end"])[0],
+                "checkpoint": _latest_checkpoint(work / stage),
+                "code": code,
+            }
+        )
+
+    def _said(self, size: int) -> str:
+        """What was printed after the log had this size."""
+        with self.log.open("rb") as stream:
+            stream.seek(size)
+            return stream.read().decode("utf-8", "replace")
+
+
+def _latest_checkpoint(stage: Path) -> int | None:
+    """Its update; None in a stage that has none."""
+    names = [re.fullmatch(r"step_(\d+)", path.name) for path in (stage / "checkpoints").glob("step_*")]
+    return max((int(match[1]) for match in names if match), default=None)
+
+
+def soak(kills: int, terminations: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
+    """All runs; the record of what they showed."""
+    began = time.perf_counter()
+    runs = Soak(folder, steps, random.Random(seed))
+    expected = runs.undisturbed("whole")
+    differing = _differing(expected, runs.undisturbed("again"))
+    signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terminations
+    runs.rng.shuffle(signals)
+    count = 0
+    while signals:
+        count += 1
+        differing |= _differing(expected, runs.disturbed(f"parts{count}", signals))
+    endings = runs.endings
     return {
         "identical": not differing,
         "differing": sorted(differing),
         "compared_files": len(expected),
         "sigkill": sum(e["signal"] == "SIGKILL" for e in endings),
         "sigterm": sum(e["signal"] == "SIGTERM" for e in endings),
-        "sigterm_that_saved": saved,
-        "stages_hit": dict(Counter(e["stage"] for e in endings)),
+        "sigterm_that_saved": runs.saved,
+        "stages_hit": {stage: runs.hits[stage] for stage in STAGES},
         "endings": endings,
-        "runs": runs,
+        "runs": count,
         "steps_a_stage": steps,
+        "seconds_a_stage": {stage: round(seconds, 2) for stage, seconds in runs.seconds.items()},
         "seed": seed,
         "seconds": round(time.perf_counter() - began, 1),
         "machine": machine(),
     }
+
+
+def _differing(left: dict[str, str], right: dict[str, str]) -> set[str]:
+    return {name for name in {*left, *right} if left.get(name) != right.get(name)}
 
 
 def main() -> None:
@@ -165,13 +261,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30, help="times SIGKILL (default 30)")
     parser.add_argument("--terms", type=int, default=5, help="times SIGTERM (default 5)")
     parser.add_argument("--steps", type=int, default=40, help="updates a stage (default 40)")
-    parser.add_argument("--longest", type=float, default=12, help="most seconds between signals (default 12)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     args = parser.parse_args()
     check_writable(args.json)
     with tempfile.TemporaryDirectory(prefix="trbert-soak-") as folder:
-        result = soak(args.kills, args.terms, args.steps, args.seed, args.longest, Path(folder))
+        result = soak(args.kills, args.terms, args.steps, args.seed, Path(folder))
     write_json(args.json, result)
+    missed = [stage for stage, hits in result["stages_hit"].items() if not hits]
+    print(f"hits: {result['stages_hit']}" + (f"; none in {', '.join(missed)}" if missed else ""))
     print(f"{result['sigkill']} SIGKILL, {result['sigterm']} SIGTERM, identical: {result['identical']}")
     print(f"numbers: {args.json}")
     if not result["identical"]:
