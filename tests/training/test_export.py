@@ -54,7 +54,7 @@ def tile_for(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[int]:
     return asked
 
 
-def shapes(tree: Any, layout: Layout, spec: Callable[[Any], PartitionSpec] | PartitionSpec) -> Any:
+def shapes(tree: Any, layout: Any, spec: Callable[[Any], PartitionSpec] | PartitionSpec) -> Any:
     """The arrays' shapes, and where they lie."""
 
     def one(x: Any) -> jax.ShapeDtypeStruct:
@@ -97,16 +97,18 @@ def export_device_update(step: StageStep, platform: str, passes: int) -> None:
     program = jax.shard_map(
         on_a_device, mesh=mesh, in_specs=(each, each, each, WHOLE), out_specs=each, check_vma=False
     )
+    one_each = SimpleNamespace(local_devices=range(DEVICES), mesh=mesh)
     batch = steps.per_device(
         step.batch(0, passes, passes * DEVICES * ROWS_A_DEVICE),
-        SimpleNamespace(local_devices=range(DEVICES)),  # type: ignore[arg-type]
+        one_each,  # type: ignore[arg-type]
     )
     copies = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((DEVICES, *x.shape), x.dtype),
         jax.eval_shape(step.split, params_of()),
     )
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    check(jax.jit(program, donate_argnums=0), platform, *copies, batch, rng)
+    arguments = *(shapes(x, one_each, each) for x in (*copies, batch)), shapes(rng, one_each, WHOLE)
+    check(jax.jit(program, donate_argnums=0), platform, *arguments)
 
 
 def predictors() -> dict[str, Execution]:
