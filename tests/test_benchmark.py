@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -224,6 +225,23 @@ def test_records_hold_medians_and_ratios() -> None:
     assert [r["execution"] for r in (full, packed, peer)] == ["masked_full", "packed", "huggingface"]
 
 
+def test_records_say_which_data(tmp_path: Path) -> None:
+    """A file as `sha256sum` does; a folder whatever the order in which it lists its files."""
+    file = tmp_path / "texts.txt"
+    file.write_bytes(b"good\n")
+    digest = hashlib.sha256(b"good\n").hexdigest()
+    assert records.described(file) == {"data": "texts.txt", "data_sha256": digest}
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder, names in zip(folders, ("ab", "ba"), strict=True):
+        (folder / "inner").mkdir(parents=True)
+        for name in names:
+            (folder / "inner" / name).write_bytes(b"good\n")
+    one, two = (records.described(folder)["data_sha256"] for folder in folders)
+    assert one == two == hashlib.sha256(f"{digest}  inner/a\n{digest}  inner/b\n".encode()).hexdigest()
+    (folders[1] / "inner/a").write_bytes(b"bad\n")
+    assert records.described(folders[1])["data_sha256"] != one
+
+
 def test_table_has_a_row_a_record() -> None:
     lines = list(records.table([*fake_records(), *fake_records(4)]))
     assert len(lines) == 1 + 3 + 1 + 3
@@ -283,7 +301,8 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     options = "--max-texts 3 --batch-sizes 1,2 --executions packed,masked_full --repeats 2"
     files = f"--model {folder}/model --data {folder}/texts.jsonl"
     outputs = f"--json {tmp_path}/r.json --plot {tmp_path}/plot/r.png"
-    assert main(f"benchmark {files} {options} {outputs}".split()) == 0
+    command = f"benchmark {files} {options} {outputs}"
+    assert main(command.split()) == 0
     out, err = capsys.readouterr()
     assert [line.split()[:2] for line in out.splitlines() if line] == [
         ["batch", "execution"],
@@ -298,6 +317,9 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert record["max_length"] == 18
         assert record["examples_per_second"] > 0
         assert record["peak_memory_bytes"] > 0
+        assert record["command"] == f"trbert {command}"
+        assert record["data"] == "texts.jsonl"
+        assert record["data_sha256"] == hashlib.sha256((folder / "texts.jsonl").read_bytes()).hexdigest()
         assert {"device", "cpus", "jax", "compile_seconds", "flops", "p50_ms", "p99_ms"} <= record.keys()
     assert found[0]["realised_over_promised"] > 0
     assert (tmp_path / "plot" / "r.png").exists()

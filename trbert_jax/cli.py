@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_arguments(argv)
     except SystemExit as stop:  # argparse has printed help, the version or what is wrong
         return stop.code if isinstance(stop.code, int) else EXIT_USER_ERROR
+    args.command_line = shlex.join(["trbert", *(sys.argv[1:] if argv is None else argv)])
     if args.command in USES_MODEL:
         compilation_cache.enable()
     # Importing transformers without PyTorch is what we mean to do; its advice is no news.
@@ -195,6 +197,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         max_length=args.max_length,
         repeats=args.repeats,
         dtype=args.dtype,
+        command=args.command_line,
         announce=_say,
     )
     print("\n".join(table(records)))

@@ -12,7 +12,7 @@ import numpy as np
 
 from trbert_jax.answering import read_questions
 from trbert_jax.benchmark import huggingface, runs
-from trbert_jax.benchmark.records import Record, drift, machine, make_records
+from trbert_jax.benchmark.records import Record, described, drift, machine, make_records
 from trbert_jax.benchmark.runs import WAYS, Announce, PreparedRun
 from trbert_jax.benchmark.sizes import SIZES
 from trbert_jax.benchmark.workload import Workload, kept_masks
@@ -40,6 +40,7 @@ def benchmark_file(
     max_length: int | None = None,
     repeats: int = 5,
     dtype: str = "float32",
+    command: str | None = None,
     announce: Announce = to_stderr,
 ) -> list[Record]:
     """Times the ways to run a model on the same texts, in the order of the file.
@@ -58,11 +59,12 @@ def benchmark_file(
         model's.
       repeats: how often everything is timed.
       dtype: `float32` or `bfloat16`.
+      command: what the user typed, for the records.
       announce: called with a line of text for every step.
 
     Returns:
       The records of `make_records`, with `dtype`, `model`, `replay`, `max_length`, `tokens` (mean of a text),
-      `repeats` and `machine`, and for bfloat16 what `drift` finds.
+      `repeats`, `command`, what `described` and `machine` say, and for bfloat16 what `drift` finds.
 
     Raises:
       UserError: a model or file that cannot be read, an unknown execution, too few texts, a replayed model
@@ -99,6 +101,8 @@ def benchmark_file(
         "replay": None if replay_dir is None else str(replay_dir),
         "max_length": model.config.max_length,
         "repeats": repeats,
+        "command": command,
+        **described(Path(data)),
         **machine(),
     }
     return benchmark(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -96,6 +98,23 @@ def drift(
         other = ours[:count].argmax(-1) != theirs[:count].argmax(-1)
         others.append(other.reshape(count, -1).any(-1))
     return {**found, "labels_changed": float(np.any(others, axis=0).mean())}
+
+
+def described(data: Path) -> Record:
+    """Which texts: the name of a file, or folder, and what `sha256sum` says of the file.
+
+    Of a folder the sum is that of a line a file, `sum  path inside the folder`, in the order of the paths.
+    """
+    if not data.is_dir():
+        return {"data": data.name, "data_sha256": _sha256(data)}
+    names = sorted(path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file())
+    lines = "".join(f"{_sha256(data / name)}  {name}\n" for name in names)
+    return {"data": data.name, "data_sha256": hashlib.sha256(lines.encode()).hexdigest()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def machine() -> Record:
