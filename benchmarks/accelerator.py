@@ -224,12 +224,6 @@ def run_all(plan: Plan, session: Session) -> None:
                     session.run("training", size, stage, step)
 
 
-def _keep(run: runs.PreparedRun) -> np.ndarray:
-    if run.keep is None:
-        raise ValueError(f"{run.name} drops nothing")
-    return run.keep
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

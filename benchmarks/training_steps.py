@@ -30,10 +30,10 @@ from trbert_jax.data.batching import pad_batch
 from trbert_jax.files import check_writable, write_json
 from trbert_jax.metrics.flops import EncoderShape, dense_flops, layer_macs, reduced_flops
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward, init_params
-from trbert_jax.modeling.packed import packed_forward
+from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, init_params
 from trbert_jax.parallel import make_layout
 from trbert_jax.training import objectives, optimizer, steps
+from trbert_jax.training.stages import FORWARD
 from trbert_jax.training.steps import ObjectiveFn, init_state
 
 DEFAULTS: dict[str, TrainingConfig] = {
@@ -46,7 +46,6 @@ TRAINS = {
     "policy": optimizer.trains_selectors,
     "joint": optimizer.trains_all,
 }
-FORWARD: dict[str, objectives.Execute] = {"packed": packed_forward, "masked": forward}
 
 
 @dataclasses.dataclass(frozen=True)

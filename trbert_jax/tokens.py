@@ -107,10 +107,12 @@ def select(
     scored = valid
     if passage is not None:
         logits, scored = passage.mean(logits), valid & passage.shared
-    keep = rule(stage, logits, scored)
+    chosen = rule(stage, logits, scored) & scored
+    is_first = jnp.arange(valid.shape[-1]) == 0  # [CLS]
+    not_judged = ~scored  # the row's own tokens, where rows decide on shared ones
+    keep = valid & (chosen | is_first | not_judged)
     # No gradient passes through the decision: the selectors learn from the policy loss alone.
-    keep = jax.lax.stop_gradient((keep & scored).at[:, 0].set(True) & valid | valid & ~scored)
-    return Selection(logits=logits, scored=scored, keep=keep)
+    return Selection(logits=logits, scored=scored, keep=jax.lax.stop_gradient(keep))
 
 
 def drop_tokens(

@@ -38,7 +38,7 @@ def test_one_segment() -> None:
     assert (features.candidate_positions[0, 3:] == -1).all()
     assert {pieces(features.rows.row(0))[k] for k in (5, 7, 12)} == {"[unused1]"}
     assert features.labels.tolist() == [0]
-    assert features.segment_mask.tolist() == [[True]]
+    assert features.segment_offsets.tolist() == [0, 1]
     assert features.counts.num_truncated == 0
 
 
@@ -52,7 +52,6 @@ def test_several_segments_share_their_head() -> None:
         f"{HEAD} [unused2] x [SEP]",
     ]
     assert features.segment_offsets.tolist() == [0, 3, 4]
-    assert features.segment_mask.tolist() == [[True, True, True], [True, False, False]]
     assert features.counts.num_truncated == 0
 
 

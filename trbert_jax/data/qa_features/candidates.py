@@ -55,11 +55,6 @@ class CandidateFeatures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def segment_mask(self) -> np.ndarray:
-        """bool [n, S], which segments a query has."""
-        return np.arange(self.max_segments) < np.diff(self.segment_offsets)[:, None]
-
 
 def build_candidate_features(
     questions: Sequence[CandidateQuestion],
