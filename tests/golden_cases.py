@@ -23,7 +23,7 @@ from trbert_jax.losses import policy
 from trbert_jax.modeling import tasks
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.hf_config import model_config_from_dict
-from trbert_jax.modeling.model import TokenReducingModel, forward, init_params
+from trbert_jax.modeling.model import TokenReducingModel, forward, head_inputs, init_params
 from trbert_jax.modeling.names import from_original_names, to_original_names
 from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.tiles import Tiling
@@ -342,9 +342,34 @@ def run_joint(case: Case) -> dict[str, Any]:
 
 
 def run_residual(case: Case) -> dict[str, Any]:
-    score, logits, loss = jax.jit(lambda p: residual.residual_scores(case.model, p, case.batch))(case.params)
+    scores = _masked_scores if case.execute is forward else residual.residual_scores
+    score, logits, loss = jax.jit(lambda p: scores(case.model, p, case.batch))(case.params)
     # Published scores are of the batch-mean loss, ours of every example's own.
     return {"score": score / len(score), "logits": logits, "loss": loss.mean()}
+
+
+def _masked_scores(
+    model: TokenReducingModel, params: Any, batch: dict[str, Any]
+) -> tuple[jax.Array, Any, jax.Array]:
+    """As `residual.residual_scores`, which runs packed: the padded reference for it."""
+    run = functools.partial(model.apply, {"params": params})
+    before, back = residual.score_layers(model.config)
+    tokens = run(batch["input_ids"], batch["mask"], batch.get("token_type_ids"), method="embed")
+    states = {-1: tokens.states}  # [B, S, H] each
+    for layer in range(back + 1):
+        tokens = run(tokens, [layer], method="run_layers")
+        states[layer] = tokens.states
+
+    def loss_from(back_states: jax.Array) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        last = dataclasses.replace(tokens, states=back_states)
+        last = run(last, range(back + 1, model.config.num_layers), method="run_layers")
+        logits = run(last, head_inputs(batch), method="answer")
+        loss = tasks.task_loss(model.config.task, logits, batch)
+        return loss.sum(), (logits, loss)
+
+    gradient, (logits, loss) = jax.grad(loss_from, has_aux=True)(states[back])
+    work = [states[back] - states[layer] for layer in before]
+    return jnp.stack([jnp.abs(jnp.sum(gradient * w, -1)) for w in work], axis=1), logits, loss
 
 
 def run_finetune(case: Case) -> dict[str, Any]:
