@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 import tiny_models
 
 from trbert_jax import TRBert
+from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
 from trbert_jax.inference import WINDOW, Prediction
 from trbert_jax.modeling.model import TokenReducingModel
@@ -38,11 +40,11 @@ def model() -> TRBert:
     return make()
 
 
-def some_texts(count: int, seed: int = 0) -> list[str]:
-    """Texts of 0 to 16 tokens, so up to max_length with [CLS] and [SEP]."""
+def some_texts(count: int, seed: int = 0, max_length: int = tiny_models.BERT.max_length) -> list[str]:
+    """Texts of up to `max_length` tokens with [CLS] and [SEP]."""
     rng = np.random.default_rng(seed)
     words = [word for word in tiny_models.VOCABULARY[5:] if not word.startswith("##")]
-    return [" ".join(rng.choice(words, size=rng.integers(0, 17))) for _ in range(count)]
+    return [" ".join(rng.choice(words, size=rng.integers(0, max_length - 1))) for _ in range(count)]
 
 
 def assert_same(left: Sequence[Prediction], right: Sequence[Prediction]) -> None:
@@ -208,15 +210,37 @@ def compilations() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
-def test_nothing_is_compiled_after_the_warm_up(compilations: list[str]) -> None:
-    model, rng = make(), np.random.default_rng(2)
+@pytest.mark.parametrize(
+    ("max_length", "widths"), [(18, (18,)), pytest.param(256, (64, 256), marks=pytest.mark.slow)]
+)
+def test_nothing_is_compiled_after_the_warm_up(
+    compilations: list[str], monkeypatch: pytest.MonkeyPatch, max_length: int, widths: tuple[int, ...]
+) -> None:
+    """200 requests of texts of all lengths, some of them short enough for the narrow batches alone."""
+    config = dataclasses.replace(
+        tiny_models.BERT, num_layers=2, max_positions=max_length, max_length=max_length
+    )
+    model, rng = make(config), np.random.default_rng(2)
+    shapes = [(rows, width) for rows in (1, 4, 8) for width in widths]
     named = [name for name, seconds in model.compile(batch_size=8) if seconds > 0]
-    assert named == [f"packed, {rows} x 18 tokens" for rows in (1, 4, 8)]
+    assert named == [f"packed, {rows} x {width} tokens" for rows, width in shapes]
     first = len(compilations)
     assert first >= len(named)
+
+    run: collections.Counter[tuple[int, ...]] = collections.Counter()
+    get = model.programs.get
+
+    def counting(name: str, params: Any, batch: Any, execution: Any = None) -> Any:
+        run[batch["input_ids"].shape] += 1
+        return get(name, params, batch, execution)
+
+    monkeypatch.setattr(model.programs, "get", counting)
     for seed in range(200):
-        model.predict(some_texts(int(rng.integers(1, 20)), seed=seed), batch_size=8)
+        longest = int(rng.integers(3, max_length + 1))
+        model.predict(some_texts(int(rng.integers(1, 20)), seed, longest), batch_size=8)
     assert len(compilations) == first
+    assert run.keys() == set(shapes)
+    assert run.total() >= 200
 
 
 _CACHED = """
@@ -382,3 +406,27 @@ def test_published_model_through_predict(published: tuple[TRBert, dict[str, np.n
             expected = np.flatnonzero(recorded[f"kept_stage{stage}"][row])
             assert prediction.kept[stage].tolist() == expected.tolist()
     assert_same(together[:3], [model.predict([text])[0] for text in texts[:3]])
+
+
+@pytest.mark.slow
+@needs_published
+def test_published_model_packed(published: tuple[TRBert, dict[str, np.ndarray]]) -> None:
+    """All recorded reviews, in batches of like length; the masked run of them is the reference besides."""
+    model, recorded = published
+    mask = recorded["attention_mask"] > 0
+    features = FeatureSet(
+        tokens=recorded["input_ids"][mask].astype(np.int32),
+        offsets=np.cumsum([0, *mask.sum(1)], dtype=np.int64),
+        token_types=None,
+        labels=recorded["labels"].astype(np.int32),
+        ids=[str(i) for i in range(len(mask))],
+        num_truncated=0,
+        digest="",
+    )
+    packed, masked = (model.runner(32).run(model.params, features, name) for name in ("packed", "masked"))
+    np.testing.assert_allclose(packed.logits, masked.logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(packed.logits, recorded["logits"], rtol=1e-5, atol=1e-5)
+    for stage, rows in enumerate(packed.kept):
+        expected = [np.flatnonzero(keep).tolist() for keep in recorded[f"kept_stage{stage}"]]
+        assert [positions.tolist() for positions in rows] == expected
+        assert [positions.tolist() for positions in masked.kept[stage]] == expected
