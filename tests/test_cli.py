@@ -49,7 +49,7 @@ class Prediction:
 class FakeModel:
     """Finds every text positive and keeps as many tokens as it has letters."""
 
-    config = types.SimpleNamespace(labels=("bad", "gut"), inputs=InputConfig())
+    config = types.SimpleNamespace(labels=("bad", "gut"), inputs=InputConfig(), max_length=99)
     asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
 
     @classmethod
@@ -388,6 +388,28 @@ def test_predict_hands_options_and_lines_on(
     assert [line["num_tokens"] for line in lines_of(capsys.readouterr().out)] == list(range(1, 71))
 
 
+def test_predict_leaves_out_blank_lines_between_records_only(
+    predictor: type[FakeModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line of text may be empty; between JSON objects it is nothing, as for `evaluate`."""
+    (tmp_path / "texts.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    (tmp_path / "texts.jsonl").write_text('\n{"text": "one"}\n \n{"text": ""}\n\n', encoding="utf-8")
+    for name, texts in (("texts.txt", ["one", "", "two"]), ("texts.jsonl", ["one", ""])):
+        assert main(["predict", "--model", "m", "--file", str(tmp_path / name), "--with-text"]) == 0
+        assert [line["text"] for line in lines_of(capsys.readouterr().out)] == texts
+
+
+def test_predict_says_how_many_texts_were_cut(
+    predictor: type[FakeModel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "--model", "m", "short", "x" * 100, "y" * 200]) == 0
+    out, err = capsys.readouterr()
+    assert [line["truncated"] for line in lines_of(out)] == [False, True, True]
+    assert err == "trbert: 2 of 3 texts are longer than 99 tokens and were cut\n"
+    assert main(["predict", "--model", "m", "short"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -397,7 +419,7 @@ def test_predict_hands_options_and_lines_on(
         ("texts.jsonl", b'{"text": "ok"}\n{"body": "x"}\n', 'texts.jsonl:2: an object with a string "text"'),
         ("texts.jsonl", b'{"text": 3}\n', "texts.jsonl:1: an object"),
         ("texts.jsonl", b'["text"]\n', "texts.jsonl:1: an object"),
-        ("texts.jsonl", b'{"text": "a"}\n\n', "texts.jsonl:2: not valid JSON"),
+        ("texts.jsonl", b" \n\n", "texts.jsonl: has nothing but blank lines"),
     ],
 )
 def test_predict_refuses_bad_files(

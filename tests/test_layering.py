@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "answering": RUN | {"execution", "runner", "inference", "task_data"},
     "evaluate": RUN | {"execution", "runner", "inference", "answering"},
     "text_input": BASE | {"data"},
+    "predict_lines": BASE | {"inference", "answering", "text_input"},
     "compilation_cache": set(),
     "benchmark": RUN | {"execution", "runner", "inference", "answering", "text_input", "compilation_cache"},
     "help_texts": set(),
@@ -61,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inference",
         "answering",
         "evaluate",
-        "text_input",
+        "predict_lines",
         "compilation_cache",
         "benchmark",
         "distributed",
@@ -76,6 +77,7 @@ WITHOUT_JAX = {
     "text_input",
     "compilation_cache",
     "arguments",
+    "predict_lines",
     "cli",
 } | CONFIG
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tiny_qa import VOCABULARY, qa_tokenizer
 from tiny_qa_files import SAMPLES
 
 from trbert_jax import TRBert, answer_questions
+from trbert_jax.answering import answer_stream
 from trbert_jax.cli import main
 from trbert_jax.config_schema import BackboneConfig, DataConfig, RunConfig
 from trbert_jax.errors import UserError
@@ -266,15 +269,74 @@ def test_bad_records_end_the_command_or_are_left_out(
     assert json.loads(out.read_text())["skipped_records"] == 1
 
 
-def test_questions_are_not_compiled_ahead(
+_COMPILED = ("segments", "candidates")  # the others take as long again, together more than is quick
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [*_COMPILED, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in _COMPILED)],
+)
+def test_questions_are_compiled_ahead(
     models: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    kind: str,
 ) -> None:
+    """What `trbert compile` makes is all that questions need afterwards: the program refuses other inputs."""
+    made = []
+    load = TRBert.from_pretrained
+
+    def loaded(path: str) -> TRBert:
+        made.append(load(path))
+        return made[-1]
+
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    assert main(["compile", "--model", str(models["span"])]) == 2
-    assert "one that answers questions compiles at its first batch" in capsys.readouterr().err
+    monkeypatch.setattr(TRBert, "from_pretrained", loaded)
+    options = ["--batch-size", "2", "--execution", "masked"]
+    assert main(["compile", "--model", str(models[kind]), *options]) == 0
+    rows = {"choice": 8, "segments": 4, "candidates": 2}.get(kind, 2)
+    named = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in named[:-1]] == [
+        f"masked, {rows} x {width} tokens" for width in (32, 48, 64)
+    ]
+    (model,) = made
+    before = dict(model.programs.compile_seconds)
+    longer = json.loads(json.dumps(REQUESTS[kind]).replace("the queen was not", "the queen was not " * 9))
+    assert len(answer_questions(model, [longer, REQUESTS[kind]], batch_size=2, execution="masked")) == 2
+    assert model.programs.compile_seconds == before
+
+
+def test_questions_are_read_as_they_are_answered(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trbert_jax.answering.WINDOW", 2)
+    model, taken = TRBert.from_pretrained(models["choice"]), []
+
+    def source() -> Iterator[tuple[str, Any]]:
+        for number in range(1, 8):
+            taken.append(number)
+            yield f"line {number}", {**CHOICE, "question": "who " * number}
+        yield "line 8", {**CHOICE, "id": "1"}
+
+    stream = answer_stream(model, source(), batch_size=2, execution="masked")
+    assert not taken
+    found = [next(stream)]
+    assert taken == [1, 2, 3, 4]  # a window of two batches
+    found += [next(stream) for _ in range(3)]
+    assert [answer["id"] for answer in found] == ["1", "2", "3", "4"]
+    requests = [request for _, request in itertools.islice(source(), 4)]
+    assert found == answer_questions(model, requests, batch_size=2, execution="masked")
+    with pytest.raises(UserError, match="line 8: the id '1' is there twice"):
+        next(stream)
+
+
+def test_blank_lines_between_questions(models: dict[str, Path], tmp_path: Path) -> None:
+    source, output = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    source.write_text("\n" + (json.dumps(CHOICE) + "\n \n") * 2, encoding="utf-8")
+    arguments = ["--file", str(source), "--output", str(output), "--execution", "masked"]
+    assert main(["predict", "--model", str(models["choice"]), *arguments]) == 0
+    assert [json.loads(line)["id"] for line in output.read_text(encoding="utf-8").splitlines()] == ["1", "2"]
 
 
 def test_a_model_of_texts_refuses_questions(models: dict[str, Path], tmp_path: Path) -> None:

@@ -10,25 +10,33 @@ What a question has to have says `trbert_jax.task_data.requests`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trbert_jax.config_schema import TFDS_PREFIX, BackboneConfig, DataConfig, RunConfig
+from trbert_jax.data.batching import pad_batch
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.data.qa_readers import QA_FORMATS, BadRecords
 from trbert_jax.errors import UserError
-from trbert_jax.execution import DEFAULT_THRESHOLD
-from trbert_jax.inference import TRBert
+from trbert_jax.execution import DEFAULT_THRESHOLD, EXECUTIONS, check_execution, with_threshold
+from trbert_jax.inference import WINDOW, TRBert
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.runner import Outputs
 from trbert_jax.task_data import load_task_data
 from trbert_jax.task_data.base import QuestionData, Score
-from trbert_jax.task_data.requests import parse_requests
+from trbert_jax.task_data.requests import SHORTEST, parse_requests
+
+Announce = Callable[[str], Any]
 
 _SPLIT = "test"
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 class Questions:
@@ -41,7 +49,7 @@ class Questions:
 
     num_skipped = 0
 
-    def __init__(self, model: TRBert, records: Sequence[Any], announce: Callable[[str], Any]) -> None:
+    def __init__(self, model: TRBert, records: Sequence[Any], announce: Announce) -> None:
         if model.tokenizer is None:
             raise UserError(
                 "this model has no tokenizer; put the files of the model it was made of beside it"
@@ -61,7 +69,7 @@ class Questions:
         return self._data.score(_SPLIT, self.features, self._tokenizer, outputs.logits)
 
 
-def question_data(config: ModelConfig, announce: Callable[[str], Any]) -> QuestionData:
+def question_data(config: ModelConfig, announce: Announce) -> QuestionData:
     """The task that a model was trained for.
 
     Raises:
@@ -96,7 +104,7 @@ def answer_questions(
     execution: str | None = None,
     threshold: float = DEFAULT_THRESHOLD,
     source: str = "question",
-    announce: Callable[[str], Any] = lambda line: None,
+    announce: Announce = _say_nothing,
 ) -> list[dict[str, Any]]:
     """Answers questions.
 
@@ -115,25 +123,99 @@ def answer_questions(
     Raises:
       UserError: a model of another kind, a question that is not as it should be.
     """
-    if not requests:
-        return []
-    records = parse_requests(question_data(model.config, announce).request, requests, source)
+    placed = ((f"{source}:{number}", request) for number, request in enumerate(requests, 1))
+    found = answer_stream(
+        model,
+        placed,
+        batch_size=batch_size,
+        execution=execution,
+        threshold=threshold,
+        announce=announce,
+    )
+    return list(found)
+
+
+def answer_stream(
+    model: TRBert,
+    requests: Iterable[tuple[str, Any]],
+    *,
+    batch_size: int = 32,
+    execution: str | None = None,
+    threshold: float = DEFAULT_THRESHOLD,
+    announce: Announce = _say_nothing,
+) -> Iterator[dict[str, Any]]:
+    """Answers any number of questions, of which only `WINDOW` batches are in memory at a time.
+
+    Args:
+      model: trained on a question answering data set.
+      requests: of each question what messages call its place, and the JSON object; read as needed.
+      batch_size, execution, threshold: see `TRBert.predict`.
+      announce: called with lines of text about what was cut, for each window.
+
+    Returns:
+      As `answer_questions`, in the order of the questions.
+
+    Raises:
+      UserError: as `answer_questions`, when the window of a bad question is reached.
+    """
+    source, ids = iter(requests), set[str]()
+    while window := list(itertools.islice(source, WINDOW * batch_size)):
+        records = parse_requests(question_data(model.config, announce).request, window, ids)
+        yield from _answer(model, records, batch_size, execution, threshold, announce)
+
+
+def _answer(
+    model: TRBert,
+    records: Sequence[Any],
+    batch_size: int,
+    execution: str | None,
+    threshold: float,
+    announce: Announce,
+) -> Iterator[dict[str, Any]]:
     questions = Questions(model, records, announce)
     execution = execution or model.default_execution
     outputs = model.runner(batch_size).run(model.params, questions.features, execution, threshold=threshold)
     found = questions.score(outputs).files["predictions.json"]
     answers = found["answer"] if model.config.task == "multi_hop" else found
     tokens, kept = _counts(questions.features, outputs, questions.in_pairs)
-    results = []
     for record in records:
         result = {"id": record.id, "answer": answers[record.id]}
         if answers is not found:
             result["supporting"] = found["sp"][record.id]
-        results.append(result | {"num_tokens": tokens[record.id], "num_kept": kept[record.id]})
-    return results
+        yield result | {"num_tokens": tokens[record.id], "num_kept": kept[record.id]}
 
 
-def read_questions(model: TRBert, path: Path, skip_bad: bool, announce: Callable[[str], Any]) -> Questions:
+def compile_questions(
+    model: TRBert, batch_size: int = 32, execution: str | None = None
+) -> Iterator[tuple[str, float]]:
+    """Compiles ahead of time what answering needs with this batch size.
+
+    Args:
+      model: trained on a question answering data set.
+      batch_size, execution: as in `answer_questions`.
+
+    Yields:
+      The name of each program and the seconds that compiling it took.
+
+    Raises:
+      UserError: a bad option, a model of another kind.
+    """
+    execution = execution or model.default_execution
+    check_execution(execution)
+    kind = question_data(model.config, _say_nothing).request
+    # Shapes and inputs of a batch are those of any question: one is enough, the rest of the batch is filled.
+    features = Questions(
+        model, parse_requests(kind, [("example", SHORTEST[kind])], set()), _say_nothing
+    ).features
+    size = model.runner(batch_size).batch_size
+    for width in EXECUTIONS[execution].widths(model.config.max_length):
+        batch = pad_batch(features, np.zeros(1, np.int64), size, width)
+        model.programs.get(execution, model.params, with_threshold(batch))
+        rows = len(batch["input_ids"])
+        yield f"{execution}, {rows} x {width} tokens", model.programs.compile_seconds[execution, rows, width]
+
+
+def read_questions(model: TRBert, path: Path, skip_bad: bool, announce: Announce) -> Questions:
     """The questions of a file in the published format of the data set that a model was trained on."""
     bad = BadRecords(skip=skip_bad)
     data = question_data(model.config, announce)

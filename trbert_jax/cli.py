@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
-import json
 import os
 import shlex
 import signal
@@ -27,7 +25,6 @@ from trbert_jax.files import atomic_file, check_writable, write_json
 
 if TYPE_CHECKING:
     from trbert_jax.config import RunConfig
-    from trbert_jax.inference import TRBert
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -122,9 +119,18 @@ def _stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    for path in filter(None, (args.json, args.predictions)):
+def _check_outputs(*paths: Path | None) -> None:
+    """Raises a UserError where a file cannot be written, or two outputs would be the same."""
+    seen = set[Path]()
+    for path in filter(None, paths):
         check_writable(path)
+        if path.resolve() in seen:
+            raise UserError(f"{path}: is named for two outputs; give each a file of its own")
+        seen.add(path.resolve())
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    _check_outputs(args.json, args.predictions)
     if args.all_checkpoints:
         from trbert_jax.training.pipeline import evaluate_all_checkpoints
 
@@ -148,14 +154,20 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    lines_in = _input_lines(args)
-    if args.output:
-        check_writable(args.output)
+    from trbert_jax.predict_lines import answer_lines, input_lines, prediction_lines
+
+    if args.texts and args.file:
+        raise UserError("texts are given both as arguments and by --file; give one of the two")
+    if not args.texts and not args.file and sys.stdin.isatty():
+        _say("reading texts from the keyboard, one a line; Ctrl-D ends")
+    lines_in = input_lines(args.texts, args.file)
+    _check_outputs(args.output)
     from trbert_jax.inference import TRBert
 
     model = TRBert.from_pretrained(args.model)
-    answers = bool(model.config.inputs.data)
-    lines = (_answer_lines if answers else _prediction_lines)(model, args, lines_in)
+    options = {"batch_size": args.batch_size, "execution": args.execution, "threshold": args.threshold}
+    lines_out = answer_lines if model.config.inputs.data else prediction_lines
+    lines = lines_out(model, lines_in, args.file, args.with_text, _say, **options)
     if args.output:
         with atomic_file(args.output) as stream:
             _write_lines(stream, lines)
@@ -172,16 +184,21 @@ def _compile(args: argparse.Namespace) -> None:
             f" {compilation_cache.VARIABLE}"
         )
     model = TRBert.from_pretrained(args.model)
+    if model.config.inputs.data:
+        from trbert_jax.answering import compile_questions
+
+        programs = compile_questions(model, args.batch_size, args.execution)
+    else:
+        programs = model.compile(args.batch_size, args.execution)
     total = 0.0
-    for program, seconds in model.compile(args.batch_size, args.execution):
+    for program, seconds in programs:
         total += seconds
         print(f"{program}  {seconds:.1f} s", flush=True)
     print(f"{directory}: programs ready, {total:.1f} s")
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    for path in filter(None, (args.json, args.plot)):
-        check_writable(path)
+    _check_outputs(args.json, args.plot)
     from trbert_jax.benchmark.command import benchmark_file
     from trbert_jax.benchmark.plot import plot_benchmark
     from trbert_jax.benchmark.records import table
@@ -256,60 +273,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
-# Input and output of predict, table of evaluate ---------------------------------------------------
-
-
-Lines = Iterable[tuple[str, str]]  # place and text
-
-
-def _input_lines(args: argparse.Namespace) -> Lines:
-    from trbert_jax.text_input import read_input
-
-    if args.texts and args.file:
-        raise UserError("texts are given both as arguments and by --file; give one of the two")
-    if args.texts:
-        return [(f"argument {number}", text) for number, text in enumerate(args.texts, 1)]
-    if not args.file and sys.stdin.isatty():
-        _say("reading texts from the keyboard, one a line; Ctrl-D ends")
-    lines = read_input(args.file)
-    first = next(lines)  # a missing or empty file shows before the slow loading of the model
-    return itertools.chain([first], lines)
-
-
-def _prediction_lines(model: TRBert, args: argparse.Namespace, lines: Lines) -> Iterator[str]:
-    from trbert_jax.text_input import texts_of
-
-    texts = [text for _, text in lines] if args.texts else texts_of(args.file, lines)
-    options = {"batch_size": args.batch_size, "execution": args.execution, "threshold": args.threshold}
-    for prediction in model.predict_stream(texts, **options):
-        record = {
-            **({"text": prediction.text} if args.with_text else {}),
-            "label": prediction.label,
-            "label_id": prediction.label_id,
-            "scores": dict(zip(model.config.labels, prediction.scores.tolist(), strict=True)),
-            "kept": [positions.tolist() for positions in prediction.kept],
-            "num_tokens": prediction.num_tokens,
-            "truncated": prediction.truncated,
-        }
-        yield json.dumps(record, ensure_ascii=False)
-
-
-def _answer_lines(model: TRBert, args: argparse.Namespace, lines: Lines) -> Iterator[str]:
-    from trbert_jax.answering import answer_questions
-
-    requests = []
-    for where, line in lines:
-        try:
-            requests.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{where}: not valid JSON ({error}); this model answers questions, a JSON object in each line"
-            ) from error
-    source = str(args.file or ("argument" if args.texts else "standard input"))
-    options = {"batch_size": args.batch_size, "execution": args.execution, "threshold": args.threshold}
-    answers = answer_questions(model, requests, source=source, announce=_say, **options)
-    for request, answer in zip(requests, answers, strict=True):
-        yield json.dumps({**request, **answer} if args.with_text else answer, ensure_ascii=False)
+# Output of predict and evaluate ---------------------------------------------------------------------
 
 
 def _write_lines(stream: IO[str], lines: Iterable[str]) -> None:

@@ -35,7 +35,8 @@ PREDICT_EXAMPLES = """\
 Texts are arguments, lines of --file, or lines of standard input. Prints one JSON object a text, in
 order: "label", "label_id", "scores" (a probability for every label), "kept" (for each reduction
 the positions of the tokens that remained; 0 is the first token, [CLS]), "num_tokens" (special
-tokens included), "truncated" (the text was longer than the model reads).
+tokens included), "truncated" (the text was longer than the model reads). A .jsonl file holds an object
+with "text" in each line; blank lines are left out.
 
 A model that answers questions takes a JSON object a line ("question" and "context", say; see
 docs/question_answering.md) and prints "id", "answer", "num_tokens" and "num_kept".
@@ -48,8 +49,8 @@ examples:
 """
 COMPILE_EXAMPLES = """\
 Compiles what predict and evaluate need with this batch size: one text, a few texts and full batches,
-short and long ones. The programs are kept in ~/.cache/trbert_jax (or $JAX_COMPILATION_CACHE_DIR), so
-that the next process starts at once.
+short and long ones; of questions full batches. The programs are kept in ~/.cache/trbert_jax (or
+$JAX_COMPILATION_CACHE_DIR), so that the next process starts at once.
 
 example:
   trbert compile --model work/imdb/model --batch-size 32

@@ -10,7 +10,7 @@ An `id` is optional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from trbert_jax.data.records import (
@@ -23,26 +23,26 @@ from trbert_jax.data.records import (
 from trbert_jax.errors import UserError
 
 
-def parse_requests(kind: str, requests: Sequence[Any], source: str) -> list[Any]:
+def parse_requests(kind: str, requests: Iterable[tuple[str, Any]], ids: set[str]) -> list[Any]:
     """Records of JSON objects.
 
     Args:
       kind: `span`, `choice`, `candidates` or `multi_hop`.
-      requests: the objects.
-      source: what messages call the place that they come from.
+      requests: what messages call the place of each object, and the object.
+      ids: of all questions before these; those of these are added. Without an id of its own a question gets
+        its number.
 
     Raises:
       UserError: a missing field, a wrong type, an empty text, an id that is there twice; names the object.
     """
-    records, seen = [], set[str]()
-    for number, request in enumerate(requests, 1):
-        where = f"{source}:{number}"
+    records = []
+    for where, request in requests:
         if not isinstance(request, Mapping):
             raise UserError(f"{where}: a JSON {type(request).__name__}; expected an object")
-        name = str(request.get("id", number))
-        if name in seen:
+        name = str(request.get("id", len(ids) + 1))
+        if name in ids:
             raise UserError(f"{where}: the id {name!r} is there twice; give each question its own, or none")
-        seen.add(name)
+        ids.add(name)
         records.append(_PARSERS[kind](_Fields(request, where), name, where))
     return records
 
@@ -110,4 +110,12 @@ _PARSERS: dict[str, Callable[[_Fields, str, str], Any]] = {
     "choice": _choice,
     "candidates": _candidates,
     "multi_hop": _multi_hop,
+}
+
+# A question of each kind that is as short as one can be.
+SHORTEST: dict[str, dict[str, Any]] = {
+    "span": {"question": "a", "context": "a"},
+    "choice": {"passage": "a", "question": "a", "options": ["a"] * 4},
+    "candidates": {"query": "a", "candidates": ["a"], "supports": ["a"]},
+    "multi_hop": {"question": "a", "paragraphs": [{"title": "a", "sentences": ["a"]}]},
 }
