@@ -6,8 +6,10 @@ for a run that has begun, work/.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -66,6 +68,7 @@ class Case:
       made_by: the fixture that has run the command already, for the two that train.
       code: of the exit; where it is not 2 the words may be in either stream.
       leaves: regular expression of new files that are no loss.
+      denied: file or folder that the system lets the command neither read nor write.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Case:
     made_by: str | None = None
     code: int = 2
     leaves: str = r"work/config\.json|work/cache/features-\w+\.npz"
+    denied: str | None = None
 
 
 # Ways to spoil ------------------------------------------------------------------------------------
@@ -168,6 +172,34 @@ def forbid(path: str) -> Callable[[], Any]:
             pytest.skip("no folder is read-only to root")
 
     return spoil
+
+
+@contextlib.contextmanager
+def denying(denied: Path) -> Iterator[None]:
+    """The system's refusals for a file or a folder, to whomever: to root it refuses nothing by itself."""
+
+    def is_denied(path: Any) -> bool:
+        if not isinstance(path, str | os.PathLike):  # an open file's number
+            return False
+        absolute = Path(os.path.abspath(path))
+        return denied in (absolute, *absolute.parents)
+
+    def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if is_denied(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return function(path, *arguments, **options)
+
+        return call
+
+    access = os.access
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            os, "access", lambda path, *mode, **how: not is_denied(path) and access(path, *mode, **how)
+        )
+        for module, name in ((os, "mkdir"), (os, "open"), (io, "open"), (builtins, "open")):
+            patch.setattr(module, name, refusing(getattr(module, name)))
+        yield
 
 
 # The cases ----------------------------------------------------------------------------------------
@@ -484,6 +516,11 @@ WRITE_CASES = [
         ("data: holds what is no part of a model", "dev.jsonl, test.jsonl, train.jsonl", "choose another"),
     ),
     Case(
+        "two outputs in one file",
+        EVALUATE.replace("out/lines.jsonl", "out/../out/result.json"),
+        ("out/../out/result.json: is named for two outputs; give each a file of its own",),
+    ),
+    Case(
         "no permission for the work directory",
         f"{FINETUNE} workdir=closed/work",
         ("closed/work: no permission to write there; choose another",),
@@ -494,6 +531,50 @@ WRITE_CASES = [
         EVALUATE.replace("out/", "closed/"),
         ("closed/result.json: no permission to write there; choose another",),
         forbid("closed"),
+    ),
+]
+
+# The same again for whoever may do everything, root in a container say, and for what is read.
+DENIED_CASES = [
+    Case(
+        "denied work directory",
+        f"{FINETUNE} workdir=closed/work",
+        ("closed/work: no permission to write there; choose another",),
+        Path("closed").mkdir,
+        denied="closed",
+    ),
+    Case(
+        "denied result",
+        EVALUATE.replace("out/", "closed/"),
+        ("closed/result.json: no permission to write there; choose another",),
+        Path("closed").mkdir,
+        denied="closed",
+    ),
+    Case(
+        "denied model",
+        CONVERT.replace("out/", "closed/"),
+        ("closed/model: no permission to write there; choose another",),
+        Path("closed").mkdir,
+        denied="closed",
+    ),
+    Case(
+        "denied config",
+        FINETUNE,
+        ("config.yaml: no permission to read it",),
+        denied="config.yaml",
+        leaves="",
+    ),
+    Case(
+        "denied data",
+        EVALUATE,
+        ("data/test.jsonl: no permission to read it",),
+        denied="data/test.jsonl",
+    ),
+    Case(
+        "denied texts",
+        PREDICT.replace("good", "--file data/test.jsonl"),
+        ("data/test.jsonl: no permission to read it",),
+        denied="data/test.jsonl",
     ),
 ]
 
@@ -565,7 +646,7 @@ BENCHMARK_CASES = [
     )
 ]
 
-CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES, *BENCHMARK_CASES]
+CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES, *DENIED_CASES, *BENCHMARK_CASES]
 
 
 # Running them -------------------------------------------------------------------------------------
@@ -583,10 +664,11 @@ class Outcome:
     after: dict[str, bytes]
 
 
-def run(folder: Path, command: str) -> Outcome:
+def run(folder: Path, command: str, denied: str | None = None) -> Outcome:
     before = files(folder)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    refusals = denying(folder / denied) if denied else contextlib.nullcontext()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), refusals:
         code = main(shlex.split(command))
     return Outcome(folder, code, out.getvalue(), err.getvalue(), before, files(folder))
 
@@ -636,7 +718,7 @@ def outcome(request: pytest.FixtureRequest, case: Case, tmp_path: Path) -> Itera
     folder = shutil.copytree(start if isinstance(start, Path) else start.folder, tmp_path / "folder")
     with contextlib.chdir(folder):
         case.spoil()
-    yield run(folder, case.command)
+    yield run(folder, case.command, case.denied)
     if (folder / "closed").exists():
         (folder / "closed").chmod(0o755)
 
