@@ -213,6 +213,7 @@ BAD_REQUESTS = [
     ("span", {**SPAN, "context": " "}, "context is ' '; expected a string with something in it"),
     ("span", {**SPAN, "question": 3}, "question is 3; expected a string"),
     ("no null", {**SPAN, "context": "\u200b"}, "has no tokens"),
+    ("span", {**SPAN, "context": "\ud83d the king"}, "context is not valid Unicode"),
     ("choice", {**CHOICE, "options": ["a", "b", "c"]}, "options is not a list of 4 strings"),
     ("choice", {**CHOICE, "options": ["a", "b", "c", ""]}, "options is ''; expected a string"),
     ("candidates", {**CANDIDATES, "candidates": []}, "candidates is not a list of strings"),
@@ -240,6 +241,23 @@ def test_bad_requests(
     assert message in said
     assert "Traceback" not in said
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "request_"),
+    [
+        ("choice", without(CHOICE, "question")),
+        ("candidates", {**CANDIDATES, "supports": ["", *CANDIDATES["supports"]]}),
+        ("multi_hop", {**MULTI_HOP, "paragraphs": [{"title": "x", "sentences": ["", "It is."]}]}),
+    ],
+)
+def test_what_published_data_leave_empty(
+    models: dict[str, Path], tmp_path: Path, kind: str, request_: dict[str, Any]
+) -> None:
+    """And questions whose id is null have none."""
+    answers = predict(models[kind], tmp_path, [{**request_, "id": None}, {**request_, "id": None}])
+    assert [answer["id"] for answer in answers] == ["1", "2"]
+    assert answers[0]["answer"] == answers[1]["answer"]
 
 
 def test_the_same_id_twice(

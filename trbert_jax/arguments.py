@@ -258,6 +258,7 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--executions", metavar="A,B", type=_names, help="what to time; default all")
     parser.add_argument("--max-texts", metavar="N", type=_count, help="only the first N texts of the file")
+    _add_skip(parser)
     parser.add_argument(
         "--max-length", metavar="N", type=_count, help="tokens after which a text is cut; default the model's"
     )

@@ -215,6 +215,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         repeats=args.repeats,
         dtype=args.dtype,
         command=args.command_line,
+        skip_bad_records=args.skip_bad_records,
         announce=_say,
     )
     print("\n".join(table(records)))

@@ -41,6 +41,7 @@ def benchmark_file(
     repeats: int = 5,
     dtype: str = "float32",
     command: str | None = None,
+    skip_bad_records: bool = False,
     announce: Announce = to_stderr,
 ) -> list[Record]:
     """Times the ways to run a model on the same texts, in the order of the file.
@@ -60,6 +61,7 @@ def benchmark_file(
       repeats: how often everything is timed.
       dtype: `float32` or `bfloat16`.
       command: what the user typed, for the records.
+      skip_bad_records: leave out questions that are not as they should be, rather than stop at the first.
       announce: called with a line of text for every step.
 
     Returns:
@@ -85,7 +87,7 @@ def benchmark_file(
     if model.config.inputs.data:
         if replayed is not None:
             raise UserError("--replay: kept tokens are replayed for models that label texts only")
-        features = _question_features(model, Path(data), max_texts, announce)
+        features = _question_features(model, Path(data), max_texts, skip_bad_records, announce)
         names = _without_peer(names, executions, announce)
     else:
         texts = list(itertools.islice(read_texts(Path(data)), max_texts))
@@ -185,10 +187,10 @@ def _check_executions(names: Sequence[str] | None) -> list[str]:
 
 
 def _question_features(
-    model: TRBert, data: Path, max_questions: int | None, announce: Announce
+    model: TRBert, data: Path, max_questions: int | None, skip_bad: bool, announce: Announce
 ) -> FeatureSet:
     """Questions of a file in the published format of the data set that the model was trained on."""
-    features = read_questions(model, data, skip_bad=False, announce=announce).features
+    features = read_questions(model, data, skip_bad, announce).features
     if max_questions is None or max_questions >= len(features):
         return features
     return features.take(np.arange(max_questions))

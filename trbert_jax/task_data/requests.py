@@ -5,7 +5,8 @@
     candidates       {"query": "...", "candidates": ["...", ...], "supports": ["...", ...]}
     several hops     {"question": "...", "paragraphs": [{"title": "...", "sentences": ["...", ...]}, ...]}
 
-An `id` is optional.
+An `id` is optional, and so is the question of a multiple choice. Supports and sentences may be empty, as
+they are in published data.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def parse_requests(kind: str, requests: Iterable[tuple[str, Any]], ids: set[str]
     for where, request in requests:
         if not isinstance(request, Mapping):
             raise UserError(f"{where}: a JSON {type(request).__name__}; expected an object")
-        name = str(request.get("id", len(ids) + 1))
+        given = request.get("id")  # null is none
+        name = str(len(ids) + 1 if given is None else given)
         if name in ids:
             raise UserError(f"{where}: the id {name!r} is there twice; give each question its own, or none")
         ids.add(name)
@@ -63,17 +65,24 @@ class _Fields:
     def text(self, *names: str) -> str:
         return _text(self.get(*names), f"{self._where}: {names[0]}")
 
-    def texts(self, name: str, exactly: int | None = None) -> tuple[str, ...]:
+    def text_or_nothing(self, name: str) -> str:
+        return _text(self._request.get(name, ""), f"{self._where}: {name}", may_be_empty=True)
+
+    def texts(self, name: str, exactly: int | None = None, may_be_empty: bool = False) -> tuple[str, ...]:
         values = self.get(name)
         expected = "a list of strings" if exactly is None else f"a list of {exactly} strings"
         if not isinstance(values, list) or not values or exactly not in (None, len(values)):
             raise UserError(f"{self._where}: {name} is not {expected}")
-        return tuple(_text(value, f"{self._where}: {name}") for value in values)
+        return tuple(_text(value, f"{self._where}: {name}", may_be_empty) for value in values)
 
 
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
+def _text(value: Any, where: str, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str) or not (may_be_empty or value.strip()):
         raise UserError(f"{where} is {value!r}; expected a string with something in it")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of an escaped pair: JSON allows it, Unicode does not
+        raise UserError(f"{where} is not valid Unicode (character {error.start}: {error.reason})") from error
     return value
 
 
@@ -82,12 +91,12 @@ def _span(fields: _Fields, name: str, where: str) -> SpanQuestion:
 
 
 def _choice(fields: _Fields, name: str, where: str) -> ChoiceQuestion:
-    article, question = fields.text("passage", "article"), fields.text("question")
+    article, question = fields.text("passage", "article"), fields.text_or_nothing("question")
     return ChoiceQuestion(name, article, question, fields.texts("options", 4), None, where)
 
 
 def _candidates(fields: _Fields, name: str, where: str) -> CandidateQuestion:
-    candidates, supports = fields.texts("candidates"), fields.texts("supports")
+    candidates, supports = fields.texts("candidates"), fields.texts("supports", may_be_empty=True)
     return CandidateQuestion(name, fields.text("query"), candidates, supports, None, where)
 
 
@@ -101,7 +110,7 @@ def _multi_hop(fields: _Fields, name: str, where: str) -> MultiHopQuestion:
         if not isinstance(paragraph, Mapping):
             raise UserError(f"{place} is a JSON {type(paragraph).__name__}; expected an object")
         inner = _Fields(paragraph, place)
-        found.append(Paragraph(inner.text("title"), inner.texts("sentences")))
+        found.append(Paragraph(inner.text("title"), inner.texts("sentences", may_be_empty=True)))
     return MultiHopQuestion(name, fields.text("question"), None, tuple(found), (), where)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from trbert_jax.config_schema import RunConfig
 from trbert_jax.data.dataset import Announce
 from trbert_jax.data.features import FeatureSet
-from trbert_jax.data.qa_answers.spans import SpanAnswers, decode_spans
+from trbert_jax.data.qa_answers.spans import SpanAnswers, decode_spans, with_null_threshold
 from trbert_jax.data.qa_features.spans import MRQA, SQUAD, SpanFeatures, build_span_features
 from trbert_jax.metrics import mrqa, squad
 from trbert_jax.task_data.base import QuestionData, Score, at_tokens, feature_set
@@ -88,7 +89,9 @@ class SpanData(QuestionData):
         metrics = {}
         if gold and self.is_squad:
             odds = {question: found.null_odds[question] for question in found.null_odds if question in gold}
-            metrics = squad.evaluate(gold, found.answers, odds or None)
+            # Which threshold is best shows only where what it would turn into "" is still there.
+            texts = with_null_threshold(found, math.inf).answers if odds else found.answers
+            metrics = squad.evaluate(gold, texts, odds or None, self.null_threshold if odds else None)
         elif gold:
             metrics = mrqa.evaluate(gold, found.answers)
         files: dict[str, Any] = {"predictions.json": found.answers, "nbest_predictions.json": found.n_best}

@@ -260,7 +260,7 @@ class Run:
         config = ModelConfig(
             model_type=shape.model_type,
             task=self.data.task,
-            vocab_size=len(tokenizer),
+            vocab_size=max(tokenizer.get_vocab().values()) + 1,  # a vocabulary may have gaps
             hidden_size=shape.hidden_size,
             num_layers=shape.num_layers,
             num_heads=shape.num_heads,
