@@ -51,6 +51,24 @@ INPUTS = {
     "teacher_switch_logits",
     "teacher_sent_logits",
 }
+# What a case may say besides its configuration. One that says more was run in a way that is not known here.
+CONSTANTS = {
+    "name",
+    "note",
+    "config",
+    "K",
+    "alpha",
+    "temperature",
+    "learning_rate",
+    "adam_epsilon",
+    "adam_betas",
+    "weight_decay",
+    "clip_global_norm",
+    "total_steps",
+    "warmup_steps",
+    "back_layer",
+    "reduction_layers",
+}
 # Both ways to run the encoder must agree with the published models. The tiles are smaller than the
 # cases, so that all loops run.
 EXECUTIONS: dict[str, objectives.Execute] = {
@@ -84,8 +102,11 @@ class Case:
         if "joint_distil" not in self.name:  # plain joint cases carry teacher logits too, unused
             arrays = {k: v for k, v in arrays.items() if not k.startswith("teacher_")}
         batch: dict[str, Any] = {}
-        batch |= {k: arrays[k] for k in ("labels", "guide", "rank", "teacher_logits") if k in arrays}
+        batch |= {k: arrays[k] for k in ("labels", "teacher_logits") if k in arrays}
         *_, width = arrays["input_ids"].shape
+        batch |= {k: self._by_row(arrays[k], 2) for k in ("guide", "rank") if k in arrays}
+        if self.config.task == "span" and "teacher_logits" in arrays:
+            batch["teacher_logits"] = arrays["teacher_logits"].reshape(-1, 2, width)
         # A row a segment or an option of the examples.
         batch |= {
             "input_ids": arrays["input_ids"].reshape(-1, width),
@@ -96,19 +117,33 @@ class Case:
             batch["token_type_ids"] = arrays["token_type_ids"].reshape(-1, width)
         return batch | self._task_inputs(arrays, width)
 
+    @property
+    def group(self) -> int:
+        """Rows an example: options or segments."""
+        return int(np.prod(self.arrays["input_ids"].shape[1:-1]))
+
+    def _by_row(self, x: jax.Array, axes: int) -> jax.Array:
+        """[B, (G,) ...] with `axes` last axes -> [B * G, ...]; what an example has goes to all its rows."""
+        x = x.reshape(-1, *x.shape[-axes:])
+        examples = len(self.arrays["input_ids"])
+        return jnp.repeat(x, self.group, axis=0) if len(x) == examples else x
+
     def _task_inputs(self, arrays: dict[str, Any], width: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        if self.config.reads_all_tokens:  # padding takes part, as published
-            found["head_mask"] = jnp.ones((arrays["input_ids"].size // width, width), bool)
+        rows = arrays["input_ids"].size // width
+        # In training, padding takes part as published; evaluation is of one unpadded row at a time.
+        padded = kind_of(self) is not run_eval or "padded input" in self.constants["note"]
+        if self.config.reads_all_tokens and padded:
+            found["head_mask"] = jnp.ones((rows, width), bool)
         if "start_positions" in arrays:
-            rows = found["head_mask"].shape[0]
             found["starts"] = arrays["start_positions"].reshape(rows, -1)
             found["ends"] = arrays["end_positions"].reshape(rows, -1)
         if "question_ends" in arrays:
             shared = jnp.arange(width) < arrays["question_ends"][:, None]
             found["shared"] = jnp.repeat(shared, self.config.num_labels, axis=0)
         if "cand_positions" in arrays:
-            found |= {"candidates": arrays["cand_positions"], "labels": arrays["answer_index"]}
+            candidates = self._by_row(arrays["cand_positions"], 1)  # in every segment alike
+            found |= {"candidates": candidates, "labels": arrays["answer_index"]}
             found["segment"] = arrays["instance_mask"].reshape(-1) > 0
         if "switch_labels" in arrays:
             found |= {"kind": arrays["switch_labels"], "sentence_labels": arrays["sent_labels"]}
@@ -160,6 +195,11 @@ class Case:
         return np.tile(mask, (rows // len(mask), 1))
 
     @property
+    def temperature(self) -> float:
+        """Of the distillation; published as part of a model's configuration."""
+        return self.constants.get("temperature", self.constants["config"].get("temperature", 1.0))
+
+    @property
     def model(self) -> TokenReducingModel:
         return TokenReducingModel(self.config)
 
@@ -178,7 +218,7 @@ class Case:
     @property
     def decided(self) -> np.ndarray:
         """bool [copies of examples, S], the tokens that such options decide on."""
-        ends = np.tile(self.arrays["question_ends"], self.constants["K"])[:, None]
+        ends = np.tile(self.arrays["question_ends"], self.constants.get("K", 1))[:, None]
         return np.arange(self.arrays["input_ids"].shape[-1]) < ends
 
 
@@ -188,26 +228,31 @@ def _positions(mapping: jax.Array) -> jax.Array:
 
 
 def load(folder: Path, execution: str = "masked") -> Case:
+    """Reads a case; raises `AssertionError` where it has constants that nothing here heeds."""
     constants = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    unknown = sorted(set(constants) - CONSTANTS)
+    assert not unknown, f"{folder.name}: case.json has unknown constants: {', '.join(unknown)}"
+    with np.load(folder / "arrays.npz") as file:
+        arrays = {name: _flat(name, x) for name, x in file.items()}
     config = model_config_from_dict(constants["config"])
     for prefix, task in TASKS.items():
         if folder.name.startswith(prefix):
             config = dataclasses.replace(config, task=task)
     if config.task == "multiple_choice":
-        config = dataclasses.replace(config, labels=("A", "B", "C", "D"))
+        options = arrays["input_ids"].shape[1]
+        config = dataclasses.replace(config, labels=tuple("ABCDEFGH"[:options]))
     tree, report = from_original_names(read_weights(folder), config)
     if report.missing:  # the dense cases come without selectors, which take no part in them
         fresh = init_params(config, jax.random.key(0))["encoder"]
         tree["encoder"] |= {name: fresh[name] for name in ("selector_0", "selector_1")}
-    with np.load(folder / "arrays.npz") as arrays:
-        return Case(
-            folder.name,
-            config,
-            constants,
-            jax.tree.map(jnp.asarray, tree),
-            EXECUTIONS[execution],
-            dict(arrays),
-        )
+    params = jax.tree.map(jnp.asarray, tree)
+    return Case(folder.name, config, constants, params, EXECUTIONS[execution], arrays)
+
+
+def _flat(name: str, x: np.ndarray) -> np.ndarray:
+    """What is recorded of rows, [..., S] or [..., stages], with all rows along one axis."""
+    by_row = ("kept_ratio", "kept_stage", "action_stage", "selector_logit_stage")
+    return x.reshape(-1, x.shape[-1]) if name.startswith(by_row) else x
 
 
 def kind_of(case: Case) -> Callable[[Case], dict[str, Any]]:
@@ -231,7 +276,7 @@ def _selection_outputs(case: Case, selections: tuple[tokens.Selection, ...]) -> 
         if case.shares_passage:
             group = case.config.num_labels
             logits, keep = logits[::group], keep.reshape(-1, group, keep.shape[-1]).any(1)
-            recorded = case.outputs[f"selector_logit_stage{stage}"]
+            recorded = case.outputs.get(f"selector_logit_stage{stage}", np.nan)
             logits = jnp.where(case.decided, logits, recorded)
         outputs[f"selector_logit_stage{stage}"] = logits
         outputs[f"kept_stage{stage}"] = keep
@@ -242,7 +287,7 @@ def _logit_outputs(case: Case, logits: Any, num_copies: int = 1) -> dict[str, An
     """Logits under the names that the golden set has for them."""
     task = case.config.task
     if task == "span":
-        shape = (len(logits), *case.arrays["input_ids"].shape[1:])  # [copies of examples, (segments,) S]
+        shape = (-1, *case.arrays["input_ids"].shape[1:])  # [copies of examples, (segments,) S]
         return {f"{end}_logits": logits[:, i].reshape(shape) for i, end in enumerate(("start", "end"))}
     if task == "multi_hop":
         start, end = jnp.moveaxis(logits["span"], 1, 0)
@@ -256,21 +301,40 @@ def run_eval(case: Case) -> dict[str, Any]:
     """Evaluation, each example alone; or, where the note says so, the published batch-max form."""
     rule = tokens.keep_batch_max if case.batch_max else tokens.keep_probable
     output = jax.jit(lambda p: case.execute(case.model, p, case.batch, rule=rule))(case.params)
-    # The published ratio counts confident tokens and [CLS], not the fill of a batch, over the
-    # length of the tensor the encoder was given.
-    mask = case.arrays["attention_mask"]
-    lengths = mask.shape[1] if case.batch_max else mask.sum(1)
-    confident = [(s.logits >= 0).at[:, 0].set(True) & s.scored for s in output.selections]
-    ratios = [c.sum(1) / lengths for c in confident]
-    ratios += [np.full(len(ratios[0]), np.nan)] * (case.arrays["kept_ratio"].shape[1] - len(ratios))
     logits = _logit_outputs(case, output.logits)
-    if case.config.task == "span":  # recorded one example at a time: there is no padding
-        logits = {name: np.where(mask > 0, x, np.nan) for name, x in logits.items()}
-    return {
-        **logits,
-        "kept_ratio": jnp.stack(ratios, axis=1),
-        **_selection_outputs(case, output.selections),
-    }
+    for name in ("start_logits", "end_logits"):
+        if name in logits and name in case.arrays:  # nan where a row was recorded without its padding
+            absent = (case.arrays["attention_mask"] == 0) & np.isnan(case.arrays[name])
+            logits[name] = np.where(absent, np.nan, logits[name])
+    ratios = _confident_ratios(case, output.selections)
+    return {**logits, "kept_ratio": ratios, **_selection_outputs(case, output.selections)}
+
+
+def _confident_ratios(case: Case, selections: tuple[tokens.Selection, ...]) -> jax.Array:
+    """The published ratio of an evaluation, [rows, stages].
+
+    It counts confident tokens, [CLS] and what options have of their own, not the fill of a batch, over
+    the length of the tensor the encoder was given.
+    """
+    width = case.arrays["input_ids"].shape[-1]
+
+    def count(x: jax.Array) -> jax.Array:
+        return (x.reshape(-1, case.group, width).any(1) if case.shares_passage else x).sum(-1)
+
+    valid = case.batch["mask"]
+    lengths = width if case.batch_max else count(valid)
+    ratios = []
+    for s in selections:
+        ratios.append(count(((s.logits >= 0) | ~s.scored).at[:, 0].set(True) & valid) / lengths)
+        valid = s.keep
+    return _stages(case, ratios)
+
+
+def _stages(case: Case, ratios: list[jax.Array]) -> jax.Array:
+    """Stacked to as many stages as the record has: nan for those that the model has not, none it skipped."""
+    recorded = case.arrays["kept_ratio"].shape[1] if "kept_ratio" in case.arrays else len(ratios)
+    absent = [jnp.full(len(ratios[0]), jnp.nan)] * (recorded - len(ratios))
+    return jnp.stack([*ratios[:recorded], *absent], axis=1)
 
 
 def run_init(case: Case) -> dict[str, Any]:
@@ -289,7 +353,7 @@ def _samples(case: Case, params: Any) -> objectives.PolicySamples:
     num_samples = case.constants["K"]
     if "imitation" in case.name:
         # The imitating copies must find their actions by themselves; the others replay theirs.
-        rows = case.arrays["input_ids"].shape[0]
+        rows = len(case.batch["input_ids"])
         first_copy = jnp.arange(num_samples * rows) < rows
         rule = tokens.imitate(jnp.tile(case.batch["guide"], (num_samples, 1, 1)), first_copy, rule)
     return objectives.sample_policy(
@@ -300,7 +364,7 @@ def _samples(case: Case, params: Any) -> objectives.PolicySamples:
         num_samples=num_samples,
         alpha=case.constants["alpha"],
         max_length=case.arrays["input_ids"].shape[-1],
-        temperature=case.constants.get("temperature", 1.0),
+        temperature=case.temperature,
         execute=case.execute,
     )
 
@@ -318,12 +382,11 @@ def _run_sampled(case: Case, objective: Callable[..., objectives.Objective], tot
     if case.shares_passage:
         rows = [x[:: case.config.num_labels] for x in rows]
     ratios = [x / case.arrays["input_ids"].shape[-1] for x in rows]
-    ratios += [np.full(len(ratios[0]), np.nan)] * (case.arrays["kept_ratio"].shape[1] - len(ratios))
     return {
         total: value,
         "task_loss": samples.task_loss.reshape(-1),
         "selector_nll": samples.selector_nll.reshape(-1),
-        "kept_ratio": jnp.stack(ratios, axis=1),
+        "kept_ratio": _stages(case, ratios),
         **_logit_outputs(case, samples.logits, case.constants["K"]),
         "reward": samples.reward,
         "advantage": policy.advantage(samples.reward),
@@ -342,6 +405,9 @@ def run_joint(case: Case) -> dict[str, Any]:
 
 
 def run_residual(case: Case) -> dict[str, Any]:
+    layers = (case.constants["reduction_layers"], case.constants["back_layer"])
+    before, back = residual.score_layers(case.config)
+    assert layers == (list(before), back), f"{case.name}: scores of layers {layers}, ours are {before, back}"
     scores = _masked_scores if case.execute is forward else residual.residual_scores
     score, logits, loss = jax.jit(lambda p: scores(case.model, p, case.batch))(case.params)
     # Published scores are of the batch-mean loss, ours of every example's own.
@@ -374,6 +440,7 @@ def _masked_scores(
 
 def run_finetune(case: Case) -> dict[str, Any]:
     constants = case.constants
+    assert constants["adam_betas"] == [0.9, 0.999], f"{case.name}: adam_betas other than ours"
     schedule = optimizer.linear_schedule(
         constants["learning_rate"], constants["total_steps"], constants["warmup_steps"]
     )
@@ -432,11 +499,13 @@ def _compare(name: str, ours: np.ndarray, expected: np.ndarray) -> None:
     elif name.startswith(("action_stage", "kept_stage")):
         # A token that is gone has no action (nan or 0), and is not kept.
         np.testing.assert_array_equal(ours, np.nan_to_num(expected) > 0, err_msg=name)
-    elif name.startswith("selector_logit_stage"):
-        # A sum of terms as large as the largest logit, of which both sides round every one.
-        tolerance = 1e-5 * max(1.0, np.nanmax(np.abs(expected)))
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance, err_msg=name)
     else:
         if name == "kept_ratio":  # nan where the published run skipped a stage
             ours = np.where(np.isnan(expected), np.nan, ours)
-        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5, err_msg=name)
+        scale = np.maximum(1.0, np.abs(expected))
+        if name.startswith("selector_logit_stage"):
+            # Not value by value: a logit is a sum of terms as large as the largest logit, each rounded on
+            # both sides. In `classification_bert_eval`, where the largest is 24, one of -0.98 differs by
+            # 1.4e-5 when run masked.
+            scale = np.full(scale.shape, np.nanmax(scale))
+        np.testing.assert_allclose(ours / scale, expected / scale, rtol=0, atol=1e-5, err_msg=name)

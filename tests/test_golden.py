@@ -82,6 +82,24 @@ def test_an_unknown_kind_fails(tmp_path: Path) -> None:
         golden_cases.check(golden_cases.load(folder))
 
 
+def test_an_unknown_constant_fails(tmp_path: Path) -> None:
+    folder = _copy(FOLDERS[0], tmp_path)
+    case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    (folder / "case.json").write_text(json.dumps({**case, "beta": 0.5}), encoding="utf-8")
+    with pytest.raises(AssertionError, match="unknown constants: beta"):
+        golden_cases.load(folder)
+
+
+@pytest.mark.parametrize("name", ["logits", "task_loss", "selector_nll", "kept_ratio", "score"])
+def test_the_tolerance_is_not_relative_plus_absolute(name: str) -> None:
+    expected = np.array([[0.9, 50.0]])
+    within = np.array([[0.9e-5, 49e-5]])
+    golden_cases._compare(name, expected + within, expected)
+    for beyond in ([[1.5e-5, 0.0]], [[0.0, 50.8e-5]]):
+        with pytest.raises(AssertionError):
+            golden_cases._compare(name, expected + np.array(beyond), expected)
+
+
 def _copy(folder: Path, tmp_path: Path, name: str | None = None) -> Path:
     target = tmp_path / (name or folder.name)
     shutil.copytree(folder, target, copy_function=shutil.copyfile)
