@@ -34,7 +34,8 @@ BASE = dataclasses.replace(
     max_length=64,
 )
 LETTERS = tuple("ABCD")
-# Of the web every document of a question counts for itself, as the official scorer has it.
+# Of the web every document of a question counts for itself, of Wikipedia the question, as the official
+# scorer has it.
 DOCUMENTS = [f"tc_33--{name}" for name in ("Lloyd_Webber.txt", "Élysée.txt", "35/35_995.txt")]
 DOCUMENTS += ["tc_34--Lloyd_Webber.txt"]
 # Kind of question -> data set, task, labels, the sample of a published file, its ids.
@@ -43,7 +44,7 @@ KINDS: dict[str, tuple[str, str, tuple[str, ...], str, list[str]]] = {
     "no null": ("newsqa", "span", (), "mrqa_gz", ["n1", "n2", "n3"]),
     "choice": ("race", "multiple_choice", LETTERS, "race", ["high2.txt:0", "high2.txt:2", "middle/1.txt:0"]),
     "pairs": ("race", "classification", ("wrong", "right"), "race", []),
-    "segments": ("triviaqa", "span", (), "triviaqa", DOCUMENTS),
+    "segments": ("triviaqa", "span", (), "triviaqa", ["tc_33", "tc_34"]),
     "candidates": ("wikihop", "candidates", (), "wikihop", ["WH_dev_0", "WH_dev_1"]),
     "multi_hop": ("hotpotqa", "multi_hop", (), "hotpotqa", ["h1", "h2"]),
 }
@@ -158,6 +159,21 @@ def test_evaluate_reads_the_published_file(models: dict[str, Path], tmp_path: Pa
     assert len(answered) >= 2
     if ids and kind != "choice":
         assert answered == set(ids)
+
+
+@pytest.mark.parametrize(("sample", "ids"), [("triviaqa", ["tc_33", "tc_34"]), ("triviaqa_web", DOCUMENTS)])
+def test_triviaqa_is_scored_by_domain(
+    models: dict[str, Path], tmp_path: Path, sample: str, ids: list[str]
+) -> None:
+    form = SAMPLES[sample]
+    data = form.write(tmp_path / form.path, form.fresh())
+    out, predictions = tmp_path / "result.json", tmp_path / "predictions.json"
+    options = ["--data", str(data), "--json", str(out), "--predictions", str(predictions)]
+    assert main(["evaluate", "--model", str(models["segments"]), *options, "--execution", "masked"]) == 0
+    result, found = json.loads(out.read_text()), json.loads(predictions.read_text())
+    assert sorted(found) == sorted(ids)
+
+    assert {result[name] for name in ("common", "denominator", "pred_len", "gold_len")} == {len(ids)}
 
 
 def test_benchmark_runs_questions(models: dict[str, Path], tmp_path: Path) -> None:

@@ -192,8 +192,13 @@ DOCUMENTS = {
 }
 
 
+def triviaqa_web_document() -> Any:
+    """`triviaqa_document` as a question with each document by itself."""
+    return {**triviaqa_document(), "Domain": "Web"}
+
+
 def triviaqa_document() -> Any:
-    """Two questions; the first has three documents."""
+    """Two questions with one answer each; the first has three documents."""
     answer = {
         "Aliases": ["Sunset Boulevard", "West Sunset Boulevard"],
         "NormalizedAliases": ["sunset boulevard", "west sunset boulevard"],
@@ -202,7 +207,7 @@ def triviaqa_document() -> Any:
         "Type": "WikipediaEntity",
     }
     return {
-        "Domain": "Web",
+        "Domain": "Wikipedia",
         "Data": [
             {
                 "QuestionId": "tc_33",
@@ -329,6 +334,7 @@ SAMPLES = {
         hotpotqa_graph_dev_document, write_lines, "rerank_dev_tok.json", hotpotqa_graph.read
     ),
     "triviaqa": Sample(triviaqa_document, write_triviaqa, "qa/wikipedia-dev.json", triviaqa.read),
+    "triviaqa_web": Sample(triviaqa_web_document, write_triviaqa, "qa/web-dev.json", triviaqa.read),
     "triviaqa_list": Sample(triviaqa_list_document, write_json, "dev.json", triviaqa.read),
     "wikihop": Sample(wikihop_document, write_json, "dev.json", wikihop.read),
 }

@@ -30,6 +30,8 @@ class SpanQuestion:
         `impossible` or where the source gives none.
       impossible: whether the source says that the context holds no answer.
       where: file and line or field, for messages.
+      scored_as: the id by which the official scorer looks the prediction up where that is another one,
+        since several records (a question with each of its documents) have one answer together.
     """
 
     id: str
@@ -39,6 +41,12 @@ class SpanQuestion:
     answers: tuple[str, ...]
     impossible: bool
     where: str
+    scored_as: str | None = None
+
+    @property
+    def scored_id(self) -> str:
+        """The id that predictions go by."""
+        return self.id if self.scored_as is None else self.scored_as
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from trbert_jax.metrics import answers
 def evaluate(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str]) -> dict[str, float]:
     """Exact match and F1 as `triviaqa_evaluation.py` computes them.
 
-    Ids are compared as they are: a question that is asked of every document by itself has an id
-    `question--document` in both arguments.
+    Ids are compared as they are. In the Web domain a question is asked of every document by itself
+    and has an id `question--document` in both arguments; in the Wikipedia domain it has one answer.
 
     Args:
       gold: question id -> accepted answers, the best of which counts; aliases as written or already

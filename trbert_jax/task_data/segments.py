@@ -12,14 +12,17 @@ import numpy as np
 from trbert_jax.config_schema import RunConfig
 from trbert_jax.data.dataset import Announce
 from trbert_jax.data.features import FeatureSet
-from trbert_jax.data.qa_answers.spans import decode_segments
+from trbert_jax.data.qa_answers.spans import best_of_records, decode_segments
 from trbert_jax.data.qa_features.segments import TRIVIAQA, SegmentFeatures, build_segment_features
 from trbert_jax.metrics import triviaqa
 from trbert_jax.task_data.base import QuestionData, Score, at_tokens, feature_set, padded
 
 
 class SegmentData(QuestionData):
-    """The segments of a question share one softmax; the best answer of all segments wins."""
+    """The segments of a question share one softmax; the best answer of all segments wins.
+
+    Of TriviaQA's Wikipedia domain it is the best of all documents of a question, too.
+    """
 
     task = "span"
     labels = ()
@@ -75,7 +78,9 @@ class SegmentData(QuestionData):
 
     def score(self, split: str, features: FeatureSet, tokenizer: Any, logits: Any) -> Score:
         found = self.segments(split, tokenizer)
-        answers = decode_segments(found, *at_tokens(features, np.asarray(logits)))
-        gold = {record.id: list(record.answers) for record in self.records(split) if record.answers}
+        records = self.records(split)
+        segments = decode_segments(found, *at_tokens(features, np.asarray(logits)))
+        answers = best_of_records(segments, {record.id: record.scored_id for record in records})
+        gold = {record.scored_id: list(record.answers) for record in records if record.answers}
         metrics = triviaqa.evaluate(gold, answers) if gold else {}
         return Score(metrics, {"predictions.json": answers})

@@ -11,7 +11,9 @@ from tiny_qa import one_hot, qa_tokenizer, span_question, texts
 
 from trbert_jax.data.qa_answers.pairs import best_pairs
 from trbert_jax.data.qa_answers.spans import (
+    SegmentAnswers,
     SpanAnswers,
+    best_of_records,
     decode_segments,
     decode_spans,
     with_null_threshold,
@@ -232,15 +234,21 @@ def test_the_best_segment_answers() -> None:
     features = build_segment_features(questions, TOKENIZER, SEGMENTS, announce=str)
     second = int(features.windows.rows.offsets[1])
     start, end = logits(features.windows, start={4: 2.0, second + 4: 3.0}, end={5: 2.0, second + 5: 1.5})
-    assert decode_segments(features, start, end) == {"x": "Café f", "y": "g"}
+    assert decode_segments(features, start, end).answers == {"x": "Café f", "y": "g"}
     end[second + 5] = 1.0
-    assert decode_segments(features, start, end)["x"] == "a b"  # equal: the first
+    assert decode_segments(features, start, end).answers["x"] == "a b"  # equal: the first
 
 
 def test_a_segment_without_an_answer() -> None:
     features = build_segment_features([span_question("a b")], TOKENIZER, SEGMENTS, announce=str)
     start, end = logits(features.windows, start={0: 2.0}, end={0: 2.0})
-    assert decode_segments(features, start, end, n_best=1) == {"q": ""}
+    found = decode_segments(features, start, end, n_best=1)
+    assert found == SegmentAnswers({"q": ""}, {"q": -np.inf})
+    records = SegmentAnswers({"x": "", "y": "b", "z": "c"}, {"x": -np.inf, "y": 1.0, "z": 2.0})
+    assert best_of_records(records, {"x": "q", "y": "q", "z": "q"}) == {"q": "c"}
+    assert best_of_records(records, {"x": "p", "y": "q", "z": "r"}) == {"p": "", "q": "b", "r": "c"}
+    tied = SegmentAnswers({"x": "a", "y": "b"}, {"x": 1.0, "y": 1.0})
+    assert best_of_records(tied, {"x": "q", "y": "q"}) == {"q": "a"}
 
 
 @settings(deadline=None)
@@ -253,5 +261,5 @@ def test_a_segment_gives_its_answer_back(contexts: list[str], max_length: int, d
     begin, count = int(windows.context_start[row]), int(windows.num_pieces[row])
     first = data.draw(st.integers(begin, begin + count - 1))
     last = data.draw(st.integers(first, begin + count - 1))
-    found = decode_segments(features, *one_hot(windows, row, first, last))
+    found = decode_segments(features, *one_hot(windows, row, first, last)).answers
     assert found[windows.ids[windows.question[row]]] == windows.text(row, first, last)

@@ -153,6 +153,9 @@ def test_triviaqa(tmp_path: Path) -> None:
     assert questions[0].answers == ("sunset boulevard", "west sunset boulevard")
     assert questions[3].answers == ("lloyd webber", "Webber, the")
     assert questions[1].where.endswith("qa/wikipedia-dev.json: Data[0].EntityPages[1].Filename")
+    assert [q.scored_id for q in questions] == ["tc_33"] * 3 + ["tc_34"]
+    web = read_sample("triviaqa_web", tmp_path)
+    assert [q.scored_id for q in web] == [q.id for q in web] == [q.id for q in questions]
 
 
 def test_triviaqa_limits(tmp_path: Path) -> None:

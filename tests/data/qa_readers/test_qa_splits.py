@@ -27,7 +27,7 @@ PUBLISHED = [
     ("hotpotqa_graph", "hotpotqa_graph", "{}.json", ("hotpot_train_graph", "rerank_dev_tok"), 2),
     ("triviaqa", "triviaqa", "qa/wikipedia-{}.json", ("train", "dev"), 4),
     ("triviaqa", "triviaqa_list", "{}.json", ("train", "dev"), 2),
-    ("triviaqa_web", "triviaqa", "qa/web-{}.json", ("train", "dev"), 4),
+    ("triviaqa_web", "triviaqa_web", "qa/web-{}.json", ("train", "dev"), 4),
     ("wikihop", "wikihop", "{}.json", ("train", "dev"), 2),
     ("wikihop", "wikihop", "{}.json", ("train", "dev_sort"), 2),
 ]

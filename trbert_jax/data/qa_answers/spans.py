@@ -6,6 +6,8 @@ docs/question_answering.md, "From logits to answers".
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -85,13 +87,27 @@ def with_null_threshold(found: SpanAnswers, null_threshold: float) -> SpanAnswer
     return dataclasses.replace(found, answers=answers)
 
 
+@dataclasses.dataclass(frozen=True)
+class SegmentAnswers:
+    """What a model answers to questions over documents.
+
+    Attributes:
+      answers: id -> text, "" where no combination of start and end can be an answer; the official
+        scorer counts it as wrong, as it does the published "NoAnswerFound".
+      scores: id -> start logit + end logit of the answer; -inf where there is none.
+    """
+
+    answers: dict[str, str]
+    scores: dict[str, float]
+
+
 def decode_segments(
     features: SegmentFeatures,
     start_logits: np.ndarray,
     end_logits: np.ndarray,
     n_best: int = N_BEST_SEGMENTS,
     max_answer_length: int = MAX_ANSWER_LENGTH,
-) -> dict[str, str]:
+) -> SegmentAnswers:
     """The best answer of all segments of each question; TriviaQA.
 
     Args:
@@ -100,23 +116,38 @@ def decode_segments(
       n_best: starts and ends of a segment that are combined.
       max_answer_length: word pieces of an answer at most.
 
-    Returns:
-      id -> text, "" where no combination can be an answer; the official scorer counts it as wrong,
-      as it does the published "NoAnswerFound".
-
     Raises:
       ValueError: logits of another shape, or not finite.
     """
     windows = features.windows
     pairs = best_pairs(windows, start_logits, end_logits, n_best, max_answer_length, max_context_only=False)
-    scores, answers = pairs.start_logit + pairs.end_logit, {}
+    sums, answers, scores = pairs.start_logit + pairs.end_logit, {}, {}
     for i, question in enumerate(windows.ids):
         first, last = pairs.question_offsets[i : i + 2]
-        answers[question] = ""
+        answers[question], scores[question] = "", -math.inf
         if first < last:
-            best = first + int(np.argmax(scores[first:last]))
+            best = first + int(np.argmax(sums[first:last]))
             answers[question] = windows.text(pairs.row[best], pairs.start[best], pairs.end[best])
-    return answers
+            scores[question] = float(sums[best])
+    return SegmentAnswers(answers, scores)
+
+
+def best_of_records(found: SegmentAnswers, scored_ids: Mapping[str, str]) -> dict[str, str]:
+    """One answer for all records that are scored together: the one of the highest score.
+
+    Args:
+      found: of n records.
+      scored_ids: id of each record -> the id by which it is scored, see `SpanQuestion.scored_as`.
+
+    Returns:
+      The latter id -> text; the first record wins among equals.
+    """
+    best: dict[str, str] = {}
+    for record in found.answers:
+        together = scored_ids[record]
+        if together not in best or found.scores[record] > found.scores[best[together]]:
+            best[together] = record
+    return {together: found.answers[record] for together, record in best.items()}
 
 
 def _null_logits(

@@ -99,7 +99,7 @@ def digest_of(*values: object) -> str:
 
     Args:
       values: None, bool, int, float, str, tuples, lists, NumPy arrays and dataclasses of them. The
-        field `where` of a dataclass is left out: it names a place for messages.
+        fields `where` and `scored_as` of a dataclass are left out: they are for messages and scores.
     """
     digest = hashlib.sha256()
     _feed(digest.update, (_FORMAT, *values))
@@ -122,7 +122,9 @@ def _feed(update: Callable[[bytes], object], value: object) -> None:
         update(f"a{value.dtype.str}{value.shape}:".encode())
         update(np.ascontiguousarray(value).tobytes())
     elif dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value) if field.name != "where"]
+        names = [
+            field.name for field in dataclasses.fields(value) if field.name not in ("where", "scored_as")
+        ]
         update(f"d{type(value).__name__}{len(names)}:".encode())
         for name in names:
             _feed(update, getattr(value, name))

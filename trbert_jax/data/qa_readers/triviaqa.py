@@ -4,7 +4,8 @@ Published at https://nlp.cs.washington.edu/triviaqa/ as `triviaqa-rc.tar.gz`: qu
 `qa/wikipedia-*.json` and `qa/web-*.json`, `{"Data": [{"QuestionId", "Question", "Answer":
 {"Aliases", "NormalizedAliases"}, "EntityPages": [{"Filename"}], "SearchResults": [{"Filename"}]}]}`,
 documents in `evidence/wikipedia` and `evidence/web`. Each pair of a question and a document is a
-question of its own, as the official scorer has it, and the answer is looked for in the document.
+question of its own, and the answer is looked for in the document. The official scorer judges these
+pairs, except where the file says `"Domain": "Wikipedia"`: there a question has one answer.
 
 The list is `[{"context", "qas": [{"qid", "question", "answers": {"Aliases"}, "detected_answers":
 [{"char_spans": [[first, last]]}]}]}]`, where the last character belongs to the answer.
@@ -98,16 +99,20 @@ def make_question(
     answers: tuple[str, ...],
     document: Document,
     max_words: int = MAX_WORDS,
+    *,
+    one_answer: bool = False,
 ) -> SpanQuestion:
     """The question that a published question and one of its documents make.
 
     Args:
       question_id: the published id; with the name of the document it is the id of the new question,
-        `tc_33--Andrew_Lloyd_Webber.txt`, by which the official scorer looks predictions up.
+        `tc_33--Andrew_Lloyd_Webber.txt`.
       question: its text.
       answers: strings that the official scorer accepts; empty where they are withheld.
       document: where the answer is looked for.
       max_words: see `read_published`.
+      one_answer: whether the official scorer looks predictions up by the published id, one for all
+        documents, in place of the new one.
 
     Raises:
       BadRecord: the document is empty.
@@ -121,6 +126,7 @@ def make_question(
         answers=answers,
         impossible=False,
         where=document.text.where,
+        scored_as=question_id if one_answer else None,
     )
 
 
@@ -161,6 +167,7 @@ def _read_published(
 ) -> list[SpanQuestion]:
     questions = document["Data"].items()
     with_answer = any_has(questions, "Answer")
+    one_answer = document.has("Domain") and document["Domain"].data == "Wikipedia"
     records = RecordList[SpanQuestion](path, bad)
     for value in questions:
         with bad.record():
@@ -177,7 +184,10 @@ def _read_published(
             for page, folder in pages[:max_documents]:
                 with bad.record():
                     found = _read_evidence(page["Filename"], folder)
-                    records.add(make_question(question_id, question, answers, found, max_words), page)
+                    made = make_question(
+                        question_id, question, answers, found, max_words, one_answer=one_answer
+                    )
+                    records.add(made, page)
     return records.finish(_FORMAT)
 
 
