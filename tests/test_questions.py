@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from trbert_jax.metrics import flops
 from trbert_jax.modeling.config import InputConfig, ModelConfig
 from trbert_jax.modeling.pretrained import save_pretrained
 from trbert_jax.task_data import load_task_data
+from trbert_jax.task_data.base import QuestionData
 
 BASE = dataclasses.replace(
     tiny_models.BERT,
@@ -301,6 +303,74 @@ def test_bad_records_end_the_command_or_are_left_out(
     assert main([*arguments, "--execution", "masked", "--skip-bad-records"]) == 0
     assert "1 of 4 records skipped" in capsys.readouterr().err
     assert json.loads(out.read_text())["skipped_records"] == 1
+
+
+UNUSABLE = [
+    ("span", ("data", 0, "paragraphs", 0, "qas", 0, "question"), "\u200b", "question: has no tokens", 3),
+    ("segments", ("Data", 1, "Question"), "\u200b", "question: has no tokens", 1),
+    ("candidates", (0, "query"), "x " * 80, "query: has with its candidates", 1),
+    ("candidates", (0, "candidates"), [*map(str, range(79)), "côte d'ivoire"], "candidates: has 80 items", 1),
+    ("no null", (1, "qas", 0, "question"), "\u200b", "question: has no tokens", 2),
+    ("choice", ("high/2.txt", "questions", 0), "x " * 80, "question: has with its longest option", 3),
+    ("multi_hop", (0, "question"), "\u200b", "question: has no tokens", 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "field", "value", "message", "left"), UNUSABLE)
+def test_questions_without_inputs_are_bad_records(
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    field: tuple[Any, ...],
+    value: Any,
+    message: str,
+    left: int,
+) -> None:
+    *_, sample, _ = KINDS[kind]
+    form, out, predictions = SAMPLES[sample], tmp_path / "result.json", tmp_path / "predictions.json"
+    document = form.fresh()
+    *path, last = field
+    functools.reduce(lambda part, key: part[key], path, document)[last] = value
+    data = form.write(tmp_path / form.path, document)
+    arguments = ["evaluate", "--model", str(models[kind]), "--data", str(data), "--json", str(out)]
+    arguments += ["--predictions", str(predictions), "--execution", "masked"]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert str(data) in said
+    assert message in said
+    assert "leave such records out with --skip-bad-records" in said
+    assert not out.exists()
+    assert main([*arguments, "--skip-bad-records"]) == 0
+    said = capsys.readouterr().err
+    assert f"records skipped: {data}" in said
+    assert message in said
+    assert json.loads(out.read_text())["skipped_records"] == 1
+    found = json.loads(predictions.read_text())
+    assert len(found["answer"] if kind == "multi_hop" else found) == left
+
+
+def test_training_leaves_out_what_cannot_become_inputs(tmp_path: Path) -> None:
+    document = SAMPLES["squad"].fresh()
+    document["data"][0]["paragraphs"][0]["qas"][0]["question"] = "\u200b"
+    SAMPLES["squad"].write(tmp_path / "train-v2.0.json", document)
+    said = list[str]()
+    settings = DataConfig(name="squad", path=str(tmp_path), skip_bad_records=True)
+    model = BackboneConfig(init="scratch", max_length=64, window_step=16)
+    config = RunConfig(workdir="x", data=settings, model=model)
+    data = load_task_data(config, said.append)
+    assert isinstance(data, QuestionData)
+    before = data.ids("train")
+    features = data.inputs("train", qa_tokenizer(), tmp_path)
+    assert data.ids("train") == before - {"q1"}
+    assert set(features.ids) <= data.ids("train")
+    assert data.notes["train"]["skipped_records"] == 1
+    assert "question 'q1': question: has no tokens" in data.notes["train"]["skipped"][0]
+    assert any("train: 1 of 4 records skipped" in line for line in said)
+    settings = dataclasses.replace(settings, skip_bad_records=False)
+    strict = load_task_data(dataclasses.replace(config, data=settings), print)
+    with pytest.raises(UserError, match="with --skip-bad-records"):
+        strict.inputs("train", qa_tokenizer(), tmp_path)
 
 
 _COMPILED = ("segments", "candidates")  # the others take as long again, together more than is quick

@@ -47,17 +47,18 @@ class Questions:
       num_skipped: records that were left out, being not as they should be.
     """
 
-    num_skipped = 0
-
-    def __init__(self, model: TRBert, records: Sequence[Any], announce: Announce) -> None:
+    def __init__(
+        self, model: TRBert, records: Sequence[Any], announce: Announce, bad: BadRecords | None = None
+    ) -> None:
         if model.tokenizer is None:
             raise UserError(
                 "this model has no tokenizer; put the files of the model it was made of beside it"
             )
         self._tokenizer = model.tokenizer
         self._data = question_data(model.config, announce)
-        self._data.give(_SPLIT, records)
-        self.features: FeatureSet = self._data.features(_SPLIT, self._tokenizer, Path())
+        self._data.give(_SPLIT, records, bad)
+        self.features: FeatureSet = self._data.inputs(_SPLIT, self._tokenizer, Path())
+        self.num_skipped = 0 if bad is None else len(bad.skipped)
 
     @property
     def in_pairs(self) -> bool:
@@ -223,9 +224,7 @@ def read_questions(model: TRBert, path: Path, skip_bad: bool, announce: Announce
     summary = bad.summary(len(records))
     if summary:
         announce(f"{path}: {summary}")
-    questions = Questions(model, records, announce)
-    questions.num_skipped = len(bad.skipped)
-    return questions
+    return Questions(model, records, announce, bad)
 
 
 def _format(name: str) -> str:

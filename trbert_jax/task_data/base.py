@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from trbert_jax.config_schema import TFDS_PREFIX, RunConfig
 from trbert_jax.data.dataset import Announce, sample_indices
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.data.qa_features.storage import Counts, TokenRows
-from trbert_jax.data.qa_readers import BadRecords, read_split, tfds_records
+from trbert_jax.data.qa_readers import BadRecord, BadRecords, read_split, tfds_records
+from trbert_jax.data.qa_readers.bad_records import UnusableRecords
 from trbert_jax.data.tfds import find_split, open_sources
 from trbert_jax.errors import UserError
 
@@ -73,6 +73,10 @@ class TaskData(abc.ABC):
         """
         return None
 
+    def inputs(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+        """What `features` gives, of those examples alone that can be used where others are to be skipped."""
+        return self.features(split, tokenizer, cache_dir)
+
     @abc.abstractmethod
     def score(self, split: str, features: FeatureSet, tokenizer: Any, logits: Any) -> Score:
         """Judges the outputs for the examples of a split.
@@ -102,10 +106,49 @@ class QuestionData(TaskData):
     def __init__(self, config: RunConfig, announce: Announce) -> None:
         super().__init__(config, announce)
         self._given: dict[str, Sequence[Any]] = {}
+        self._bad: dict[str, BadRecords] = {}
 
-    def give(self, split: str, records: Sequence[Any]) -> None:
-        """Lets these questions be the split, in place of those of the data set."""
+    def give(self, split: str, records: Sequence[Any], bad: BadRecords | None = None) -> None:
+        """Lets these questions be the split, in place of those of the data set.
+
+        Args:
+          split: which.
+          records: the questions.
+          bad: what to do about those that cannot become inputs; None where nobody may skip any.
+        """
         self._given[split] = records
+        if bad is not None:
+            self._bad[split] = bad
+
+    def inputs(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+        """What `features` gives; questions that cannot become inputs go the way of other bad records.
+
+        Those that are skipped are none of `records` from here on, so that answers and gold agree.
+
+        Raises:
+          UserError: there is such a question and none is to be skipped, or there is no other.
+        """
+        try:
+            return self.features(split, tokenizer, cache_dir)
+        except UnusableRecords as error:
+            bad = self._bad.get(split)
+            if bad is None:
+                raise
+            self._leave_out(split, error.found, bad)
+        return self.features(split, tokenizer, cache_dir)
+
+    def _leave_out(self, split: str, found: Mapping[str, BadRecord], bad: BadRecords) -> None:
+        before = len(bad.skipped)
+        for error in found.values():
+            with bad.record():
+                raise error
+        kept = [record for record in self.records(split) if record.id not in found]
+        summary = bad.summary(len(kept), before)
+        if not kept:
+            raise UserError(f"{split}: has no usable record; {summary}")
+        self.announce(f"{split}: {summary}")
+        self._given[split] = kept
+        self._note_skipped(split, bad)
 
     def best_null_threshold(self, metrics: Mapping[str, float]) -> float | None:
         """The null threshold that the metrics found best; None for a task that has none."""
@@ -115,26 +158,30 @@ class QuestionData(TaskData):
         """Ids of the questions of a split."""
         return frozenset(record.id for record in self.records(split))
 
-    @functools.cache  # noqa: B019 - lives as long as the run
     def records(self, split: str) -> Sequence[Any]:
         """The questions of a split, at most as many as the configuration says."""
-        if split in self._given:
-            return self._given[split]
+        if split not in self._given:
+            self._given[split] = self._read(split)
+        return self._given[split]
+
+    def _read(self, split: str) -> Sequence[Any]:
         data = self.config.data
-        bad = BadRecords(skip=data.skip_bad_records)
+        bad = self._bad[split] = BadRecords(skip=data.skip_bad_records)
         if data.name.startswith(TFDS_PREFIX):
             records = self._tfds_records(split, bad)
         elif data.path is None:
             raise UserError(f"data.path: missing; expected the folder of the files of {data.name}")
         else:
             records = read_split(data.name, Path(data.path).expanduser(), split, bad, self.announce)
-        if bad.skipped:
-            self.note(
-                split, skipped_records=len(bad.skipped), skipped=[str(e) for e in bad.skipped[:_LISTED]]
-            )
+        self._note_skipped(split, bad)
         limit = data.max_train_examples if split == "train" else data.max_eval_examples
         indices = sample_indices(len(records), limit, self.config.seed, split)
         return records if len(indices) == len(records) else [records[i] for i in indices]
+
+    def _note_skipped(self, split: str, bad: BadRecords) -> None:
+        if bad.skipped:
+            skipped = [str(error) for error in bad.skipped[:_LISTED]]
+            self.note(split, skipped_records=len(bad.skipped), skipped=skipped)
 
     def note(self, split: str, **facts: Any) -> None:
         """Adds to `notes`."""

@@ -330,7 +330,7 @@ class Run:
     def read_features(self, split: str, tokenizer: Any) -> FeatureSet:
         """Tokenized examples of a split, from the original files or the cache."""
         cache = self.config.data.cache_dir or self.workdir / "cache"
-        return self.data.features(split, tokenizer, Path(cache))
+        return self.data.inputs(split, tokenizer, Path(cache))
 
     def features(self, split: str, model: Pretrained) -> FeatureSet:
         """Tokenized examples of a split for a model."""

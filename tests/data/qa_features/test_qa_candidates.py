@@ -72,14 +72,14 @@ def test_without_documents() -> None:
 
 def test_a_query_that_leaves_no_room() -> None:
     assert len(build(QUERY, max_length=17).rows) == 1
-    message = r"train.json: \[0\]: query WH_0 and its candidates have 15 tokens, which leaves none of 16"
+    message = r"train.json: \[0\]: question 'WH_0': query: has with its candidates 15 tokens, .* none of 16"
     with pytest.raises(UserError, match=message):
         build(QUERY, max_length=16)
 
 
 def test_too_many_candidates() -> None:
     many = dataclasses.replace(QUERY, candidates=tuple(f"x{i}" for i in range(80)))
-    with pytest.raises(UserError, match="query WH_0 has 80 candidates; expected at most 79"):
+    with pytest.raises(UserError, match="question 'WH_0': candidates: has 80 items; expected at most 79"):
         build(many)
     features = build(dataclasses.replace(many, candidates=many.candidates[:79]))
     assert (features.candidate_positions >= 0).all()
@@ -88,7 +88,7 @@ def test_too_many_candidates() -> None:
 def test_an_answer_that_is_withheld() -> None:
     withheld = dataclasses.replace(QUERY, answer=None)
     assert build(withheld).labels.tolist() == [-1]
-    with pytest.raises(UserError, match="query WH_0 has no answer"):
+    with pytest.raises(UserError, match="question 'WH_0': answer: missing; training needs one"):
         build(withheld, training=True)
 
 

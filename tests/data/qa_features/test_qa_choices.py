@@ -103,9 +103,13 @@ def test_articles_of_several_questions_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("changes", "max_length", "message"),
     [
-        ({}, 8, "question high/1.txt:0 and its longest option have 5 tokens, which leaves none of 8"),
-        ({"article": "\u200b"}, 64, "the article of high/1.txt:0 has no tokens"),
-        ({"answer": None}, 64, "question high/1.txt:0 has no answer; training needs one"),
+        (
+            {},
+            8,
+            "question 'high/1.txt:0': question: has with its longest option 5 tokens, which leaves none of 8",
+        ),
+        ({"article": "\u200b"}, 64, "question 'high/1.txt:0': article: has no tokens"),
+        ({"answer": None}, 64, "question 'high/1.txt:0': answer: missing; training needs one"),
     ],
 )
 def test_errors_name_the_question(changes: dict[str, Any], max_length: int, message: str) -> None:

@@ -300,9 +300,9 @@ def test_mistakes_in_pretokenized_paragraphs() -> None:
 @pytest.mark.parametrize(
     ("changes", "max_length", "message"),
     [
-        ({}, 9, "question h0 has 6 tokens, which leaves none of 9"),
-        ({"question": "\u200b"}, 99, "the question h0 has no tokens"),
-        ({"answer": None}, 99, "question h0 has no answer; training needs one"),
+        ({}, 9, "question 'h0': question: has 6 tokens, which leaves none of 9"),
+        ({"question": "\u200b"}, 99, "question 'h0': question: has no tokens"),
+        ({"answer": None}, 99, "question 'h0': answer: missing; training needs one"),
     ],
 )
 def test_errors_name_the_question(changes: dict[str, Any], max_length: int, message: str) -> None:

@@ -186,15 +186,15 @@ def test_a_question_that_leaves_no_room() -> None:
     settings = WindowSettings(max_length=6, max_question_length=3, step=2)
     assert len(build(span_question("a", "a", question="who ?"), settings=settings)) == 1
     with pytest.raises(
-        UserError, match=r"f.json: data\[0\]: question q7 has 3 tokens, which leaves none of 6"
+        UserError, match=r"f.json: data\[0\]: question 'q7': question: has 3 tokens, which leaves none of 6"
     ):
         build(span_question("a", "a", question="who is the king", id="q7"), settings=settings)
 
 
 def test_questions_and_contexts_without_tokens() -> None:
-    with pytest.raises(UserError, match="the question q has no tokens"):
+    with pytest.raises(UserError, match="question 'q': question: has no tokens"):
         build(span_question("a", question="\u200b"))
-    with pytest.raises(UserError, match="the context of question q has no tokens"):
+    with pytest.raises(UserError, match="question 'q': context: has no tokens"):
         build(span_question("\u200b"))
 
 

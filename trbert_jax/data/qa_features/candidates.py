@@ -14,8 +14,8 @@ import numpy as np
 from trbert_jax.data.dataset import Announce
 from trbert_jax.data.qa_features.encoding import TextEncoder
 from trbert_jax.data.qa_features.storage import Counts, RowParts, TokenRows, digest_of, join_rows
+from trbert_jax.data.qa_readers.bad_records import BadRecord, UnusableRecords, unusable
 from trbert_jax.data.records import CandidateQuestion
-from trbert_jax.errors import UserError
 
 MAX_LENGTH = 1024
 MAX_DOCUMENT_LENGTH = 1024  # word pieces of all documents together, their markers included
@@ -79,8 +79,9 @@ def build_candidate_features(
       announce: called with a line of text that says what became of the queries.
 
     Raises:
-      UserError: a vocabulary without the markers, more than 79 candidates, a query that with its
-        candidates leaves no room for documents, or in training one without an answer.
+      UserError: a vocabulary without the markers.
+      UnusableRecords: more than 79 candidates, a query without word pieces, one that with its
+        candidates leaves no room for documents, or in training one without an answer; all such queries.
     """
     encoder = TextEncoder(tokenizer)
     cls, sep = (np.array([i], np.int32) for i in (encoder.cls_id, encoder.sep_id))
@@ -93,28 +94,30 @@ def build_candidate_features(
     rows: list[RowParts] = []
     counts, truncated, name, support = [0], 0, 0, 0
     positions = np.full((len(questions), MAX_CANDIDATES), -1, np.int32)
+    bad = dict[str, BadRecord]()
     for i, question in enumerate(questions):
-        _check(question, training)
         pieces = [names.tokens_of(name + k) for k in range(len(question.candidates))]
         texts = [supports.tokens_of(support + k) for k in range(len(question.supports))]
         full = int(supports.num_tokens[support : support + len(texts)].sum()) + len(texts)
         name, support = name + len(pieces), support + len(texts)
         head = [cls, queries.tokens_of(i)]
+        size = sum(map(len, (*head, *pieces))) + len(pieces)
+        error = _check(question, len(queries.tokens_of(i)), size, max_length, training)
+        if error is not None:
+            bad[question.id] = error
+            continue
         for k, piece in enumerate(pieces):
             positions[i, k] = sum(map(len, head))
             head += [candidate, piece]
-        room = max_length - 1 - sum(map(len, head))
-        if room < 1:
-            raise UserError(
-                f"{question.where}: query {question.id} and its candidates have {max_length - 1 - room} "
-                f"tokens, which leaves none of {max_length} for the documents; give a larger max_length"
-            )
+        room = max_length - 1 - size
         joined = np.concatenate([cls[:0], *(part for text in texts for part in (document, text))])
         kept = joined[: min(max_document_length, max_segments * room)]
         starts = range(0, max(1, len(kept)), room)
         rows.extend((head, (kept[start : start + room], sep)) for start in starts)
         counts.append(len(starts))
         truncated += len(kept) < full
+    if bad:
+        raise UnusableRecords(bad)
     summary = Counts(num_examples=len(questions), num_rows=len(rows), num_truncated=truncated)
     announce(summary.describe())
     return CandidateFeatures(
@@ -138,11 +141,22 @@ def build_candidate_features(
     )
 
 
-def _check(question: CandidateQuestion, training: bool) -> None:
+def _check(
+    question: CandidateQuestion, query_length: int, size: int, max_length: int, training: bool
+) -> BadRecord | None:
+    """What keeps a query, `size` tokens with [CLS] and its candidates, from having segments."""
     if len(question.candidates) > MAX_CANDIDATES:
-        raise UserError(
-            f"{question.where}: query {question.id} has {len(question.candidates)} candidates; expected at "
-            f"most {MAX_CANDIDATES}"
-        )
+        reason = f"has {len(question.candidates)} items; expected at most {MAX_CANDIDATES}"
+        return unusable(question, "candidates", reason)
     if training and question.answer is None:
-        raise UserError(f"{question.where}: query {question.id} has no answer; training needs one")
+        return unusable(question, "answer", "missing; training needs one")
+    if not query_length:
+        return unusable(question, "query", "has no tokens; expected a text that the tokenizer keeps")
+    if max_length - 1 - size < 1:
+        return unusable(
+            question,
+            "query",
+            f"has with its candidates {size} tokens, which leaves none of {max_length} for the documents; "
+            "give a larger max_length",
+        )
+    return None

@@ -15,8 +15,8 @@ from trbert_jax.data.dataset import Announce
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.data.qa_features.encoding import TextEncoder
 from trbert_jax.data.qa_features.storage import Counts, RowParts, TokenRows, digest_of, join_rows
+from trbert_jax.data.qa_readers.bad_records import BadRecord, UnusableRecords, unusable
 from trbert_jax.data.records import ChoiceQuestion
-from trbert_jax.errors import UserError
 
 MAX_LENGTH = 512
 MAX_QUESTION_LENGTH = 128  # question and option together
@@ -98,8 +98,8 @@ def build_choice_features(
       announce: called with a line of text that says what became of the questions.
 
     Raises:
-      UserError: an article without word pieces, a question that leaves no room for its article, or
-        in training one without an answer; the question is named.
+      UnusableRecords: an article without word pieces, a question that leaves no room for its article,
+        or in training one without an answer; all such questions.
     """
     encoder = TextEncoder(tokenizer)
     articles, article_index = encoder.encode_distinct([q.article for q in questions], max_tokens=max_length)
@@ -109,27 +109,36 @@ def build_choice_features(
     rows: list[RowParts] = []
     ends = list[int]()
     truncated = questions_cut = 0
+    bad = dict[str, BadRecord]()
     for i, question in enumerate(questions):
         if len(question.options) != 4:
             raise ValueError(f"{question.where}: {len(question.options)} options; expected 4")
         if training and question.answer is None:
-            raise UserError(f"{question.where}: question {question.id} has no answer; training needs one")
+            bad[question.id] = unusable(question, "answer", "missing; training needs one")
+            continue
         stem = stems.tokens_of(i)
         parts = [np.concatenate([stem, options.tokens_of(4 * i + k)]) for k in range(4)]
         longest = min(max(map(len, parts)), max_question_length)
         room = max_length - 3 - longest
         if room < 1:
-            raise UserError(
-                f"{question.where}: question {question.id} and its longest option have {longest} tokens, "
-                f"which leaves none of {max_length} for the article; give a larger max_length"
+            bad[question.id] = unusable(
+                question,
+                "question",
+                f"has with its longest option {longest} tokens, which leaves none of {max_length} for the "
+                "article; give a larger max_length or a smaller max_question_length",
             )
+            continue
         article = articles.tokens_of(article_index[i])[:room]
         if not len(article):
-            raise UserError(f"{question.where}: the article of {question.id} has no tokens; remove it")
+            reason = "has no tokens; expected a text that the tokenizer keeps"
+            bad[question.id] = unusable(question, "article", reason)
+            continue
         rows.extend(((cls, article, sep), (part[:longest], sep)) for part in parts)
         ends.append(len(article) + 2 + min(len(stem), longest))
         truncated += int(len(article) < articles.num_tokens[article_index[i]])
         questions_cut += any(len(part) > longest for part in parts)
+    if bad:
+        raise UnusableRecords(bad)
     counts = Counts(
         num_examples=len(questions),
         num_rows=4 * len(questions),

@@ -17,8 +17,8 @@ from trbert_jax.data.dataset import Announce
 from trbert_jax.data.qa_features.encoding import TextEncoder
 from trbert_jax.data.qa_features.paragraphs import TokenizedQuestion, is_yes_or_no, tokenize_questions
 from trbert_jax.data.qa_features.storage import Counts, digest_of
+from trbert_jax.data.qa_readers.bad_records import BadRecord, UnusableRecords, unusable
 from trbert_jax.data.records import MultiHopQuestion
-from trbert_jax.errors import UserError
 
 MAX_LENGTH = 1024
 MAX_QUESTION_LENGTH = 80
@@ -110,14 +110,16 @@ def build_multi_hop_features(
       announce: called with a line of text that says what became of the questions.
 
     Raises:
-      UserError: a vocabulary without the markers, a question without word pieces, one that leaves no
-        room for paragraphs, or in training one without an answer.
+      UserError: a vocabulary without the markers.
+      UnusableRecords: a question without word pieces, one that leaves no room for paragraphs, or in
+        training one without an answer; all such questions.
     """
     encoder = TextEncoder(tokenizer)
     title_id, context_id = encoder.id_of(_TITLE), encoder.id_of(_CONTEXT)
     columns: dict[str, list[np.ndarray]] = defaultdict(list)
     ids, titles, texts = list[str](), list[str](), list[str]()
     truncated = questions_cut = dropped = 0
+    bad = dict[str, BadRecord]()
     for some in _chunks(questions, encoder):
         chunk: dict[str, list[np.ndarray]] = defaultdict(list)
         queries = encoder.encode([q.question for q in some], max_tokens=max_question_length)
@@ -126,7 +128,10 @@ def build_multi_hop_features(
         questions_cut += int((queries.num_tokens > max_question_length).sum())
         for i, question in enumerate(some):
             query = queries.tokens_of(i)
-            _check(question, len(query), max_length, training)
+            error = _check(question, len(query), max_length, training)
+            if error is not None:
+                bad[question.id] = error
+                continue
             found = any(len(p.spans) for p in question.paragraphs)
             if training and not found and not is_yes_or_no(question.answer):
                 dropped += 1
@@ -155,6 +160,8 @@ def build_multi_hop_features(
             truncated += length > max_length - 3 - len(query)
         for column, arrays in chunk.items():
             columns[column].append(np.concatenate(arrays))
+    if bad:
+        raise UnusableRecords(bad)
     counts = Counts(
         num_examples=len(questions),
         num_rows=len(ids),
@@ -200,16 +207,22 @@ def _chunks(
         yield [q if isinstance(q, TokenizedQuestion) else next(tokenized) for q in some]
 
 
-def _check(question: TokenizedQuestion, query_length: int, max_length: int, training: bool) -> None:
+def _check(
+    question: TokenizedQuestion, query_length: int, max_length: int, training: bool
+) -> BadRecord | None:
+    """What keeps a question from having an input."""
     if training and question.answer is None:
-        raise UserError(f"{question.where}: question {question.id} has no answer; training needs one")
+        return unusable(question, "answer", "missing; training needs one")
     if not query_length:
-        raise UserError(f"{question.where}: the question {question.id} has no tokens; remove it")
+        return unusable(question, "question", "has no tokens; expected a text that the tokenizer keeps")
     if max_length - 3 - query_length < 1:
-        raise UserError(
-            f"{question.where}: question {question.id} has {query_length} tokens, which leaves none of "
-            f"{max_length} for its paragraphs; give a larger max_length or a smaller max_question_length"
+        return unusable(
+            question,
+            "question",
+            f"has {query_length} tokens, which leaves none of {max_length} for its paragraphs; give a larger "
+            "max_length or a smaller max_question_length",
         )
+    return None
 
 
 def _kind(answer: str | None) -> int:

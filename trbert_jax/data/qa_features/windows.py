@@ -14,8 +14,8 @@ import numpy as np
 
 from trbert_jax.data.qa_features.encoding import EncodedTexts, TextEncoder, cut_text
 from trbert_jax.data.qa_features.storage import TokenRows, join_rows
+from trbert_jax.data.qa_readers.bad_records import BadRecord, UnusableRecords, unusable
 from trbert_jax.data.records import SpanQuestion
-from trbert_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,8 @@ class WindowMaker:
       num_questions_cut: int.
 
     Raises:
-      UserError: a question or a context without word pieces, a question that leaves no room for any
-        context; the question is named.
+      UnusableRecords: a question or a context without word pieces, a question that leaves no room for
+        any context; all such questions.
     """
 
     def __init__(
@@ -131,25 +131,34 @@ class WindowMaker:
             [q.context for q in questions], chars=True, max_tokens=settings.max_context
         )
         self.num_questions_cut = int((self._queries.num_tokens > settings.max_question_length).sum())
-        for i, question in enumerate(questions):
-            if self._queries.num_tokens[i] == 0:
-                raise UserError(f"{question.where}: the question {question.id} has no tokens; remove it")
-            if self.contexts.num_tokens[self.context_index[i]] == 0:
-                raise UserError(
-                    f"{question.where}: the context of question {question.id} has no tokens; remove it"
-                )
+        found = {q.id: error for i, q in enumerate(questions) if (error := self._check(i))}
+        if found:
+            raise UnusableRecords(found)
         self._windows = [self._divide(i) for i in range(len(questions))]
         self._kept: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def _divide(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        room = self._settings.max_length - len(self._queries.tokens_of(i)) - 3  # [CLS], [SEP], [SEP]
-        if room < 1:
-            question = self._questions[i]
-            raise UserError(
-                f"{question.where}: question {question.id} has {len(self._queries.tokens_of(i))} tokens, "
-                f"which leaves none of {self._settings.max_length} for its context; give a larger "
-                "max_length or a smaller max_question_length"
+    def _check(self, i: int) -> BadRecord | None:
+        """What keeps question i from having windows."""
+        question = self._questions[i]
+        if self._queries.num_tokens[i] == 0:
+            return unusable(question, "question", "has no tokens; expected a text that the tokenizer keeps")
+        if self.contexts.num_tokens[self.context_index[i]] == 0:
+            return unusable(question, "context", "has no tokens; expected a text that the tokenizer keeps")
+        if self._room(i) < 1:
+            return unusable(
+                question,
+                "question",
+                f"has {len(self._queries.tokens_of(i))} tokens, which leaves none of "
+                f"{self._settings.max_length} for its context; give a larger max_length or a smaller "
+                "max_question_length",
             )
+        return None
+
+    def _room(self, i: int) -> int:
+        return self._settings.max_length - len(self._queries.tokens_of(i)) - 3  # [CLS], [SEP], [SEP]
+
+    def _divide(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        room = self._room(i)
         step = room if self._settings.step is None else min(room, self._settings.step)
         length = int(self.contexts.num_tokens[self.context_index[i]])
         count = 1 + max(0, -(-(length - room) // step))

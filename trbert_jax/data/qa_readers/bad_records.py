@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 from trbert_jax.errors import UserError
 
 _ADVICE = "correct the record, or leave such records out with --skip-bad-records"
 _LISTED = 10
+
+
+class Identified(Protocol):
+    """A record with an id and a place."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def where(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +53,25 @@ class BadRecord(UserError):
     def __init__(self, place: Place, field: str, reason: str) -> None:
         self.place, self.field, self.reason = place, field, reason
         super().__init__(": ".join(filter(None, (str(place), field, reason))))
+
+
+class UnusableRecords(UserError):
+    """Records that were read, and are as they should be, but cannot become inputs of a model.
+
+    Whoever has the policy leaves them out and makes the inputs of the others.
+
+    Attributes:
+      found: id -> what is wrong.
+    """
+
+    def __init__(self, found: Mapping[str, BadRecord]) -> None:
+        self.found = dict(found)
+        super().__init__(str(next(iter(self.found.values()))))
+
+
+def unusable(record: Identified, field: str, reason: str) -> BadRecord:
+    """The error about a field of a record that was read."""
+    return BadRecord(Place(record.where, record=f"question {record.id!r}"), field, reason)
 
 
 class BadRecords:
