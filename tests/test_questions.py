@@ -157,6 +157,10 @@ def test_evaluate_reads_the_published_file(models: dict[str, Path], tmp_path: Pa
     metric = "accuracy" if kind in ("choice", "pairs", "candidates") else "f1"
     assert 0 <= result[metric] <= 100
     assert result["flops_speedup"] > 1
+    assert result["data"]["num_examples"] >= 2
+    odds = tmp_path / "predictions.null_odds.json"
+    assert odds.exists() == (kind == "span")
+    assert kind != "span" or set(json.loads(odds.read_text())) == set(found)
     answered = set(found["answer"] if kind == "multi_hop" else found)
     assert len(answered) >= 2
     if ids and kind != "choice":
@@ -302,7 +306,11 @@ def test_bad_records_end_the_command_or_are_left_out(
     assert not out.exists()
     assert main([*arguments, "--execution", "masked", "--skip-bad-records"]) == 0
     assert "1 of 4 records skipped" in capsys.readouterr().err
-    assert json.loads(out.read_text())["skipped_records"] == 1
+    result = json.loads(out.read_text())
+    assert (
+        result["skipped_records"] == result["data"]["skipped_records"] == len(result["data"]["skipped"]) == 1
+    )
+    assert result["data"]["num_rows"] >= result["data"]["num_examples"] == 3
 
 
 UNUSABLE = [

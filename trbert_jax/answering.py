@@ -61,6 +61,11 @@ class Questions:
         self.num_skipped = 0 if bad is None else len(bad.skipped)
 
     @property
+    def notes(self) -> dict[str, Any]:
+        """What became of the questions on the way to inputs, see `TaskData.notes`."""
+        return self._data.notes.get(_SPLIT, {})
+
+    @property
     def in_pairs(self) -> bool:
         """Whether each option of a question is an example."""
         return self._data.request == "choice" and self.features.group == 1

@@ -150,7 +150,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         )
     if args.json:
         write_json(args.json, result)
-    print("\n".join(_table(result)))
+    shown = {name: value for name, value in result.items() if name != "data"}  # said while it was read
+    print("\n".join(_table(shown)))
 
 
 def _predict(args: argparse.Namespace) -> None:

@@ -47,13 +47,15 @@ def evaluate_file(
       execution: `packed`, `masked`, `batch_max` or `dense`; None for what suits the model (`packed`, if its
         selectors have been trained).
       threshold: keep probability from which a token is kept, for `packed` and `masked`.
-      predictions: file for one JSON line an example; of questions the JSON that the official scorer reads.
+      predictions: file for one JSON line an example; of questions the JSON that the official scorer reads,
+        with `NAME.null_odds.json` beside `NAME.json` where questions may have no answer.
       baselines: of `random`, `first_k`: selections that learned nothing, at the same kept counts.
       seed: of the random baseline.
       skip_bad_records: leave out questions that are not as they should be, and say so.
 
     Returns:
-      The numbers of `summarize`, and one entry of them for each baseline.
+      The numbers of `summarize`, one entry of them for each baseline, and of questions in `data` what became
+      of them on the way to inputs.
 
     Raises:
       UserError: a model or file that cannot be read, a label the model does not have.
@@ -76,11 +78,16 @@ def evaluate_file(
 
     outputs = runner.run(model.params, features, execution, threshold=threshold)
     if predictions is not None and questions is not None:
-        write_json(predictions, questions.score(outputs).files["predictions.json"])
+        files = questions.score(outputs).files
+        write_json(predictions, files["predictions.json"])
+        if "null_odds.json" in files:  # the official scorer of SQuAD 2.0 reads both
+            write_json(predictions.with_suffix(".null_odds.json"), files["null_odds.json"])
     elif predictions is not None:
         write_predictions(predictions, outputs, features, model.config.labels)
     settings = {"execution": execution, "batch_size": batch_size, "threshold": threshold}
     result = {**settings, **summarize(outputs, model.config, judge(outputs))}
+    if questions is not None:
+        result["data"] = questions.notes
     if questions is not None and skip_bad_records:
         result["skipped_records"] = questions.num_skipped
     if execution != "dense" and baselines:

@@ -119,6 +119,7 @@ class QuestionData(TaskData):
         self._given[split] = records
         if bad is not None:
             self._bad[split] = bad
+            self._note_skipped(split, bad)
 
     def inputs(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
         """What `features` gives; questions that cannot become inputs go the way of other bad records.
