@@ -135,7 +135,10 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate = command("evaluate", "measure a model on labelled texts", help_texts.EVALUATE_EXAMPLES)
     evaluate.add_argument("--model", metavar="DIR", help="folder of a trained model")
     evaluate.add_argument(
-        "--data", metavar="FILE", type=Path, help=".jsonl (text, label) or .csv (label, text)"
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help=".jsonl (text, label) or .csv (label, text); of questions a file in the data set's published format",
     )
     evaluate.add_argument(
         "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
@@ -144,7 +147,11 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     _add_execution(evaluate)
     _add_threshold(evaluate)
     evaluate.add_argument(
-        "--predictions", metavar="FILE", type=Path, help="write a JSON line for each text there"
+        "--predictions",
+        metavar="FILE",
+        type=Path,
+        help="write a JSON line for each text there; of questions what the official scorer reads, and beside it"
+        " FILE.null_odds.json where there may be no answer",
     )
     evaluate.add_argument(
         "--baselines",
