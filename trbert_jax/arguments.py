@@ -138,7 +138,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         "--data",
         metavar="FILE",
         type=Path,
-        help=".jsonl (text, label) or .csv (label, text); of questions a file in the data set's published format",
+        help=".jsonl (text, label) or .csv (label, text); of questions a file as published",
     )
     evaluate.add_argument(
         "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
@@ -150,8 +150,8 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         "--predictions",
         metavar="FILE",
         type=Path,
-        help="write a JSON line for each text there; of questions what the official scorer reads, and beside it"
-        " FILE.null_odds.json where there may be no answer",
+        help="write a JSON line for each text there; of questions what the official scorer reads,"
+        " and FILE.null_odds.json where there may be no answer",
     )
     evaluate.add_argument(
         "--baselines",
