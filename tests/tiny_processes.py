@@ -59,7 +59,7 @@ def start_processes(
     ]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: int = 500) -> list[tuple[int, str, str]]:
+def finish(processes: list[subprocess.Popen[str]], timeout: int = 1200) -> list[tuple[int, str, str]]:
     """Waits for them: exit code, stdout and stderr of each."""
     try:
         ended = [process.communicate(timeout=timeout) for process in processes]
