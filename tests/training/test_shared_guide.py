@@ -16,8 +16,8 @@ OPTIONS, WIDTH, SHARED = 4, 7, [4, 5]  # two questions
 
 
 def read(path: Path, row_targets: dict[str, Any]) -> Any:
-    run = types.SimpleNamespace(output_of=lambda stage, name, needed_by: path)
-    features = types.SimpleNamespace(row_targets=row_targets, group=OPTIONS, num_rows=2 * OPTIONS)
+    run = types.SimpleNamespace(output_of=lambda stage, name, needed_by: path, finished=lambda stage: {})
+    features = types.SimpleNamespace(row_targets=row_targets, group=OPTIONS, num_rows=2 * OPTIONS, digest="")
     return extras.residual_scores(cast(Any, run), "policy", cast(Any, features))
 
 
