@@ -20,7 +20,8 @@ from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.tiles import Tiling
 
 config = tiny_models.BERT
-params = jax.tree.map(jnp.asarray, tiny_models.tiny_params(config))
+# Weights of a usual size: larger ones amplify the rounding in which two programs differ.
+params = jax.tree.map(jnp.asarray, tiny_models.tiny_params(config, scale=0.1))
 # The first device has many tokens, the second few.
 batch = random_batch(config, [18, 18, 17, 1, 2, 1], width=18)
 model, tiling = TokenReducingModel(config), Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
@@ -49,10 +50,7 @@ assert jax.device_count() == 2
 (expected, masks), reference = jax.jit(functools.partial(run, forward))(params, batch)
 np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 np.testing.assert_array_equal(kept, masks)
-def same(a, b):  # as golden gradients: relative to the largest of the parameter
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.abs(b).max()) + 1e-6)
-
-jax.tree.map(same, gradient, reference)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, reference)
 print("same on", jax.device_count(), "devices")
 """
 
