@@ -203,10 +203,13 @@ class InitConfig(TrainingConfig):
     Attributes:
       per_length_scale: also multiply the loss by the batch's mean of 1 / length, as the published
         code does (docs/method.md, "Selector initialisation").
+      keep: share of the tokens that each point of reduction is to keep after this stage, in their order; null
+        for one half everywhere, as published.
     """
 
     dropout: bool = False
     per_length_scale: bool = False
+    keep: tuple[Threshold, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,25 @@ def test_rank_error() -> None:
     np.testing.assert_allclose(first, [[0.5, 0.25, 0.5, 0]], rtol=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_rank_error_to_keep_a_share(share: float) -> None:
+    """A selector without error gives that share a probability above 1/2: the highest ranks."""
+    rank = jnp.linspace(0.005, 0.995, 100)[None, None]
+    power = np.log(0.5) / np.log(1 - share)
+    perfect = selection(np.asarray(rank[0, 0]) ** power, "1" * 100, "1" * 100)
+    np.testing.assert_allclose(initialization.rank_error([perfect], rank, [share]), 0, atol=1e-6)
+    np.testing.assert_array_equal(perfect.logits[0] > 0, np.arange(100) >= round(100 * (1 - share)))
+
+
+def test_rank_error_takes_a_share_for_each_point() -> None:
+    selections = [selection([0.5, 0.25], "11", "11"), selection([0.9, 0.8], "11", "11")]
+    rank = jnp.array([[[1.0, 0.5], [0.5, 1.0]]])
+    error = initialization.rank_error(selections, rank, [0.75, 0.5])  # rank ** (1/2), rank
+    np.testing.assert_allclose(error, [[0.5 + 0.4, abs(0.25 - 0.5**0.5) + 0.2]], rtol=1e-5)
+    with pytest.raises(ValueError, match="zip"):
+        initialization.rank_error(selections, rank, [0.75])
+
+
 # Log-probability of actions -----------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ import tiny_runs
 from safetensors.numpy import load_file
 
 from trbert_jax import TRBert
+from trbert_jax.cli import main
 from trbert_jax.training import stages
 
 SHALLOW = {**tiny_runs.SCRATCH, "model_type": "distilbert", "num_layers": 3}
@@ -116,7 +117,7 @@ def test_a_run_may_end_with_init(tmp_path: Path) -> None:
             stages=["finetune", "score", "init", "evaluate"],
             model={"init": str(tmp_path / "start"), "keep_layers": [0, 2, 4]},
             finetune=TRAINING,
-            init=TRAINING,
+            init={**TRAINING, "keep": [0.7]},
         )
     )
     assert results["reduced"]["flops_speedup"] >= 1
@@ -129,6 +130,17 @@ def test_a_run_may_end_with_init(tmp_path: Path) -> None:
     for layer, source in enumerate((0, 2, 4)):
         near = np.abs(after[place.format(layer)] - start[place.format(source)]).max()
         assert 0 < near < 0.02
+
+
+def test_shares_that_do_not_fit_the_model_are_told_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two shares, and 3 layers have one point of reduction."""
+    config = tiny_runs.write_config(tmp_path, model={"scratch": SHALLOW}, init={"keep": [0.9, 0.3]})
+    assert main(["train", "--config", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert "init.keep: [0.9, 0.3] are 2 shares, expected 1: one for each point of reduction" in error
+    assert list((tmp_path / "work" / "finetune").iterdir()) == []
 
 
 def test_the_selector_learns(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ Source: paper, section 3.3; docs/method.md, "Training stages".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -83,20 +83,22 @@ def initialization_objective(
     batch: Batch,
     *,
     per_length_scale: bool = False,
+    keep: Sequence[float] | None = None,
     dropout_rng: jax.Array | None = None,
     execute: Execute = forward,
 ) -> Objective:
     """Selector initialisation: mean over tokens of |keep probability - rank|, summed over selectors.
 
-    `per_length_scale` also multiplies by the mean of 1 / length over the (micro-)batch, as the
-    published code does; with it alone, how an update is divided into micro-batches matters.
+    `keep`: see `initialization.rank_error`. `per_length_scale` also multiplies by the mean of 1 / length
+    over the (micro-)batch, as the published code does; with it alone, how an update is divided into
+    micro-batches matters.
     """
     output = execute(model, params, batch, rule=tokens.keep_all, dropout_rng=dropout_rng)
     rows = tasks.Rows(batch)
     judged = output.selections[0].scored & rows.there[:, None]
     num_tokens = jnp.maximum(rows.grouped(judged.sum(-1)).sum(1), 1)
     valid = batch["valid"].astype(jnp.float32)
-    error = initialization.rank_error(output.selections, batch["rank"])
+    error = initialization.rank_error(output.selections, batch["rank"], keep)
     error = rows.grouped(jnp.where(judged, error, 0.0).sum(-1)).sum(1) / num_tokens
     if per_length_scale:
         error = error * jnp.sum(valid / num_tokens) / jnp.maximum(valid.sum(), 1.0)

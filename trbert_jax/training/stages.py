@@ -19,6 +19,7 @@ import numpy as np
 from trbert_jax.config import InitConfig, JointConfig, PolicyConfig, TrainingConfig
 from trbert_jax.data.batching import batch_rows, length_batches, pad_batch, width_ladder
 from trbert_jax.data.features import FeatureSet
+from trbert_jax.errors import UserError
 from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward
 from trbert_jax.modeling.packed import packed_forward
 from trbert_jax.modeling.pretrained import Pretrained, save_pretrained
@@ -49,9 +50,16 @@ def prepare(run: Run, stage: str) -> Prepared:
     """Gathers what a training stage needs.
 
     Raises:
-      UserError: an earlier stage's output is missing; names the stage to run.
+      UserError: an earlier stage's output is missing; names the stage to run. Or the model does not fit the
+        settings, those of later stages too.
     """
     start = run.base_model() if stage == "finetune" else run.load(_predecessor(run, stage), stage)
+    shares, points = run.config.init.keep, start.config.num_reductions
+    if shares is not None and len(shares) != points:
+        raise UserError(
+            f"init.keep: {list(shares)} are {len(shares)} shares, expected {points}: one for each point of "
+            "reduction of this model"
+        )
     features = run.features("train", start)
     module = run.module(start.config)
     config: TrainingConfig = getattr(run.config, stage)
@@ -231,6 +239,7 @@ def _init_objective(run: Run, module: TokenReducingModel, total_steps: int) -> O
             params,
             batch,
             per_length_scale=config.per_length_scale,
+            keep=config.keep,
             dropout_rng=_dropout_rng(config, rng, batch),
             execute=FORWARD[config.execution],
         )
