@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def compilation_cache(folder: Path) -> Iterator[None]:
-    """Runs that compile the same programs compile them once; compilation is most of their time."""
+    """Runs that compile the same programs compile them once; compilation is most of their time.
+
+    In `folder`, unless a folder for all tests is named (conftest.py).
+    """
     from jax.experimental.compilation_cache import compilation_cache as cache
 
+    if os.environ["JAX_COMPILATION_CACHE_DIR"]:
+        yield
+        return
     options = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
