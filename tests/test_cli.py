@@ -575,3 +575,13 @@ def test_help_answers_at_once() -> None:
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_as_a_module() -> None:
+    """`python -m trbert_jax` is the same command, by the same name."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "trbert_jax", "train", "--help"], check=True, capture_output=True, text=True
+    )
+    assert shown.stdout.startswith("usage: trbert train")
+    wrong = subprocess.run([sys.executable, "-m", "trbert_jax", "fly"], check=False, capture_output=True)
+    assert wrong.returncode == 2
