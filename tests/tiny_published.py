@@ -72,10 +72,13 @@ class Published:
       name: `data.name`.
       folder: `data.path`.
       choices: `data.choices`.
+      titles: of paragraphs, which are no part of what a tokenizer is trained on.
       model: settings of the section `model`.
     """
 
-    def __init__(self, name: str, folder: Path, choices: Any = "pairs", **model: Any) -> None:
+    def __init__(
+        self, name: str, folder: Path, choices: Any = "pairs", titles: str = "", **model: Any
+    ) -> None:
         data = DataConfig(name=name, path=str(folder), choices=choices)
         config = RunConfig(workdir="x", data=data, model=BackboneConfig(init="scratch", **model))
         task = load_task_data(config, lambda line: None)

@@ -13,7 +13,7 @@ import pytest
 from tiny_published import CAFE, Published, pairs, pieces, spelled, words
 from tiny_qa_files import write_json, write_lines
 
-SETTINGS = {"max_length": 24, "window_step": 6, "max_question_length": 3}
+SETTINGS: dict[str, Any] = {"max_length": 24, "window_step": 6, "max_question_length": 3}
 WINDOWS = [(0, 17), (6, 23), (12, 29), (18, 35), (24, 39)]
 BEGIN = 5  # of the context in a row: [CLS], three pieces of the question, [SEP]
 NONE = (0, 0)  # [CLS]
@@ -203,3 +203,32 @@ def test_mrqa_a_perfect_model_scores_100(mrqa: Published) -> None:
     metrics, files = mrqa.score("dev", mrqa.sure_of(pairs(mrqa.inputs("dev"))))
     assert files["predictions.json"] == {"twice": "Łódź", "early": "東京", "cafe": CAFE}
     assert metrics == {"exact_match": 100, "f1": 100}
+
+
+@pytest.mark.parametrize(
+    ("name", "max_length", "place", "expected"),
+    [  # 378 and 506 pieces of 700 fit; windows begin 128 apart, until one reaches the end
+        ("squad", 384, 450, [NONE, (327, 328), (199, 200), (71, 72)]),
+        ("newsqa", 512, 600, [NONE, (477, 478), (349, 350)]),
+        ("naturalqa", 512, 600, [NONE, (477, 478), (349, 350)]),
+    ],
+)
+def test_the_published_lengths(
+    tmp_path: Path, name: str, max_length: int, place: int, expected: list[tuple[int, int]]
+) -> None:
+    """With the settings of the data set left as they are, too, the answer is outside the first window."""
+    context = f"{words(0, place - 1)} Łódź {words(place + 2, 699)}"
+    qas = {"id": "q", "question": "where is it", "answers": [squad_answer(context, "Łódź")]}
+    for split in ("train", "dev"):
+        if name == "squad":
+            document = {"data": [{"paragraphs": [{"context": context, "qas": [qas]}]}]}
+            write_json(tmp_path / f"{split}-v2.0.json", document)
+        else:
+            line = {**qas, "answers": ["Łódź"], "detected_answers": [mrqa_answer(context, "Łódź")]}
+            write_lines(tmp_path / f"{split}.jsonl.gz", [{"header": {}}, {"context": context, "qas": [line]}])
+    data = Published(name, tmp_path, max_length=max_length)
+    assert pairs(data.inputs("dev")) == expected
+    assert pairs(data.inputs("train")) == (expected if name == "squad" else expected[1:])
+    metrics, files = data.score("dev", data.sure_of(expected))
+    assert files["predictions.json"] == {"q": "Łódź"}
+    assert metrics["f1"] == 100
