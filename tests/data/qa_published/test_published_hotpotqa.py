@@ -17,13 +17,13 @@ from tiny_qa_files import write_json, write_lines
 
 TITLES = ("東京 Tower", "Other", "Third one")
 SENTENCES: tuple[list[str], ...] = (
-    ["🎉 a b c .", " d e Łódź f .", "", " Łódź g ."],
+    ["🎉 Łódź c .", " d e Łódź f .", "", " Łódź g ."],
     ["Łódź h .", f" {CAFE} i ."],
     ["j k l .", " m n o ."],
 )
 ROW = (
     "[CLS] where is it [SEP] "
-    "[unused1] 東 京 tower [unused2] 🎉 a b c . d e ło ##dz f . ło ##dz g . "
+    "[unused1] 東 京 tower [unused2] 🎉 ło ##dz c . d e ło ##dz f . ło ##dz g . "
     "[unused1] other [unused2] ło ##dz h . naive cafe i . "
     "[unused1] third one [unused2] j k l . m n o . [SEP]"
 )
@@ -37,7 +37,8 @@ PLACES = {
     ("Third one", 0): (40, 43),
     ("Third one", 1): (44, 47),
 }
-# The answer of the first stands in two supporting sentences, and in one that supports nothing.
+# The answer of the first stands in two supporting sentences, and in two that support nothing: one beside
+# them, one in another paragraph.
 ANSWERS = {"city": "Łódź", "cafe": CAFE, "yes": "yes", "no": "no"}
 FACTS: dict[str, list[list[Any]]] = {
     "city": [["東京 Tower", 1], ["東京 Tower", 3], ["Third one", 0]],
@@ -60,9 +61,9 @@ def question(name: str, answer: str, facts: list[list[Any]]) -> dict[str, Any]:
 
 
 def distractor(folder: Path, max_length: int) -> Published:
-    """Four questions, and in training one whose answer is nowhere."""
+    """Four questions, and in training one whose answer is only where nothing supports it."""
     questions = [question(name, ANSWERS[name], FACTS[name]) for name in ANSWERS]
-    lost = question("lost", "Kyoto", FACTS["city"])
+    lost = question("lost", "h", FACTS["city"])
     write_json(folder / "hotpot_train_v1.1.json", [*questions, lost])
     write_json(folder / "hotpot_dev_distractor_v1.json", questions)
     return Published("hotpotqa", folder, titles=" ".join(TITLES), max_length=max_length)

@@ -27,11 +27,12 @@ def squad_answer(context: str, text: str) -> dict[str, Any]:
 
 
 def squad_file(training: bool) -> dict[str, Any]:
-    """Three questions of a long context, one of a short one, and in training two that are hard to keep."""
+    """Four questions of a long context, one of a short one, and in training two that are hard to keep."""
     late = [squad_answer(LONG, text) for text in (CAFE, "cafe\u0301", CAFE)]
     long: list[dict[str, Any]] = [
         {"id": "late", "question": "where is it", "answers": late, "is_impossible": False},
         {"id": "early", "question": "where is it", "answers": [squad_answer(LONG, "東京")]},
+        {"id": "edge", "question": "where is it", "answers": [squad_answer(LONG, "w17 w18")]},
         {"id": "none", "question": "who was there", "answers": [], "is_impossible": True},
     ]
     city = "🎉 🎉 Łódź is here"
@@ -56,14 +57,15 @@ def squad(tmp_path: Path) -> Published:
 def test_squad_windows_and_targets(squad: Published) -> None:
     """Only windows that hold the whole answer point at it, the others and impossible questions at [CLS]."""
     found = squad.inputs("dev")
-    assert found.ids == ["late"] * 5 + ["early"] * 5 + ["none"] * 5 + ["city"]
+    assert found.ids == ["late"] * 5 + ["early"] * 5 + ["edge"] * 5 + ["none"] * 5 + ["city"]
     assert squad.rows("dev")[:5] == [
         f"[CLS] where is it [SEP] {pieces(spelled(LONG, *window))} [SEP]" for window in WINDOWS
     ]
-    assert squad.rows("dev")[15] == "[CLS] which is it [SEP] 🎉 🎉 ło ##dz is here [SEP]"
+    assert squad.rows("dev")[20] == "[CLS] which is it [SEP] 🎉 🎉 ło ##dz is here [SEP]"
     late = [NONE, (19, 20), (13, 14), (7, 8), NONE]  # 20 - 6 + 5, 20 - 12 + 5, 20 - 18 + 5
     early = [(5, 6), NONE, NONE, NONE, NONE]
-    assert pairs(found) == [*late, *early, *[NONE] * 5, (7, 8)]
+    edge = [NONE, (16, 17), (10, 11), NONE, NONE]  # the first window ends, the fourth begins inside of it
+    assert pairs(found) == [*late, *early, *edge, *[NONE] * 5, (7, 8)]
     for row, (first, _) in enumerate(WINDOWS[1:4], 1):
         start, end = (token - BEGIN + first for token in late[row])
         assert spelled(LONG, start, end) == CAFE
@@ -71,31 +73,32 @@ def test_squad_windows_and_targets(squad: Published) -> None:
 
 
 def test_squad_counts(squad: Published) -> None:
-    """Windows without the answer: 2 of `late`, 4 of `early`; training adds the 5 of an answer too long."""
-    assert squad.counts("dev") == {"num_examples": 4, "num_rows": 16, "num_without_answer": 6}
+    """Without the answer are 2 windows of `late`, 4 of `early`, 3 of `edge`; in training 5 of `whole`."""
+    assert squad.counts("dev") == {"num_examples": 5, "num_rows": 21, "num_without_answer": 9}
     assert squad.counts("train") == {
-        "num_examples": 6,
-        "num_rows": 21,
-        "num_without_answer": 11,
+        "num_examples": 7,
+        "num_rows": 26,
+        "num_without_answer": 14,
         "num_dropped": 1,  # the tokenizer keeps nothing of a space without width
     }
-    assert set(squad.inputs("train").ids) == {"late", "early", "none", "city", "whole"}
-    assert pairs(squad.inputs("train"))[16:] == [NONE] * 5
+    assert set(squad.inputs("train").ids) == {"late", "early", "edge", "none", "city", "whole"}
+    assert pairs(squad.inputs("train"))[21:] == [NONE] * 5
 
 
 def test_squad_a_perfect_model_scores_100(squad: Published) -> None:
     metrics, files = squad.score("dev", squad.sure_of(pairs(squad.inputs("dev"))))
-    assert files["predictions.json"] == {"late": CAFE, "early": "東京", "none": "", "city": "Łódź"}
-    assert metrics["total"] == 4
+    texts = {"late": CAFE, "early": "東京", "edge": "w17 w18", "none": "", "city": "Łódź"}
+    assert files["predictions.json"] == texts
+    assert metrics["total"] == 5
     for name in ("exact", "f1", "HasAns_exact", "NoAns_exact", "best_exact", "best_f1"):
         assert metrics[name] == 100
-    assert files["null_odds.json"] == {"late": -20, "early": -20, "none": 20, "city": -20}
+    assert files["null_odds.json"] == {name: -20 if text else 20 for name, text in texts.items()}
 
 
-def test_squad_a_model_that_answers_nothing_is_right_about_one_of_four(squad: Published) -> None:
-    metrics, files = squad.score("dev", squad.sure_of([NONE] * 16))
+def test_squad_a_model_that_answers_nothing_is_right_about_one_of_five(squad: Published) -> None:
+    metrics, files = squad.score("dev", squad.sure_of([NONE] * 21))
     assert set(files["predictions.json"].values()) == {""}
-    assert (metrics["exact"], metrics["HasAns_exact"], metrics["NoAns_exact"]) == (25, 0, 100)
+    assert (metrics["exact"], metrics["HasAns_exact"], metrics["NoAns_exact"]) == (20, 0, 100)
 
 
 # A paragraph mark is piece 0, the answer 20 and 21, and again 28 and 29, the other mark 30.

@@ -18,7 +18,7 @@ BEGIN = 5  # of the document in a row
 NONE = (0, 0)  # [CLS]
 # Mentions are pieces 20 and 21, 26, and, behind the second segment, 38 and 39.
 LONG = f"東京 🎉 {words(3, 19)} Łódź {words(22, 25)} LODZ {words(27, 37)} Łódź"
-BEHIND = f"{words(0, 37)} Łódź"
+BEHIND = f"{words(0, 57)} Łódź"
 DOCUMENTS = {
     "wikipedia/Łódź.txt": LONG,
     "web/35/35_1.txt": words(0, 9),  # no mention at all
