@@ -1,0 +1,179 @@
+"""TriviaQA from files as published, and in the manner of SQuAD, to segments, answers and metrics.
+
+Inputs are 24 tokens long, two a document. A question of 3 word pieces leaves room for 18 of the document in
+each: segments hold pieces 0-17 and 18-35, what follows is cut.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_published import CAFE, Published, pairs, pieces, spelled, words
+from tiny_qa_files import write_json
+
+BEGIN = 5  # of the document in a row
+NONE = (0, 0)  # [CLS]
+# Mentions are pieces 20 and 21, 26, and, behind the second segment, 38 and 39.
+LONG = f"東京 🎉 {words(3, 19)} Łódź {words(22, 25)} LODZ {words(27, 37)} Łódź"
+BEHIND = f"{words(0, 57)} Łódź"
+DOCUMENTS = {
+    "wikipedia/Łódź.txt": LONG,
+    "web/35/35_1.txt": words(0, 9),  # no mention at all
+    "web/35/35_2.txt": BEHIND,
+    "wikipedia/Café.txt": f"🎉 See the Naïve  {CAFE.split()[1]}.",  # two spaces
+}
+
+
+def trivia_file(domain: str) -> dict[str, Any]:
+    """One question with three documents, one with one."""
+    city = {"Aliases": ["Łódź", "Lodz"], "NormalizedAliases": ["łódź", "lodz"], "Value": "Łódź"}
+    cafe = {"Aliases": [CAFE], "NormalizedAliases": ["bistro", CAFE], "Value": CAFE}
+    questions = [
+        {
+            "QuestionId": "tc_1",
+            "Question": "where is it",
+            "Answer": city,
+            "EntityPages": [{"Filename": "Łódź.txt"}],
+            "SearchResults": [{"Filename": "35/35_1.txt"}, {"Filename": "35/35_2.txt"}],
+        },
+        {
+            "QuestionId": "tc_2",
+            "Question": "what is it",
+            "Answer": cafe,
+            "EntityPages": [{"Filename": "Café.txt"}],
+            "SearchResults": [],
+        },
+    ]
+    return {"Data": questions, "Domain": domain, "Version": 1.0}
+
+
+@pytest.fixture(params=["wikipedia", "web"])
+def trivia(request: pytest.FixtureRequest, tmp_path: Path) -> Published:
+    for name, text in DOCUMENTS.items():
+        path = tmp_path / "evidence" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    for split in ("train", "dev"):
+        write_json(tmp_path / f"qa/{request.param}-{split}.json", trivia_file(request.param.capitalize()))
+    name = "triviaqa" if request.param == "wikipedia" else "triviaqa_web"
+    return Published(name, tmp_path, max_length=24, max_segments=2)
+
+
+IDS = ["tc_1--Łódź.txt", "tc_1--35/35_1.txt", "tc_1--35/35_2.txt", "tc_2--Café.txt"]
+# Of both segments of the first document, the one of the second, both of the third, the one of the last.
+FIRST_PLACES = [(-1, -1), (7, 8), NONE, NONE, NONE, (8, 9)]
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_published_segments_and_targets(trivia: Published, split: str) -> None:
+    """Every mention is a target; where a document has none in its segments, they point at [CLS]."""
+    found = trivia.inputs(split)
+    assert found.ids == IDS
+    assert found.first_row is not None
+    assert found.first_row.tolist() == [0, 2, 3, 5, 6]
+    assert trivia.rows(split) == [
+        f"[CLS] where is it [SEP] {pieces(spelled(LONG, 0, 17))} [SEP]",
+        f"[CLS] where is it [SEP] {pieces(spelled(LONG, 18, 35))} [SEP]",
+        f"[CLS] where is it [SEP] {words(0, 9)} [SEP]",
+        f"[CLS] where is it [SEP] {words(0, 17)} [SEP]",
+        f"[CLS] where is it [SEP] {words(18, 35)} [SEP]",
+        "[CLS] what is it [SEP] 🎉 see the naive cafe . [SEP]",
+    ]
+    assert found.row_targets["starts"][1].tolist() == [7, 13]  # 20 - 18 + 5, 26 - 18 + 5
+    assert found.row_targets["ends"][1].tolist() == [8, 13]
+    assert (found.row_targets["starts"][[0, 2, 3, 4, 5], 1] == -1).all()
+    assert pairs(found) == FIRST_PLACES
+    spoken = [spelled(LONG, a - BEGIN + 18, b - BEGIN + 18) for a, b in ((7, 8), (13, 13))]
+    assert spoken == ["Łódź", "LODZ"]
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_published_counts(trivia: Published, split: str) -> None:
+    """The first and third document are cut; only of the third is the mention lost, to both segments."""
+    assert trivia.counts(split) == {
+        "num_examples": 4,
+        "num_rows": 6,
+        "num_truncated": 2,
+        "num_without_answer": 2,
+    }
+
+
+def perfect(data: Published, places: list[tuple[int, int]]) -> np.ndarray:
+    """Sure of the first mention in each row; of nothing in a row of a question that has it in another."""
+    logits = data.sure_of(places)
+    logits[[start < 0 for start, _ in places]] = 0
+    return logits
+
+
+def test_published_a_perfect_model(trivia: Published) -> None:
+    """Of Wikipedia the best document answers; of the web two of four documents show no answer."""
+    metrics, files = trivia.score("dev", perfect(trivia, FIRST_PLACES))
+    cafe = f"Naïve  {CAFE.split()[1]}"  # as written
+    if trivia.task.config.data.name == "triviaqa":
+        assert files["predictions.json"] == {"tc_1": "Łódź", "tc_2": cafe}
+        assert (metrics["exact_match"], metrics["f1"]) == (100, 100)
+        assert metrics["denominator"] == metrics["common"] == metrics["pred_len"] == 2
+    else:
+        assert list(files["predictions.json"]) == IDS
+        assert [files["predictions.json"][IDS[k]] for k in (0, 3)] == ["Łódź", cafe]
+        assert (metrics["exact_match"], metrics["f1"]) == (50, 50)
+        assert metrics["denominator"] == metrics["common"] == metrics["pred_len"] == 4
+
+
+def spans(text: str) -> dict[str, Any]:
+    """Every place of a text in the long document, its last character included."""
+    starts = [i for i in range(len(LONG)) if LONG.startswith(text, i)]
+    return {"char_spans": [[start, start + len(text) - 1] for start in starts]}
+
+
+@pytest.fixture
+def trivia_list(tmp_path: Path) -> Published:
+    answers, nothing = {"Aliases": ["Łódź", "LODZ"]}, {"Aliases": ["Kyoto"]}
+    long = {
+        "qid": "long",
+        "question": "where is it",
+        "answers": answers,
+        "detected_answers": [spans("Łódź"), spans("LODZ")],
+    }
+    none = {"qid": "none", "question": "what is it", "answers": nothing, "detected_answers": []}
+    for split in ("train", "dev"):
+        write_json(tmp_path / f"{split}.json", [{"context": LONG, "qas": [long, none]}])
+    return Published("triviaqa", tmp_path, max_length=24, max_segments=2)
+
+
+def test_a_list_in_the_manner_of_squad(trivia_list: Published) -> None:
+    """Places are those of the file, in its order; a question without any points at [CLS] and stays."""
+    for split in ("train", "dev"):
+        found = trivia_list.inputs(split)
+        assert found.ids == ["long", "none"]
+        assert found.first_row is not None
+        assert found.first_row.tolist() == [0, 2, 4]
+        assert found.row_targets["starts"].tolist() == [[-1, -1], [7, 13], [0, -1], [0, -1]]
+        assert found.row_targets["ends"].tolist() == [[-1, -1], [8, 13], [0, -1], [0, -1]]
+        assert trivia_list.counts(split) == {"num_examples": 2, "num_rows": 4, "num_truncated": 2}
+    metrics, files = trivia_list.score("dev", perfect(trivia_list, [(-1, -1), (7, 8), NONE, NONE]))
+    assert files["predictions.json"]["long"] == "Łódź"
+    assert metrics["exact_match"] == 50  # nothing in the text answers the other question
+
+
+def test_a_document_is_800_words_and_one_segment_as_published(tmp_path: Path) -> None:
+    """A mention at word 790, of two pieces, is the only target: the one at word 805 is not read."""
+    document = tmp_path / "evidence/wikipedia/Łódź.txt"
+    document.parent.mkdir(parents=True)
+    document.write_text(f"{words(0, 789)} Łódź {words(791, 804)} Łódź", encoding="utf-8")
+    published = trivia_file("Wikipedia")
+    del published["Data"][1], published["Data"][0]["SearchResults"]
+    for split in ("train", "dev"):
+        write_json(tmp_path / f"qa/wikipedia-{split}.json", published)
+    data = Published("triviaqa", tmp_path, max_length=1024)
+    found = data.inputs("dev")
+    assert found.row_targets["starts"].tolist() == [[795]]
+    assert found.row_targets["ends"].tolist() == [[796]]
+    assert data.rows("dev") == [f"[CLS] where is it [SEP] {words(0, 789)} ło ##dz {words(791, 799)} [SEP]"]
+    assert data.counts("dev") == {"num_examples": 1, "num_rows": 1}
+    metrics, files = data.score("dev", data.sure_of([(795, 796)]))
+    assert files["predictions.json"] == {"tc_1": "Łódź"}
+    assert metrics["exact_match"] == 100
