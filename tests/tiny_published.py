@@ -72,22 +72,16 @@ class Published:
       name: `data.name`.
       folder: `data.path`.
       choices: `data.choices`.
-      titles: of paragraphs, which are no part of what a tokenizer is trained on.
       model: settings of the section `model`.
     """
 
-    def __init__(
-        self, name: str, folder: Path, choices: Any = "pairs", titles: str = "", **model: Any
-    ) -> None:
+    def __init__(self, name: str, folder: Path, choices: Any = "pairs", **model: Any) -> None:
         data = DataConfig(name=name, path=str(folder), choices=choices)
         config = RunConfig(workdir="x", data=data, model=BackboneConfig(init="scratch", **model))
         task = load_task_data(config, lambda line: None)
         assert isinstance(task, QuestionData)
         self.task: Any = task
-        # The titles of paragraphs and what else the marked layouts add.
-        self.tokenizer = word_tokenizer(
-            [*task.texts("train"), *task.texts("dev"), "東京 Tower Other Third one"]
-        )
+        self.tokenizer = word_tokenizer([*task.texts("train"), *task.texts("dev")])
         self.max_length = config.model.max_length
 
     def inputs(self, split: str) -> FeatureSet:

@@ -116,9 +116,17 @@ class MultiHopData(QuestionData):
 
 
 def _paragraph_texts(record: Any) -> list[str]:
-    if isinstance(record, GraphQuestion):
-        return [" ".join(paragraph.words) for paragraph in record.paragraphs]
-    return ["".join(paragraph.sentences) for paragraph in record.paragraphs]
+    """Titles and contexts of a question's paragraphs, which a vocabulary from scratch is made of."""
+    found = list[str]()
+    for paragraph in record.paragraphs:
+        found.append(paragraph.title.replace("_", " "))
+        if not isinstance(record, GraphQuestion):
+            found.append("".join(paragraph.sentences))
+        elif paragraph.words:
+            found.append(" ".join(paragraph.words))
+        else:  # a training file has the pieces alone
+            found.append(" ".join(paragraph.wordpieces).replace(" ##", ""))
+    return found
 
 
 def _facts(record: Any) -> Sequence[tuple[str, int]]:

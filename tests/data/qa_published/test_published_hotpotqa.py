@@ -66,7 +66,7 @@ def distractor(folder: Path, max_length: int) -> Published:
     lost = question("lost", "h", FACTS["city"])
     write_json(folder / "hotpot_train_v1.1.json", [*questions, lost])
     write_json(folder / "hotpot_dev_distractor_v1.json", questions)
-    return Published("hotpotqa", folder, titles=" ".join(TITLES), max_length=max_length)
+    return Published("hotpotqa", folder, max_length=max_length)
 
 
 def perfect(
@@ -169,7 +169,7 @@ def test_fullwiki_counts_a_supporting_paragraph_that_was_not_retrieved(tmp_path:
     facts = [["東京 Tower", 1], ["Not there", 0]]
     write_json(tmp_path / "hotpot_train_v1.1.json", [question("city", "Łódź", FACTS["city"])])
     write_json(tmp_path / "hotpot_dev_fullwiki_v1.json", [question("city", "Łódź", facts)])
-    data = Published("hotpotqa_fullwiki", tmp_path, titles=" ".join(TITLES), max_length=64)
+    data = Published("hotpotqa_fullwiki", tmp_path, max_length=64)
     found = data.inputs("dev")
     labels = found.targets["sentence_labels"]
     assert data.rows("dev") == [ROW]
@@ -221,7 +221,7 @@ def graph(folder: Path) -> Published:
         folder / "rerank_dev_tok.json",
         [asked | {"node": dev, "qid": f"g{k}"} | kind for k, kind in enumerate(kinds)],
     )
-    return Published("hotpotqa_graph", folder, titles=" ".join(TITLES), max_length=64)
+    return Published("hotpotqa_graph", folder, max_length=64)
 
 
 def test_graph_training(tmp_path: Path) -> None:
