@@ -226,3 +226,11 @@ def test_eight_examples_are_learnt(case: str, tmp_path: Path) -> None:
     assert results["dense"][metric] >= 0.9 * scale
     assert results["reduced"][metric] >= 0.9 * scale
     assert results["reduced"]["flops_speedup"] > 1
+    if case == "squad":  # both models' null thresholds are tuned, here on the questions that are reported
+        for found, tuned in (
+            (results["dense"], results["dense"]["null_threshold"]),
+            (results["reduced"], results["null_threshold"]),
+        ):
+            assert tuned["value"] == found["best_f1_thresh"]
+            assert tuned["f1"] == pytest.approx(found["best_f1"])
+            assert tuned["questions_in_common"] == NUM

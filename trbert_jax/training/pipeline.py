@@ -128,7 +128,7 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
         summary = summarize(outputs, model.config, score.metrics)
         last = stage == run.last_model_stage
         if stage == "finetune":
-            result["dense"] = summary
+            result["dense"] = summary | _tune_null_threshold(run, model, execution, outputs, score)
         else:
             result["reduced" if last else stage] = summary
         _write_answers(directory, f"_{stage}", run, outputs, features, model, score)
@@ -145,7 +145,7 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
                 result["thresholds"] = run_thresholds(
                     runner, params, features, execution, settings.thresholds, judge
                 )
-            result |= _tune_null_threshold(run, model, execution, score.metrics)
+            result |= _tune_null_threshold(run, model, execution, outputs, score)
     source = run.output_of(run.last_model_stage, "model", "evaluate")
     run.layout.on_main(lambda: _export(run, source, model, result))
     return {"split": split, "execution": settings.execution, **result}
@@ -173,27 +173,26 @@ def _export(run: Run, source: Path, model: Pretrained, result: Mapping[str, Any]
 
 
 def _tune_null_threshold(
-    run: Run, model: Pretrained, execution: str, reported: Mapping[str, float]
+    run: Run, model: Pretrained, execution: str, outputs: Outputs, reported: Score
 ) -> dict[str, Any]:
     """The best null threshold on the development set, and what it gives on the split that is reported.
 
     The published results use 0, and so do `dense` and `reduced`. Empty for tasks without such a threshold.
     """
     data, split = run.data, run.config.evaluate.split
-    if not isinstance(data, QuestionData) or data.best_null_threshold(reported) is None:
+    if not isinstance(data, QuestionData) or data.best_null_threshold(reported.metrics) is None:
         return {}
-    runner, params = _stoppable_runner(run, model), jax.device_put(model.params)
-
-    def outputs(split: str) -> Outputs:
-        return runner.run(params, run.features(split, model), execution)
-
-    threshold = data.best_null_threshold(run.score("dev", model, outputs("dev")).metrics)
+    tuned_on = reported
+    if split != "dev":
+        runner, params = _stoppable_runner(run, model), jax.device_put(model.params)
+        tuned_on = run.score("dev", model, runner.run(params, run.features("dev", model), execution))
+    threshold = data.best_null_threshold(tuned_on.metrics)
     if threshold is None:  # a development set in which every question has an answer
         return {}
     common = len(data.ids("dev") & data.ids(split))
     data.null_threshold = threshold
     try:
-        metrics = run.score(split, model, outputs(split)).metrics
+        metrics = run.score(split, model, outputs).metrics
     finally:
         data.null_threshold = QuestionData.null_threshold
     found = {"value": threshold, "tuned_on": "dev", "questions_in_common": common, **metrics}
