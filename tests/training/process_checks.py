@@ -43,6 +43,11 @@ class FakeRun(Run):
         return SimpleNamespace(digest=self.digests[split])
 
 
+def claim(run: Run, stages: list[str]) -> None:
+    with run.claim(stages):
+        pass
+
+
 def main(port: str, number: int, config: str) -> dict[str, str]:
     join(f"127.0.0.1:{port}", 2, number, 60)
     settings = load_config(config)
@@ -54,8 +59,8 @@ def main(port: str, number: int, config: str) -> dict[str, str]:
         "long": outcome(lambda: layout.on_main(lambda: fail(UserError("x" * 9999)))),
         "other": outcome(lambda: layout.on_main(lambda: fail(ValueError("what is that")))),
         "one fails": outcome(lambda: layout.together(lambda: fail(UserError("no file")) if number else None)),
-        "same directory": outcome(lambda: run.claim(["finetune"])),
-        "stages": outcome(lambda: run.claim(["finetune", "score"][: number + 1])),
+        "same directory": outcome(lambda: claim(run, ["finetune"])),
+        "stages": outcome(lambda: claim(run, ["finetune", "score"][: number + 1])),
     }
 
     model: Any = SimpleNamespace(params={"a": {"b": np.arange(6.0)}})

@@ -81,26 +81,26 @@ def train(
         announce(layout.describe())
     if any(run.finished(stage) is None for stage in chosen if stage != "evaluate"):
         run.check_prepared()
-    run.claim(chosen)
-    for stage in chosen:
-        done = run.finished(stage)
-        if done is not None:
-            announce(f"{stage}: finished before, skipped (delete {run.directory(stage)} to run it again)")
-            continue
-        announce(f"{stage}: starting, files in {run.directory(stage)}")
-        start = time.perf_counter()
-        layout.on_main(functools.partial(make_directory, run.directory(stage)))
-        stop_here(layout, f"before {stage}")
-        summary = _RUN[stage](run) if stage in _RUN else stages.train_stage(run, stage)
-        seconds = time.perf_counter() - start
-        notes = {"data": run.data.notes} if run.data.notes else {}
-        report = {**summary, **notes, "seconds": seconds}
-        layout.on_main(functools.partial(write_json, run.directory(stage) / "done.json", report))
-        announce(f"{stage}: done in {seconds:.1f} s")
-    results = collect_results(run)
-    layout.on_main(lambda: _write_results(run, results))
-    announce("\n".join(results_table(run, results)))
-    return results
+    with run.claim(chosen):
+        for stage in chosen:
+            done = run.finished(stage)
+            if done is not None:
+                announce(f"{stage}: finished before, skipped (delete {run.directory(stage)} to run it again)")
+                continue
+            announce(f"{stage}: starting, files in {run.directory(stage)}")
+            start = time.perf_counter()
+            layout.on_main(functools.partial(make_directory, run.directory(stage)))
+            stop_here(layout, f"before {stage}")
+            summary = _RUN[stage](run) if stage in _RUN else stages.train_stage(run, stage)
+            seconds = time.perf_counter() - start
+            notes = {"data": run.data.notes} if run.data.notes else {}
+            report = {**summary, **notes, "seconds": seconds}
+            layout.on_main(functools.partial(write_json, run.directory(stage) / "done.json", report))
+            announce(f"{stage}: done in {seconds:.1f} s")
+        results = collect_results(run)
+        layout.on_main(lambda: _write_results(run, results))
+        announce("\n".join(results_table(run, results)))
+        return results
 
 
 def _write_results(run: Run, results: dict[str, Any]) -> None:

@@ -10,12 +10,13 @@ WORKDIR/results.json      numbers of the whole run
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from trbert_jax.data.prepared import load_prepared, read_provenance
 from trbert_jax.data.prepared_writer import write_prepared
 from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.execution import Programs
-from trbert_jax.files import make_directory, read_json, write_json
+from trbert_jax.files import make_directory, only_process, read_json, write_json
 from trbert_jax.modeling.config import InputConfig, ModelConfig
 from trbert_jax.modeling.model import TokenReducingModel, init_params
 from trbert_jax.modeling.pretrained import Pretrained, load_pretrained
@@ -93,17 +94,20 @@ class Run:
         """Folder of a stage."""
         return self.workdir / stage
 
-    def claim(self, stages: Sequence[str]) -> None:
-        """Makes the work directory this configuration's own, to run these stages in.
+    @contextlib.contextmanager
+    def claim(self, stages: Sequence[str]) -> Iterator[None]:
+        """Makes the work directory this configuration's own, and this run's alone, to run these stages in.
 
         Raises:
-          UserError: it belongs to another one (with what differs), or cannot be written to; processes that do
-            not agree on what to run, or have different work directories.
+          UserError: it belongs to another one (with what differs), another run is at work in it, or it cannot
+            be written to; processes that do not agree on what to run, or have different work directories.
         """
         self.layout.check_agreement("the configuration", to_dict(self.config))
         self.layout.check_agreement("the stages to run (--stages)", list(stages))
-        self.layout.on_main(self._claim)
-        self._check_shared()
+        with contextlib.ExitStack() as until_the_end:
+            self.layout.on_main(lambda: self._claim(until_the_end))
+            self._check_shared()
+            yield
 
     def _check_shared(self) -> None:
         """Raises a UserError in every process unless all see the same work directory."""
@@ -125,9 +129,10 @@ class Run:
                 "that name than process 0; `workdir` must be on a file system that all of them share"
             )
 
-    def _claim(self) -> None:
+    def _claim(self, until_the_end: contextlib.ExitStack) -> None:
         make_directory(self.workdir)
         self._check_free()
+        until_the_end.enter_context(only_process(self.workdir))
         # A first try that failed before any stage wrote something, for a wrong path, is no claim.
         if any(any(self.directory(stage).glob("*")) for stage in STAGES):
             self.check_owner()
