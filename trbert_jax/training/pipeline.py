@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from trbert_jax.config import STAGES, RunConfig, to_dict
 from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
 from trbert_jax.evaluate import run_baselines, run_thresholds, summarize, write_predictions
 from trbert_jax.files import atomic_directory, make_directory, write_json
+from trbert_jax.modeling.heads import Logits
 from trbert_jax.modeling.hf_config import model_config_to_dict
 from trbert_jax.modeling.pretrained import Pretrained
 from trbert_jax.parallel import check_batch
@@ -29,6 +31,7 @@ from trbert_jax.task_data.base import QuestionData
 from trbert_jax.training import loop, stages
 from trbert_jax.training.batches import Announce
 from trbert_jax.training.optimizer import merge_params, split_params
+from trbert_jax.training.progress import Progress
 from trbert_jax.training.report import plot_metrics
 from trbert_jax.training.run import Run
 from trbert_jax.training.steps import init_state
@@ -116,11 +119,14 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
     directory = run.directory("evaluate")
     result: dict[str, Any] = {}
     after = [s for s in ("policy", "joint") if s in run.config.stages]
-    for stage in dict.fromkeys(["finetune", *after, run.last_model_stage]):  # the last may be init
+    compared = list(dict.fromkeys(["finetune", *after, run.last_model_stage]))  # the last may be init
+    others = len(settings.baselines) + len(settings.thresholds) if len(compared) > 1 else 0
+    passes = _Passes(run, len(compared) + others)
+    for stage in compared:
         model = run.load(stage, "evaluate")
         features = run.features(split, model)
         run.check_inputs("evaluate", model, (split,))
-        runner = _stoppable_runner(run, model)
+        runner = run.runner(model.config, settings.batch_size, passes.after_batch)
         params = jax.device_put(model.params)
         execution = "dense" if stage == "finetune" else settings.execution
         outputs = runner.run(params, features, execution)
@@ -128,7 +134,7 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
         summary = summarize(outputs, model.config, score.metrics)
         last = stage == run.last_model_stage
         if stage == "finetune":
-            result["dense"] = summary | _tune_null_threshold(run, model, execution, outputs, score)
+            result["dense"] = summary | _tune_null_threshold(run, model, runner, execution, outputs, score)
         else:
             result["reduced" if last else stage] = summary
         _write_answers(directory, f"_{stage}", run, outputs, features, model, score)
@@ -145,19 +151,32 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
                 result["thresholds"] = run_thresholds(
                     runner, params, features, execution, settings.thresholds, judge
                 )
-            result |= _tune_null_threshold(run, model, execution, outputs, score)
+            result |= _tune_null_threshold(run, model, runner, execution, outputs, score)
     source = run.output_of(run.last_model_stage, "model", "evaluate")
     run.layout.on_main(lambda: _export(run, source, model, result))
     return {"split": split, "execution": settings.execution, **result}
 
 
-def _stoppable_runner(run: Run, model: Pretrained) -> Runner:
-    """Of several processes all stop after the same batch."""
-    return run.runner(
-        model.config,
-        run.config.evaluate.batch_size,
-        lambda *batch: stop_here(run.layout, "in evaluate"),
-    )
+class _Passes:
+    """How far stage evaluate is, which goes over the same texts `count` times; of others nothing is shown."""
+
+    def __init__(self, run: Run, count: int) -> None:
+        self._layout, self._count = run.layout, count
+        self._size = run.layout.rounded(run.config.evaluate.batch_size)
+        self._progress: Progress | None = None
+        self._digest, self._step, self._total = "", 0, 0
+
+    def after_batch(self, features: FeatureSet, index: np.ndarray, logits: Logits) -> None:
+        """Shows it, and stops where that was asked for: of several processes all after the same batch."""
+        if not self._total:
+            self._digest, self._total = features.digest, self._count * -(-len(features) // self._size)
+            self._progress = Progress("evaluate", self._total) if self._layout.is_main else None
+        if self._progress is not None and features.digest == self._digest:
+            self._step += 1
+            self._progress.update(self._step, len(index))
+            if self._step == self._total:
+                self._progress.close()
+        stop_here(self._layout, "in evaluate")
 
 
 def _export(run: Run, source: Path, model: Pretrained, result: Mapping[str, Any]) -> None:
@@ -173,7 +192,7 @@ def _export(run: Run, source: Path, model: Pretrained, result: Mapping[str, Any]
 
 
 def _tune_null_threshold(
-    run: Run, model: Pretrained, execution: str, outputs: Outputs, reported: Score
+    run: Run, model: Pretrained, runner: Runner, execution: str, outputs: Outputs, reported: Score
 ) -> dict[str, Any]:
     """The best null threshold on the development set, and what it gives on the split that is reported.
 
@@ -184,8 +203,8 @@ def _tune_null_threshold(
         return {}
     tuned_on = reported
     if split != "dev":
-        runner, params = _stoppable_runner(run, model), jax.device_put(model.params)
-        tuned_on = run.score("dev", model, runner.run(params, run.features("dev", model), execution))
+        outputs_on_dev = runner.run(model.params, run.features("dev", model), execution)
+        tuned_on = run.score("dev", model, outputs_on_dev)
     threshold = data.best_null_threshold(tuned_on.metrics)
     if threshold is None:  # a development set in which every question has an answer
         return {}
