@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import sys
@@ -66,6 +67,7 @@ def join(
         waiting = f"process 0 of {num_processes} waits at {coordinator} for the others, at most {timeout} s"
         sys.stderr.write(waiting + "\n")
         sys.stderr.flush()
+        _check_port_free(coordinator, port, num_processes)
         late += "start the others, with the same address and --num-processes and each its own --process-id"
     else:
         _wait_for(host, port, timeout)
@@ -109,6 +111,20 @@ def _address(coordinator: str) -> tuple[str, int]:
     if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator is {coordinator!r}; expected HOST:PORT, such as node0:8476")
     return host.strip("[]"), int(port)
+
+
+def _check_port_free(coordinator: str, port: int, num_processes: int | None) -> None:
+    """Raises a UserError where another program has the port: JAX's own attempt may crash the process then."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"process 0 of {num_processes} cannot join at {coordinator} ({error.strerror}); look whether "
+                "another program has that port, and give each process its own --process-id"
+            ) from error
 
 
 def _wait_for(host: str, port: int, timeout: int) -> None:

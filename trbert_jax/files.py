@@ -107,33 +107,38 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 def only_process(directory: str | Path) -> Iterator[None]:
     """Keeps other processes of the same machine out of a directory, until the end or until this one dies.
 
-    By a lock on its file `.lock`, where the system has such locks. Processes of other machines see it if the
-    file system they share passes locks on.
+    By a lock on its file `.lock`, where the system has such locks; the file is gone at the end. Processes of
+    other machines see it if the file system they share passes locks on.
 
     Raises:
       UserError: another process is in there, named by its number; or the file cannot be written.
     """
     path = Path(directory) / ".lock"
     with contextlib.ExitStack() as stack:
-        with _explain(path):
-            file = stack.enter_context(path.open("a+", encoding="utf-8"))
-        try:
-            # Of the process, not of the open file: one that was forked off and survives does not hold it.
-            import fcntl
+        while True:
+            with _explain(path):
+                file = stack.enter_context(path.open("a+", encoding="utf-8"))
+            try:
+                # Of the process, not of the open file: one that was forked off and survives does not hold it.
+                import fcntl
 
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            raise UserError(
-                f"{directory}: another process works in there ({file.read().strip() or 'unknown'}); wait for "
-                "its end or stop it, or choose another directory"
-            ) from error
-        except (ImportError, OSError):  # a system or a file system without locks
-            pass
-        else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                raise UserError(
+                    f"{directory}: another process works in there ({file.read().strip() or 'unknown'}); wait "
+                    "for its end or stop it, or choose another directory"
+                ) from error
+            except (ImportError, OSError):  # a system or a file system without locks
+                break
+            # Another process, at its end, may have removed the file after it was opened here.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+        stack.callback(path.unlink, missing_ok=True)  # while the lock is held
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
         yield
 
 

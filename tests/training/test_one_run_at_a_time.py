@@ -51,7 +51,7 @@ def test_a_killed_process_locks_nobody_out(tmp_path: Path, other: subprocess.Pop
         pass
     other.kill()
     other.wait()
-    with only_process(tmp_path / "work"):
-        pass
-    with only_process(tmp_path / "work"):  # nor does this one, when it has left
-        pass
+    for _ in range(2):  # nor does this one, when it has left
+        with only_process(tmp_path / "work"):
+            assert (tmp_path / "work" / ".lock").exists()
+        assert list((tmp_path / "work").iterdir()) == []
