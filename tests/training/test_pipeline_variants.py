@@ -108,7 +108,7 @@ def test_one_point_of_reduction_without_joint(tmp_path: Path) -> None:
     assert all(np.array_equal(after[name], before[name]) for name in before)
 
 
-def test_a_run_may_end_with_init(tmp_path: Path) -> None:
+def test_a_run_may_end_with_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And start from a saved model, with layers left out."""
     tiny_models.tiny_model(tmp_path / "start", tiny_models.DISTILBERT)
     results = tiny_runs.train(
@@ -120,6 +120,8 @@ def test_a_run_may_end_with_init(tmp_path: Path) -> None:
             init={**TRAINING, "keep": [0.7]},
         )
     )
+    # Two models, two baselines, two thresholds; 17 texts in batches of 8.
+    assert "evaluate: step 18/18 (100 %)" in capsys.readouterr().err
     assert results["reduced"]["flops_speedup"] >= 1
     assert len(results["reduced"]["kept"]) == 1
     assert set(results["baselines"]) == {"random", "first_k"}
