@@ -79,10 +79,7 @@ def join(
             )
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"process {process_id} of {num_processes} cannot join at {coordinator} ({reason}); look whether "
-            "another program has that port, and give each process its own --process-id"
-        ) from error
+        raise _cannot_join(coordinator, num_processes, process_id, reason) from error
 
 
 @contextlib.contextmanager
@@ -121,10 +118,16 @@ def _check_port_free(coordinator: str, port: int, num_processes: int | None) -> 
         socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"process 0 of {num_processes} cannot join at {coordinator} ({error.strerror}); look whether "
-                "another program has that port, and give each process its own --process-id"
-            ) from error
+            raise _cannot_join(coordinator, num_processes, 0, str(error.strerror)) from error
+
+
+def _cannot_join(
+    coordinator: str, num_processes: int | None, process_id: int | None, reason: str
+) -> UserError:
+    return UserError(
+        f"process {process_id} of {num_processes} cannot join at {coordinator} ({reason}); look whether "
+        "another program has that port, and give each process its own --process-id"
+    )
 
 
 def _wait_for(host: str, port: int, timeout: int) -> None:

@@ -171,7 +171,8 @@ class _Passes:
         if not self._total:
             self._digest, self._total = features.digest, self._count * -(-len(features) // self._size)
             self._progress = Progress("evaluate", self._total) if self._layout.is_main else None
-        if self._progress is not None and features.digest == self._digest:
+        # Dev, which a null threshold is tuned on, may be the same texts: no step beyond the last.
+        if self._progress is not None and features.digest == self._digest and self._step < self._total:
             self._step += 1
             self._progress.update(self._step, len(index))
             if self._step == self._total:
