@@ -309,7 +309,7 @@ def test_evaluate_prints_a_table_and_writes_json(
 
 def test_evaluate_all_checkpoints(fake: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     fake("config", load_config=lambda path, overrides: [path, *overrides])
-    fake("training.pipeline", evaluate_all_checkpoints=lambda config: {str(config[0]): config[1:]})
+    fake("training.evaluation", evaluate_all_checkpoints=lambda config: {str(config[0]): config[1:]})
     assert main(["evaluate", "--config", "c.yaml", "--all-checkpoints", "seed=1"]) == 0
     assert capsys.readouterr().out.split() == ["c.yaml", "seed=1"]
 

@@ -132,7 +132,7 @@ def _check_outputs(*paths: Path | None) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     _check_outputs(args.json, args.predictions)
     if args.all_checkpoints:
-        from trbert_jax.training.pipeline import evaluate_all_checkpoints
+        from trbert_jax.training.evaluation import evaluate_all_checkpoints
 
         result = evaluate_all_checkpoints(_config(args))
     else:

@@ -1,6 +1,6 @@
 """The stages of a run: what each one reads, minimises and writes.
 
-`finetune -> score -> [init] -> policy -> teacher -> joint`; evaluation is in `pipeline`.
+`finetune -> score -> [init] -> policy -> teacher -> joint`; evaluation is in `evaluation`.
 Source: docs/method.md, "Training stages".
 """
 
