@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 # Before anything imports these libraries. Tolerances are those of float32 on a CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,5 +22,28 @@ if programs:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # With a limit JAX locks the folder: several workers write into it.
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(10**10)
+# Most of the tests' time is compilation; the golden cases compile as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # A shell starts background jobs, and with them a whole CI run, deaf to Ctrl-C; the tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a module of given contents in the place of one of the package."""
+
+    def put(name: str, **contents: Any) -> None:
+        module = types.ModuleType(f"trbert_jax.{name}")
+        module.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return put
+
+
+@pytest.fixture
+def predictor(fake: Callable[..., None]) -> Any:
+    from fake_model import FakeModel  # brings jax, which reads the settings above
+
+    FakeModel.asked = []
+    fake("inference", TRBert=FakeModel)
+    return FakeModel

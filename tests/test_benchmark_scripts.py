@@ -36,6 +36,14 @@ def test_token_cost(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_compile_time(tmp_path: Path) -> None:
+    options = ["--sizes", "tiny", "--max-length", "32", "--batch-size", "2", "--repeats", "1"]
+    programs = run("compile_time", *options, target=tmp_path / "r.json")["programs"]
+    assert [record["program"] for record in programs] == [f"packed, {rows} x 32 tokens" for rows in (1, 2)]
+    assert all(record["compiled_seconds"] > record["read_seconds"] for record in programs)
+
+
+@pytest.mark.slow
 def test_training_steps(tmp_path: Path) -> None:
     steps = run("training_steps", *TINY, target=tmp_path / "r.json")["steps"]
     assert [(step["stage"], step["execution"]) for step in steps] == [

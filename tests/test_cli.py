@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import json
-import os
 import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from fake_model import FakeModel, lines_of
 from tiny_models import tiny_model
 
 from trbert_jax import __version__
 from trbert_jax.cli import main
 from trbert_jax.errors import PreemptedError, UserError
-from trbert_jax.modeling.config import InputConfig
 
 COMMANDS = (
     "train",
@@ -33,67 +29,6 @@ COMMANDS = (
     "prepare-data",
     "split-hyperpartisan",
 )
-
-
-@dataclasses.dataclass
-class Prediction:
-    label: str
-    label_id: int
-    scores: np.ndarray
-    kept: tuple[np.ndarray, ...]
-    num_tokens: int
-    truncated: bool
-    text: str
-
-
-class FakeModel:
-    """Finds every text positive and keeps as many tokens as it has letters."""
-
-    config = types.SimpleNamespace(labels=("bad", "gut"), inputs=InputConfig(), max_length=99)
-    asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
-
-    @classmethod
-    def from_pretrained(cls, path: str) -> FakeModel:
-        if path == "missing":
-            raise UserError("missing: no such directory")
-        return cls()
-
-    def predict_stream(self, texts: Iterable[str], **options: Any) -> Iterator[Prediction]:
-        self.asked.append(options)
-        scores = np.array([0.25, 0.75], np.float32)
-        for t in texts:
-            kept = (np.arange(len(t)), np.array([0], np.int32))
-            yield Prediction("gut", 1, scores, kept, len(t), len(t) > 99, t)
-
-    def compile(self, batch_size: int, execution: str | None) -> Iterator[tuple[str, float]]:
-        yield f"{execution}, {batch_size} x 8 tokens", 1.5
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts a module of given contents in the place of one of the package."""
-
-    def put(name: str, **contents: Any) -> None:
-        module = types.ModuleType(f"trbert_jax.{name}")
-        module.__dict__.update(contents)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-
-    return put
-
-
-@pytest.fixture
-def predictor(fake: Callable[..., None]) -> type[FakeModel]:
-    FakeModel.asked = []
-    fake("inference", TRBert=FakeModel)
-    return FakeModel
-
-
-def lines_of(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
-
-
-def type_in(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
 # Arguments ----------------------------------------------------------------------------------------
@@ -260,6 +195,7 @@ def test_reader_of_the_output_goes_away(tmp_path: Path) -> None:
 
 # evaluate -----------------------------------------------------------------------------------------
 
+
 RESULT = {"accuracy": 0.868, "flops": 1234567890.0, "kept": [99.25, 47.0], "dense": {"examples": 1000}}
 
 
@@ -312,162 +248,6 @@ def test_evaluate_all_checkpoints(fake: Callable[..., None], capsys: pytest.Capt
     fake("training.evaluation", evaluate_all_checkpoints=lambda config: {str(config[0]): config[1:]})
     assert main(["evaluate", "--config", "c.yaml", "--all-checkpoints", "seed=1"]) == 0
     assert capsys.readouterr().out.split() == ["c.yaml", "seed=1"]
-
-
-# predict ------------------------------------------------------------------------------------------
-
-
-def test_predict_texts_from_arguments(predictor: type[FakeModel], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["predict", "one", "--model", "m", "three"]) == 0
-    expected = {
-        "label": "gut",
-        "label_id": 1,
-        "scores": {"bad": 0.25, "gut": 0.75},
-        "kept": [[0, 1, 2], [0]],
-        "num_tokens": 3,
-        "truncated": False,
-    }
-    assert lines_of(capsys.readouterr().out) == [
-        expected,
-        {**expected, "kept": [[0, 1, 2, 3, 4], [0]], "num_tokens": 5},
-    ]
-
-
-@pytest.mark.parametrize("arguments", [["--model", "m", "--", "-x", "y"], ["y", "--model", "m", "--", "-x"]])
-def test_predict_text_with_a_dash(
-    arguments: list[str], predictor: type[FakeModel], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["predict", "--with-text", *arguments]) == 0
-    assert sorted(line["text"] for line in lines_of(capsys.readouterr().out)) == ["-x", "y"]
-
-
-TRICKY = "gr\u00fcn \u2028 und \u0085 rot \x0c oder \x1c blau"
-
-
-@pytest.mark.parametrize("final", ["", "\n"])
-def test_predict_lines_end_at_newlines_only(
-    final: str, predictor: type[FakeModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = tmp_path / "texts.txt"
-    source.write_bytes(f"{TRICKY}\nsecond{final}".encode())
-    assert main(["predict", "--model", "m", "--file", str(source), "--with-text"]) == 0
-    assert [line["text"] for line in lines_of(capsys.readouterr().out)] == [TRICKY, "second"]
-
-
-def test_predict_reads_standard_input(
-    predictor: type[FakeModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    type_in(monkeypatch, f"{TRICKY}\nsecond\n".encode())
-    assert main(["predict", "--model", "m", "--with-text"]) == 0
-    assert [line["text"] for line in lines_of(capsys.readouterr().out)] == [TRICKY, "second"]
-
-
-def test_predict_jsonl_to_a_file(
-    predictor: type[FakeModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, target = tmp_path / "texts.jsonl", tmp_path / "out" / "predictions.jsonl"
-    records = [{"text": TRICKY, "label": 0}, {"text": "two\nlines"}]
-    source.write_text(
-        "\n".join(json.dumps(r, ensure_ascii=False) for r in records), encoding="utf-8", newline=""
-    )
-    arguments = ["--model", "m", "--file", str(source), "--output", str(target), "--with-text"]
-    assert main(["predict", *arguments]) == 0
-    assert capsys.readouterr().out == ""
-    assert [line["text"] for line in lines_of(target.read_text(encoding="utf-8"))] == [TRICKY, "two\nlines"]
-    assert os.listdir(target.parent) == ["predictions.jsonl"]
-
-
-def test_predict_hands_options_and_lines_on(
-    predictor: type[FakeModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = tmp_path / "texts.txt"
-    source.write_text("".join(f"{'x' * n}\n" for n in range(1, 71)), encoding="utf-8")
-    options = ["--batch-size", "1", "--execution", "masked", "--threshold", "0.4"]
-    assert main(["predict", "--model", "m", "--file", str(source), *options]) == 0
-    assert predictor.asked == [{"batch_size": 1, "execution": "masked", "threshold": 0.4}]
-    assert [line["num_tokens"] for line in lines_of(capsys.readouterr().out)] == list(range(1, 71))
-
-
-def test_predict_leaves_out_blank_lines_between_records_only(
-    predictor: type[FakeModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A line of text may be empty; between JSON objects it is nothing, as for `evaluate`."""
-    (tmp_path / "texts.txt").write_text("one\n\ntwo\n", encoding="utf-8")
-    (tmp_path / "texts.jsonl").write_text('\n{"text": "one"}\n \n{"text": ""}\n\n', encoding="utf-8")
-    for name, texts in (("texts.txt", ["one", "", "two"]), ("texts.jsonl", ["one", ""])):
-        assert main(["predict", "--model", "m", "--file", str(tmp_path / name), "--with-text"]) == 0
-        assert [line["text"] for line in lines_of(capsys.readouterr().out)] == texts
-
-
-def test_predict_says_how_many_texts_were_cut(
-    predictor: type[FakeModel], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["predict", "--model", "m", "short", "x" * 100, "y" * 200]) == 0
-    out, err = capsys.readouterr()
-    assert [line["truncated"] for line in lines_of(out)] == [False, True, True]
-    assert err == "trbert: 2 of 3 texts are longer than 99 tokens and were cut\n"
-    assert main(["predict", "--model", "m", "short"]) == 0
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("texts.txt", b"", "texts.txt: is empty"),
-        ("texts.txt", b"ok\n\xff\n", "texts.txt:2: not UTF-8 (byte 0 of the line)"),
-        ("texts.jsonl", b'{"text": "ok"}\n{"text": \n', "texts.jsonl:2: not valid JSON"),
-        ("texts.jsonl", b'{"text": "ok"}\n{"body": "x"}\n', 'texts.jsonl:2: an object with a string "text"'),
-        ("texts.jsonl", b'{"text": 3}\n', "texts.jsonl:1: an object"),
-        ("texts.jsonl", b'["text"]\n', "texts.jsonl:1: an object"),
-        ("texts.jsonl", b" \n\n", "texts.jsonl: has nothing but blank lines"),
-    ],
-)
-def test_predict_refuses_bad_files(
-    name: str,
-    content: bytes,
-    message: str,
-    predictor: type[FakeModel],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    output = tmp_path / "out.jsonl"
-    assert main(["predict", "--model", "m", "--file", str(tmp_path / name), "--output", str(output)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("trbert: error: ")
-    assert message in err
-    assert not output.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "standard input: is empty"), (b"caf\xe9", "standard input:1: not UTF-8 (byte 3 of the line)")],
-)
-def test_predict_refuses_bad_standard_input(
-    content: bytes,
-    message: str,
-    predictor: type[FakeModel],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    type_in(monkeypatch, content)
-    assert main(["predict", "--model", "m"]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "m", "text", "--file", "f"], "both as arguments and by --file"),
-        (["--model", "m", "--file", "nowhere.txt"], "nowhere.txt: no such file"),
-        (["--model", "missing", "text"], "missing: no such directory"),
-    ],
-)
-def test_predict_mistakes(
-    arguments: list[str], message: str, predictor: type[FakeModel], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["predict", *arguments]) == 2
-    assert message in capsys.readouterr().err
 
 
 # compile ------------------------------------------------------------------------------------------

@@ -8,14 +8,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import golden_cases
+import jax
 import numpy as np
 import pytest
 
 DIRECTORY = Path(os.environ.get("TRBERT_GOLDEN_DIR") or Path(__file__).parent / "golden")
 FOLDERS = sorted(p for p in DIRECTORY.glob("*") if p.is_dir())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimized() -> Iterator[None]:
+    """The compiler does here what it does for users; for the other tests it hurries (conftest.py)."""
+    hurried = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", hurried)
 
 
 def test_there_are_cases() -> None:
@@ -33,7 +44,7 @@ def test_golden(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outputs() -> dict[str, tuple]:
+def outputs(optimized: None) -> dict[str, tuple]:
     """Each kind of case once, run once: outputs of the first folder of its kind."""
     kinds: dict[str, tuple] = {}
     for folder in FOLDERS:

@@ -1,0 +1,194 @@
+"""A folder in which a run can start, what a mistake in it is, and ways to make one.
+
+Paths are relative to that folder, which holds config.yaml, data/, model/ and, once a run has begun, work/.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from trbert_jax.training import batches
+
+CONFIG = """\
+workdir: work
+data: {name: imdb, path: data}
+model:
+  init: model
+  max_length: 16
+  keep_layers: [0, 1]
+finetune:
+  {batch_size: 4, accumulation_steps: 1, epochs: 2, save_steps: 1, keep_checkpoints: 9, dropout: false}
+"""
+TEXTS = ["the film was good .", "a dull plot !", "it is very bright and good", "I saw a bad film yesterday"]
+RECORDS = [{"text": text, "label": label} for text, label in zip(TEXTS, (1, 0, 1, 0), strict=True)]
+SIZES = {"train": 8, "dev": 2, "test": 3}
+WEIGHTS = "model/model.safetensors"
+
+FINETUNE = "train --config config.yaml --stages finetune"
+EVALUATE = (
+    "evaluate --model model --data data/test.jsonl --json out/result.json --predictions out/lines.jsonl"
+)
+PREDICT = "predict --model model --output out/lines.jsonl good"
+BENCHMARK = (
+    "benchmark --model model --data data/test.jsonl --batch-sizes 1 --executions packed"
+    " --json out/speed.json --plot out/speed.png"
+)
+CONVERT = "convert --input model --output out/model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One mistake.
+
+    Attributes:
+      name: what is wrong.
+      command: what the user types after `trbert`.
+      words: all that the message must hold.
+      spoil: makes the mistake, in the current folder.
+      start: the folder before it: `fresh`, `interrupted` (in update 3 of 4) or `finetuned`.
+      made_by: the fixture that has run the command already, for the two that train.
+      code: of the exit; where it is not 2 the words may be in either stream.
+      leaves: regular expression of new files that are no loss.
+      denied: file or folder that the system lets the command neither read nor write.
+    """
+
+    name: str
+    command: str
+    words: tuple[str, ...]
+    spoil: Callable[[], Any] = lambda: None
+    start: str = "fresh"
+    made_by: str | None = None
+    code: int = 2
+    leaves: str = r"work/config\.json|work/cache/features-\w+\.npz"
+    denied: str | None = None
+
+
+def write(path: str, content: str | bytes) -> Callable[[], Any]:
+    return lambda: Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def append(path: str, content: str) -> Callable[[], Any]:
+    return lambda: Path(path).write_bytes(Path(path).read_bytes() + content.encode())
+
+
+def remove(path: str) -> Callable[[], Any]:
+    return Path(path).unlink
+
+
+def cut(path: str, share: float) -> Callable[[], Any]:
+    """Leaves the first part of a file, as a full disk or a broken download does."""
+
+    def spoil() -> None:
+        os.truncate(path, int(share * os.path.getsize(path)))
+
+    return spoil
+
+
+def corrupt(path: str, start: int, stop: int) -> Callable[[], Any]:
+    def spoil() -> None:
+        content = bytearray(Path(path).read_bytes())
+        content[start:stop] = b"\xff" * (stop - start)
+        Path(path).write_bytes(content)
+
+    return spoil
+
+
+def scale_weights(value: float) -> Callable[[], Any]:
+    """The classifier's weights become a finite number with which its logits overflow."""
+
+    def spoil() -> None:
+        weights = load_file(WEIGHTS)
+        save_file(
+            {**weights, "classifier.weight": np.full_like(weights["classifier.weight"], value)}, WEIGHTS
+        )
+
+    return spoil
+
+
+def set_json(path: str, **values: Any) -> Callable[[], Any]:
+    def spoil() -> None:
+        old = json.loads(Path(path).read_text(encoding="utf-8"))
+        Path(path).write_text(json.dumps({**old, **values}), encoding="utf-8")
+
+    return spoil
+
+
+def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C at the start of an update."""
+    original = batches.update_batches
+
+    def interrupted(training: batches.Training, at: int, width: int) -> Any:
+        if at == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(training, at, width)
+
+    monkeypatch.setattr(batches, "update_batches", interrupted)
+
+
+def scores_of_other_data() -> None:
+    Path("work/score").mkdir()
+    Path("work/score/done.json").write_text('{"data_digest": "another"}', encoding="utf-8")
+    np.save("work/score/scores.npy", np.zeros((SIZES["train"], 2, 16), np.float32))
+
+
+def cut_scores() -> None:
+    Path("work/score").mkdir()
+    Path("work/score/done.json").write_text("{}", encoding="utf-8")
+    Path("work/score/scores.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr'")
+
+
+def unfinished_shards() -> None:
+    Path("shards").mkdir()
+    Path("shards/provenance.json").write_text('{"format": 1}', encoding="utf-8")
+
+
+def forbid(path: str) -> Callable[[], Any]:
+    def spoil() -> None:
+        Path(path).mkdir()
+        Path(path).chmod(0o555)
+        if os.access(path, os.W_OK):
+            pytest.skip("no folder is read-only to root")
+
+    return spoil
+
+
+@contextlib.contextmanager
+def denying(denied: Path) -> Iterator[None]:
+    """The system's refusals for a file or a folder, to whomever: to root it refuses nothing by itself."""
+
+    def is_denied(path: Any) -> bool:
+        if not isinstance(path, str | os.PathLike):  # an open file's number
+            return False
+        absolute = Path(os.path.abspath(path))
+        return denied in (absolute, *absolute.parents)
+
+    def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if is_denied(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return function(path, *arguments, **options)
+
+        return call
+
+    access = os.access
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            os, "access", lambda path, *mode, **how: not is_denied(path) and access(path, *mode, **how)
+        )
+        for module, name in ((os, "mkdir"), (os, "open"), (io, "open"), (builtins, "open")):
+            patch.setattr(module, name, refusing(getattr(module, name)))
+        yield

@@ -1,0 +1,39 @@
+"""Checkpoint folders in tests: loading one silently, editing what it holds, comparing parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from trbert_jax.modeling.pretrained import (
+    load_pretrained,
+)
+
+
+def quietly(path: str | Path, **options: Any) -> Any:
+    """Loads a checkpoint that has to need no announcement."""
+    said: list[str] = []
+    loaded = load_pretrained(path, announce=said.append, **options)
+    assert said == []
+    return loaded
+
+
+def edit_json(path: Path, remove: tuple[str, ...] = (), **changes: Any) -> None:
+    values = {k: v for k, v in json.loads(path.read_text()).items() if k not in remove}
+    path.write_text(json.dumps({**values, **changes}))
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    weights = load_file(path / "model.safetensors")
+    changed = change(weights)
+    save_file(weights if changed is None else changed, path / "model.safetensors")
+
+
+def assert_same_params(left: Any, right: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, left, right)
