@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,10 +22,23 @@ if programs:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # With a limit JAX locks the folder: several workers write into it.
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(10**10)
-# Most of the tests' time is compilation; the golden cases compile as users do.
+# Most of the tests' time is compilation. What has to be as exact as users get it asks for `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # A shell starts background jobs, and with them a whole CI run, deaf to Ctrl-C; the tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """The compiler does what it does for users, in this process and in those it starts."""
+    import jax  # reads the settings above
+
+    name, hurried = "JAX_DISABLE_MOST_OPTIMIZATIONS", jax.config.read("jax_disable_most_optimizations")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, "0")
+        jax.config.update(name.lower(), False)
+        yield
+    jax.config.update(name.lower(), hurried)
 
 
 @pytest.fixture

@@ -8,25 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import golden_cases
-import jax
 import numpy as np
 import pytest
 
 DIRECTORY = Path(os.environ.get("TRBERT_GOLDEN_DIR") or Path(__file__).parent / "golden")
 FOLDERS = sorted(p for p in DIRECTORY.glob("*") if p.is_dir())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optimized() -> Iterator[None]:
-    """The compiler does here what it does for users; for the other tests it hurries (conftest.py)."""
-    hurried = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", hurried)
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 def test_there_are_cases() -> None:

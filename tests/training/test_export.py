@@ -31,7 +31,7 @@ from trbert_jax.training import residual, steps
 
 DEVICES, ROWS_A_DEVICE = 8, 4
 MODEL = tiny_models.BERT
-PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}  # the name for exporting, that of the backend
+PLATFORMS = ("tpu", "cuda")  # together: what is lowered differently is lowered for each
 FULL = ("model.dtype=bfloat16", "parallel.remat=true")
 
 
@@ -64,9 +64,9 @@ def shapes(tree: Any, layout: Any, spec: Callable[[Any], PartitionSpec] | Partit
     return jax.tree.map(one, tree)
 
 
-def check(program: Any, platform: str, *arguments: Any) -> None:
-    exported = export.export(program, platforms=[platform])(*arguments)
-    assert exported.platforms == (platform,)
+def check(program: Any, *arguments: Any) -> None:
+    exported = export.export(program, platforms=PLATFORMS)(*arguments)
+    assert exported.platforms == PLATFORMS
     assert exported.nr_devices == DEVICES
 
 
@@ -74,17 +74,17 @@ def params_of() -> Any:
     return jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
 
 
-def export_update(step: StageStep, layout: Layout, platform: str, passes: int) -> None:
+def export_update(step: StageStep, layout: Layout, passes: int) -> None:
     """A stage's update as the strategy jit runs it, state and frozen parameters divided."""
     state, frozen = jax.eval_shape(step.split, params_of())
     state, frozen = (shapes(x, layout, layout.spec_of) for x in (state, frozen))
     assert any(parallel.FSDP in x.sharding.spec for x in jax.tree.leaves((state, frozen)))
     batch = step.batch(0, passes, passes * DEVICES * ROWS_A_DEVICE)
     rng = shapes(jax.eval_shape(lambda: jax.random.key(0)), layout, WHOLE)
-    check(step.step(layout), platform, state, frozen, shapes(batch, layout, PartitionSpec(None, AXES)), rng)
+    check(step.step(layout), state, frozen, shapes(batch, layout, PartitionSpec(None, AXES)), rng)
 
 
-def export_device_update(step: StageStep, platform: str, passes: int) -> None:
+def export_device_update(step: StageStep, passes: int) -> None:
     """What the strategy pmap runs on each device: copies of the state in, its own rows, copies out."""
     mesh, axis = AbstractMesh((DEVICES,), (steps._DEVICES,), axis_types=(AxisType.Auto,)), steps._DEVICES
     train_step = functools.partial(steps.train_step, step.objective, step.adamw, add_up=steps._added_up(axis))
@@ -108,7 +108,7 @@ def export_device_update(step: StageStep, platform: str, passes: int) -> None:
     )
     rng = jax.eval_shape(lambda: jax.random.key(0))
     arguments = *(shapes(x, one_each, each) for x in (*copies, batch)), shapes(rng, one_each, WHOLE)
-    check(jax.jit(program, donate_argnums=0), platform, *arguments)
+    check(jax.jit(program, donate_argnums=0), *arguments)
 
 
 def predictors() -> dict[str, Execution]:
@@ -129,21 +129,18 @@ def predictors() -> dict[str, Execution]:
 class Exporting(Programs):
     """Lowers for another platform where `Programs` would compile."""
 
-    platform = ""
-
     def _compile(self, program: Any, params: Any, batch: Any, divide: bool) -> Any:
         mapped = self.layout.by_rows(program, out_specs=(ROWS, KEPT)) if divide else program
         placed = shapes(batch, self.layout, ROWS if divide else WHOLE)
-        check(jax.jit(mapped, out_shardings=self.layout.whole), self.platform, params, placed)
+        check(jax.jit(mapped, out_shardings=self.layout.whole), params, placed)
 
 
-def export_predictor(name: str, execution: Execution, layout: Layout, platform: str, dtype: Any) -> None:
+def export_predictor(name: str, execution: Execution, layout: Layout, dtype: Any) -> None:
     rows = DEVICES * ROWS_A_DEVICE
     batch = StageStep("finetune", "packed", MODEL).batch(0, 1, rows)
     inputs = with_threshold({k: v[0] for k, v in batch.items()})
     counts = np.ones((rows, MODEL.num_reductions), np.int32)
     programs = Exporting(TokenReducingModel(MODEL, dtype), layout)
-    programs.platform = platform
     programs.get(
         name,
         shapes(params_of(), layout, WHOLE),
@@ -152,7 +149,7 @@ def export_predictor(name: str, execution: Execution, layout: Layout, platform: 
     )
 
 
-def export_scores(layout: Layout, platform: str, dtype: Any) -> None:
+def export_scores(layout: Layout, dtype: Any) -> None:
     """Stage score's program."""
     model = TokenReducingModel(MODEL, dtype)
 
@@ -163,46 +160,41 @@ def export_scores(layout: Layout, platform: str, dtype: Any) -> None:
     mapped = layout.by_rows(scores_and_losses, out_specs=ROWS)
     batch = {k: v[0] for k, v in StageStep("finetune", "packed", MODEL).batch(0).items()}
     program = jax.jit(mapped, out_shardings=layout.whole)
-    check(program, platform, shapes(params_of(), layout, WHOLE), shapes(batch, layout, ROWS))
+    check(program, shapes(params_of(), layout, WHOLE), shapes(batch, layout, ROWS))
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_the_fullest_update_and_the_packed_predictor(
-    platform: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Dropout, bfloat16, remat and accumulation at once, with the tiles of that platform."""
-    asked = tile_for(monkeypatch, PLATFORMS[platform])
-    export_update(StageStep("joint", "packed", MODEL, dropout=True, settings=FULL), layout, platform, 2)
-    export_predictor("packed", PREDICTIONS["packed"], layout, platform, jnp.bfloat16)
+def test_the_fullest_update_and_the_packed_predictor(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout, bfloat16, remat and accumulation at once, with the tiles of accelerators."""
+    for rows in (1, DEVICES * ROWS_A_DEVICE):
+        assert Tiling.for_backend("tpu", rows) == Tiling.for_backend("gpu", rows), "what serves both here"
+    asked = tile_for(monkeypatch, "tpu")
+    export_update(StageStep("joint", "packed", MODEL, dropout=True, settings=FULL), layout, 2)
+    export_predictor("packed", PREDICTIONS["packed"], layout, jnp.bfloat16)
     assert asked[0] >= 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiles", ["own", "cpu"])
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_every_update(platform: str, tiles: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tiles", ["tpu", "cpu"])
+def test_every_update(tiles: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every stage, plain and with everything on, by either strategy."""
-    tile_for(monkeypatch, PLATFORMS[platform] if tiles == "own" else tiles)
+    tile_for(monkeypatch, tiles)
     for stage in STAGES:
         # The tiles make no difference to masked execution.
-        for execution in EXECUTIONS if tiles == "own" else ("packed",):
-            export_update(StageStep(stage, execution, MODEL), layout, platform, 1)
+        for execution in EXECUTIONS if tiles == "tpu" else ("packed",):
+            export_update(StageStep(stage, execution, MODEL), layout, 1)
             full = StageStep(stage, execution, MODEL, dropout=True, settings=FULL)
-            export_update(full, layout, platform, 2)
-            export_device_update(full, platform, 2)
+            export_update(full, layout, 2)
+            export_device_update(full, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiles", ["own", "cpu"])
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_every_predictor_and_the_scores(
-    platform: str, tiles: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("tiles", ["tpu", "cpu"])
+def test_every_predictor_and_the_scores(tiles: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """`dense` is the teacher's."""
-    tile_for(monkeypatch, PLATFORMS[platform] if tiles == "own" else tiles)
+    tile_for(monkeypatch, tiles)
     found = predictors()
     assert set(found) == {"packed", "masked", "batch_max", "dense", "random", "first_k"}
     for dtype in (jnp.float32, jnp.bfloat16):
         for name, execution in found.items():
-            export_predictor(name, execution, layout, platform, dtype)
-        export_scores(layout, platform, dtype)
+            export_predictor(name, execution, layout, dtype)
+        export_scores(layout, dtype)
