@@ -71,8 +71,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where the numbers are written")
     args = parser.parse_args()
     check_writable(args.json)
-    records = []
-    for size in args.sizes.split(","):
+    sizes, records = args.sizes.split(","), []
+    if unknown := [size for size in sizes if size not in SIZES]:
+        parser.error(f"--sizes: there is no size {', '.join(unknown)}; expected some of {', '.join(SIZES)}")
+    for size in sizes:
         config = dataclasses.replace(SIZES[size], max_length=args.max_length)
         for record in measure(size, config, args.batch_size, args.repeats):
             print(
@@ -80,7 +82,8 @@ def main() -> None:
                 f"read in {record['read_seconds']:.1f} s"
             )
             records.append(record)
-    write_json(args.json, {"batch_size": args.batch_size, "programs": records, "machine": machine()})
+    settings = {"batch_size": args.batch_size, "max_length": args.max_length, "repeats": args.repeats}
+    write_json(args.json, {**settings, "programs": records, "machine": machine()})
 
 
 if __name__ == "__main__":

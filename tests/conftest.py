@@ -22,7 +22,8 @@ if programs:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # With a limit JAX locks the folder: several workers write into it.
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(10**10)
-# Most of the tests' time is compilation. What has to be as exact as users get it asks for `optimized`.
+# Most of the tests' time is compilation. What depends on the program that users run asks for `optimized`:
+# parity with the published models, speed, what devices send each other.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # A shell starts background jobs, and with them a whole CI run, deaf to Ctrl-C; the tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,10 +13,7 @@ from tiny_models import BERT, DISTILBERT, tiny_model, tiny_params
 
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.names import to_original_names
-from trbert_jax.modeling.pretrained import (
-    load_pretrained,
-    save_pretrained,
-)
+from trbert_jax.modeling.pretrained import load_pretrained, save_pretrained
 
 
 def without(*parts: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:

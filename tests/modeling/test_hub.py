@@ -12,9 +12,7 @@ from tiny_models import BERT, tiny_model, tiny_params
 
 from trbert_jax.errors import UserError
 from trbert_jax.modeling import hub
-from trbert_jax.modeling.pretrained import (
-    load_pretrained,
-)
+from trbert_jax.modeling.pretrained import load_pretrained
 
 
 def test_hub_model_that_is_not_cached_offline() -> None:

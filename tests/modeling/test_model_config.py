@@ -7,16 +7,11 @@ import json
 from typing import Any
 
 import pytest
-from tiny_models import BERT, DISTILBERT
+from tiny_checkpoints import CONFIGS
 
 from trbert_jax.errors import UserError
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.pretrained import (
-    model_config_from_dict,
-    model_config_to_dict,
-)
-
-CONFIGS = pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=lambda c: c.model_type)
+from trbert_jax.modeling.pretrained import model_config_from_dict, model_config_to_dict
 
 
 def test_defaults_are_the_frameworks() -> None:

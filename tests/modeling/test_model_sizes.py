@@ -59,6 +59,7 @@ def test_published_sizes(config: ModelConfig, length: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_packed_execution_needs_less_memory_than_masked() -> None:
     """As the compiler planned it, of 128 texts padded to 512 tokens; nothing is run."""
     config, rows, width = SIZES["minilm"], 128, 512

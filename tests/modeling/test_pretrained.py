@@ -13,20 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_models
-from tiny_checkpoints import assert_same_params, edit_json, edit_weights, quietly
+from tiny_checkpoints import CONFIGS, assert_same_params, edit_json, edit_weights, quietly
 from tiny_models import BERT, DISTILBERT, tiny_model, tiny_params, tiny_weights
 
 from trbert_jax.modeling.config import ModelConfig
 from trbert_jax.modeling.model import TokenReducingModel
 from trbert_jax.modeling.names import to_original_names
-from trbert_jax.modeling.pretrained import (
-    load_pretrained,
-    load_tokenizer,
-    save_pretrained,
-)
+from trbert_jax.modeling.pretrained import load_pretrained, load_tokenizer, save_pretrained
 from trbert_jax.modeling.tokenizer_files import read_line_breaks_as_spaces
-
-CONFIGS = pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=lambda c: c.model_type)
 
 
 @CONFIGS

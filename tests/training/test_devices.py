@@ -16,6 +16,9 @@ from trbert_jax import parallel
 from trbert_jax.errors import UserError
 from trbert_jax.parallel import make_layout
 
+# What is sent between devices, and what rounding does, are those of the programs that users run.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def check(name: str, *arguments: str) -> Any:
     process = subprocess.run(

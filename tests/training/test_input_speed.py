@@ -18,6 +18,8 @@ from trbert_jax.training import batches, stages, steps
 from trbert_jax.training.optimizer import split_params
 from trbert_jax.training.run import Run
 
+# The step is the one that users wait for.
+pytestmark = pytest.mark.usefixtures("optimized")
 SECONDS = 1.0  # of reading
 STEPS = 8
 
