@@ -6,8 +6,9 @@ A tiny model goes through all stages on the standard library's source texts: twi
 time to see how long each stage takes once its programs are compiled, and then with a process that is ended
 and started again with the same command, by SIGKILL, which leaves it no time, or SIGTERM, at which it saves.
 For each signal a stage is drawn, among the next ones but for those that were hit more than others, and a
-moment of it. When a disturbed run ends before all signals are spent, another one begins. Compared are
-metrics, models, residual scores, teacher logits and predictions.
+moment of it; where a stage was over before its moment came, the next moment in it is drawn from a shorter
+time. When a disturbed run ends before all signals are spent, another one begins. Compared are metrics,
+models, residual scores, teacher logits and predictions.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from trbert_jax.benchmark.records import machine
 from trbert_jax.files import check_writable, write_json
 
 NEXT = 3  # stages that a signal is drawn for: a run is hit again and again on its way
+EARLIER = 0.7  # share of the time that is left to draw from in a stage that was over too soon
 STAGES = ("finetune", "score", "init", "policy", "teacher", "joint", "evaluate")
 TRAINED = {"batch_size": 8, "accumulation_steps": 1, "learning_rate": 1e-3, "save_steps": 2, "eval_steps": 8}
 COMMAND = [sys.executable, "-c", "import sys; from trbert_jax.cli import main; sys.exit(main())"]
@@ -109,6 +111,8 @@ class Soak:
       steps: updates a stage.
       rng: draws stages and moments.
       seconds: what each stage takes undisturbed.
+      within: the seconds of each stage that moments are drawn from: less where it was over before they came,
+        as the rest of one that was interrupted is.
       endings: a record a signal.
       saved: how often a run said that it saved before it stopped.
     """
@@ -117,6 +121,7 @@ class Soak:
     steps: int
     rng: random.Random
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    within: dict[str, float] = dataclasses.field(default_factory=dict)
     endings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     saved: int = 0
 
@@ -142,7 +147,7 @@ class Soak:
         work = config.parent / "work"
         for stage in STAGES:
             done = json.loads((work / stage / "done.json").read_text(encoding="utf-8"))
-            self.seconds[stage] = done["seconds"]
+            self.seconds[stage] = self.within[stage] = done["seconds"]
         return digests(work)
 
     def disturbed(self, name: str, signals: list[signal.Signals]) -> dict[str, str]:
@@ -180,18 +185,21 @@ class Soak:
         if not candidates:
             return
         stage = self.rng.choice(candidates)
-        delay = self.rng.uniform(0, self.seconds[stage])
+        delay = self.rng.uniform(0, self.within[stage])
         while f"{stage}: starting" not in self._said(size):
             if process.poll() is not None:
                 return
             time.sleep(0.005)
         try:
             process.wait(delay)
+            self.within[stage] *= EARLIER
             return
         except subprocess.TimeoutExpired:
             sent = signals.pop()
             process.send_signal(sent)
         done = f"{stage}: done in" in self._said(size)
+        if done:
+            self.within[stage] *= EARLIER
         code = process.wait()
         self.endings.append(
             {
@@ -204,6 +212,7 @@ class Soak:
                 "code": code,
             }
         )
+        print(f"{sent.name} {self.endings[-1]['when']} {stage}; {len(signals)} signals left", flush=True)
 
     def _said(self, size: int) -> str:
         """What was printed after the log had this size."""
