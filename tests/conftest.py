@@ -29,6 +29,11 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("torch"):
+        pytest.importorskip("torch")
+
+
 @pytest.fixture(scope="module")
 def optimized() -> Iterator[None]:
     """The compiler does what it does for users, in this process and in those it starts."""

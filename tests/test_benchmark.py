@@ -164,8 +164,8 @@ def test_programs_say_what_they_took(own: dict[str, PreparedRun]) -> None:
         assert run.peak_memory_bytes > weights / 2  # what a program does not read it is not given
 
 
+@pytest.mark.torch
 def test_hugging_face_is_the_dense_model(own: dict[str, PreparedRun]) -> None:
-    pytest.importorskip("torch")
     run = prepare_huggingface(CONFIG, PARAMS, OWN, BATCH, "float32")
     np.testing.assert_allclose(run.logits, own["dense"].logits, rtol=1e-4, atol=1e-4)
     longest = np.array([40, 40, 20, 20, 30, 30])

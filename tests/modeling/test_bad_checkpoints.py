@@ -164,9 +164,9 @@ def test_a_vocabulary_has_to_be_berts(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("content", [b"", b"\x80\x02garbage"])
 def test_damaged_torch_file(tmp_path: Path, content: bytes) -> None:
-    pytest.importorskip("torch")
     tiny_model(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(content)
@@ -174,6 +174,7 @@ def test_damaged_torch_file(tmp_path: Path, content: bytes) -> None:
         load_pretrained(tmp_path)
 
 
+@pytest.mark.torch
 def test_a_torch_file_runs_no_code(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     tiny_model(tmp_path)

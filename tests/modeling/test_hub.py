@@ -29,7 +29,9 @@ def test_neither_a_directory_nor_a_name(tmp_path: Path) -> None:
         load_pretrained(tmp_path / "file")
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "weights", ["model.safetensors", pytest.param("pytorch_model.bin", marks=pytest.mark.torch)]
+)
 def test_hub_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
     """The PyTorch file is fetched only where there is no safetensors file."""
     if weights == "pytorch_model.bin":

@@ -107,9 +107,9 @@ def test_differences_are_reported_on_both_sides() -> None:
     assert "bias" not in tree["head"]["classifier"]
 
 
+@pytest.mark.torch
 @CONFIGS
 def test_names_are_those_of_transformers(config: ModelConfig) -> None:
-    pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     if config.model_type == "bert":
         shape = transformers.BertConfig(

@@ -55,6 +55,7 @@ def test_saving_half_a_model_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.torch
 @CONFIGS
 def test_transformers_loads_what_we_save(tmp_path: Path, config: ModelConfig) -> None:
     torch = pytest.importorskip("torch")
@@ -85,6 +86,7 @@ def test_transformers_loads_what_we_save(tmp_path: Path, config: ModelConfig) ->
     np.testing.assert_allclose(tokens.states[real], theirs.hidden_states[-1].numpy()[real], atol=1e-5)
 
 
+@pytest.mark.torch
 @CONFIGS
 @pytest.mark.parametrize("form", ["safetensors", "bin", "sharded", "encoder"])
 def test_loads_what_transformers_saves(tmp_path: Path, config: ModelConfig, form: str) -> None:
