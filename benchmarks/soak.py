@@ -5,8 +5,7 @@
 A tiny model goes through all stages on the standard library's source texts: twice undisturbed, the second
 time to see how long each stage takes once its programs are compiled, and then with a process that is ended
 and started again with the same command, by SIGKILL, which leaves it no time, or SIGTERM, at which it saves.
-For each signal a stage is drawn, among the next ones but for those that were hit more than others, and a
-moment of it; where a stage was over before its moment came, the next moment in it is drawn from a shorter
+For each signal a stage is drawn, among the next ones that were not hit more than others, and a moment of it; where a stage was over before its moment came, the next moment in it is drawn from a shorter
 time. When a disturbed run ends before all signals are spent, another one begins. Compared are metrics,
 models, residual scores, teacher logits and predictions.
 """
@@ -181,7 +180,7 @@ class Soak:
         """Draws a stage, waits until it is running and a while longer, and ends the process."""
         # So that no stage is missed, none gets far ahead; a run with no other left is not disturbed any more.
         most = min(self.hits[stage] for stage in STAGES) + 1
-        candidates = [stage for stage in left[:NEXT] if self.hits[stage] <= most]
+        candidates = [stage for stage in left if self.hits[stage] <= most][:NEXT]
         if not candidates:
             return
         stage = self.rng.choice(candidates)
