@@ -5,9 +5,10 @@
 A tiny model goes through all stages on the standard library's source texts: twice undisturbed, the second
 time to see how long each stage takes once its programs are compiled, and then with a process that is ended
 and started again with the same command, by SIGKILL, which leaves it no time, or SIGTERM, at which it saves.
-For each signal a stage is drawn, among the next ones that were not hit more than others, and a moment of it; where a stage was over before its moment came, the next moment in it is drawn from a shorter
-time. When a disturbed run ends before all signals are spent, another one begins. Compared are metrics,
-models, residual scores, teacher logits and predictions.
+For each signal a stage is drawn, among the next ones that were not hit more than others, and a moment of
+it; where a stage was over before its moment came, the next moment in it is drawn from a shorter time. When a
+disturbed run ends before all signals are spent, another one begins. Compared are metrics, models, residual
+scores, teacher logits and predictions.
 """
 
 from __future__ import annotations

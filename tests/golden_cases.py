@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from trbert_jax.modeling.tiles import Tiling
 from trbert_jax.modeling.weight_files import read_weights
 from trbert_jax.training import objectives, optimizer, residual
 
+DIRECTORY = Path(os.environ.get("TRBERT_GOLDEN_DIR") or Path(__file__).parent / "golden")
 INPUTS = {
     "input_ids",
     "attention_mask",

@@ -6,7 +6,6 @@ Cases come from `TRBERT_GOLDEN_DIR` if set, else from `tests/golden` (a subset o
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import golden_cases
 import numpy as np
 import pytest
 
-DIRECTORY = Path(os.environ.get("TRBERT_GOLDEN_DIR") or Path(__file__).parent / "golden")
+DIRECTORY = golden_cases.DIRECTORY
 FOLDERS = sorted(p for p in DIRECTORY.glob("*") if p.is_dir())
 pytestmark = pytest.mark.usefixtures("optimized")
 

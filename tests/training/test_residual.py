@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
+import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +13,20 @@ import tiny_models
 from tiny_batches import random_batch, take
 
 from trbert_jax.losses.task import cross_entropy
+from trbert_jax.modeling import tasks
 from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import TokenReducingModel, forward
+from trbert_jax.modeling.model import Batch, TokenReducingModel, forward, head_inputs
 from trbert_jax.tokens import TokenSet
 from trbert_jax.training.residual import rank_targets, residual_scores, score_layers
 
 BERT = tiny_models.BERT
 LENGTHS = [6, 1, 4]
-
+# Models and batches of the other tasks: those of the golden cases, whose targets are at hand.
+ANSWERING = sorted(
+    folder
+    for folder in golden_cases.DIRECTORY.glob("*_joint")
+    if not folder.name.startswith("classification")
+)
 
 MODEL = TokenReducingModel(BERT)
 PARAMS = tiny_models.tiny_params(BERT)
@@ -29,21 +37,36 @@ def scores_of(params: Any, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]
     return residual_scores(MODEL, params, batch)
 
 
-@jax.jit
-def loss_after_moving(params: Any, batch: Any, start: int, token: int, distance: float) -> jax.Array:
-    """Losses [B] with one token's state after layer 2L/3 moved on, away from what it was after `start`."""
-    _, back = score_layers(BERT)
-    layers = functools.partial(MODEL.apply, {"params": params}, method="run_layers")
-    inputs = (batch["input_ids"], batch["mask"], batch["token_type_ids"])
-    tokens = [MODEL.apply({"params": params}, *inputs, method="embed")]
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def losses_after_moving(
+    model: TokenReducingModel, params: Any, batch: Batch, start: int, which: jax.Array, distance: float
+) -> jax.Array:
+    """Losses [B] with states after layer 2L/3 moved on, away from what they were after layer `start`.
+
+    Args:
+      which: the tokens, bool [B * G, S].
+    """
+    _, back = score_layers(model.config)
+    layers = functools.partial(model.apply, {"params": params}, method="run_layers")
+    inputs = (batch["input_ids"], batch["mask"], batch.get("token_type_ids"))
+    tokens = [model.apply({"params": params}, *inputs, method="embed")]
     for layer in range(back + 1):
         tokens.append(layers(tokens[-1], [layer]))
     states = jnp.stack([t.states for t in tokens])  # from the embeddings on
-    moved = jnp.arange(states.shape[2])[:, None] == token
-    states = states[-1] + distance * moved * (states[-1] - states[start + 1])
-    last = layers(TokenSet(states, batch["mask"]), range(back + 1, BERT.num_layers))
-    logits = MODEL.apply({"params": params}, last, {}, method="answer")
-    return cross_entropy(logits, batch["labels"])
+    states = states[-1] + distance * which[..., None] * (states[-1] - states[start + 1])
+    last = layers(TokenSet(states, batch["mask"]), range(back + 1, model.config.num_layers))
+    logits = model.apply({"params": params}, last, head_inputs(batch), method="answer")
+    return tasks.task_loss(model.config.task, logits, batch)
+
+
+def slopes(
+    model: TokenReducingModel, params: Any, batch: Batch, start: int, which: np.ndarray, distance: float
+) -> np.ndarray:
+    """How fast the losses [B] change on the way."""
+    ahead, behind = (
+        losses_after_moving(model, params, batch, start, jnp.asarray(which), d) for d in (distance, -distance)
+    )
+    return np.abs(ahead - behind) / (2 * distance)
 
 
 @pytest.mark.parametrize(
@@ -57,16 +80,35 @@ def test_score_layers(num_layers: int, before: tuple[int, ...], back: int) -> No
 
 def test_scores_are_finite_differences() -> None:
     """How fast an example's loss changes as a token's state moves on along the work done on it."""
-    batch, distance = random_batch(BERT, LENGTHS, 6), 0.01
+    batch = random_batch(BERT, LENGTHS, 6)
     score, _, _ = scores_of(PARAMS, batch)
     assert score.shape == (3, 2, 6)
     assert score.dtype == jnp.float32
     assert (score[:, :, 0] > 1e-3).all()
     for stage, start in enumerate(score_layers(BERT)[0]):
         for token in range(6):
-            ahead, behind = (loss_after_moving(PARAMS, batch, start, token, d) for d in (distance, -distance))
-            slope = np.where(batch["mask"][:, token], np.abs(ahead - behind) / (2 * distance), 0)
+            which = np.tile(np.arange(6) == token, (3, 1))
+            slope = np.where(batch["mask"][:, token], slopes(MODEL, PARAMS, batch, start, which, 0.01), 0)
             np.testing.assert_allclose(score[:, stage, token], slope, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("folder", ANSWERING, ids=lambda folder: folder.name)
+def test_scores_for_every_head_are_finite_differences(folder: Path) -> None:
+    """Of the tokens of each example that the loss feels most, in whichever of its rows they are."""
+    case = golden_cases.load(folder)
+    model = TokenReducingModel(case.config)
+    batch = {key: value for key, value in case.batch.items() if key != "head_mask"}  # real tokens only
+    score, _, loss = jax.jit(functools.partial(residual_scores, model))(case.params, batch)
+    by_example = np.asarray(score).reshape(len(loss), -1, *score.shape[1:])  # [B, G, stages, S]
+    for stage, start in enumerate(score_layers(case.config)[0]):
+        largest = by_example[:, :, stage].reshape(len(loss), -1)
+        for place in np.argsort(-largest, axis=1)[:, :3].T:  # of each example one token
+            which = np.zeros(largest.shape, bool)
+            which[np.arange(len(loss)), place] = True
+            slope = slopes(model, case.params, batch, start, which.reshape(len(score), -1), 2e-3)
+            expected = largest[np.arange(len(loss)), place]
+            assert (expected > 5e-3).all(), "far above what rounding makes of a slope"
+            np.testing.assert_allclose(expected, slope, rtol=1e-2, atol=1e-3)
 
 
 def test_rows_do_not_see_each_other() -> None:
