@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trbert_jax.errors import UserError
-from trbert_jax.text_input import read_input, texts_of
+from trbert_jax.text_input import not_blank, read_input, texts_of
 
 if TYPE_CHECKING:
     from trbert_jax.inference import TRBert
@@ -21,33 +21,20 @@ Announce = Callable[[str], Any]
 def input_lines(texts: Sequence[str], path: Path | None) -> Lines:
     """The lines of arguments, of a file, or of standard input.
 
-    A missing or empty file shows here, before anything slow is loaded; the rest is read as needed. In a
-    `.jsonl` file, which holds an object in each line, blank lines are left out, as `trbert evaluate` does.
+    A missing or empty file shows here, before anything slow is loaded; the rest is read as needed.
 
     Args:
       texts: arguments; they go before the file.
       path: the file; None reads standard input.
 
     Raises:
-      UserError: see `read_input`; a `.jsonl` file of blank lines.
+      UserError: see `read_input`.
     """
     if texts:
         return [(f"argument {number}", text) for number, text in enumerate(texts, 1)]
     lines = read_input(path)
-    if str(path).endswith(".jsonl"):
-        lines = _not_blank(lines, str(path))
     first = next(lines)
     return itertools.chain([first], lines)
-
-
-def _not_blank(lines: Lines, name: str) -> Iterator[tuple[str, str]]:
-    found = False
-    for where, line in lines:
-        if line.strip():
-            found = True
-            yield where, line
-    if not found:
-        raise UserError(f"{name}: has nothing but blank lines; one JSON object a line was expected")
 
 
 def prediction_lines(
@@ -87,7 +74,7 @@ def answer_lines(
     from trbert_jax.answering import answer_stream
 
     # The second holds what is read but not yet answered.
-    requests, asked = itertools.tee(_requests(_not_blank(lines, str(path or "input"))))
+    requests, asked = itertools.tee(_requests(not_blank(lines, str(path or "input"))))
     for answer, (_, request) in zip(
         answer_stream(model, requests, announce=announce, **options), asked, strict=False
     ):

@@ -14,21 +14,46 @@ from trbert_jax.errors import UserError
 def read_input(path: Path | None) -> Iterator[tuple[str, str]]:
     """Yields the lines of a file, or of standard input, each with its place for messages.
 
-    A line ends at a line feed and nowhere else.
+    A line ends at a line feed and nowhere else. Of a `.jsonl` file, which holds an object in each line, blank
+    lines are left out, as `trbert evaluate` does.
 
     Args:
       path: the file; None reads standard input.
 
     Raises:
-      UserError: a missing, unreadable or empty file.
+      UserError: a missing, unreadable or empty file, a `.jsonl` file of blank lines.
     """
     name = str(path or "standard input")
+    lines = _lines(path, name)
+    return not_blank(lines, name) if name.endswith(".jsonl") else lines
+
+
+def _lines(path: Path | None, name: str) -> Iterator[tuple[str, str]]:
     empty = True
     for number, line in read_lines(path) if path else decode_lines(sys.stdin.buffer, name):
         empty = False
         yield f"{name}:{number}", line.removesuffix("\n")
     if empty:
         raise UserError(f"{name}: is empty; one text a line was expected")
+
+
+def not_blank(lines: Iterable[tuple[str, str]], name: str) -> Iterator[tuple[str, str]]:
+    """The lines with something in them.
+
+    Args:
+      lines: place and text of each.
+      name: of what they are from, for a message.
+
+    Raises:
+      UserError: at the end, where there was none.
+    """
+    found = False
+    for where, line in lines:
+        if line.strip():
+            found = True
+            yield where, line
+    if not found:
+        raise UserError(f"{name}: has nothing but blank lines; one JSON object a line was expected")
 
 
 def read_texts(path: Path | None) -> Iterator[str]:
