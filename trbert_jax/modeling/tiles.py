@@ -66,9 +66,18 @@ class Tiling:
         return max(1, self.group_tokens // width)
 
     def ladder(self, width: int) -> tuple[int, ...]:
-        """Widths of attention for rows of at most `width` tokens, ascending; about ten of them."""
+        """Widths of attention for rows of at most `width` tokens, ascending; at most eight of them.
+
+        Each is a loop of its own in every layer, and loops are what compiling takes its time for. So above
+        half of `width` the steps are twice as large: such rows are rounded up by half at most, and that in
+        attention only.
+        """
         step = self.width_step * max(1, -(-width // (10 * self.width_step)))
-        return tuple(range(step, width + step, step))
+        last = -(-width // step) * step
+        rungs = [min(step, last)]
+        while rungs[-1] < last:
+            rungs.append(min(rungs[-1] + (step if 2 * rungs[-1] < width else 2 * step), last))
+        return tuple(rungs)
 
 
 def map_tokens(
