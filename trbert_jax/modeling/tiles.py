@@ -74,7 +74,7 @@ class Tiling:
         """
         step = self.width_step * max(1, -(-width // (10 * self.width_step)))
         last = -(-width // step) * step
-        rungs = [min(step, last)]
+        rungs = [step]
         while rungs[-1] < last:
             rungs.append(min(rungs[-1] + (step if 2 * rungs[-1] < width else 2 * step), last))
         return tuple(rungs)
