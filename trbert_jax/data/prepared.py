@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,9 @@ class _Source:
 
         self._source = grain.sources.ArrayRecordDataSource(list(paths))
 
-    def __getitem__(self, indices: list[int]) -> Sequence[bytes]:
-        found: Sequence[bytes] = self._source.__getitems__(indices)
-        return found
+    def __getitem__(self, indices: list[int]) -> list[bytes]:
+        # One by one: asked for several it starts threads in each call, which takes longer than to read.
+        return [self._source[index] for index in indices]
 
 
 _SOURCES: dict[tuple[str, ...], _Source] = {}
