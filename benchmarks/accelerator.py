@@ -27,15 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 from training_steps import Setting, make_batches, make_objective, measure
 
-from trbert_jax.benchmark import huggingface, records, runs
-from trbert_jax.benchmark.sizes import SIZES
-from trbert_jax.benchmark.workload import Workload, random_actions, random_features, review_lengths
-from trbert_jax.execution import Programs
-from trbert_jax.files import check_writable, write_json
-from trbert_jax.metrics.peak import known_peak
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Params, TokenReducingModel, init_params
+from trbert_jax.inference.benchmark import huggingface, records, runs
+from trbert_jax.inference.benchmark.sizes import SIZES
+from trbert_jax.inference.benchmark.workload import Workload, random_actions, random_features, review_lengths
+from trbert_jax.inference.execution import Programs
+from trbert_jax.io import check_writable, write_json
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.training import optimizer
+from trbert_jax.training.peak import known_peak
 
 WAYS = ("packed", "masked_full", "batch_max", "dense", "dense_full")
 SHARES = (98 / 203, 51 / 203)

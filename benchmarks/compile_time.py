@@ -21,12 +21,12 @@ from typing import Any
 
 import jax
 
-from trbert_jax.benchmark.records import machine
-from trbert_jax.benchmark.sizes import SIZES
-from trbert_jax.files import check_writable, write_json
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import init_params
-from trbert_jax.modeling.pretrained import save_pretrained
+from trbert_jax.inference.benchmark.records import machine
+from trbert_jax.inference.benchmark.sizes import SIZES
+from trbert_jax.io import check_writable, write_json
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import init_params
+from trbert_jax.model.pretrained import save_pretrained
 
 PROGRAM = re.compile(r"^(?P<name>\w+, \d+ x \d+ tokens) +(?P<seconds>[\d.]+) s$", re.MULTILINE)
 

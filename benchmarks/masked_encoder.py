@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.files import write_json
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import TokenReducingModel, forward, init_params
-from trbert_jax.modeling.pretrained import save_pretrained
-from trbert_jax.tokens import Rule, keep_probable
+from trbert_jax.io import write_json
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import TokenReducingModel, forward, init_params
+from trbert_jax.model.pretrained import save_pretrained
+from trbert_jax.reduction.selection import Rule, keep_probable
 
 # MiniLM's shape.
 CONFIG = ModelConfig(hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536)

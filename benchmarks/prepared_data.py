@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.benchmark.records import machine
 from trbert_jax.config import RunConfig, load_config
-from trbert_jax.data.prepared import hash_file
-from trbert_jax.files import check_writable, write_json
+from trbert_jax.inference.benchmark.records import machine
+from trbert_jax.io import check_writable, write_json
 from trbert_jax.training import batches, stages
+from trbert_jax.training.prepared import hash_file
 from trbert_jax.training.run import Run
 
 COMMAND = [sys.executable, "-c", "import sys; from trbert_jax.cli import main; sys.exit(main())"]

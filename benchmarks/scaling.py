@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.benchmark.records import machine
-from trbert_jax.benchmark.sizes import SIZES
-from trbert_jax.benchmark.workload import review_lengths
 from trbert_jax.config import RunConfig, load_config
-from trbert_jax.files import check_writable, read_json, write_json
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import init_params
+from trbert_jax.inference.benchmark.records import machine
+from trbert_jax.inference.benchmark.sizes import SIZES
+from trbert_jax.inference.benchmark.workload import review_lengths
+from trbert_jax.io import check_writable, read_json, write_json
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import init_params
 from trbert_jax.training import optimizer
-from trbert_jax.training.plan import ASSUMED_KEPT, TRAINS, stage_flops
+from trbert_jax.training.dry_run import ASSUMED_KEPT, TRAINS, stage_flops
 
 HERE = Path(__file__).parent
 DEVICES = (8, 64, 256)

@@ -32,8 +32,8 @@ from typing import Any
 
 import yaml
 
-from trbert_jax.benchmark.records import machine
-from trbert_jax.files import check_writable, write_json
+from trbert_jax.inference.benchmark.records import machine
+from trbert_jax.io import check_writable, write_json
 
 NEXT = 3  # stages that a signal is drawn for: a run is hit again and again on its way
 EARLIER = 0.7  # share of the time that is left to draw from in a stage that was over too soon

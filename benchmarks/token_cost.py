@@ -18,15 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from trbert_jax.benchmark.records import machine
-from trbert_jax.benchmark.runs import PreparedRun, prepare, time_runs
-from trbert_jax.benchmark.sizes import SIZES
-from trbert_jax.benchmark.workload import Workload, random_actions, random_features, review_lengths
-from trbert_jax.execution import Inputs, Programs
-from trbert_jax.files import atomic_file, check_writable, write_json
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Params, TokenReducingModel, init_params
-from trbert_jax.modeling.packed import PackedEncoder
+from trbert_jax.inference.benchmark.records import machine
+from trbert_jax.inference.benchmark.runs import PreparedRun, prepare, time_runs
+from trbert_jax.inference.benchmark.sizes import SIZES
+from trbert_jax.inference.benchmark.workload import Workload, random_actions, random_features, review_lengths
+from trbert_jax.inference.execution import Inputs, Programs
+from trbert_jax.io import atomic_file, check_writable, write_json
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import Params, TokenReducingModel, init_params
+from trbert_jax.model.packed import PackedEncoder
 
 SHARES = tuple(round(0.1 * i, 1) for i in range(1, 11))
 PREFIX = "embeddings_and_layer_0"

@@ -20,21 +20,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax import tokens
-from trbert_jax.benchmark.records import machine
-from trbert_jax.benchmark.runs import memory_bytes
-from trbert_jax.benchmark.sizes import SIZES
-from trbert_jax.benchmark.workload import random_actions, random_features, review_lengths
 from trbert_jax.config import FinetuneConfig, JointConfig, PolicyConfig, TrainingConfig
-from trbert_jax.data.batching import pad_batch
-from trbert_jax.files import check_writable, write_json
-from trbert_jax.metrics.flops import EncoderShape, dense_flops, layer_macs, reduced_flops
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, init_params
+from trbert_jax.inference.benchmark.records import machine
+from trbert_jax.inference.benchmark.runs import memory_bytes
+from trbert_jax.inference.benchmark.sizes import SIZES
+from trbert_jax.inference.benchmark.workload import random_actions, random_features, review_lengths
+from trbert_jax.io import check_writable, write_json
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import Batch, Params, TokenReducingModel, init_params
 from trbert_jax.parallel import make_layout
-from trbert_jax.training import objectives, optimizer, steps
+from trbert_jax.reduction import selection as tokens
+from trbert_jax.reduction.flops import EncoderShape, dense_flops, layer_macs, reduced_flops
+from trbert_jax.tasks.batching import pad_batch
+from trbert_jax.training import objectives, optimizer
+from trbert_jax.training import step as steps
 from trbert_jax.training.stages import FORWARD
-from trbert_jax.training.steps import ObjectiveFn, init_state
+from trbert_jax.training.step import ObjectiveFn, init_state
 
 DEFAULTS: dict[str, TrainingConfig] = {
     "finetune": FinetuneConfig(),

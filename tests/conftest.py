@@ -64,5 +64,5 @@ def predictor(fake: Callable[..., None]) -> Any:
     from fake_model import FakeModel  # brings jax, which reads the settings above
 
     FakeModel.asked = []
-    fake("inference", TRBert=FakeModel)
+    fake("inference.predictor", TRBert=FakeModel)
     return FakeModel

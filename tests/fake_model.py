@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from trbert_jax.errors import UserError
-from trbert_jax.modeling.config import InputConfig
+from trbert_jax.model.config import InputConfig
 
 
 @dataclasses.dataclass

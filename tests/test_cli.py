@@ -167,7 +167,7 @@ def test_reader_of_the_output_goes_away(tmp_path: Path) -> None:
     code = (
         "import sys, types; sys.path[:0] = ['tests']\n"
         "import test_cli; from trbert_jax.cli import main\n"
-        "module = types.ModuleType('trbert_jax.inference'); module.TRBert = test_cli.FakeModel\n"
+        "module = types.ModuleType('trbert_jax.inference.predictor'); module.TRBert = test_cli.FakeModel\n"
         "sys.modules[module.__name__] = module\n"
         "sys.exit(main(['predict', '--model', 'm', '--batch-size', '1']))\n"
     )
@@ -208,7 +208,7 @@ def test_evaluate_prints_a_table_and_writes_json(
         calls.append((model, data, options))
         return RESULT
 
-    fake("evaluate", evaluate_file=evaluate_file)
+    fake("inference.evaluate", evaluate_file=evaluate_file)
     target = tmp_path / "new" / "result.json"
     arguments = [
         "--model",
@@ -291,7 +291,7 @@ def converter(fake: Callable[..., None]) -> list[Any]:
     def save_pretrained(directory: Path, *parts: Any, leave_out: Any) -> None:
         calls.append((directory, (*parts, leave_out)))
 
-    fake("modeling.pretrained", load_pretrained=load_pretrained, save_pretrained=save_pretrained)
+    fake("model.pretrained", load_pretrained=load_pretrained, save_pretrained=save_pretrained)
     return calls
 
 

@@ -94,7 +94,7 @@ def test_broken_things_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "# A `b` c\n[ok](#a-b-c) [ok](page.md#a-b-c) [ok](https://x.y/z) [bad](#nowhere) [bad](gone.md)\n"
-        "`configs/*.yaml` `trbert_jax/tokens.py` `trbert_jax/gone.py`\n"
+        "`configs/*.yaml` `trbert_jax/reduction/selection.py` `trbert_jax/gone.py`\n"
         "```\n# no heading\n[no link](gone.md)\n```\n"
     )
     assert headings(page) == ["A `b` c"]

@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
-from trbert_jax.metrics import hotpotqa, mrqa, squad, triviaqa
+from trbert_jax.tasks import score_hotpotqa as hotpotqa
+from trbert_jax.tasks import score_mrqa as mrqa
+from trbert_jax.tasks import score_squad as squad
+from trbert_jax.tasks import score_triviaqa as triviaqa
 
 OWN = Path(__file__).parent / "golden_metrics"
 DIRECTORY = Path(os.environ.get("TRBERT_GOLDEN_METRICS_DIR") or OWN)

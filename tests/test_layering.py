@@ -19,66 +19,38 @@ import trbert_jax
 PACKAGE = Path(trbert_jax.__file__).parent
 ROOT = PACKAGE.parent
 
-BASE = {"errors", "files"}
+BASE = {"errors", "io"}
 CONFIG = {"config", "config_schema", "config_tree", "config_typing"}
-LEAVES = BASE | CONFIG | {"tokens", "losses", "metrics"}
-MODEL = LEAVES | {"modeling"}
-RUN = MODEL | {"data", "checkpoint", "parallel"}
+LEAVES = BASE | CONFIG | {"reduction", "parallel"}
 # Each part of the package (a module or a folder) and the parts it may import. A new part needs a line.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "io": {"errors"},
     "parallel": BASE,
     "distributed": BASE,
-    "files": {"errors"},
+    "compilation_cache": set(),
     "config_tree": BASE,
     "config_typing": BASE | {"config_tree"},
     "config_schema": BASE | {"config_typing"},
     "config": BASE | (CONFIG - {"config"}),
-    "tokens": BASE,
-    "losses": BASE | {"tokens"},
-    "metrics": BASE,
-    "modeling": LEAVES,
-    "data": BASE | CONFIG,
-    "task_data": BASE | CONFIG | {"data", "metrics"},
-    "checkpoint_folder": LEAVES,
-    "checkpoint": LEAVES | {"checkpoint_folder"},
-    "execution": RUN,
-    "runner": RUN | {"execution"},
-    # The stages of training run the model as evaluation does.
-    "training": RUN | {"execution", "runner", "evaluate", "task_data"},
-    "inference": RUN | {"execution", "runner"},
-    "answering": RUN | {"execution", "runner", "inference", "task_data"},
-    "evaluate": RUN | {"execution", "runner", "inference", "answering"},
-    "text_input": BASE | {"data"},
-    "predict_lines": BASE | {"inference", "answering", "text_input"},
-    "compilation_cache": set(),
-    "benchmark": RUN | {"execution", "runner", "inference", "answering", "text_input", "compilation_cache"},
+    "reduction": BASE | {"model", "tasks"},
+    "datasets": BASE | CONFIG,
+    "model": LEAVES,
+    "tasks": LEAVES | {"model", "datasets"},
+    "inference": LEAVES | {"model", "datasets", "tasks", "compilation_cache"},
+    "training": LEAVES | {"model", "datasets", "tasks", "inference"},
     "help_texts": set(),
     "arguments": BASE | {"help_texts"},
-    "cli": RUN
-    | {
-        "arguments",
-        "training",
-        "inference",
-        "answering",
-        "evaluate",
-        "predict_lines",
-        "compilation_cache",
-        "benchmark",
-        "distributed",
-    },
+    "cli": LEAVES
+    | {"model", "datasets", "arguments", "inference", "training", "compilation_cache", "distributed"},
     "__main__": {"cli"},
 }
 WITHOUT_JAX = {
     "errors",
-    "files",
-    "metrics",
-    "data",
-    "task_data",
-    "text_input",
+    "io",
+    "datasets",
     "compilation_cache",
     "arguments",
-    "predict_lines",
     "cli",
 } | CONFIG
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
@@ -87,7 +59,7 @@ LAZY = {"tensorflow_datasets", "grain", "array_record", "torch", "matplotlib"}
 
 
 def part_of(module: str) -> str:
-    """`trbert_jax.data.readers` -> `data`."""
+    """`trbert_jax.datasets.readers` -> `data`."""
     return module.split(".")[1]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Batch
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import Batch
 
 STAGES = 2
 

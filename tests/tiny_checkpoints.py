@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import BERT, DISTILBERT
 
-from trbert_jax.modeling.pretrained import load_pretrained
+from trbert_jax.model.pretrained import load_pretrained
 
 CONFIGS = pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=lambda c: c.model_type)
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from trbert_jax.config_schema import BackboneConfig, DataConfig, RunConfig
-from trbert_jax.data.features import FeatureSet
-from trbert_jax.modeling.tokenizer_files import Tokenizer, wrap_tokenizer
-from trbert_jax.task_data import load_task_data
-from trbert_jax.task_data.base import QuestionData
+from trbert_jax.model.tokenizer_files import Tokenizer, wrap_tokenizer
+from trbert_jax.tasks import load_task_data
+from trbert_jax.tasks.base import QuestionData
+from trbert_jax.tasks.examples import FeatureSet
 
 CAFE = "naïve cafe\u0301"  # the first accent is part of its letter, the second a character of its own
 _PIECE = re.compile(r"\[(?:PAR|TLE|DOC)\]|[Łł]ó|[東京]|(?:[^\W_]|[\u0300-\u036f])+|[^\w\s]|_")

@@ -7,10 +7,10 @@ import string
 import numpy as np
 from hypothesis import strategies as st
 
-from trbert_jax.data.qa_features.storage import TokenRows
-from trbert_jax.data.qa_features.windows import Windows
-from trbert_jax.data.records import Span, SpanQuestion
-from trbert_jax.modeling.tokenizer_files import Tokenizer, wrap_tokenizer
+from trbert_jax.datasets.records import Span, SpanQuestion
+from trbert_jax.model.tokenizer_files import Tokenizer, wrap_tokenizer
+from trbert_jax.tasks.ragged import TokenRows
+from trbert_jax.tasks.windows import Windows
 
 LETTERS = string.ascii_lowercase + string.digits
 # fmt: off

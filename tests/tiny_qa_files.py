@@ -9,16 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trbert_jax.data.qa_readers import (
-    BadRecords,
-    hotpotqa,
-    hotpotqa_graph,
-    mrqa,
-    race,
-    squad,
-    triviaqa,
-    wikihop,
-)
+from trbert_jax.datasets import hotpotqa, hotpotqa_graph, mrqa, race, squad, triviaqa, wikihop
+from trbert_jax.datasets.qa_formats import BadRecords
 
 MOUNTAIN = "Mont\u00a0Blanc rises to 4,808 m.\u2028The Élysée in  Paris is lower; 東京 is far."
 

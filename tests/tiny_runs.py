@@ -15,8 +15,8 @@ import tiny_models
 import yaml
 
 from trbert_jax.cli import main
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.pretrained import save_pretrained
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.pretrained import save_pretrained
 
 NOISE = ("the", "a", "film", "plot", "was", "is", "very", "and", "it", "saw", "yesterday")
 KEYWORDS = ("bad", "good")  # of label 0 and 1

@@ -15,16 +15,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trbert_jax.answering import answer_questions
     from trbert_jax.config import load_config
-    from trbert_jax.inference import TRBert
+    from trbert_jax.inference.answering import answer_questions
+    from trbert_jax.inference.predictor import TRBert
 
 __version__ = "0.1.0"
 __all__ = ["TRBert", "__version__", "answer_questions", "load_config"]
 
 _MODULES = {
-    "TRBert": "trbert_jax.inference",
-    "answer_questions": "trbert_jax.answering",
+    "TRBert": "trbert_jax.inference.predictor",
+    "answer_questions": "trbert_jax.inference.answering",
     "load_config": "trbert_jax.config",
 }
 

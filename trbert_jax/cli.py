@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from trbert_jax import compilation_cache
 from trbert_jax.arguments import parse_arguments
 from trbert_jax.errors import PreemptedError, UserError
-from trbert_jax.files import atomic_file, check_writable, write_json
+from trbert_jax.io import atomic_file, check_writable, write_json
 
 if TYPE_CHECKING:
     from trbert_jax.config import RunConfig
@@ -86,7 +86,7 @@ def _train(args: argparse.Namespace) -> None:
     config = _config(args)  # mistakes in it show before the slow import
     if args.dry_run:
         os.environ["JAX_PLATFORMS"] = "cpu"  # a plan needs no accelerator, and takes none from others
-        from trbert_jax.training import plan
+        from trbert_jax.training import dry_run as plan
         from trbert_jax.training.run import Run
 
         print("\n".join(plan.lines(Run(config), args.devices or 1, args.processes or 1)))
@@ -136,7 +136,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
         result = evaluate_all_checkpoints(_config(args))
     else:
-        from trbert_jax.evaluate import evaluate_file
+        from trbert_jax.inference.evaluate import evaluate_file
 
         result = evaluate_file(
             args.model,
@@ -155,7 +155,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from trbert_jax.predict_lines import answer_lines, input_lines, prediction_lines
+    from trbert_jax.inference.predict_lines import answer_lines, input_lines, prediction_lines
 
     if args.texts and args.file:
         raise UserError("texts are given both as arguments and by --file; give one of the two")
@@ -163,7 +163,7 @@ def _predict(args: argparse.Namespace) -> None:
         _say("reading texts from the keyboard, one a line; Ctrl-D ends")
     lines_in = input_lines(args.texts, args.file)
     _check_outputs(args.output)
-    from trbert_jax.inference import TRBert
+    from trbert_jax.inference.predictor import TRBert
 
     model = TRBert.from_pretrained(args.model)
     options = {"batch_size": args.batch_size, "execution": args.execution, "threshold": args.threshold}
@@ -177,7 +177,7 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _compile(args: argparse.Namespace) -> None:
-    from trbert_jax.inference import TRBert
+    from trbert_jax.inference.predictor import TRBert
 
     if not (directory := compilation_cache.directory()):
         raise UserError(
@@ -186,7 +186,7 @@ def _compile(args: argparse.Namespace) -> None:
         )
     model = TRBert.from_pretrained(args.model)
     if model.config.inputs.data:
-        from trbert_jax.answering import compile_questions
+        from trbert_jax.inference.answering import compile_questions
 
         programs = compile_questions(model, args.batch_size, args.execution)
     else:
@@ -200,9 +200,9 @@ def _compile(args: argparse.Namespace) -> None:
 
 def _benchmark(args: argparse.Namespace) -> None:
     _check_outputs(args.json, args.plot)
-    from trbert_jax.benchmark.command import benchmark_file
-    from trbert_jax.benchmark.plot import plot_benchmark
-    from trbert_jax.benchmark.records import table
+    from trbert_jax.inference.benchmark.command import benchmark_file
+    from trbert_jax.inference.benchmark.plot import plot_benchmark
+    from trbert_jax.inference.benchmark.records import table
 
     records = benchmark_file(
         args.data,
@@ -227,7 +227,7 @@ def _benchmark(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from trbert_jax.modeling.pretrained import load_pretrained, save_pretrained
+    from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 
     output = Path(args.output)
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
@@ -257,7 +257,7 @@ def _prepare_data(args: argparse.Namespace) -> None:
 
 
 def _split_hyperpartisan(args: argparse.Namespace) -> None:
-    from trbert_jax.data.hyperpartisan import split_hyperpartisan
+    from trbert_jax.datasets.hyperpartisan import split_hyperpartisan
 
     for name, count in split_hyperpartisan(args.input, args.output).items():
         print(f"{args.output}/{name}.jsonl: {count} articles")

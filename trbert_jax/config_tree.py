@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from trbert_jax.errors import UserError
-from trbert_jax.files import read_text
+from trbert_jax.io import read_text
 
 COMMAND_LINE = "command line"
 _MAX_DEPTH = 8  # far more than any setting has; stops text nested without end

@@ -21,14 +21,15 @@ import tiny_models
 from stage_steps import UPDATES, StageStep
 
 from trbert_jax import parallel
-from trbert_jax.checkpoint import CheckpointStore
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import init_params
-from trbert_jax.modeling.packed import packed_forward
-from trbert_jax.modeling.tiles import Tiling
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import init_params
+from trbert_jax.model.packed import packed_forward
+from trbert_jax.model.tiles import Tiling
 from trbert_jax.parallel import Layout, make_layout, single_device
-from trbert_jax.training import loop, stages, steps
-from trbert_jax.training.steps import TrainState
+from trbert_jax.training import loop, stages
+from trbert_jax.training import step as steps
+from trbert_jax.training.checkpoints import CheckpointStore
+from trbert_jax.training.step import TrainState
 
 TINY = dataclasses.replace(tiny_models.BERT, num_layers=2)
 LAYOUTS: dict[str, Callable[[], Layout]] = {

@@ -11,12 +11,13 @@ import numpy as np
 from tiny_batches import random_batch
 
 from trbert_jax.config import RunConfig, load_config
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Batch, Params
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import Batch, Params
 from trbert_jax.parallel import Layout
-from trbert_jax.training import optimizer, stages, steps
+from trbert_jax.training import optimizer, stages
+from trbert_jax.training import step as steps
 from trbert_jax.training.run import Run
-from trbert_jax.training.steps import ObjectiveFn, TrainState, init_state
+from trbert_jax.training.step import ObjectiveFn, TrainState, init_state
 
 STAGES = ("finetune", "init", "policy", "joint")
 EXECUTIONS = ("masked", "packed")

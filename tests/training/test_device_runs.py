@@ -26,7 +26,7 @@ NO_DROPOUT = {stage: {"dropout": False, "learning_rate": 1e-2} for stage in TRAI
 DIVIDING = """
 import jax
 from trbert_jax import parallel
-from trbert_jax.training import steps
+from trbert_jax.training import step as steps
 
 parallel.SMALLEST_DIVIDED = 64
 first_state = steps.first_state

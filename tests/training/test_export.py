@@ -21,13 +21,14 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from stage_steps import EXECUTIONS, STAGES, StageStep
 
 from trbert_jax import parallel
-from trbert_jax.execution import EXECUTIONS as PREDICTIONS
-from trbert_jax.execution import Execution, Programs, with_threshold
-from trbert_jax.modeling.model import TokenReducingModel, init_params
-from trbert_jax.modeling.tiles import Tiling
+from trbert_jax.inference.engine import Runner
+from trbert_jax.inference.execution import EXECUTIONS as PREDICTIONS
+from trbert_jax.inference.execution import Execution, Programs, with_threshold
+from trbert_jax.model.model import TokenReducingModel, init_params
+from trbert_jax.model.tiles import Tiling
 from trbert_jax.parallel import AXES, KEPT, ROWS, WHOLE, Layout
-from trbert_jax.runner import Runner
-from trbert_jax.training import residual, steps
+from trbert_jax.reduction import residual_scores as residual
+from trbert_jax.training import step as steps
 
 DEVICES, ROWS_A_DEVICE = 8, 4
 MODEL = tiny_models.BERT

@@ -13,9 +13,10 @@ import pytest
 from stage_steps import QUICKSTART
 
 from trbert_jax.config import load_config
-from trbert_jax.data.prepared import PreparedFeatures
-from trbert_jax.training import batches, stages, steps
+from trbert_jax.training import batches, stages
+from trbert_jax.training import step as steps
 from trbert_jax.training.optimizer import split_params
+from trbert_jax.training.prepared import PreparedFeatures
 from trbert_jax.training.run import Run
 
 # The step is the one that users wait for.

@@ -10,9 +10,10 @@ import pytest
 import tiny_models
 from tiny_batches import random_batch, take
 
-from trbert_jax import tokens
-from trbert_jax.losses import policy, task
-from trbert_jax.modeling.model import Batch, TokenReducingModel, forward
+from trbert_jax.model.model import Batch, TokenReducingModel, forward
+from trbert_jax.reduction import policy_loss as policy
+from trbert_jax.reduction import selection as tokens
+from trbert_jax.tasks import losses as task
 from trbert_jax.training import objectives
 from trbert_jax.training.objectives import Objective, mean_over_examples
 

@@ -12,11 +12,11 @@ import tiny_runs
 
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
-from trbert_jax.files import only_process
+from trbert_jax.io import only_process
 
 HOLD = """
 import sys
-from trbert_jax.files import only_process
+from trbert_jax.io import only_process
 with only_process(sys.argv[1]):
     print("there", flush=True)
     sys.stdin.read()

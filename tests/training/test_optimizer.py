@@ -9,8 +9,8 @@ import optax
 import pytest
 import tiny_models
 
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import init_params
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import init_params
 from trbert_jax.training import optimizer
 
 BETA1, BETA2 = 0.9, 0.999

@@ -20,11 +20,11 @@ from safetensors.numpy import load_file
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
-from trbert_jax.data.dataset import Dataset
-from trbert_jax.data.readers import read_file
-from trbert_jax.metrics import flops
+from trbert_jax.datasets.dataset import Dataset
+from trbert_jax.datasets.readers import read_file
+from trbert_jax.reduction import flops
 from trbert_jax.training import stages
-from trbert_jax.training.report import read_metrics
+from trbert_jax.training.logging import read_metrics
 
 TRAINED = ["finetune", "init", "policy", "joint"]
 NUM_TRAIN, NUM_TEST = tiny_runs.SIZES["train"], tiny_runs.SIZES["test"]

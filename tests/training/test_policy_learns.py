@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_models
 
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward
-from trbert_jax.tokens import keep_probable
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import Batch, Params, TokenReducingModel, forward
+from trbert_jax.reduction.selection import keep_probable
 from trbert_jax.training import objectives, optimizer
 from trbert_jax.training.objectives import Objective
-from trbert_jax.training.steps import ObjectiveFn, init_state, train_step
+from trbert_jax.training.step import ObjectiveFn, init_state, train_step
 
 LENGTH, CLS, YES, NO = 6, 1, 2, 3
 CONFIG = ModelConfig(

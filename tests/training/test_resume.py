@@ -18,7 +18,7 @@ import tiny_runs
 
 from trbert_jax.cli import main
 from trbert_jax.training import batches
-from trbert_jax.training.report import read_metrics
+from trbert_jax.training.logging import read_metrics
 
 TRAINED = ["finetune", "policy", "joint"]
 

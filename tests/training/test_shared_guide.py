@@ -9,8 +9,8 @@ from typing import Any, cast
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax import tokens
-from trbert_jax.training import extras
+from trbert_jax.reduction import selection as tokens
+from trbert_jax.training import stage_inputs as extras
 
 OPTIONS, WIDTH, SHARED = 4, 7, [4, 5]  # two questions
 

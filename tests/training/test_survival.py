@@ -25,14 +25,14 @@ from transformers import AutoTokenizer
 
 from trbert_jax.cli import main
 from trbert_jax.config import TrainingConfig
-from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.parallel import single_device
+from trbert_jax.tasks.examples import FeatureSet
 from trbert_jax.training import batches, loop
 from trbert_jax.training.finite import check_finite
-from trbert_jax.training.report import read_metrics
-from trbert_jax.training.steps import TrainState
-from trbert_jax.training.watch import Background, StepClock, StopRequest
+from trbert_jax.training.logging import read_metrics
+from trbert_jax.training.preemption import Background, StepClock, StopRequest
+from trbert_jax.training.step import TrainState
 
 # One stage of a shallow model: twelve updates, checkpoints of 4, 6 (an evaluation), 8 and 12.
 ONE_STAGE = {

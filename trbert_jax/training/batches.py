@@ -15,16 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from trbert_jax.checkpoint import CheckpointStore
 from trbert_jax.config import TrainingConfig
-from trbert_jax.data.batching import batch_rows, epoch_order, pad_batch, width_ladder
-from trbert_jax.data.features import FeatureSet
-from trbert_jax.data.prepared import PreparedFeatures
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Params
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import Params
 from trbert_jax.parallel import Layout, single_device
+from trbert_jax.tasks.batching import batch_rows, epoch_order, pad_batch, width_ladder
+from trbert_jax.tasks.examples import FeatureSet
 from trbert_jax.training import optimizer as optim
-from trbert_jax.training.steps import ObjectiveFn
+from trbert_jax.training.checkpoints import CheckpointStore
+from trbert_jax.training.prepared import PreparedFeatures
+from trbert_jax.training.step import ObjectiveFn
 
 Announce = Callable[[str], None]
 READERS = 4  # threads that read from shards

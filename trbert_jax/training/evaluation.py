@@ -12,23 +12,23 @@ import jax
 import numpy as np
 
 from trbert_jax.config import RunConfig
-from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
-from trbert_jax.evaluate import run_baselines, run_thresholds, summarize, write_predictions
-from trbert_jax.files import atomic_directory, write_json
-from trbert_jax.modeling.heads import Logits
-from trbert_jax.modeling.hf_config import model_config_to_dict
-from trbert_jax.modeling.pretrained import Pretrained
-from trbert_jax.runner import Outputs, Runner
-from trbert_jax.task_data import Score
-from trbert_jax.task_data.base import QuestionData
+from trbert_jax.inference.engine import Outputs, Runner
+from trbert_jax.inference.evaluate import run_baselines, run_thresholds, summarize, write_predictions
+from trbert_jax.io import atomic_directory, write_json
+from trbert_jax.model.heads import Logits
+from trbert_jax.model.hf_config import model_config_to_dict
+from trbert_jax.model.pretrained import Pretrained
+from trbert_jax.tasks import Score
+from trbert_jax.tasks.base import QuestionData
+from trbert_jax.tasks.examples import FeatureSet
 from trbert_jax.training import loop, stages
 from trbert_jax.training.batches import Announce
 from trbert_jax.training.optimizer import merge_params, split_params
+from trbert_jax.training.preemption import stop_here
 from trbert_jax.training.progress import Progress
 from trbert_jax.training.run import Run
-from trbert_jax.training.steps import init_state
-from trbert_jax.training.watch import stop_here
+from trbert_jax.training.step import init_state
 
 
 def evaluate_stage(run: Run) -> dict[str, Any]:

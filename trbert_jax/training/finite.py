@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from trbert_jax.data.batching import batch_rows
-from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
+from trbert_jax.tasks.batching import batch_rows
+from trbert_jax.tasks.examples import FeatureSet
 
 
 def check_finite(

@@ -16,17 +16,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from trbert_jax.checkpoint import CheckpointStore, DamagedCheckpointError
 from trbert_jax.errors import PreemptedError, UserError
-from trbert_jax.metrics.peak import known_peak
-from trbert_jax.modeling.model import Params
+from trbert_jax.model.model import Params
 from trbert_jax.parallel import Layout
 from trbert_jax.training import optimizer as optim
-from trbert_jax.training import steps as updates
+from trbert_jax.training import step as updates
 from trbert_jax.training.batches import Announce, Training, read_ahead, training_width, update_examples
-from trbert_jax.training.report import StageReport
-from trbert_jax.training.steps import TrainState, init_state
-from trbert_jax.training.watch import Background, Profile, StepClock, StopRequest
+from trbert_jax.training.checkpoints import CheckpointStore, DamagedCheckpointError
+from trbert_jax.training.logging import StageReport
+from trbert_jax.training.peak import known_peak
+from trbert_jax.training.preemption import Background, Profile, StepClock, StopRequest
+from trbert_jax.training.step import TrainState, init_state
 
 LOG_EVERY = 10  # updates between lines of metrics.jsonl
 

@@ -1,6 +1,6 @@
 """What each stage minimises: pure functions from parameters and a batch to one value an example.
 
-A batch is a dict of arrays of B examples with G rows each (`trbert_jax.modeling.tasks`; G is 1 for most
+A batch is a dict of arrays of B examples with G rows each (`trbert_jax.tasks.batch`; G is 1 for most
 tasks): `input_ids` int32 [B * G, S], `mask` bool [B * G, S], optional `token_type_ids` int32 [B * G, S],
 `valid` bool [B] (False for examples that only fill the batch), what the task adds, such as `labels`
 int32 [B], and what the stage adds: `guide` float32 [B * G, stages, S] (residual scores), `rank` (same
@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from trbert_jax import tokens
-from trbert_jax.losses import initialization, policy
-from trbert_jax.modeling import tasks
-from trbert_jax.modeling.heads import Logits
-from trbert_jax.modeling.model import Batch, ModelOutput, Params, TokenReducingModel, forward
+from trbert_jax.model.heads import Logits
+from trbert_jax.model.model import Batch, ModelOutput, Params, TokenReducingModel, forward
+from trbert_jax.reduction import policy_loss as policy
+from trbert_jax.reduction import selection as tokens
+from trbert_jax.reduction import selector_init as initialization
+from trbert_jax.tasks import batch as tasks
 
 Execute = Callable[..., ModelOutput]
 

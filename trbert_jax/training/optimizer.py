@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trbert_jax.modeling.config import ModelConfig
-from trbert_jax.modeling.model import Params
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import Params
 
 Trains = Callable[[str], bool]  # name of a component of the encoder ("layer_3", "head") -> trained?
 

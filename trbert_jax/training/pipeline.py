@@ -11,15 +11,15 @@ import jax
 
 from trbert_jax.config import STAGES, RunConfig
 from trbert_jax.errors import UserError
-from trbert_jax.files import make_directory, write_json
+from trbert_jax.io import make_directory, write_json
 from trbert_jax.parallel import check_batch
 from trbert_jax.training import stages
 from trbert_jax.training.batches import Announce
 from trbert_jax.training.evaluation import evaluate_stage
-from trbert_jax.training.report import plot_metrics
+from trbert_jax.training.logging import plot_metrics
+from trbert_jax.training.preemption import stop_here
 from trbert_jax.training.results import collect_results, results_table
 from trbert_jax.training.run import Run
-from trbert_jax.training.watch import stop_here
 
 
 def train(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from trbert_jax.config import to_dict
-from trbert_jax.task_data.base import QuestionData
+from trbert_jax.tasks.base import QuestionData
 from trbert_jax.training.run import Run
 
 PACKAGES = (

@@ -25,20 +25,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.config import STAGES, RunConfig, diff_configs, load_config, to_dict
-from trbert_jax.data.features import FeatureSet, prepare_tokenizer
-from trbert_jax.data.prepared import load_prepared, read_provenance
-from trbert_jax.data.prepared_writer import write_prepared
 from trbert_jax.errors import MissingSplitError, UserError
-from trbert_jax.execution import Programs
-from trbert_jax.files import make_directory, only_process, read_json, write_json
-from trbert_jax.modeling.config import InputConfig, ModelConfig
-from trbert_jax.modeling.model import TokenReducingModel, init_params
-from trbert_jax.modeling.pretrained import Pretrained, load_pretrained
-from trbert_jax.modeling.tokenizer_files import load_tokenizer, read_line_breaks_as_spaces
+from trbert_jax.inference.engine import AfterBatch, Outputs, Runner
+from trbert_jax.inference.execution import Programs
+from trbert_jax.io import make_directory, only_process, read_json, write_json
+from trbert_jax.model.config import InputConfig, ModelConfig
+from trbert_jax.model.model import TokenReducingModel, init_params
+from trbert_jax.model.pretrained import Pretrained, load_pretrained
+from trbert_jax.model.tokenizer_files import load_tokenizer, read_line_breaks_as_spaces
 from trbert_jax.parallel import Layout, make_layout
-from trbert_jax.runner import AfterBatch, Outputs, Runner
-from trbert_jax.task_data import Score, TaskData, load_task_data
-from trbert_jax.task_data.base import QuestionData
+from trbert_jax.tasks import Score, TaskData, load_task_data
+from trbert_jax.tasks.base import QuestionData
+from trbert_jax.tasks.examples import FeatureSet, prepare_tokenizer
+from trbert_jax.training.prepared import load_prepared, read_provenance
+from trbert_jax.training.prepared_writer import write_prepared
 
 Announce = Callable[[str], None]
 
@@ -253,7 +253,7 @@ class Run:
         return dataclasses.replace(loaded, tokenizer=tokenizer)
 
     def _scratch(self, labels: tuple[str, ...]) -> Pretrained:
-        from trbert_jax.data.wordpiece import train_wordpiece
+        from trbert_jax.model.wordpiece import train_wordpiece
 
         model, shape = self.config.model, self.config.model.scratch
         if model.tokenizer:
@@ -348,7 +348,7 @@ class Run:
         return functools.partial(self.data.redraw, model.tokenizer)
 
     def prepare_data(self, directory: Path, shard_size: int, workers: int) -> Path:
-        """Writes all splits as `data.prepared` reads them; see `trbert_jax.data.prepared`."""
+        """Writes all splits as `data.prepared` reads them; see `trbert_jax.training.prepared`."""
         model = self.base_model()
         splits = {}
         for split in ("train", "dev", "test"):

@@ -17,22 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.config import InitConfig, JointConfig, PolicyConfig, TrainingConfig
-from trbert_jax.data.batching import batch_rows, length_batches, pad_batch, width_ladder
-from trbert_jax.data.features import FeatureSet
 from trbert_jax.errors import UserError
-from trbert_jax.modeling.model import Batch, Params, TokenReducingModel, forward
-from trbert_jax.modeling.packed import packed_forward
-from trbert_jax.modeling.pretrained import Pretrained, save_pretrained
+from trbert_jax.model.model import Batch, Params, TokenReducingModel, forward
+from trbert_jax.model.packed import packed_forward
+from trbert_jax.model.pretrained import Pretrained, save_pretrained
 from trbert_jax.parallel import ROWS
-from trbert_jax.training import loop, objectives, optimizer, plan, residual
+from trbert_jax.reduction import residual_scores as residual
+from trbert_jax.tasks.batching import batch_rows, length_batches, pad_batch, width_ladder
+from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.training import dry_run as plan
+from trbert_jax.training import loop, objectives, optimizer
 from trbert_jax.training.batches import Training
-from trbert_jax.training.extras import DATA_DIGEST, LOGITS, SCORES, stage_extras
 from trbert_jax.training.finite import check_finite
-from trbert_jax.training.report import StageReport
-from trbert_jax.training.row_files import RowFiles, params_digest
+from trbert_jax.training.logging import StageReport
+from trbert_jax.training.preemption import stop_here
+from trbert_jax.training.resumable_arrays import RowFiles, params_digest
 from trbert_jax.training.run import Run
-from trbert_jax.training.steps import ObjectiveFn
-from trbert_jax.training.watch import stop_here
+from trbert_jax.training.stage_inputs import DATA_DIGEST, LOGITS, SCORES, stage_extras
+from trbert_jax.training.step import ObjectiveFn
 
 FORWARD: dict[str, objectives.Execute] = {"packed": packed_forward, "masked": forward}
 LOSSES = "losses.npy"  # of the examples that are scored; for their mean only

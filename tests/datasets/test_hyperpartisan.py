@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from xml.sax.saxutils import quoteattr
+
+import pytest
+
+from trbert_jax.config import DataConfig
+from trbert_jax.datasets.hyperpartisan import split_hyperpartisan
+from trbert_jax.datasets.readers import read_examples
+from trbert_jax.errors import UserError
+
+ARTICLES = "articles-training-byarticle-20181122.xml"
+TRUTH = "ground-truth-training-byarticle-20181122.xml"
+# The proportions of the published set, 407 to 238, by a tenth.
+LABELS = [1, 0, 0, 1, 0, 0, 1, 0] * 8 + [0]  # 41 of class 0, 24 of class 1
+
+
+def write_original(folder: Path, labels: list[int] = LABELS) -> Path:
+    lines = [f"{i:07d} {label} Title {i}  two spaces, a\u2028b" for i, label in enumerate(labels)]
+    path = folder / "original_data.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_xml(folder: Path, labels: list[int] = LABELS) -> Path:
+    articles = [
+        f'<article id="{i:07d}" published-at="2017-09-10" title={quoteattr(f"Title {i} & more")}>\n'
+        f'<p>Some <q>quoted</q> text &amp; a <a href="" type="internal">link</a></p>\n\n<p>of {i}.</p>'
+        "</article>"
+        for i in range(len(labels))
+    ]
+    truth = [
+        f'<article id="{i:07d}" hyperpartisan="{"true" if label else "false"}" url="http://x.org/{i}"/>'
+        for i, label in enumerate(labels)
+    ]
+    for name, lines in ((ARTICLES, articles), (TRUTH, truth)):
+        content = "\n".join(['<?xml version="1.0" encoding="UTF-8"?>', "<articles>", *lines, "</articles>"])
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder / ARTICLES
+
+
+def read(folder: Path, split: str) -> list[tuple[str, int]]:
+    data = read_examples(DataConfig(name="hyperpartisan", path=str(folder)), split)
+    return [(e.text, e.label) for e in data.examples]
+
+
+def test_the_published_split(tmp_path: Path) -> None:
+    counts = split_hyperpartisan(write_original(tmp_path), tmp_path / "new" / "out")
+    assert counts == {"train": 65 - 16, "dev": 8, "test": 8}
+    # As published: one generator with seed 42 shuffles class 0, then class 1; a tenth of class 0
+    # is taken from the end of both, the last block for test, the one before for dev.
+    random.seed(42)
+    expected: dict[str, list[tuple[str, int]]] = {"train": [], "dev": [], "test": []}
+    for label in (0, 1):
+        rows = [(f"Title {i}  two spaces, a\u2028b", k) for i, k in enumerate(LABELS) if k == label]
+        random.shuffle(rows)
+        expected["train"] += rows[:-8]
+        expected["dev"] += rows[-8:-4]
+        expected["test"] += rows[-4:]
+    assert {split: read(tmp_path / "new" / "out", split) for split in expected} == expected
+
+
+def test_from_xml(tmp_path: Path) -> None:
+    path = write_xml(tmp_path)
+    counts = split_hyperpartisan(path, tmp_path / "from_file")
+    assert counts == split_hyperpartisan(tmp_path, tmp_path / "from_folder")
+    rows = {split: read(tmp_path / "from_file", split) for split in counts}
+    assert rows == {split: read(tmp_path / "from_folder", split) for split in counts}
+    everything = [row for part in rows.values() for row in part]
+    expected = [(f"Title {i} & more Some quoted text & a link of {i}.", k) for i, k in enumerate(LABELS)]
+    assert sorted(everything) == sorted(expected)
+    # The same articles fall into the same splits, whichever form they come in.
+    split_hyperpartisan(write_original(tmp_path), tmp_path / "from_text")
+
+    def numbers(folder: str, split: str) -> list[str]:
+        return [text.split()[1] for text, _ in read(tmp_path / folder, split)]
+
+    for split in counts:
+        assert numbers("from_text", split) == numbers("from_file", split)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "0000000 1 fine\n0000001 2 text\n",
+            ":2: expected `id label text`, label 0 or 1, got '0000001 2 text'",
+        ),
+        ("0000000 1\n", ":1: expected `id label text`"),
+        ("0000000 1  \n", ":1: the text is empty"),
+        ("", r"too few articles to split \(0 not hyperpartisan, 0 hyperpartisan\)"),
+        (
+            "".join(f"{i} {int(i < 2)} text\n" for i in range(12)),
+            r"too few .* \(10 not .*, 2 hyperpartisan\)",
+        ),
+    ],
+)
+def test_mistakes_in_text(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "original_data.txt"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        split_hyperpartisan(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        (ARTICLES, "</article>", "", f"{ARTICLES}:.*: not valid XML"),
+        (TRUTH, "</articles>", "", f"{TRUTH}:.*: not valid XML"),
+        (TRUTH, '"true"', '"yes"', "article 0000000: hyperpartisan='yes'; expected true or false"),
+        (TRUTH, 'id="0000001"', 'id="x"', f"{ARTICLES}: article 0000001: not in .*{TRUTH}"),
+        (ARTICLES, 'id="0000064"', 'name="x"', "an article without an id"),
+    ],
+)
+def test_mistakes_in_xml(tmp_path: Path, name: str, old: str, new: str, message: str) -> None:
+    path = write_xml(tmp_path)
+    content = (tmp_path / name).read_text(encoding="utf-8")
+    assert old in content
+    (tmp_path / name).write_text(content.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        split_hyperpartisan(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_without_articles(tmp_path: Path) -> None:
+    write_xml(tmp_path, LABELS)
+    content = (tmp_path / TRUTH).read_text(encoding="utf-8")
+    write_xml(tmp_path, LABELS[:-1])
+    (tmp_path / TRUTH).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=f"{TRUTH}: article 0000064: not in .*{ARTICLES}"):
+        split_hyperpartisan(tmp_path, tmp_path / "out")
+
+
+def test_what_cannot_be_found(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"nowhere: no such file or folder; expected original_data.txt, or articles-"
+    ):
+        split_hyperpartisan(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(UserError, match=r"nothing to split; expected original_data.txt"):
+        split_hyperpartisan(tmp_path, tmp_path / "out")
+    path = write_xml(tmp_path)
+    with pytest.raises(UserError, match="give the file whose name begins with articles-"):
+        split_hyperpartisan(tmp_path / TRUTH, tmp_path / "out")
+    (tmp_path / TRUTH).unlink()
+    with pytest.raises(UserError, match=f"{TRUTH}: no such file; the articles and the ground truth"):
+        split_hyperpartisan(path, tmp_path / "out")
+    (tmp_path / "articles-other.xml").touch()
+    with pytest.raises(UserError, match=r"holds articles-other.xml, .*; give one of them"):
+        split_hyperpartisan(tmp_path, tmp_path / "out")

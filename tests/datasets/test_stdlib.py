@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from trbert_jax.config import DataConfig
+from trbert_jax.datasets import python_source as stdlib
+from trbert_jax.datasets.readers import read_examples
+from trbert_jax.errors import UserError
+
+SPLITS = ("train", "dev", "test")
+
+
+def test_the_library_of_this_python() -> None:
+    data = {split: stdlib.read_stdlib(split) for split in SPLITS}
+    names = data["train"].label_names
+    assert len(names) == len(set(names)) == stdlib.NUM_CLASSES
+    assert all(data[split].label_names == names for split in SPLITS)
+    for split, share in zip(SPLITS, (8 / 16, 3 / 16, 5 / 16), strict=True):
+        counts = Counter(e.label for e in data[split].examples)
+        assert counts == dict.fromkeys(range(len(names)), round(share * stdlib.CHUNKS_PER_CLASS))
+
+
+def test_no_chunk_overlaps_or_repeats_another() -> None:
+    root = Path(sysconfig.get_path("stdlib"))
+    examples = [e for split in SPLITS for e in stdlib.read_stdlib(split).examples]
+    names = stdlib.read_stdlib("train").label_names
+    assert len({e.text for e in examples}) == len(examples)
+    taken = set[tuple[str, int]]()
+    sources = dict[str, list[str]]()
+    for example in examples:
+        file, _, line = example.id.rpartition(":")
+        if file not in sources:
+            sources[file] = (root / file).read_bytes().decode().split("\n")
+        first, count = int(line), example.text.count("\n") + 1
+        assert example.text.split("\n") == sources[file][first - 1 : first - 1 + count]
+        assert Path(file).parts[0].removesuffix(".py") == names[example.label]
+        lines = {(file, number) for number in range(first, first + count)}
+        assert not lines & taken
+        taken |= lines
+
+
+def write_library(root: Path, names: list[str], lines: int = 4000) -> None:
+    for name in names:
+        path = root / name if name.endswith(".py") else root / name / "part.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        word = name.replace("/", "")
+        path.write_text("".join(f"{word} = {i} + x ({i})\n" for i in range(lines)))
+
+
+def test_which_files_count(tmp_path: Path) -> None:
+    modules = [f"m{i}.py" for i in range(6)] + [f"p{i}/inner" for i in range(6)]
+    skipped = ["_private.py", "test/a", "idlelib", "site-packages/b", "m-config-3.11", "p0/tests/c"]
+    write_library(tmp_path, modules + skipped)
+    write_library(tmp_path, ["small.py"], lines=100)
+    (tmp_path / "p1" / "latin.py").write_bytes("# café\n".encode("latin-1") * 5000)
+    (tmp_path / "p1" / "notes.txt").write_text("not source " * 5000)
+    data = [stdlib.read_stdlib(split, tmp_path) for split in SPLITS]
+    assert data[0].label_names == tuple(sorted(name.split(".")[0].split("/")[0] for name in modules))
+    files = {e.id.rpartition(":")[0] for part in data for e in part.examples}
+    assert files == {m if m.endswith(".py") else f"{m}/part.py" for m in modules}
+
+
+def test_same_text_whenever_it_is_read(tmp_path: Path) -> None:
+    write_library(tmp_path, [f"m{i:02d}.py" for i in range(20)])
+    first = stdlib.read_stdlib("train", tmp_path)
+    stdlib._read_all.cache_clear()
+    assert stdlib.read_stdlib("train", tmp_path) == first
+    assert len(first.label_names) == stdlib.NUM_CLASSES
+    limited = read_examples(DataConfig(name="stdlib", path=str(tmp_path), max_train_examples=50), "train")
+    assert len(limited) == 50
+    assert set(limited.examples) < set(first.examples)
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    write_library(tmp_path, [f"m{i}.py" for i in range(11)])
+    with pytest.raises(UserError, match=r"11 modules .* expected at least 12. Set data.path"):
+        stdlib.read_stdlib("train", tmp_path)
+    with pytest.raises(UserError, match="0 modules"):
+        stdlib.read_stdlib("train", tmp_path / "nowhere")

@@ -1,0 +1,149 @@
+"""A saved model on a file of labelled texts: the numbers, the baselines, one line an example."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import tiny_runs
+
+from trbert_jax import TRBert
+from trbert_jax.cli import main
+from trbert_jax.errors import UserError
+from trbert_jax.inference.evaluate import evaluate_file
+from trbert_jax.model.pretrained import save_pretrained
+from trbert_jax.reduction import flops
+
+NUM = 21
+RECORDS = list(tiny_runs.records(NUM, seed=7))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and the same texts as a .jsonl (labels from 0) and a .csv (labels from 1)."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny_models.tiny_model(folder / "model")
+    lines = (json.dumps(record) + "\n" for record in RECORDS)
+    (folder / "data.jsonl").write_text("".join(lines), encoding="utf-8")
+    with (folder / "data.csv").open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([record["label"] + 1, record["text"]] for record in RECORDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> dict[str, Any]:
+    return evaluate_file(
+        folder / "model",
+        folder / "data.jsonl",
+        batch_size=8,
+        predictions=folder / "predictions.jsonl",
+        baselines=("random", "first_k"),
+    )
+
+
+def without_speed(numbers: dict[str, Any]) -> dict[str, Any]:
+    rest = {name: value for name, value in numbers.items() if name != "examples_per_second"}
+    return {k: without_speed(v) if isinstance(v, dict) else v for k, v in rest.items()}
+
+
+def test_numbers_follow_from_the_predictions(folder: Path, result: dict[str, Any]) -> None:
+    lines = tiny_runs.read_lines(folder / "predictions.jsonl")
+    assert len(lines) == result["examples"] == NUM
+    lengths = [line["num_tokens"] for line in lines]
+    kept = [[len(stage) for stage in line["kept"]] for line in lines]
+    shape = flops.EncoderShape.of(tiny_models.BERT)
+    dense = flops.dense_flops(shape, lengths).mean()
+    reduced = flops.reduced_flops(shape, lengths, kept).mean()
+    assert result["flops"] == pytest.approx(reduced)
+    assert result["flops_exact"] == pytest.approx(flops.exact_flops(shape, lengths, kept).mean())
+    assert result["flops_speedup"] == pytest.approx(dense / reduced)
+    assert result["flops_speedup"] > 1
+    assert result["kept"] == pytest.approx(np.mean(kept, axis=0).tolist())
+    assert result["tokens"] == pytest.approx(np.mean(lengths))
+    assert result["accuracy"] == np.mean([line["prediction"] == line["label"] for line in lines])
+    assert result["examples_per_second"] > 0
+    assert (result["execution"], result["batch_size"], result["threshold"]) == ("packed", 8, 0.5)
+
+
+def test_lower_threshold_keeps_more(folder: Path, result: dict[str, Any]) -> None:
+    more = evaluate_file(folder / "model", folder / "data.jsonl", batch_size=8, threshold=0.4)
+    assert more["threshold"] == 0.4
+    assert more["flops"] > result["flops"]
+    assert more["kept"][0] > result["kept"][0]
+
+
+def test_lines_are_what_predict_says(folder: Path, result: dict[str, Any]) -> None:
+    lines = tiny_runs.read_lines(folder / "predictions.jsonl")
+    model = TRBert.from_pretrained(folder / "model")
+    predictions = model.predict([record["text"] for record in RECORDS])
+    for number, (line, prediction, record) in enumerate(zip(lines, predictions, RECORDS, strict=True), 1):
+        assert line["id"] == f"data.jsonl:{number}"
+        assert line["label"] == model.config.labels[record["label"]]
+        assert line["prediction"] == prediction.label
+        assert line["kept"] == [stage.tolist() for stage in prediction.kept]
+        assert line["num_tokens"] == prediction.num_tokens
+        assert list(line["scores"]) == list(model.config.labels)
+        np.testing.assert_allclose(list(line["scores"].values()), prediction.scores, atol=1e-5)
+    assert {line["prediction"] for line in lines} == set(model.config.labels)
+
+
+def test_baselines_have_the_same_cost(result: dict[str, Any]) -> None:
+    assert set(result["baselines"]) == {"random", "first_k"}
+    for baseline in result["baselines"].values():
+        for name in ("examples", "tokens", "kept", "flops", "flops_exact", "flops_speedup"):
+            assert baseline[name] == result[name]
+
+
+def test_labels_of_a_csv_file_begin_with_1(folder: Path, result: dict[str, Any]) -> None:
+    other = evaluate_file(folder / "model", folder / "data.csv", batch_size=NUM + 10)
+    varying = {"batch_size", "examples_per_second", "baselines"}
+    assert {k: v for k, v in other.items() if k not in varying} == {
+        k: v for k, v in result.items() if k not in varying
+    }
+
+
+def test_dense(folder: Path, result: dict[str, Any]) -> None:
+    dense = evaluate_file(folder / "model", folder / "data.jsonl", execution="dense", baselines=("random",))
+    assert dense["execution"] == "dense"
+    assert dense.keys() & {"kept", "flops_speedup", "baselines"} == set()
+    assert dense["flops"] == pytest.approx(result["flops"] * result["flops_speedup"])
+
+
+def test_a_model_without_selectors_runs_dense(folder: Path, tmp_path: Path) -> None:
+    model = TRBert.from_pretrained(folder / "model")
+    save_pretrained(tmp_path, model.config, model.params, model.tokenizer, leave_out=("selectors",))
+    assert evaluate_file(tmp_path, folder / "data.jsonl")["execution"] == "dense"
+
+
+def test_through_the_command_line(
+    folder: Path, result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "data.jsonl",
+        "--json",
+        tmp_path / "out.json",
+    ]
+    assert main(["evaluate", *map(str, arguments), "--batch-size", "8", "--baselines"]) == 0
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert without_speed(written) == without_speed(result)
+    assert "flops_speedup" in capsys.readouterr().out
+
+
+def test_a_label_that_the_model_does_not_have(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "a film", "label": 2}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"data.jsonl:1: .*label is 2; expected 0..1"):
+        evaluate_file(folder / "model", tmp_path / "data.jsonl")
+
+
+def test_a_model_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    save_pretrained(tmp_path, tiny_models.BERT, tiny_models.tiny_params(tiny_models.BERT), None)
+    with pytest.raises(UserError, match="has no tokenizer files"):
+        evaluate_file(tmp_path, folder / "data.jsonl")

@@ -1,0 +1,432 @@
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+
+from trbert_jax import TRBert
+from trbert_jax.errors import UserError
+from trbert_jax.inference.predictor import WINDOW, Prediction
+from trbert_jax.model.model import TokenReducingModel
+from trbert_jax.reduction.selection import keep_probable
+from trbert_jax.tasks.examples import FeatureSet
+
+# The shallowest that have both points of reduction: compilation is most of these tests' time.
+CONFIGS = pytest.mark.parametrize(
+    "config",
+    [tiny_models.BERT, dataclasses.replace(tiny_models.DISTILBERT, num_layers=4)],
+    ids=lambda c: c.model_type,
+)
+
+
+def make(config: Any = tiny_models.BERT, **options: Any) -> TRBert:
+    return TRBert(config, tiny_models.tiny_params(config), tiny_models.tiny_tokenizer(), **options)
+
+
+@pytest.fixture(scope="module")
+def model() -> TRBert:
+    return make()
+
+
+def some_texts(count: int, seed: int = 0, max_length: int = tiny_models.BERT.max_length) -> list[str]:
+    """Texts of up to `max_length` tokens with [CLS] and [SEP]."""
+    rng = np.random.default_rng(seed)
+    words = [word for word in tiny_models.VOCABULARY[5:] if not word.startswith("##")]
+    return [" ".join(rng.choice(words, size=rng.integers(0, max_length - 1))) for _ in range(count)]
+
+
+def assert_same(left: Sequence[Prediction], right: Sequence[Prediction]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
+        assert [x.tolist() for x in a.kept] == [x.tolist() for x in b.kept]
+        assert (a.label, a.label_id, a.num_tokens, a.truncated) == (
+            b.label,
+            b.label_id,
+            b.num_tokens,
+            b.truncated,
+        )
+
+
+# What a prediction says ---------------------------------------------------------------------------
+
+
+@CONFIGS
+def test_prediction_is_the_models(config: Any) -> None:
+    """Against the model itself, one text at a time, padded to the full length."""
+    model, texts = make(config), some_texts(6)
+    module, width = TokenReducingModel(config), config.max_length
+    run = jax.jit(
+        lambda ids, mask: module.apply(
+            {"params": model.params}, {"input_ids": ids, "mask": mask}, rule=keep_probable
+        )
+    )
+    dropped = 0
+    for text, prediction in zip(texts, model.predict(texts), strict=True):
+        ids = tiny_models.tiny_tokenizer()(text)["input_ids"]
+        output = run(jnp.array([ids + [0] * (width - len(ids))]), jnp.arange(width)[None] < len(ids))
+        np.testing.assert_allclose(prediction.scores, jax.nn.softmax(output.logits[0]), atol=1e-5)
+        expected = [np.flatnonzero(s.keep[0]).tolist() for s in output.selections]
+        assert [k.tolist() for k in prediction.kept] == expected
+        assert prediction.num_tokens == len(ids)
+        assert prediction.input_ids.tolist() == ids
+        dropped += len(ids) - len(prediction.kept[-1])
+    assert dropped > 10
+
+
+def test_fields(model: TRBert) -> None:
+    (prediction,) = model.predict(["the film was very good."])
+    assert prediction.tokens == ["[CLS]", "the", "film", "was", "very", "good", ".", "[SEP]"]
+    assert prediction.num_tokens == 8
+    assert not prediction.truncated
+    assert prediction.scores.dtype == np.float32
+    assert prediction.scores.shape == (2,)
+    assert prediction.scores.sum() == pytest.approx(1)
+    assert prediction.label_id == prediction.scores.argmax()
+    assert prediction.label == model.config.labels[prediction.label_id]
+    first, second = prediction.kept
+    assert first[0] == second[0] == 0
+    assert set(second.tolist()) <= set(first.tolist()) <= set(range(8))
+
+
+def test_a_shallow_model_has_one_reduction() -> None:
+    config = dataclasses.replace(tiny_models.DISTILBERT, num_layers=3)
+    assert [len(p.kept) for p in make(config).predict(["a film", "the plot"])] == [1, 1]
+
+
+def test_empty_inputs(model: TRBert) -> None:
+    assert model.predict([]) == []
+    empty, blank = model.predict(["", " \n"])
+    assert empty.tokens == blank.tokens == ["[CLS]", "[SEP]"]
+    assert 0 in empty.kept[0]
+
+
+def test_long_text_is_cut(model: TRBert) -> None:
+    exact, long, longest = model.predict([" ".join(["dull"] * n) for n in (16, 17, 5000)])
+    assert (exact.truncated, exact.num_tokens) == (False, 18)
+    assert (long.truncated, long.num_tokens) == (True, 18)
+    assert longest.tokens == ["[CLS]", *["dull"] * 16, "[SEP]"]
+    np.testing.assert_allclose(exact.scores, longest.scores, atol=1e-6)
+
+
+def test_dense_drops_nothing(model: TRBert) -> None:
+    texts = some_texts(4, seed=2)
+    batch = tiny_models.tiny_tokenizer()(texts, padding=True, return_tensors="np")
+    module = TokenReducingModel(model.config)
+    run = jax.jit(
+        lambda ids, mask: (
+            module.apply({"params": model.params}, {"input_ids": ids, "mask": mask}, rule=None).logits
+        )
+    )
+    expected = jax.nn.softmax(run(batch["input_ids"], batch["attention_mask"] > 0))
+    predictions = model.predict(texts, execution="dense")
+    np.testing.assert_allclose([p.scores for p in predictions], expected, atol=1e-5)
+    assert [p.kept for p in predictions] == [()] * 4
+
+
+def test_batch_max_fills_rows_up(model: TRBert) -> None:
+    texts = some_texts(8, seed=3)
+    alone = [model.predict([text], execution="batch_max")[0] for text in texts]
+    assert_same(alone, model.predict(texts))
+    together = model.predict(texts, execution="batch_max")
+    most = max(len(p.kept[0]) for p in alone)
+    assert [len(p.kept[0]) for p in together] == [min(most, p.num_tokens) for p in together]
+    for one, filled in zip(alone, together, strict=True):
+        assert set(one.kept[0].tolist()) <= set(filled.kept[0].tolist())
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+@CONFIGS
+def test_batch_independence(config: Any) -> None:
+    model, texts = make(config), some_texts(40)
+    together = model.predict(texts, batch_size=32)
+    assert_same(together[:8], [model.predict([text])[0] for text in texts[:8]])
+    order = np.random.default_rng(1).permutation(40)
+    shuffled = model.predict([texts[i] for i in order], batch_size=32)
+    assert_same([together[i] for i in order], shuffled)
+    assert len({p.label_id for p in together}) == 2, "a model that always says the same tests nothing"
+
+
+# Streams and compilation --------------------------------------------------------------------------
+
+
+def test_a_stream_is_read_as_it_is_used(model: TRBert) -> None:
+    texts, taken = some_texts(10 * WINDOW), []
+
+    def source() -> Iterator[str]:
+        for i, text in enumerate(texts):
+            taken.append(i)
+            yield text
+
+    stream = model.predict_stream(source(), batch_size=2)
+    assert not taken
+    first = next(stream)
+    assert len(taken) == 4 * WINDOW  # the window that runs, and the next
+    predictions = [first, *stream]
+    assert [p.text for p in predictions] == texts
+    assert_same(predictions[::97], [model.predict([text])[0] for text in texts[::97]])
+
+
+def test_a_stream_ends_with_its_source(model: TRBert) -> None:
+    assert list(model.predict_stream(iter(()))) == []
+
+    def source() -> Iterator[str]:
+        yield "some text"
+        raise UserError("line 2 is broken")
+
+    with pytest.raises(UserError, match="line 2 is broken"):
+        list(model.predict_stream(source()))
+    with pytest.raises(UserError, match=r"texts\[1\] is a int"):
+        list(model.predict_stream(["a", 1]))  # type: ignore[list-item]
+    with pytest.raises(UserError, match="batch_size is 0"):
+        model.predict_stream([], batch_size=0)
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """One entry for each compilation."""
+    events: list[str] = []
+
+    def listener(event: str, *_: Any, **__: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "widths"), [(18, (18,)), pytest.param(256, (64, 256), marks=pytest.mark.slow)]
+)
+def test_nothing_is_compiled_after_the_warm_up(
+    compilations: list[str], monkeypatch: pytest.MonkeyPatch, max_length: int, widths: tuple[int, ...]
+) -> None:
+    """200 requests of texts of all lengths, some of them short enough for the narrow batches alone."""
+    config = dataclasses.replace(
+        tiny_models.BERT, num_layers=2, max_positions=max_length, max_length=max_length
+    )
+    model, rng = make(config), np.random.default_rng(2)
+    shapes = [(rows, width) for rows in (1, 4, 8) for width in widths]
+    named = [name for name, seconds in model.compile(batch_size=8) if seconds > 0]
+    assert named == [f"packed, {rows} x {width} tokens" for rows, width in shapes]
+    first = len(compilations)
+    assert first >= len(named)
+
+    run: collections.Counter[tuple[int, ...]] = collections.Counter()
+    get = model.programs.get
+
+    def counting(name: str, params: Any, batch: Any, execution: Any = None) -> Any:
+        run[batch["input_ids"].shape] += 1
+        return get(name, params, batch, execution)
+
+    monkeypatch.setattr(model.programs, "get", counting)
+    for seed in range(200):
+        longest = int(rng.integers(3, max_length + 1))
+        model.predict(some_texts(int(rng.integers(1, 20)), seed, longest), batch_size=8)
+    assert len(compilations) == first
+    assert run.keys() == set(shapes)
+    assert run.total() >= 200
+
+
+_CACHED = """
+import sys
+from trbert_jax import compilation_cache
+compilation_cache.enable()
+import jax
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+from trbert_jax.cli import main
+assert main(["compile", "--model", sys.argv[1], "--batch-size", "1"]) == 0
+print(sum(name.endswith("/cache_hits") for name in hits), "from the cache")
+"""
+
+
+def test_the_next_process_finds_the_programs(model: TRBert, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "caches")}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", _CACHED, str(tmp_path / "model")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for _ in range(2)
+    ]
+    assert "programs ready" in outputs[0].stdout
+    assert str(tmp_path / "caches") in outputs[0].stdout
+    assert outputs[0].stdout.endswith("\n0 from the cache\n")
+    assert not outputs[1].stdout.endswith("\n0 from the cache\n")
+    assert outputs[1].stderr == ""
+
+
+# Saving and loading -------------------------------------------------------------------------------
+
+
+@CONFIGS
+def test_round_trip(tmp_path: Path, config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = some_texts(5)
+    before = make(config)
+    before.save_pretrained(tmp_path / "model")
+    after = TRBert.from_pretrained(tmp_path / "model")
+    assert after.config == config
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    assert_same(before.predict(texts), after.predict(texts))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_another_max_length(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    (prediction,) = TRBert.from_pretrained(tmp_path, max_length=5).predict(["the film was very dull"])
+    assert prediction.tokens == ["[CLS]", "the", "film", "was", "[SEP]"]
+    assert prediction.truncated
+    with pytest.raises(UserError, match="20 positions"):
+        TRBert.from_pretrained(tmp_path, max_length=21)
+
+
+def test_bfloat16_is_close(model: TRBert) -> None:
+    texts = some_texts(10)
+    exact, rough = (
+        model.predict(texts, execution="dense"),
+        make(dtype="bfloat16").predict(texts, execution="dense"),
+    )
+    difference = max(np.abs(a.scores - b.scores).max() for a, b in zip(exact, rough, strict=True))
+    assert 0 < difference < 0.1
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "words"),
+    [
+        ("one text", {}, "list of texts"),
+        (["a", 3], {}, r"texts\[1\] is a int"),
+        (["a", None], {}, r"texts\[1\]"),
+        (["a \ud800"], {}, "Unicode"),
+        (["a"], {"batch_size": 0}, "batch_size"),
+        (["a"], {"batch_size": 2.0}, "batch_size"),
+        (["a"], {"execution": "fast"}, "masked, batch_max, dense"),
+        (["a"], {"threshold": 1}, "threshold is 1; expected a probability"),
+        (["a"], {"execution": "dense", "threshold": 0.3}, "dense execution has none"),
+    ],
+)
+def test_bad_input(model: TRBert, texts: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        model.predict(texts, **options)
+
+
+def test_no_tokenizer() -> None:
+    model = TRBert(tiny_models.BERT, tiny_models.tiny_params(tiny_models.BERT))
+    with pytest.raises(UserError, match="no tokenizer"):
+        model.predict(["a film"])
+
+
+def test_bad_model_options() -> None:
+    with pytest.raises(UserError, match="float16"):
+        make(dtype="float16")
+    with pytest.raises(UserError, match="27 tokens"):
+        make(dataclasses.replace(tiny_models.BERT, vocab_size=20))
+
+
+# A real model of the published code ---------------------------------------------------------------
+
+PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "models" / "imdb_minilm_trbert"
+needs_published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published code's model is not here")
+
+
+@pytest.fixture(scope="module")
+def published() -> tuple[TRBert, dict[str, np.ndarray]]:
+    with np.load(PUBLISHED / "reference.npz") as arrays:
+        return TRBert.from_pretrained(PUBLISHED), dict(arrays)
+
+
+@needs_published
+def test_published_model(published: tuple[TRBert, dict[str, np.ndarray]]) -> None:
+    """Recorded one review at a time by the published code; here all in batches."""
+    model, recorded = published
+    module = TokenReducingModel(model.config)
+    run = jax.jit(
+        lambda params, ids, mask: module.apply(
+            {"params": params}, {"input_ids": ids, "mask": mask}, rule=keep_probable
+        )
+    )
+    outputs = [
+        run(model.params, recorded["input_ids"][rows], recorded["attention_mask"][rows])
+        for rows in np.split(np.arange(64), 4)
+    ]
+    logits = np.concatenate([output.logits for output in outputs])
+    np.testing.assert_allclose(logits, recorded["logits"], atol=1e-4)
+    for stage in range(2):
+        keep = np.concatenate([output.selections[stage].keep for output in outputs])
+        np.testing.assert_array_equal(keep, recorded[f"kept_stage{stage}"])
+    reference = json.loads((PUBLISHED / "reference.json").read_text())
+    assert (logits.argmax(-1) == recorded["labels"]).mean() == reference["reference_accuracy"]
+
+
+@needs_published
+def test_published_model_through_predict(published: tuple[TRBert, dict[str, np.ndarray]]) -> None:
+    """From text: decoded reviews tokenize to what was recorded, alone and in any batch."""
+    model, recorded = published
+    assert model.tokenizer is not None
+    lengths = recorded["attention_mask"].sum(1)
+    texts, rows = [], []
+    for row in np.argsort(lengths):
+        ids = recorded["input_ids"][row, : lengths[row]].tolist()
+        text = model.tokenizer.decode(ids[1:-1], clean_up_tokenization_spaces=False)
+        if model.tokenizer(text)["input_ids"] == ids:
+            texts.append(text)
+            rows.append(row)
+        if len(texts) == 12:
+            break
+    assert len(texts) == 12
+    together = model.predict(texts)
+    for row, prediction in zip(rows, together, strict=True):
+        logits = recorded["logits"][row]
+        np.testing.assert_allclose(prediction.scores, jax.nn.softmax(logits), atol=1e-4)
+        for stage in range(2):
+            expected = np.flatnonzero(recorded[f"kept_stage{stage}"][row])
+            assert prediction.kept[stage].tolist() == expected.tolist()
+    assert_same(together[:3], [model.predict([text])[0] for text in texts[:3]])
+
+
+@pytest.mark.slow
+@needs_published
+def test_published_model_packed(published: tuple[TRBert, dict[str, np.ndarray]]) -> None:
+    """All recorded reviews, in batches of like length; the masked run of them is the reference besides."""
+    model, recorded = published
+    mask = recorded["attention_mask"] > 0
+    features = FeatureSet(
+        tokens=recorded["input_ids"][mask].astype(np.int32),
+        offsets=np.cumsum([0, *mask.sum(1)], dtype=np.int64),
+        token_types=None,
+        labels=recorded["labels"].astype(np.int32),
+        ids=[str(i) for i in range(len(mask))],
+        num_truncated=0,
+        digest="",
+    )
+    packed, masked = (model.runner(32).run(model.params, features, name) for name in ("packed", "masked"))
+    np.testing.assert_allclose(packed.logits, masked.logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(packed.logits, recorded["logits"], rtol=1e-5, atol=1e-5)
+    for stage, rows in enumerate(packed.kept):
+        expected = [np.flatnonzero(keep).tolist() for keep in recorded[f"kept_stage{stage}"]]
+        assert [positions.tolist() for positions in rows] == expected
+        assert [positions.tolist() for positions in masked.kept[stage]] == expected

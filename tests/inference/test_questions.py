@@ -1,0 +1,489 @@
+"""Asking trained models questions: predict and evaluate of the command line, for every kind of question."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+from tiny_qa import VOCABULARY, qa_tokenizer
+from tiny_qa_files import SAMPLES
+
+from trbert_jax import TRBert, answer_questions
+from trbert_jax.cli import main
+from trbert_jax.config_schema import BackboneConfig, DataConfig, RunConfig
+from trbert_jax.errors import UserError
+from trbert_jax.inference.answering import answer_stream
+from trbert_jax.model.config import InputConfig, ModelConfig
+from trbert_jax.model.pretrained import save_pretrained
+from trbert_jax.reduction import flops
+from trbert_jax.tasks import load_task_data
+from trbert_jax.tasks.base import QuestionData
+
+BASE = dataclasses.replace(
+    tiny_models.BERT,
+    vocab_size=len(VOCABULARY),
+    num_layers=2,
+    hidden_size=8,
+    max_positions=64,
+    max_length=64,
+)
+LETTERS = tuple("ABCD")
+# Of the web every document of a question counts for itself, of Wikipedia the question, as the official
+# scorer has it.
+DOCUMENTS = [f"tc_33--{name}" for name in ("Lloyd_Webber.txt", "Élysée.txt", "35/35_995.txt")]
+DOCUMENTS += ["tc_34--Lloyd_Webber.txt"]
+# Kind of question -> data set, task, labels, the sample of a published file, its ids.
+KINDS: dict[str, tuple[str, str, tuple[str, ...], str, list[str]]] = {
+    "span": ("squad", "span", (), "squad", ["q1", "q2", "q3", "q4"]),
+    "no null": ("newsqa", "span", (), "mrqa_gz", ["n1", "n2", "n3"]),
+    "choice": ("race", "multiple_choice", LETTERS, "race", ["high2.txt:0", "high2.txt:2", "middle/1.txt:0"]),
+    "pairs": ("race", "classification", ("wrong", "right"), "race", []),
+    "segments": ("triviaqa", "span", (), "triviaqa", ["tc_33", "tc_34"]),
+    "candidates": ("wikihop", "candidates", (), "wikihop", ["WH_dev_0", "WH_dev_1"]),
+    "multi_hop": ("hotpotqa", "multi_hop", (), "hotpotqa", ["h1", "h2"]),
+}
+SPAN = {"question": "who was born in paris ?", "context": "the king was born in paris . the queen was not"}
+CHOICE = {"passage": SPAN["context"], "question": "who ?", "options": ["king", "queen", "paris", "japan"]}
+CANDIDATES = {"query": "born paris", "candidates": ["the king", "queen"], "supports": [SPAN["context"]]}
+MULTI_HOP = {
+    "question": "who ?",
+    "paragraphs": [
+        {"title": "paris", "sentences": ["paris is in france.", " the king was born in paris."]},
+        {"title": "king", "sentences": ["the king is in japan."]},
+    ],
+}
+REQUESTS: dict[str, dict[str, Any]] = {
+    "span": SPAN,
+    "no null": SPAN,
+    "choice": CHOICE,
+    "pairs": CHOICE,
+    "segments": SPAN,
+    "candidates": CANDIDATES,
+    "multi_hop": MULTI_HOP,
+}
+
+
+def model_config(kind: str) -> ModelConfig:
+    data, task, labels, *_ = KINDS[kind]
+    choices = {"choice": "shared", "pairs": "pairs"}.get(kind, "pairs")
+    inputs = InputConfig(
+        data=data,
+        choices=choices,
+        max_segments=2 if kind == "segments" else 1,
+        unanswerable=kind == "span",
+    )
+    return dataclasses.replace(BASE, task=task, labels=labels or BASE.labels, inputs=inputs)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of each kind, of random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind in KINDS:
+        config = model_config(kind)
+        save_pretrained(folder / kind, config, tiny_models.tiny_params(config), qa_tokenizer())
+    return {kind: folder / kind for kind in KINDS}
+
+
+def predict(model: Path, folder: Path, requests: list[Any], *arguments: str) -> list[dict[str, Any]]:
+    source, output = folder / "questions.jsonl", folder / "answers.jsonl"
+    source.write_text("".join(json.dumps(request) + "\n" for request in requests), encoding="utf-8")
+    options = ["--file", str(source), "--output", str(output), "--execution", "masked", *arguments]
+    assert main(["predict", "--model", str(model), *options]) == 0
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def possible(kind: str, request: dict[str, Any], answer: str) -> bool:
+    """Whether an answer is one at all."""
+    if kind in ("choice", "pairs"):
+        return answer in LETTERS
+    if kind == "candidates":
+        return answer in request["candidates"]
+    if kind == "multi_hop":
+        texts = ["".join(p["sentences"]) for p in request["paragraphs"]]
+        return answer in ("yes", "no") or any(answer in text for text in texts)
+    # Nothing is an answer to SQuAD alone; "empty" is what published decoding says where it finds no text.
+    return answer in request["context"] and (bool(answer) or kind == "span")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predict_answers_in_order(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    first = REQUESTS[kind]
+    longer = json.loads(json.dumps(first).replace("the queen was not", "the queen was not " * 9))
+    requests = [{**longer, "id": "long"}, {**first, "id": "short"}, first]
+    answers = predict(models[kind], tmp_path, requests, "--batch-size", "2")
+    assert [a["id"] for a in answers] == ["long", "short", "3"]
+    for request, answer in zip(requests, answers, strict=True):
+        assert possible(kind, request, answer["answer"]), answer
+        assert len(answer["num_kept"]) == 1  # two layers have one point of reduction
+        assert 0 < answer["num_kept"][0] <= answer["num_tokens"]
+        assert ("supporting" in answer) == (kind == "multi_hop")
+    assert {k: v for k, v in answers[1].items() if k != "id"} == {
+        k: v for k, v in answers[2].items() if k != "id"
+    }  # whatever else is in the batch
+
+
+def test_answers_repeat_the_question_where_asked(models: dict[str, Path], tmp_path: Path) -> None:
+    (answer,) = predict(models["choice"], tmp_path, [CHOICE], "--with-text")
+    assert {name: answer[name] for name in CHOICE} == CHOICE
+    assert answer["answer"] in LETTERS
+
+
+def test_dense_drops_nothing(models: dict[str, Path], tmp_path: Path) -> None:
+    reduced, dense = (
+        predict(models["choice"], tmp_path, [CHOICE], "--execution", name) for name in ("masked", "dense")
+    )
+    assert dense[0]["num_kept"] == []
+    assert dense[0]["num_tokens"] == reduced[0]["num_tokens"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluate_reads_the_published_file(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    *_, sample, ids = KINDS[kind]
+    form = SAMPLES[sample]
+    data = form.write(tmp_path / form.path, form.fresh())
+    out, predictions = tmp_path / "result.json", tmp_path / "predictions.json"
+    options = ["--data", str(data), "--json", str(out), "--predictions", str(predictions)]
+    assert main(["evaluate", "--model", str(models[kind]), *options, "--execution", "masked"]) == 0
+    result, found = json.loads(out.read_text()), json.loads(predictions.read_text())
+    metric = "accuracy" if kind in ("choice", "pairs", "candidates") else "f1"
+    assert 0 <= result[metric] <= 100
+    assert result["flops_speedup"] > 1
+    assert result["data"]["num_examples"] >= 2
+    odds = tmp_path / "predictions.null_odds.json"
+    assert odds.exists() == (kind == "span")
+    assert kind != "span" or set(json.loads(odds.read_text())) == set(found)
+    answered = set(found["answer"] if kind == "multi_hop" else found)
+    assert len(answered) >= 2
+    if ids and kind != "choice":
+        assert answered == set(ids)
+
+
+@pytest.mark.parametrize(("sample", "ids"), [("triviaqa", ["tc_33", "tc_34"]), ("triviaqa_web", DOCUMENTS)])
+def test_triviaqa_is_scored_by_domain(
+    models: dict[str, Path], tmp_path: Path, sample: str, ids: list[str]
+) -> None:
+    form = SAMPLES[sample]
+    data = form.write(tmp_path / form.path, form.fresh())
+    out, predictions = tmp_path / "result.json", tmp_path / "predictions.json"
+    options = ["--data", str(data), "--json", str(out), "--predictions", str(predictions)]
+    assert main(["evaluate", "--model", str(models["segments"]), *options, "--execution", "masked"]) == 0
+    result, found = json.loads(out.read_text()), json.loads(predictions.read_text())
+    assert sorted(found) == sorted(ids)
+
+    assert {result[name] for name in ("common", "denominator", "pred_len", "gold_len")} == {len(ids)}
+
+
+def test_benchmark_runs_questions(models: dict[str, Path], tmp_path: Path) -> None:
+    form, out = SAMPLES["race"], tmp_path / "speed.json"
+    data = form.write(tmp_path / form.path, form.fresh())
+    options = [
+        "--executions",
+        "masked_full,dense",
+        "--batch-sizes",
+        "2",
+        "--repeats",
+        "1",
+        "--json",
+        str(out),
+    ]
+    assert main(["benchmark", "--model", str(models["choice"]), "--data", str(data), *options]) == 0
+    masked, dense = json.loads(out.read_text())
+    # Each question is four rows, padded as far as the model reads.
+    assert masked["texts"] == dense["texts"] == 4
+    assert masked["flops"] == pytest.approx(4 * one_row(model_config("choice")), rel=0.1)
+    assert dense["flops"] < masked["flops"]
+    assert dense["kept"] is None
+    assert masked["kept"][0] <= masked["tokens"]
+
+
+def one_row(config: ModelConfig) -> float:
+    lengths = np.array([config.max_length])
+    return float(flops.dense_flops(flops.EncoderShape.of(config), lengths)[0])
+
+
+def test_null_threshold_of_the_model_decides(models: dict[str, Path], tmp_path: Path) -> None:
+    config = model_config("span")
+    answers = {}
+    for threshold in (-1e6, 1e6):
+        inputs = dataclasses.replace(config.inputs, null_threshold=threshold)
+        own = dataclasses.replace(config, inputs=inputs)
+        save_pretrained(tmp_path / "model", own, tiny_models.tiny_params(own), qa_tokenizer())
+        (answer,) = predict(tmp_path / "model", tmp_path, [SPAN])
+        answers[threshold] = answer["answer"]
+    assert answers[-1e6] == ""
+    assert answers[1e6] != ""
+
+
+def without(request: dict[str, Any], field: str) -> dict[str, Any]:
+    return {k: v for k, v in request.items() if k != field}
+
+
+LONG = " ".join(["king"] * 80)
+BAD_REQUESTS = [
+    ("span", "[1]", "questions.jsonl:1: a JSON list; expected an object"),
+    ("span", "{", "questions.jsonl:1: not valid JSON"),
+    ("span", without(SPAN, "context"), "no field 'context' (it has: 'question')"),
+    ("span", {**SPAN, "context": " "}, "context is ' '; expected a string with something in it"),
+    ("span", {**SPAN, "question": 3}, "question is 3; expected a string"),
+    ("no null", {**SPAN, "context": "\u200b"}, "has no tokens"),
+    ("span", {**SPAN, "context": "\ud83d the king"}, "context is not valid Unicode"),
+    ("choice", {**CHOICE, "options": ["a", "b", "c"]}, "options is not a list of 4 strings"),
+    ("choice", {**CHOICE, "options": ["a", "b", "c", ""]}, "options is ''; expected a string"),
+    ("candidates", {**CANDIDATES, "candidates": []}, "candidates is not a list of strings"),
+    ("multi_hop", {**MULTI_HOP, "paragraphs": {}}, "paragraphs is not a list of objects"),
+    ("multi_hop", {**MULTI_HOP, "paragraphs": [{"title": "x"}]}, "paragraph 1: no field 'sentences'"),
+    ("multi_hop", {**MULTI_HOP, "paragraphs": ["x"]}, "paragraph 1 is a JSON str; expected an object"),
+]
+
+
+@pytest.mark.parametrize(("kind", "request_", "message"), BAD_REQUESTS)
+def test_bad_requests(
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    request_: Any,
+    message: str,
+) -> None:
+    source, output = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    text = request_ if isinstance(request_, str) else json.dumps(request_)
+    source.write_text(text + "\n", encoding="utf-8")
+    arguments = ["--file", str(source), "--output", str(output)]
+    assert main(["predict", "--model", str(models[kind]), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "request_"),
+    [
+        ("choice", without(CHOICE, "question")),
+        ("candidates", {**CANDIDATES, "supports": ["", *CANDIDATES["supports"]]}),
+        ("multi_hop", {**MULTI_HOP, "paragraphs": [{"title": "x", "sentences": ["", "It is."]}]}),
+    ],
+)
+def test_what_published_data_leave_empty(
+    models: dict[str, Path], tmp_path: Path, kind: str, request_: dict[str, Any]
+) -> None:
+    """And questions whose id is null have none."""
+    answers = predict(models[kind], tmp_path, [{**request_, "id": None}, {**request_, "id": None}])
+    assert [answer["id"] for answer in answers] == ["1", "2"]
+    assert answers[0]["answer"] == answers[1]["answer"]
+
+
+def test_the_same_id_twice(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "questions.jsonl"
+    source.write_text((json.dumps({**SPAN, "id": "a"}) + "\n") * 2, encoding="utf-8")
+    assert main(["predict", "--model", str(models["span"]), "--file", str(source)]) == 2
+    assert "questions.jsonl:2: the id 'a' is there twice" in capsys.readouterr().err
+
+
+def test_bad_records_end_the_command_or_are_left_out(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = SAMPLES["squad"].fresh()
+    document["data"][1]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] = 6
+    data = SAMPLES["squad"].write(tmp_path / "dev-v2.0.json", document)
+    out = tmp_path / "result.json"
+    arguments = ["evaluate", "--model", str(models["span"]), "--data", str(data), "--json", str(out)]
+    assert main([*arguments, "--execution", "masked"]) == 2
+    said = capsys.readouterr().err
+    assert "dev-v2.0.json: question 'q4': data[1].paragraphs[0].qas[0].answers[0].answer_start" in said
+    assert "--skip-bad-records" in said
+    assert not out.exists()
+    assert main([*arguments, "--execution", "masked", "--skip-bad-records"]) == 0
+    assert "1 of 4 records skipped" in capsys.readouterr().err
+    result = json.loads(out.read_text())
+    assert (
+        result["skipped_records"] == result["data"]["skipped_records"] == len(result["data"]["skipped"]) == 1
+    )
+    assert result["data"]["num_rows"] >= result["data"]["num_examples"] == 3
+
+
+UNUSABLE = [
+    ("span", ("data", 0, "paragraphs", 0, "qas", 0, "question"), "\u200b", "question: has no tokens", 3),
+    ("segments", ("Data", 1, "Question"), "\u200b", "question: has no tokens", 1),
+    ("candidates", (0, "query"), "x " * 80, "query: has with its candidates", 1),
+    ("candidates", (0, "candidates"), [*map(str, range(79)), "côte d'ivoire"], "candidates: has 80 items", 1),
+    ("no null", (1, "qas", 0, "question"), "\u200b", "question: has no tokens", 2),
+    ("choice", ("high/2.txt", "questions", 0), "x " * 80, "question: has with its longest option", 3),
+    ("multi_hop", (0, "question"), "\u200b", "question: has no tokens", 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "field", "value", "message", "left"), UNUSABLE)
+def test_questions_without_inputs_are_bad_records(
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    field: tuple[Any, ...],
+    value: Any,
+    message: str,
+    left: int,
+) -> None:
+    *_, sample, _ = KINDS[kind]
+    form, out, predictions = SAMPLES[sample], tmp_path / "result.json", tmp_path / "predictions.json"
+    document = form.fresh()
+    *path, last = field
+    functools.reduce(lambda part, key: part[key], path, document)[last] = value
+    data = form.write(tmp_path / form.path, document)
+    arguments = ["evaluate", "--model", str(models[kind]), "--data", str(data), "--json", str(out)]
+    arguments += ["--predictions", str(predictions), "--execution", "masked"]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert str(data) in said
+    assert message in said
+    assert "leave such records out with --skip-bad-records" in said
+    assert not out.exists()
+    assert main([*arguments, "--skip-bad-records"]) == 0
+    said = capsys.readouterr().err
+    assert f"records skipped: {data}" in said
+    assert message in said
+    assert json.loads(out.read_text())["skipped_records"] == 1
+    found = json.loads(predictions.read_text())
+    assert len(found["answer"] if kind == "multi_hop" else found) == left
+
+
+def test_training_leaves_out_what_cannot_become_inputs(tmp_path: Path) -> None:
+    document = SAMPLES["squad"].fresh()
+    document["data"][0]["paragraphs"][0]["qas"][0]["question"] = "\u200b"
+    SAMPLES["squad"].write(tmp_path / "train-v2.0.json", document)
+    said = list[str]()
+    settings = DataConfig(name="squad", path=str(tmp_path), skip_bad_records=True)
+    model = BackboneConfig(init="scratch", max_length=64, window_step=16)
+    config = RunConfig(workdir="x", data=settings, model=model)
+    data = load_task_data(config, said.append)
+    assert isinstance(data, QuestionData)
+    before = data.ids("train")
+    features = data.inputs("train", qa_tokenizer(), tmp_path)
+    assert data.ids("train") == before - {"q1"}
+    assert set(features.ids) <= data.ids("train")
+    assert data.notes["train"]["skipped_records"] == 1
+    assert "question 'q1': question: has no tokens" in data.notes["train"]["skipped"][0]
+    assert any("train: 1 of 4 records skipped" in line for line in said)
+    settings = dataclasses.replace(settings, skip_bad_records=False)
+    strict = load_task_data(dataclasses.replace(config, data=settings), print)
+    with pytest.raises(UserError, match="with --skip-bad-records"):
+        strict.inputs("train", qa_tokenizer(), tmp_path)
+
+
+_COMPILED = ("segments", "candidates")  # the others take as long again, together more than is quick
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [*_COMPILED, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in _COMPILED)],
+)
+def test_questions_are_compiled_ahead(
+    models: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    """What `trbert compile` makes is all that questions need afterwards: the program refuses other inputs."""
+    made = []
+    load = TRBert.from_pretrained
+
+    def loaded(path: str) -> TRBert:
+        made.append(load(path))
+        return made[-1]
+
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(TRBert, "from_pretrained", loaded)
+    options = ["--batch-size", "2", "--execution", "masked"]
+    assert main(["compile", "--model", str(models[kind]), *options]) == 0
+    rows = {"choice": 8, "segments": 4, "candidates": 2}.get(kind, 2)
+    named = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in named[:-1]] == [
+        f"masked, {rows} x {width} tokens" for width in (32, 48, 64)
+    ]
+    (model,) = made
+    before = dict(model.programs.compile_seconds)
+    longer = json.loads(json.dumps(REQUESTS[kind]).replace("the queen was not", "the queen was not " * 9))
+    assert len(answer_questions(model, [longer, REQUESTS[kind]], batch_size=2, execution="masked")) == 2
+    assert model.programs.compile_seconds == before
+
+
+def test_questions_are_read_as_they_are_answered(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trbert_jax.inference.answering.WINDOW", 2)
+    model, taken = TRBert.from_pretrained(models["choice"]), []
+
+    def source() -> Iterator[tuple[str, Any]]:
+        for number in range(1, 8):
+            taken.append(number)
+            yield f"line {number}", {**CHOICE, "question": "who " * number}
+        yield "line 8", {**CHOICE, "id": "1"}
+
+    stream = answer_stream(model, source(), batch_size=2, execution="masked")
+    assert not taken
+    found = [next(stream)]
+    assert taken == [1, 2, 3, 4]  # a window of two batches
+    found += [next(stream) for _ in range(3)]
+    assert [answer["id"] for answer in found] == ["1", "2", "3", "4"]
+    requests = [request for _, request in itertools.islice(source(), 4)]
+    assert found == answer_questions(model, requests, batch_size=2, execution="masked")
+    with pytest.raises(UserError, match="line 8: the id '1' is there twice"):
+        next(stream)
+
+
+def test_blank_lines_between_questions(models: dict[str, Path], tmp_path: Path) -> None:
+    source, output = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    source.write_text("\n" + (json.dumps(CHOICE) + "\n \n") * 2, encoding="utf-8")
+    arguments = ["--file", str(source), "--output", str(output), "--execution", "masked"]
+    assert main(["predict", "--model", str(models["choice"]), *arguments]) == 0
+    assert [json.loads(line)["id"] for line in output.read_text(encoding="utf-8").splitlines()] == ["1", "2"]
+
+
+def test_a_model_of_texts_refuses_questions(models: dict[str, Path], tmp_path: Path) -> None:
+    model = TRBert.from_pretrained(tiny_models.tiny_model(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"this model labels texts"):
+        answer_questions(model, [SPAN])
+    assert answer_questions(model, []) == []
+    with pytest.raises(UserError, match=r"this model answers questions; ask it with"):
+        TRBert.from_pretrained(models["span"]).predict(["a text"])
+
+
+def test_squad_1_knows_no_unanswerable_questions(models: dict[str, Path], tmp_path: Path) -> None:
+    config = model_config("span")
+    own = dataclasses.replace(
+        config, inputs=dataclasses.replace(config.inputs, unanswerable=False, null_threshold=-1e6)
+    )
+    save_pretrained(tmp_path / "model", own, tiny_models.tiny_params(own), qa_tokenizer())
+    (answer,) = predict(tmp_path / "model", tmp_path, [SPAN])
+    assert answer["answer"] != ""
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "setting"),
+    [
+        ("race", "model", {"window_step": 64}),
+        ("hotpotqa", "model", {"max_segments": 2}),
+        ("wikihop", "model", {"max_question_length": 9}),
+        ("squad", "data", {"choices": "shared"}),
+        ("imdb", "data", {"skip_bad_records": True}),
+    ],
+)
+def test_settings_that_a_data_set_does_not_read(name: str, section: str, setting: dict[str, Any]) -> None:
+    parts: dict[str, dict[str, Any]] = {"data": {"name": name}, "model": {"init": "scratch"}}
+    parts[section] |= setting
+    data, model = DataConfig(**parts["data"]), BackboneConfig(**parts["model"])
+    (key,) = setting
+    with pytest.raises(UserError, match=rf"{section}.{key} is .*, which {name} does not read; leave it out"):
+        load_task_data(RunConfig(workdir="x", data=data, model=model), print)

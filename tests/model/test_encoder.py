@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_batches import random_batch, take
+
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.encoder import Encoder
+from trbert_jax.model.model import ModelOutput, TokenReducingModel, forward
+from trbert_jax.reduction import selection as tokens
+from trbert_jax.reduction.selection import Rule, TokenSet
+
+BERT = tiny_models.BERT
+DISTILBERT = dataclasses.replace(tiny_models.DISTILBERT, num_layers=2)
+SHALLOW = dataclasses.replace(BERT, num_layers=1)  # one point of reduction, before layer 0; compiles fast
+LENGTHS = [9, 1, 5, 12]
+
+
+@functools.cache
+def params_of(config: ModelConfig) -> Any:
+    return jax.tree.map(jnp.asarray, tiny_models.tiny_params(config))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="num_copies")
+def run(config: ModelConfig, rule: Rule | None, params: Any, batch: Any, num_copies: int = 1) -> ModelOutput:
+    return forward(TokenReducingModel(config), params, batch, rule=rule, num_copies=num_copies)
+
+
+def with_bias(params: Any, bias: float) -> Any:
+    """Parameters whose selectors lean towards keeping (bias > 0) or dropping."""
+    encoder = dict(params["encoder"])
+    for name in ("selector_0", "selector_1"):
+        output = {**encoder[name]["output"], "bias": encoder[name]["output"]["bias"] + bias}
+        encoder[name] = {**encoder[name], "output": output}
+    return {**params, "encoder": encoder}
+
+
+def kept(output: ModelOutput) -> np.ndarray:
+    """Bool [stages, B, S]."""
+    return np.stack([s.keep for s in output.selections])
+
+
+# Rows do not see each other -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=lambda c: c.model_type)
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=4, max_size=4),
+    order=st.permutations(range(4)),
+    seed=st.integers(0, 1000),
+    bias=st.sampled_from([0.0, 0.0, 100.0, -100.0]),  # -100: everything is dropped but [CLS]
+)
+def test_batch_independence(
+    config: ModelConfig, lengths: list[int], order: list[int], seed: int, bias: float
+) -> None:
+    """A row in a batch, in another order, alone and with more padding: the same."""
+    params = with_bias(params_of(config), bias)
+    classify = functools.partial(run, config, tokens.keep_probable, params)
+    batch = random_batch(config, lengths, 12, seed)
+    reference = classify(batch)
+    if bias:
+        expected = np.arange(12) < np.array(lengths)[:, None] if bias > 0 else np.arange(12) < 1
+        np.testing.assert_array_equal(kept(reference), np.broadcast_to(expected, kept(reference).shape))
+
+    one, wider = order[:1], random_batch(config, lengths, 17, seed)
+    for output, rows in [(classify(take(batch, order)), order), (classify(take(wider, one)), one)]:
+        np.testing.assert_allclose(output.logits, reference.logits[np.array(rows)], atol=1e-5)
+        np.testing.assert_array_equal(kept(output)[..., :12], kept(reference)[:, rows])
+        assert not kept(output)[..., 12:].any()
+
+
+# Dropped tokens are gone --------------------------------------------------------------------------
+
+
+def some_actions(mask: np.ndarray) -> np.ndarray:
+    """Decisions at both points, bool [2, B, S]: of the tokens some go at the first, some at the second."""
+    draw = np.random.default_rng(1).uniform(size=mask.shape)
+    return np.stack([draw < 0.6, draw < 0.3]) & mask
+
+
+def test_dropping_is_deleting() -> None:
+    """Masked execution of a row equals running the later layers on arrays without the dropped tokens."""
+    batch = random_batch(BERT, [12], 12)
+    actions = some_actions(np.asarray(batch["mask"]))
+    actions[..., 0] = True
+    first, second = np.flatnonzero(actions[0, 0]), np.flatnonzero(actions[1, 0])
+    assert 12 > len(first) > len(second) > 1
+
+    @jax.jit
+    def states_of_cls(params: Any) -> tuple[jax.Array, jax.Array]:
+        def apply(*arguments: Any, method: str) -> Any:
+            return Encoder(BERT).apply({"params": params["encoder"]}, *arguments, method=method)
+
+        def layers(states: jax.Array, numbers: list[int]) -> jax.Array:
+            return apply(
+                TokenSet(states, jnp.ones(states.shape[:2], bool)), numbers, method="run_layers"
+            ).states
+
+        embedded = apply(batch["input_ids"], batch["mask"], batch["token_type_ids"], method="embed")
+        before = apply(embedded, method="before_selection")
+        masked, _ = apply(before, tokens.replay(jnp.asarray(actions)), method="from_selection")
+        deleted = layers(before.states[:, first], [1])
+        deleted = layers(deleted[:, np.isin(first, second)], [2, 3])
+        return masked.states[:, 0], deleted[:, 0]
+
+    masked, deleted = states_of_cls(params_of(BERT))
+    np.testing.assert_allclose(masked, deleted, atol=1e-5)
+
+
+def test_dropped_states_do_not_matter() -> None:
+    """Whatever stands where a token was dropped, [CLS] ends the same; not so for a kept token."""
+    mask = random_batch(BERT, LENGTHS, 12)["mask"]
+    actions = some_actions(np.asarray(mask))
+    states = jax.random.normal(jax.random.key(0), (*mask.shape, BERT.hidden_size))
+
+    @jax.jit
+    def final(states: jax.Array) -> jax.Array:
+        variables = {"params": params_of(BERT)["encoder"]}
+        rule = tokens.replay(jnp.asarray(actions))
+        last, _ = Encoder(BERT).apply(variables, TokenSet(states, mask), rule, method="from_selection")
+        return last.states[:, 0]
+
+    gone = ~actions[0]
+    gone[:, 0] = False
+    assert (gone & np.asarray(mask)).any()
+    np.testing.assert_array_equal(final(jnp.where(gone[..., None], 1e3, states)), final(states))
+    stays = actions[0] & (np.arange(12) > 0)
+    changed = np.abs(final(jnp.where(stays[..., None], 1.0, states)) - final(states)).max(-1) > 1e-3
+    np.testing.assert_array_equal(changed, stays.any(-1))
+
+
+# Gradients ----------------------------------------------------------------------------------------
+
+
+@jax.jit
+def gradients(params: Any, batch: Any) -> tuple[Any, ModelOutput]:
+    """Of a function of the logits, while the selectors decide."""
+
+    def total(params: Any) -> tuple[jax.Array, ModelOutput]:
+        output = forward(TokenReducingModel(SHALLOW), params, batch, rule=tokens.keep_probable)
+        return jnp.sum(output.logits**2), output
+
+    return jax.grad(total, has_aux=True)(params)
+
+
+def test_decisions_have_no_gradient() -> None:
+    """The task's loss reaches the encoder, but not the selectors through what they decide."""
+    params = with_bias(params_of(SHALLOW), -2.4)  # so that about half is dropped
+    grads, output = gradients(params, random_batch(SHALLOW, LENGTHS, 12))
+    assert 4 < kept(output).sum() < sum(LENGTHS)
+    for name, grad in grads["encoder"].items():
+        largest = max(np.abs(x).max() for x in jax.tree.leaves(grad))
+        assert (largest == 0) == name.startswith("selector_"), name
+
+
+def test_rows_of_padding_are_finite() -> None:
+    """A row that only fills a batch may have no token at all; values and gradients stay finite."""
+    batch = random_batch(SHALLOW, LENGTHS, 12)
+    grads, output = gradients(params_of(SHALLOW), {**batch, "mask": batch["mask"].at[1].set(False)})
+    assert not kept(output)[:, 1].any()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, output)))
+
+
+# Ways to run --------------------------------------------------------------------------------------
+
+
+def test_copies_are_tiling() -> None:
+    """Sharing what comes before the first point of reduction changes nothing."""
+    batch = random_batch(BERT, [7, 9], 9)
+    tiled = {k: jnp.concatenate([v] * 3) for k, v in batch.items()}
+    rule = tokens.replay(jnp.asarray(np.random.default_rng(0).uniform(size=(2, 6, 9)) < 0.6))
+    shared = run(BERT, rule, params_of(BERT), batch, num_copies=3)
+    explicit = run(BERT, rule, params_of(BERT), tiled)
+    np.testing.assert_allclose(shared.logits, explicit.logits, atol=1e-5)
+    np.testing.assert_array_equal(kept(shared), kept(explicit))
+    for ours, theirs in zip(shared.selections, explicit.selections, strict=True):
+        np.testing.assert_allclose(ours.logits, theirs.logits, atol=1e-5)
+    assert np.ptp(shared.logits.reshape(3, 2, -1), axis=0).min() > 1e-4  # the copies differ
+
+
+def test_dense_is_keeping_all() -> None:
+    batch = random_batch(SHALLOW, LENGTHS, 12)
+    dense, everything = (run(SHALLOW, rule, params_of(SHALLOW), batch) for rule in (None, tokens.keep_all))
+    assert dense.selections == ()
+    assert len(everything.selections) == 1
+    np.testing.assert_allclose(dense.logits, everything.logits, atol=1e-5)
+
+
+def test_dropout_needs_its_key() -> None:
+    """Off by default; with a key it is on, and follows from the key."""
+    batch = random_batch(SHALLOW, LENGTHS, 12)
+    model, params = TokenReducingModel(SHALLOW), params_of(SHALLOW)
+    noisy = jax.jit(lambda key: forward(model, params, batch, rule=None, dropout_rng=key).logits)
+    first, again, other = (noisy(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    assert np.abs(first - run(SHALLOW, None, params, batch).logits).max() > 1e-3
+
+
+def test_token_types_matter() -> None:
+    """Absent ones are all 0."""
+    batch = random_batch(SHALLOW, LENGTHS, 12)
+    without = {k: v for k, v in batch.items() if k != "token_type_ids"}
+    zeros = {**batch, "token_type_ids": jnp.zeros_like(batch["token_type_ids"])}
+    logits = [run(SHALLOW, None, params_of(SHALLOW), b).logits for b in (batch, without, zeros)]
+    np.testing.assert_allclose(logits[1], logits[2], atol=1e-6)
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3
+
+
+def test_one_trace_a_shape() -> None:
+    model, traces = TokenReducingModel(SHALLOW), []
+
+    @jax.jit
+    def classify(params: Any, batch: Any) -> jax.Array:
+        traces.append(batch["mask"].shape)
+        return forward(model, params, batch, rule=tokens.keep_probable).logits
+
+    for lengths, width in [([3, 5], 6), ([6, 1], 6), ([3, 5], 9), ([4, 4], 6)]:
+        classify(params_of(SHALLOW), random_batch(SHALLOW, lengths, width))
+    assert traces == [(2, 6), (2, 9)]
+
+
+def test_bfloat16() -> None:
+    """Runs close to float32; what decides and what is returned stays float32."""
+    batch = random_batch(SHALLOW, LENGTHS, 12)
+    half = TokenReducingModel(SHALLOW, jnp.bfloat16)
+    output = jax.jit(lambda params: forward(half, params, batch, rule=tokens.keep_all))(params_of(SHALLOW))
+    assert output.logits.dtype == jnp.float32
+    assert all(s.logits.dtype == jnp.float32 for s in output.selections)
+    encoder = Encoder(SHALLOW, jnp.bfloat16)
+    states = jax.eval_shape(
+        lambda: encoder.apply(
+            {"params": params_of(SHALLOW)["encoder"]}, batch["input_ids"], batch["mask"], method="embed"
+        )
+    ).states
+    assert states.dtype == jnp.bfloat16
+    reference = run(SHALLOW, tokens.keep_all, params_of(SHALLOW), batch)
+    assert 0 < np.abs(output.logits - reference.logits).max() < 0.1
+
+
+# Points of reduction ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_layers", [1, 3, 4])
+def test_points_hear_what_ran_before(num_layers: int) -> None:
+    """A broken layer shows in the logits of the points after it alone, a broken selector in its own."""
+    config = dataclasses.replace(SHALLOW, num_layers=num_layers)
+    params, batch = params_of(config), random_batch(config, [4], 6)
+
+    def shows(component: str) -> list[bool]:
+        broken = jax.tree.map(lambda x: x * np.nan, params["encoder"][component])
+        encoder = {**params["encoder"], component: broken}
+        output = run(config, tokens.keep_all, {**params, "encoder": encoder}, batch)
+        return [bool(np.isnan(s.logits[0, :4]).all()) for s in output.selections]
+
+    points = config.reduction_layers
+    for layer in range(num_layers):
+        assert shows(f"layer_{layer}") == [layer < point for point in points]
+    for selector in (0, 1):
+        assert shows(f"selector_{selector}") == [stage == selector for stage in range(len(points))]

@@ -1,0 +1,78 @@
+"""Models of the published sizes, by their shapes alone: no arrays, no memory."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from trbert_jax.inference.benchmark.sizes import SIZES
+from trbert_jax.inference.execution import Programs
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import TokenReducingModel, forward, init_params
+from trbert_jax.reduction import selection as tokens
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "points"), [(1, (0,)), (2, (1,)), (3, (1,)), (4, (1, 2)), (6, (1, 3)), (12, (1, 6))]
+)
+def test_reduction_points(num_layers: int, points: tuple[int, ...]) -> None:
+    """Before layers 1 and L//2, once where they are the same; a checkpoint has two selectors anyway."""
+    config = ModelConfig(num_layers=num_layers)
+    assert config.reduction_layers == points
+    assert config.num_reductions == len(points)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert shapes["encoder"].keys() >= {"selector_0", "selector_1"}
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (ModelConfig(), 512),
+        (ModelConfig(max_positions=1024, max_length=1024, labels=tuple("abcde")), 1024),
+        (ModelConfig(model_type="distilbert", num_layers=6, type_vocab_size=0), 512),
+    ],
+    ids=["bert_base", "bert_1024", "distilbert"],
+)
+def test_published_sizes(config: ModelConfig, length: int) -> None:
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    count = sum(x.size for x in jax.tree.leaves(params))
+    selectors = 2 * (768 * 32 + 32 + 32 + 1)
+    if config.model_type == "bert":
+        base = 109_482_240 + (config.max_positions - 512) * 768  # BERT-base, pooler included
+        assert count == base + selectors + (768 + 1) * config.num_labels
+    else:
+        assert count == 66_362_880 + selectors + (768 + 1) * 768 + (768 + 1) * config.num_labels
+    batch = {
+        "input_ids": jax.ShapeDtypeStruct((8, length), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((8, length), bool),
+    }
+    output = jax.eval_shape(
+        lambda params, batch: forward(
+            TokenReducingModel(config), params, batch, rule=tokens.keep_probable, num_copies=4
+        ),
+        params,
+        batch,
+    )
+    assert output.logits.shape == (32, config.num_labels)
+    assert [s.keep.shape for s in output.selections] == [(32, length)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_packed_execution_needs_less_memory_than_masked() -> None:
+    """As the compiler planned it, of 128 texts padded to 512 tokens; nothing is run."""
+    config, rows, width = SIZES["minilm"], 128, 512
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    batch = {
+        "input_ids": jax.ShapeDtypeStruct((rows, width), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((rows, width), bool),
+        "min_logit": jax.ShapeDtypeStruct((rows,), jnp.float32),
+    }
+    programs, peak = Programs(TokenReducingModel(config)), {}
+    for execution in ("packed", "masked"):
+        plan = programs.get(execution, params, batch).memory_analysis()  # type: ignore[attr-defined]
+        peak[execution] = plan.temp_size_in_bytes + plan.output_size_in_bytes
+    # The masked path has attention probabilities of all pairs: B x heads x S x S, four bytes each.
+    assert peak["masked"] > rows * config.num_heads * width**2 * 4
+    assert peak["packed"] < 0.5 * peak["masked"]

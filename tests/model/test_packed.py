@@ -1,0 +1,229 @@
+"""Packed execution computes what masked execution does."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tiny_batches import random_batch
+
+from trbert_jax.model import packed as packed_module
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import ModelOutput, TokenReducingModel, forward
+from trbert_jax.model.packed import pack, packed_forward
+from trbert_jax.model.tiles import Tiling
+from trbert_jax.reduction import selection as tokens
+from trbert_jax.training import objectives
+
+BERT = tiny_models.BERT
+DISTILBERT = dataclasses.replace(tiny_models.DISTILBERT, num_layers=3)
+WIDTH = 18
+# Smaller than the batches: several large tiles, several small ones, several groups and rungs.
+TILING = Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
+NUM_ROWS = 5
+
+
+@functools.cache
+def params_of(config: ModelConfig) -> Any:
+    return jax.tree.map(jnp.asarray, tiny_models.tiny_params(config))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def both(config: ModelConfig, rule_of: Any, params: Any, batch: Any) -> tuple[ModelOutput, ModelOutput]:
+    model, rule = TokenReducingModel(config), rule_of(batch)
+    masked = forward(model, params, batch, rule=rule)
+    return masked, packed_forward(model, params, batch, rule=rule, tiling=TILING)
+
+
+def assert_same(masked: ModelOutput, packed: ModelOutput) -> None:
+    np.testing.assert_allclose(packed.logits, masked.logits, rtol=1e-5, atol=1e-5)
+    for ours, reference in zip(packed.selections, masked.selections, strict=True):
+        np.testing.assert_array_equal(ours.keep, reference.keep)
+        np.testing.assert_array_equal(ours.scored, reference.scored)
+        logits = np.where(reference.scored, reference.logits, 0)
+        np.testing.assert_allclose(ours.logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def replay_batch(batch: dict[str, Any]) -> tokens.Rule:
+    return tokens.replay(batch["actions"])
+
+
+def probable(batch: dict[str, Any]) -> tokens.Rule:
+    return tokens.keep_probable
+
+
+def nothing(batch: dict[str, Any]) -> None:
+    return None
+
+
+rows_of_tokens = st.one_of(
+    st.lists(st.integers(1, WIDTH), min_size=NUM_ROWS, max_size=NUM_ROWS),
+    st.integers(1, WIDTH).map(lambda n: [n] * NUM_ROWS),  # all rows equal
+    st.just([1] * (NUM_ROWS - 1) + [WIDTH]),  # one huge row among tiny ones
+)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(lengths=rows_of_tokens, keep=st.floats(0, 1), seed=st.integers(0, 2**16))
+@example(lengths=[1] * NUM_ROWS, keep=0.0, seed=0)
+@example(lengths=[WIDTH] * NUM_ROWS, keep=0.0, seed=0)  # every row keeps [CLS] alone
+@example(lengths=[WIDTH] * NUM_ROWS, keep=1.0, seed=0)  # nothing is dropped, nothing is padding
+def test_any_batch_and_any_selection(lengths: list[int], keep: float, seed: int) -> None:
+    actions = np.random.default_rng(seed).random((2, NUM_ROWS, WIDTH)) < keep
+    batch = {**random_batch(BERT, lengths, seed=seed, width=WIDTH), "actions": jnp.asarray(actions)}
+    assert_same(*both(BERT, replay_batch, params_of(BERT), batch))
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 5])
+@pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=lambda c: c.model_type)
+@pytest.mark.parametrize("rule_of", [probable, nothing], ids=["reduced", "dense"])
+def test_any_depth(config: ModelConfig, num_layers: int, rule_of: Any) -> None:
+    config = dataclasses.replace(config, num_layers=num_layers)
+    assert_same(
+        *both(config, rule_of, params_of(config), random_batch(config, [9, 1, 18, 5, 12], width=WIDTH))
+    )
+
+
+@pytest.mark.parametrize("lengths", [[18], [1], [7, 18]])
+def test_small_batches(lengths: list[int]) -> None:
+    assert_same(*both(BERT, probable, params_of(BERT), random_batch(BERT, lengths, width=WIDTH)))
+
+
+# Gradients ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def gradient_program(execute: Any, joint: bool) -> Any:
+    def loss(params: Any, batch: Any, dropout_rng: Any) -> jax.Array:
+        samples = objectives.sample_policy(
+            TokenReducingModel(BERT),
+            params,
+            batch,
+            rule=objectives.sampling_rule(jax.random.key(5), batch, 3, imitating=False),
+            num_samples=3,
+            alpha=1.0,
+            max_length=WIDTH,
+            dropout_rng=dropout_rng,
+            execute=execute,
+        )
+        make = objectives.joint_objective if joint else objectives.policy_objective
+        return make(batch, samples).total.sum()
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def gradients(execute: Any, params: Any, batch: Any, joint: bool, dropout_rng: Any = None) -> Any:
+    return gradient_program(execute, joint)(params, batch, dropout_rng)
+
+
+packed = functools.partial(packed_forward, tiling=TILING)
+# As on an accelerator.
+at_once = functools.partial(packed_forward, tiling=dataclasses.replace(TILING, row_by_row=False))
+
+
+@pytest.mark.parametrize(
+    ("packed", "joint"),
+    [(packed, True), (packed, False), pytest.param(at_once, True, marks=pytest.mark.slow)],
+    ids=["joint", "policy", "gather"],
+)
+def test_gradients_of_sampled_runs(packed: Any, joint: bool) -> None:
+    batch = random_batch(BERT, [9, 1, 18, 5], width=WIDTH)
+    reference, expected = gradients(forward, params_of(BERT), batch, joint)
+    value, found = gradients(packed, params_of(BERT), batch, joint)
+    np.testing.assert_allclose(value, reference, rtol=1e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    ):
+        # Gradients that are 0 in exact arithmetic (key biases) are rounding noise of all others.
+        tolerance = 1e-4 * np.abs(one).max() + 1e-6 * largest
+        np.testing.assert_allclose(other, one, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.slow
+def test_dropout_follows_its_key() -> None:
+    batch = random_batch(BERT, [9, 1, 18, 5], width=WIDTH)
+    runs = [gradients(packed, params_of(BERT), batch, True, jax.random.key(seed)) for seed in (1, 1, 2)]
+    same, again, other = (np.asarray(grads["head"]["classifier"]["kernel"]) for _, grads in runs)
+    np.testing.assert_array_equal(same, again)
+    assert np.abs(same - other).max() > 1e-3
+    without = gradients(packed, params_of(BERT), batch, True)[1]["head"]["classifier"]["kernel"]
+    assert np.abs(same - without).max() > 1e-3
+
+
+# Shapes -------------------------------------------------------------------------------------------
+
+
+def test_one_trace_serves_all_selections(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces: collections.Counter[str] = collections.Counter()
+
+    def counting(*arguments: Any) -> tokens.Selection:
+        traces["select"] += 1
+        return tokens.select(*arguments)
+
+    monkeypatch.setattr(packed_module, "select", counting)
+    run = jax.jit(
+        lambda params, batch: packed(TokenReducingModel(BERT), params, batch, rule=tokens.keep_probable)
+    )
+    for seed in range(5):
+        lengths = np.random.default_rng(seed).integers(1, WIDTH + 1, 4).tolist()
+        run(params_of(BERT), random_batch(BERT, lengths, seed=seed, width=WIDTH))
+    assert traces == {"select": 2}
+
+
+def test_pack_lays_rows_one_after_the_other() -> None:
+    states = jnp.arange(12.0)[:, None]
+    valid = jnp.array([[True, False, True, True], [True, False, False, False], [True, True, True, True]])
+    packed = pack(states, jnp.arange(12).reshape(3, 4), valid, TILING)
+    assert int(packed.count) == 8
+    np.testing.assert_array_equal(packed.states[:8, 0], [8, 9, 10, 11, 0, 2, 3, 4])  # the longest row first
+    np.testing.assert_array_equal(packed.start, [4, 7, 0])
+    np.testing.assert_array_equal(packed.length, [3, 1, 4])
+    np.testing.assert_array_equal(packed.to_rows(packed.states[:, 0]), jnp.arange(12.0).reshape(3, 4) * valid)
+
+
+@pytest.mark.parametrize("width", [1, 4, 5, 18, 256, 512, 1024])
+def test_ladder_ends_at_the_width_and_stays_short(width: int) -> None:
+    for tiling in (TILING, *(Tiling.for_backend(name, rows) for name in ("cpu", "gpu") for rows in (1, 32))):
+        ladder = tiling.ladder(width)
+        assert ladder == tuple(sorted(set(ladder)))
+        assert len(ladder) <= 8
+        assert ladder[-1] >= width
+        assert len(ladder) == 1 or ladder[-2] < width
+        assert all(wide <= narrow + 2 * ladder[0] for narrow, wide in itertools.pairwise(ladder))
+        # A row that starts at the last token, and the last tile, end within the array.
+        assert tiling.capacity(3 * width, width) >= 3 * width - 1 + ladder[-1]
+        assert tiling.capacity(3 * width, width) >= -(-3 * width // tiling.tokens) * tiling.tokens
+
+
+@pytest.mark.parametrize("execute", [forward, packed_forward], ids=["masked", "packed"])
+def test_computing_again_changes_no_gradient(execute: Callable[..., Any]) -> None:
+    config = dataclasses.replace(tiny_models.BERT, num_layers=2)
+    params = jax.tree.map(jnp.asarray, tiny_models.tiny_params(config))
+    batch = random_batch(config, [18, 1, 7], width=18)
+
+    def gradient(remat: bool) -> tuple[Any, str]:
+        model = TokenReducingModel(config, remat=remat)
+
+        def loss(params: Any) -> jax.Array:
+            rng = jax.random.key(1)
+            output = execute(model, params, batch, rule=tokens.keep_probable, dropout_rng=rng)
+            return jnp.square(output.logits).sum()
+
+        return jax.jit(jax.grad(loss))(params), str(jax.make_jaxpr(loss)(params))
+
+    (kept, plain), (again, marked) = gradient(False), gradient(True)
+    assert "remat" in marked or "checkpoint" in marked
+    assert "remat" not in plain
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), kept, again)

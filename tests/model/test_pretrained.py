@@ -1,0 +1,188 @@
+"""Model folders, ours and those of transformers and the published code: what is saved and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_models
+from tiny_checkpoints import CONFIGS, assert_same_params, edit_json, edit_weights, quietly
+from tiny_models import BERT, DISTILBERT, tiny_model, tiny_params, tiny_weights
+
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import TokenReducingModel
+from trbert_jax.model.names import to_original_names
+from trbert_jax.model.pretrained import load_pretrained, load_tokenizer, save_pretrained
+from trbert_jax.model.tokenizer_files import read_line_breaks_as_spaces
+
+
+@CONFIGS
+@pytest.mark.parametrize("num_layers", [3, 6])
+def test_round_trip_is_bit_exact(tmp_path: Path, config: ModelConfig, num_layers: int) -> None:
+    config = dataclasses.replace(config, num_layers=num_layers, max_length=11, hidden_dropout=0.07)
+    params = tiny_params(config)
+    save_pretrained(tmp_path / "model", config, params, tiny_models.tiny_tokenizer())
+    loaded = quietly(tmp_path / "model")
+    assert loaded.config == config
+    assert loaded.fresh == ()
+    assert_same_params(loaded.params, params)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(loaded.params))
+    assert loaded.tokenizer("a dull film.").tokens() == ["[CLS]", "a", "dull", "film", ".", "[SEP]"]
+    first = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    save_pretrained(tmp_path / "again", loaded.config, loaded.params, loaded.tokenizer)
+    assert first == {file.name: file.read_bytes() for file in (tmp_path / "again").iterdir()}
+
+
+def test_saving_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "model")
+    tiny_model(tmp_path / "model", DISTILBERT)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert quietly(tmp_path / "model").config == DISTILBERT
+
+
+def test_saving_half_a_model_is_refused(tmp_path: Path) -> None:
+    params = tiny_params(BERT)
+    del params["head"]["classifier"]["bias"]
+    with pytest.raises(ValueError, match=r"classifier\.bias"):
+        save_pretrained(tmp_path / "model", BERT, params, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.torch
+@CONFIGS
+def test_transformers_loads_what_we_save(tmp_path: Path, config: ModelConfig) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    # Weights of a usual size: larger ones amplify the rounding in which two programs differ.
+    save_pretrained(tmp_path, config, tiny_params(config, scale=0.1), tiny_models.tiny_tokenizer())
+    kind = json.loads((tmp_path / "config.json").read_text())["architectures"][0]
+    model, info = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert all("linear_" in name for name in info["unexpected_keys"])
+    assert model.config.id2label == dict(enumerate(config.labels))
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.model_max_length == config.max_positions
+    texts = ["the plot was not dull.", "good!"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs = model.eval()(**batch, output_hidden_states=True)
+    loaded = quietly(tmp_path)
+    module = TokenReducingModel(loaded.config)
+    arguments = (jnp.asarray(batch["input_ids"].numpy()), jnp.asarray(batch["attention_mask"].numpy() > 0))
+    inputs = dict(zip(("input_ids", "mask"), arguments, strict=True))
+    ours = module.apply({"params": loaded.params}, inputs, rule=None).logits
+    np.testing.assert_allclose(ours, theirs.logits.numpy(), atol=1e-5)
+    tokens = module.apply({"params": loaded.params}, *arguments, method="embed")
+    tokens = module.apply({"params": loaded.params}, tokens, range(config.num_layers), method="run_layers")
+    real = arguments[1]
+    np.testing.assert_allclose(tokens.states[real], theirs.hidden_states[-1].numpy()[real], atol=1e-5)
+
+
+@pytest.mark.torch
+@CONFIGS
+@pytest.mark.parametrize("form", ["safetensors", "bin", "sharded", "encoder"])
+def test_loads_what_transformers_saves(tmp_path: Path, config: ModelConfig, form: str) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tiny_model(tmp_path / "ours", config)
+    kind = "AutoModel" if form == "encoder" else "AutoModelForSequenceClassification"
+    model = getattr(transformers, kind).from_pretrained(tmp_path / "ours")
+    theirs = tmp_path / "theirs"
+    if form == "sharded":
+        model.save_pretrained(theirs, max_shard_size="8KB")
+        assert len(list(theirs.glob("model-*.safetensors"))) > 1
+    else:
+        model.save_pretrained(theirs)
+    if form == "bin":
+        (theirs / "model.safetensors").unlink()
+        torch.save(model.state_dict(), theirs / "pytorch_model.bin")
+    loaded = load_pretrained(theirs, announce=lambda message: None)
+    expected = ["selectors"]
+    if form == "encoder":
+        expected += ["pre_classifier"] * (config.model_type == "distilbert") + ["classifier"]
+    assert list(loaded.fresh) == expected
+    assert loaded.tokenizer is None
+    assert loaded.config.num_layers == config.num_layers
+    weights, ours = (to_original_names(x.params, config) for x in (loaded, quietly(tmp_path / "ours")))
+    parts = {"selectors": "linear_", "pre_classifier": "pre_classifier", "classifier": "classifier"}
+    compared = [n for n in ours if not any(parts[part] in n for part in loaded.fresh)]
+    assert len(compared) > 60
+    for name in compared:
+        np.testing.assert_array_equal(weights[name], ours[name])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_precisions_become_float32(tmp_path: Path, dtype: Any) -> None:
+    tiny_model(tmp_path)
+    edit_weights(tmp_path, lambda weights: {k: v.astype(dtype) for k, v in weights.items()})
+    expected = {k: v.astype(dtype).astype(np.float32) for k, v in tiny_weights(BERT).items()}
+    loaded = to_original_names(quietly(tmp_path).params, BERT)
+    for name, array in expected.items():
+        assert loaded[name].dtype == np.float32
+        np.testing.assert_array_equal(loaded[name], array)
+
+
+def test_names_without_prefix_old_names_and_harmless_extras(tmp_path: Path) -> None:
+    tiny_model(tmp_path)
+
+    def rename(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        renamed = {
+            k.removeprefix("bert.")
+            .replace("LayerNorm.weight", "LayerNorm.gamma")
+            .replace("LayerNorm.bias", "LayerNorm.beta"): v
+            for k, v in weights.items()
+        }
+        extras: dict[str, Any] = {
+            "embeddings.position_ids": np.arange(20)[None],
+            "cls.predictions.bias": np.zeros(3, np.float32),
+            "cls.seq_relationship.weight": np.zeros((2, 16), np.float32),
+        }
+        return {**renamed, **extras}
+
+    edit_weights(tmp_path, rename)
+    assert_same_params(quietly(tmp_path).params, tiny_params(BERT))
+
+
+@pytest.mark.parametrize(
+    ("config", "published"), [(BERT, "autobert"), (BERT, "initbert"), (DISTILBERT, "distilautobert")]
+)
+def test_published_model_types(tmp_path: Path, config: ModelConfig, published: str) -> None:
+    tiny_model(tmp_path, config)
+    edit_json(tmp_path / "config.json", model_type=published, remove=("trbert",))
+    loaded = quietly(tmp_path)
+    assert loaded.config == dataclasses.replace(config, max_length=20)
+    assert loaded.tokenizer is not None
+
+
+def test_line_breaks_as_spaces_stay_with_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = tiny_models.tiny_tokenizer()
+    assert len(tokenizer("a<br />film<br>.").tokens()) > 5
+    read_line_breaks_as_spaces(tokenizer)
+    save_pretrained(tmp_path, BERT, tiny_params(BERT), tokenizer)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded("a<br /><br/>film<br>.").tokens() == ["[CLS]", "a", "film", ".", "[SEP]"]
+    assert loaded("a < br film").tokens() == tiny_models.tiny_tokenizer()("a < br film").tokens()
+
+
+def test_tokenizer_from_a_bare_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(tiny_models.VOCABULARY) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 4}')
+    ours, theirs = load_tokenizer(tmp_path), tiny_models.tiny_tokenizer()
+    text = "I saw the goods, not badly!"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+def test_stored_truncation_and_padding_are_switched_off(tmp_path: Path) -> None:
+    tokenizer = tiny_models.tiny_tokenizer().backend_tokenizer
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=12)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(load_tokenizer(tmp_path).backend_tokenizer.encode("the film was very very dull").ids) == 8

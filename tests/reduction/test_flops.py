@@ -1,0 +1,129 @@
+"""FLOPs accounting; the numbers are worked out by hand, not taken from the code."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.reduction import flops
+
+BERT_BASE = flops.EncoderShape(12, 768, 3072, num_outputs=2, reduction_layers=(1, 6))
+# H = 2, I = 3: a layer over n tokens takes 4n*4 + 2n*6 + 4n^2 = 28n + 4n^2 MACs; a selector of width
+# 5 takes 2*5 + 5 = 15 a token; the classifier 2*3 = 6; the pooler 2*2 = 4.
+SMALL = flops.EncoderShape(4, 2, 3, num_outputs=3, reduction_layers=(1, 2), selector_hidden=5)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "macs"),
+    [(0, 0), (1, 7_079_424), (128, 931_135_488), (512, 4_026_531_840), (1024, 8_858_370_048)],
+)
+def test_published_costs_of_a_bert_base_layer(num_tokens: int, macs: int) -> None:
+    assert flops.layer_macs(num_tokens, 768, 3072) == macs
+
+
+def test_layer_cost_keeps_the_shape_and_does_not_overflow() -> None:
+    tokens = np.array([[1, 2], [3, 1_000_000]], np.int32)
+    macs = flops.layer_macs(tokens, 2, 3)
+    assert macs.tolist() == [[32, 72], [120, 28 * 10**6 + 4 * 10**12]]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "segments"),
+    [
+        (12, (1, 5, 6)),
+        (6, (1, 2, 3)),
+        (5, (1, 1, 3)),
+        (4, (1, 1, 2)),
+        (3, (1, 2)),
+        (2, (1, 1)),
+        (1, (0, 1)),
+    ],
+)
+def test_every_layer_belongs_to_one_segment(num_layers: int, segments: tuple[int, ...]) -> None:
+    shape = flops.EncoderShape.of(ModelConfig(num_layers=num_layers))
+    assert shape.segments == segments
+    assert sum(shape.segments) == num_layers
+
+
+def test_shape_of_a_config_takes_its_sizes() -> None:
+    config = ModelConfig(
+        num_layers=4, hidden_size=2, intermediate_size=3, labels=("a", "b", "c"), selector_hidden=5
+    )
+    assert flops.EncoderShape.of(config) == SMALL
+
+
+def test_dense_counts_by_hand() -> None:
+    # n = 10: 280 + 400 = 680 a layer, four layers, the classifier; n = 1: 32 a layer.
+    assert flops.dense_flops(SMALL, [10, 1]).tolist() == [2 * (4 * 680 + 6), 2 * (4 * 32 + 6)]
+    assert flops.exact_dense_flops(SMALL, [10]).tolist() == [2 * (4 * 680 + 6 + 4)]
+
+
+def test_dense_cost_follows_the_models_own_depth() -> None:
+    distilbert = dataclasses.replace(BERT_BASE, num_layers=6, reduction_layers=(1, 3))
+    expected = 2 * (6 * 4_026_531_840 + 768 * 2)
+    assert flops.dense_flops(distilbert, [512]).tolist() == [expected]
+
+
+def test_bert_base_reference() -> None:
+    assert flops.bert_base_flops([512], num_outputs=5).tolist() == [2 * (12 * 4_026_531_840 + 768 * 5)]
+
+
+def test_reduced_counts_by_hand() -> None:
+    # Row 1: 10 tokens, 4 kept (28*4 + 4*16 = 176), then 2 (72). Row 2: 10, all kept. Row 3: [CLS] only.
+    lengths, kept = [10, 10, 10], [[4, 2], [10, 10], [1, 1]]
+    encoder = [680 + 176 + 2 * 72, 4 * 680, 680 + 3 * 32]
+    reported = [2 * (encoder[0] + 15 * 6 + 6), 2 * (encoder[1] + 15 * 20 + 6), 2 * (encoder[2] + 15 * 2 + 6)]
+    assert flops.reduced_flops(SMALL, lengths, kept).tolist() == reported
+    # Exact: the first selector looks at all 10 tokens, the second at those the first kept.
+    exact = [
+        2 * (encoder[0] + 15 * 14 + 10),
+        2 * (encoder[1] + 15 * 20 + 10),
+        2 * (encoder[2] + 15 * 11 + 10),
+    ]
+    assert flops.exact_flops(SMALL, lengths, kept).tolist() == exact
+
+
+def test_reduced_counts_of_bert_base() -> None:
+    kept = [[128, 1]]
+    encoder = 4_026_531_840 + 5 * 931_135_488 + 6 * 7_079_424
+    selector = 768 * 32 + 32
+    assert flops.reduced_flops(BERT_BASE, [512], kept).tolist() == [2 * (encoder + 129 * selector + 1536)]
+    exact = 2 * (encoder + 640 * selector + 768 * 768 + 1536)
+    assert flops.exact_flops(BERT_BASE, [512], kept).tolist() == [exact]
+
+
+@pytest.mark.parametrize("num_layers", [3, 2])
+def test_shallow_model_has_one_point(num_layers: int) -> None:
+    shape = dataclasses.replace(SMALL, num_layers=num_layers, reduction_layers=(1,))
+    expected = 2 * (680 + (num_layers - 1) * 176 + 15 * 4 + 6)
+    assert flops.reduced_flops(shape, [10], [[4]]).tolist() == [expected]
+
+
+def test_single_layer_model_reduces_before_its_layer() -> None:
+    shape = dataclasses.replace(SMALL, num_layers=1, reduction_layers=(0,))
+    assert flops.reduced_flops(shape, [10], [[4]]).tolist() == [2 * (176 + 15 * 4 + 6)]
+    assert flops.exact_flops(shape, [10], [[4]]).tolist() == [2 * (176 + 15 * 10 + 10)]
+
+
+@pytest.mark.parametrize("count", [flops.reduced_flops, flops.exact_flops])
+@pytest.mark.parametrize(
+    ("lengths", "kept", "message"),
+    [
+        ([10], [[4]], "a column a point of reduction"),
+        ([10], [[4, 2, 1]], "a column a point of reduction"),
+        ([10, 9], [[4, 2]], "a column a point of reduction"),
+        (10, [4, 2], "a column a point of reduction"),
+        ([10], [[11, 2]], "more tokens than it had"),
+        ([10], [[4, 5]], "more tokens than it had"),
+    ],
+)
+def test_impossible_counts_are_refused(count, lengths, kept, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        count(SMALL, lengths, kept)
+
+
+def test_no_examples_give_no_counts() -> None:
+    assert flops.reduced_flops(SMALL, np.zeros(0, int), np.zeros((0, 2), int)).shape == (0,)

@@ -1,0 +1,356 @@
+"""Data in shards: what is read back is what was written, and nothing else is ever read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import tiny_runs
+
+from trbert_jax.cli import main
+from trbert_jax.config import load_config
+from trbert_jax.errors import UserError
+from trbert_jax.io import read_json, write_json
+from trbert_jax.tasks.batching import pad_batch
+from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.training import prepared_writer
+from trbert_jax.training.prepared import load_prepared, shard_paths
+from trbert_jax.training.prepared_writer import write_prepared
+from trbert_jax.training.run import Run
+
+SETTINGS = {"model.max_length": 9}
+
+
+def make_features(seed: int = 0, grouped: bool = False, types: bool = False) -> FeatureSet:
+    """Eleven examples of one row, or of one to three with targets of their own."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 4, 11) if grouped else np.ones(11, int)
+    lengths = rng.integers(3, 10, counts.sum())
+    tokens = rng.integers(5, 99, lengths.sum()).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens[offsets[:-1]] = 2
+    row_targets = {"starts": rng.integers(-1, 9, (len(lengths), 2)).astype(np.int32)} if grouped else {}
+    targets = {"weights": rng.normal(size=(11, 3)).astype(np.float32)} if grouped else {}
+    return FeatureSet(
+        tokens=tokens,
+        offsets=offsets.astype(np.int64),
+        token_types=rng.integers(0, 2, len(tokens)).astype(np.int8) if types else None,
+        labels=rng.integers(-1, 3, 11).astype(np.int32),
+        ids=[f"train.jsonl:{i} ü" for i in range(11)],
+        num_truncated=2,
+        digest=f"digest {seed}",
+        first_row=np.concatenate([[0], np.cumsum(counts)]) if grouped else None,
+        group=3 if grouped else 1,
+        row_targets=row_targets,
+        targets=targets,
+    )
+
+
+def write(folder: Path, features: FeatureSet, **options: int) -> Path:
+    return write_prepared(
+        folder, {"train": features}, SETTINGS, announce=lambda line: None, **{"shard_size": 4, **options}
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["rows", "groups"])
+@pytest.mark.parametrize("types", [False, True], ids=["", "types"])
+def test_batches_are_those_of_the_set(tmp_path: Path, grouped: bool, types: bool) -> None:
+    features = make_features(grouped=grouped, types=types)
+    prepared = load_prepared(write(tmp_path / "p", features), "train", SETTINGS)
+    assert len(prepared) == 11
+    assert (prepared.ids, prepared.digest, prepared.num_truncated) == (features.ids, "digest 0", 2)
+    np.testing.assert_array_equal(prepared.lengths, features.lengths)
+    assert prepared.tokens.size == 0, "tokens stay on disk"
+    for chosen in ([0], [10, 3, 3, 7], list(range(11)), []):
+        index = np.array(chosen, np.int64)
+        ours, expected = (pad_batch(x, index, 12, 9) for x in (prepared, features))
+        assert ours.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_array_equal(ours[name], expected[name], err_msg=name)
+            assert ours[name].dtype == expected[name].dtype
+
+
+def test_tensorflow_datasets_reads_it(tmp_path: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    features = make_features(grouped=True, types=True)
+    builder = tfds.builder_from_directory(str(write(tmp_path / "p", features)))
+    source = builder.as_data_source("train")
+    assert len(source) == 11
+    assert features.first_row is not None
+    assert features.token_types is not None
+    begin, end = features.offsets[features.first_row[7]], features.offsets[features.first_row[8]]
+    example = source[7]
+    np.testing.assert_array_equal(example["input_ids"], features.tokens[begin:end])
+    np.testing.assert_array_equal(example["token_type_ids"], features.token_types[begin:end])
+    np.testing.assert_allclose(example["target_weights"], features.targets["weights"][7])
+    assert example["id"].decode() == "train.jsonl:7 ü"
+    assert example["label"] == features.labels[7]
+
+
+def test_what_was_interrupted_ends_with_the_same_files(tmp_path: Path) -> None:
+    features = make_features()
+    whole = contents(write(tmp_path / "whole", features))
+    assert sum("array_record" in name for name in whole) == 3
+    parts, said = tmp_path / "parts", list[str]()
+    write(parts, features)
+    first, second, _ = shard_paths(parts, "train", 11, 4)
+    first.unlink()
+    os.truncate(second, 10)
+    second.rename(f"{second}.partial")  # as a killed run leaves it
+    (parts / "index-train.npz").unlink()
+    (parts / "dataset_info.json").unlink()
+    write_prepared(parts, {"train": features}, SETTINGS, shard_size=4, announce=said.append)
+    assert "train: 1 of 3 shards are there already" in said
+    assert contents(parts) == whole
+    assert contents(write(tmp_path / "one at a time", features, workers=1)) == whole
+
+
+def test_a_killed_call_leaves_shards_that_the_next_one_can_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three shards the first is good, the second damaged after it was written, the third not there."""
+    features, parts, said = make_features(), tmp_path / "parts", list[str]()
+    whole = contents(write(tmp_path / "whole", features))
+    first, second, third = shard_paths(parts, "train", 11, 4)
+    original = prepared_writer._write_shard
+
+    def killed_at_third(path: Path, *arguments: Any) -> dict[str, Any]:
+        if path == third:
+            raise KeyboardInterrupt
+        return original(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared_writer, "_write_shard", killed_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            write(parts, features, workers=1)
+    assert second.exists()
+    os.truncate(second, 10)
+    with (parts / prepared_writer.NOTES).open("a", encoding="utf-8") as stream:
+        stream.write('["half a li')
+    before = first.stat().st_mtime_ns
+    write_prepared(parts, {"train": features}, SETTINGS, shard_size=4, announce=said.append)
+    assert said[:2] == [
+        f"{second}: is not as it was written; written again",
+        "train: 1 of 3 shards are there already",
+    ]
+    assert first.stat().st_mtime_ns == before
+    assert contents(parts) == whole
+
+
+@pytest.mark.parametrize("name", ["trbert-train.array_record-00001-of-00003", "index-train.npz"])
+def test_damage_is_mended_and_never_blessed(tmp_path: Path, name: str) -> None:
+    features, said = make_features(), list[str]()
+    folder = write(tmp_path / "p", features)
+    whole = contents(folder)
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is not as it was written"):
+        load_prepared(folder, "train", SETTINGS)
+    write_prepared(folder, {"train": features}, SETTINGS, shard_size=4, announce=said.append)
+    assert f"{path}: is not as it was written; written again" in said
+    assert contents(folder) == whole
+    assert len(load_prepared(folder, "train", SETTINGS)) == 11
+
+
+def test_shards_without_a_hash_are_written_again(tmp_path: Path) -> None:
+    features, said = make_features(), list[str]()
+    folder = write(tmp_path / "p", features)
+    whole = contents(folder)
+    about = read_json(folder / "provenance.json")
+    del about["files"]
+    write_json(folder / "provenance.json", about)
+    os.truncate(shard_paths(folder, "train", 11, 4)[0], 10)
+    write_prepared(folder, {"train": features}, SETTINGS, shard_size=4, announce=said.append)
+    assert sum("has no hash on record; written again" in line for line in said) == 3
+    assert contents(folder) == whole
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writer:
+        def __init__(self, path: str, options: str) -> None:
+            Path(path).write_bytes(b"half")
+
+        def write(self, record: bytes) -> None:
+            pass
+
+        def close(self) -> None:
+            raise RuntimeError("write() failed: No space left on device; writing x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("array_record.python.array_record_module.ArrayRecordWriter", Writer)
+        with pytest.raises(
+            UserError, match=r"array_record-0000\d.*: cannot be written.*No space left on device"
+        ):
+            write(tmp_path / "p", make_features(), workers=1)
+    assert not list((tmp_path / "p").glob("*array_record*"))
+    assert len(load_prepared(write(tmp_path / "p", make_features()), "train", SETTINGS)) == 11
+
+
+def test_splits_whose_targets_differ_in_width(tmp_path: Path) -> None:
+    """TensorFlow Datasets has one description for all splits, and would reshape what does not fit it."""
+    import tensorflow_datasets as tfds
+
+    train, dev = (make_features(seed, grouped=True, types=not seed) for seed in (0, 1))
+    wide = np.arange(4 * len(dev.row_lengths), dtype=np.int32).reshape(-1, 4)
+    dev = dataclasses.replace(dev, row_targets={"starts": wide}, targets={})
+    splits = {"train": train, "dev": dev}
+    write_prepared(tmp_path / "p", splits, SETTINGS, shard_size=4, announce=lambda line: None)
+    builder = tfds.builder_from_directory(str(tmp_path / "p"))
+    for split, features in splits.items():
+        assert features.first_row is not None
+        for index, example in enumerate(builder.as_data_source(split)):
+            rows = slice(features.first_row[index], features.first_row[index + 1])
+            expected = np.full((rows.stop - rows.start, 4), -1)
+            values = features.row_targets["starts"][rows]
+            expected[:, : values.shape[1]] = values
+            np.testing.assert_array_equal(example["row_starts"], expected)
+            assert example["target_weights"].shape == (3,)
+            assert len(example["token_type_ids"]) == len(example["input_ids"])
+        there = load_prepared(tmp_path / "p", split, SETTINGS)
+        np.testing.assert_array_equal(there.row_targets["starts"], features.row_targets["starts"])
+
+
+def damage(name: str, action: Callable[[Path], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        action(folder / name)
+
+    return apply
+
+
+SHARD = "trbert-train.array_record-00001-of-00003"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damage(SHARD, Path.unlink), f"{SHARD} is missing; run `trbert prepare-data` again"),
+        (
+            damage(SHARD, lambda p: os.truncate(p, 9)),
+            f"{SHARD} is not as it was written; run `trbert prepare-data` again",
+        ),
+        (
+            damage("index-train.npz", lambda p: p.write_bytes(b"x")),
+            "index-train.npz is not as it was written",
+        ),
+        (
+            damage("provenance.json", Path.unlink),
+            "has no provenance.json; make it with `trbert prepare-data`",
+        ),
+    ],
+)
+def test_damage_is_named_before_training(
+    tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    folder = write(tmp_path / "p", make_features())
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        load_prepared(folder, "train", SETTINGS)
+
+
+def test_other_settings_other_data_other_folders(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p", make_features())
+    with pytest.raises(UserError, match=r"made with other settings:\n  model.max_length: 9 then, 12 now"):
+        load_prepared(folder, "train", {"model.max_length": 12})
+    with pytest.raises(UserError, match="has no split dev"):
+        load_prepared(folder, "dev", SETTINGS)
+    with pytest.raises(UserError, match="prepared otherwise"):
+        write(folder, make_features(seed=1))
+    with pytest.raises(UserError, match="prepared otherwise"):
+        write(folder, make_features(), shard_size=5)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not empty and not prepared data"):
+        write(tmp_path / "full", make_features())
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepared_writer, "_write_index", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "p", make_features())
+    with pytest.raises(UserError, match="is not finished; run `trbert prepare-data` again, it goes on"):
+        load_prepared(tmp_path / "p", "train", SETTINGS)
+
+
+def test_training_from_shards_is_training_from_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_runs.write_dataset(tmp_path / "data")
+    changes = {
+        "stages": ["finetune"],
+        "model": {"scratch": {**tiny_runs.SCRATCH, "num_layers": 1}},
+        "finetune": {"execution": "masked", "accumulation_steps": 2},
+    }
+    config, shards = str(tiny_runs.write_config(tmp_path, **changes)), str(tmp_path / "shards")
+    with tiny_runs.compilation_cache(tmp_path / "programs"):
+        assert main(["train", "--config", config]) == 0
+        assert main(["prepare-data", "--config", config, "--output", shards, "--shard-size", "10"]) == 0
+        assert "70 examples in 12 files" in capsys.readouterr().out
+        other = [f"data.prepared={shards}", f"workdir={tmp_path / 'other'}"]
+        assert main(["train", "--config", config, *other]) == 0
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        one, two = (tmp_path / work / "finetune" / name for work in ("work", "other"))
+        assert one.read_bytes() == two.read_bytes()
+    assert (
+        main(["train", "--config", config, *other[:1], f"workdir={tmp_path / 'x'}", "model.max_length=12"])
+        == 2
+    )
+    assert "was made with other settings:\n  model.max_length: 16 then, 12 now" in capsys.readouterr().err
+
+
+def test_what_the_settings_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed counts where it decides which examples a limit leaves; data may move."""
+    tiny_runs.write_dataset(tmp_path / "data")
+
+    def settings(**data: Any) -> dict[str, Any]:
+        seed = data.pop("seed", 3)
+        changes = {"data": {"name": "imdb", "path": str(tmp_path / "data"), **data}, "seed": seed}
+        run = Run(load_config(tiny_runs.write_config(tmp_path, **changes)), announce=lambda line: None)
+        return run.preparation(tiny_models.tiny_tokenizer())
+
+    plain = settings()
+    assert settings(seed=4) == plain
+    assert settings(path=str(tmp_path)) == plain
+    assert settings(max_train_examples=9) != settings(max_train_examples=9, seed=4)
+    assert settings(skip_bad_records=True) != plain
+
+
+def test_only_a_split_that_does_not_exist_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, config = list[str](), load_config(tiny_runs.write_config(tmp_path))
+    model = types.SimpleNamespace(tokenizer=tiny_models.tiny_tokenizer())
+    monkeypatch.setattr(Run, "base_model", lambda run: model)
+    test = tmp_path / "data" / "test.jsonl"
+    test.unlink()
+    Run(config, said.append).prepare_data(tmp_path / "shards", 50, 1)
+    assert any(line.startswith(f"test: left out, {test}: no such file") for line in said)
+    test.write_text('{"text": "cut sho', encoding="utf-8")
+    with pytest.raises(UserError, match=r"test\.jsonl:1"):
+        Run(config, said.append).prepare_data(tmp_path / "other", 50, 1)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_set_in_memory_is_replaced_whole() -> None:
+    """Every field of a set is either in the index or read from the shards."""
+    assert {field.name for field in dataclasses.fields(FeatureSet)} == {
+        "tokens", "offsets", "token_types", "labels", "ids", "num_truncated", "digest", "first_row", "group",
+        "row_targets", "targets",
+    }  # fmt: skip

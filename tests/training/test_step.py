@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_models
+from tiny_batches import random_batch
+
+from trbert_jax.model.model import Batch, Params, TokenReducingModel
+from trbert_jax.training import objectives, optimizer
+from trbert_jax.training.objectives import Objective
+from trbert_jax.training.step import TrainState, init_state, train_step
+
+CONFIG = dataclasses.replace(tiny_models.BERT, num_layers=1)  # one point of reduction, before layer 0
+MODEL = TokenReducingModel(CONFIG)
+PARAMS = jax.tree.map(jnp.asarray, tiny_models.tiny_params(CONFIG))
+LENGTHS = [6, 1, 4, 5, 3, 6, 2, 5]
+BATCH = {k: v for k, v in random_batch(CONFIG, LENGTHS, 6).items() if k != "teacher_logits"}
+# Parameters after an update of plain gradient descent show the gradient itself, which Adam would
+# bring to one size, rounding errors in its zeros included.
+SGD = optax.sgd(0.1)
+
+
+def finetune(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> Objective:
+    return objectives.dense_objective(MODEL, params, batch)
+
+
+def init(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> Objective:
+    return objectives.initialization_objective(MODEL, params, batch)
+
+
+def sample(params: Params, batch: Batch, rng: jax.Array, imitating: Any) -> objectives.PolicySamples:
+    rule = objectives.sampling_rule(rng, batch, 3, imitating)
+    return objectives.sample_policy(
+        MODEL, params, batch, rule=rule, num_samples=3, alpha=1.0, max_length=CONFIG.max_length
+    )
+
+
+def policy(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> Objective:
+    return objectives.policy_objective(batch, sample(params, batch, rng, imitating=step < 1))
+
+
+def joint(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> Objective:
+    return objectives.joint_objective(batch, sample(params, batch, rng, imitating=False))
+
+
+STAGES: dict[str, tuple[Callable[..., Objective], optimizer.Trains]] = {
+    "finetune": (finetune, optimizer.trains_dense(CONFIG)),
+    "init": (init, optimizer.trains_selectors(CONFIG)),
+    "policy": (policy, optimizer.trains_selectors(CONFIG)),
+    "joint": (joint, optimizer.trains_all(CONFIG)),
+}
+
+
+@functools.cache
+def compiled(stage: str) -> tuple[Callable[..., tuple[TrainState, dict[str, jax.Array]]], list[str]]:
+    """A stage's update, and a list that grows whenever its objective is traced."""
+    objective, _ = STAGES[stage]
+    traces: list[str] = []
+
+    def traced(*arguments: Any) -> Objective:
+        traces.append(stage)
+        return objective(*arguments)
+
+    return jax.jit(functools.partial(train_step, traced, SGD)), traces
+
+
+def micro_batches(steps: int, **changes: Any) -> Batch:
+    """Eight examples as [steps, 8 / steps, ...] arrays."""
+    return {k: v.reshape(steps, -1, *v.shape[1:]) for k, v in {**BATCH, **changes}.items()}
+
+
+def update(stage: str, batches: Batch, step: int = 0, seed: int = 0) -> tuple[Params, dict[str, jax.Array]]:
+    """All parameters after one update, and its metrics."""
+    trained, frozen = optimizer.split_params(PARAMS, STAGES[stage][1])
+    state = dataclasses.replace(init_state(trained, SGD), step=jnp.int32(step))
+    state, metrics = compiled(stage)[0](state, frozen, batches, jax.random.key(seed))
+    assert state.step == step + 1
+    return optimizer.merge_params(state.trained, frozen), metrics
+
+
+def assert_close(left: Any, right: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), left, right)
+
+
+def changed(params: Params) -> set[str]:
+    """Components of which anything differs from the start."""
+    before, after = ({**p["encoder"], "head": p["head"]} for p in (PARAMS, params))
+    return {
+        name
+        for name in before
+        if any(
+            (a != b).any()
+            for a, b in zip(jax.tree.leaves(before[name]), jax.tree.leaves(after[name]), strict=True)
+        )
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_changes_nothing(stage: str) -> None:
+    """All at once or two at a time: the same actions and update, whatever the two filler rows hold."""
+    valid = jnp.arange(8) < 6
+    other = random_batch(CONFIG, LENGTHS, 6, seed=1)
+    filler = {k: jnp.where(valid.reshape(-1, *[1] * (v.ndim - 1)), v, other[k]) for k, v in BATCH.items()}
+    whole = update(stage, micro_batches(1, valid=valid))
+    parts = update(stage, micro_batches(4, **{**filler, "valid": valid}))
+    assert_close(whole, parts)
+    assert whole[1]["gradient_norm"] > 1e-4
+    full, _ = update(stage, micro_batches(1))
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), full, whole[0])
+    assert max(jax.tree.leaves(differences)) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("stage", "encoder", "selector"),
+    [("finetune", True, False), ("init", False, True), ("policy", False, True), ("joint", True, True)],
+)
+def test_stages_change_their_own(stage: str, encoder: bool, selector: bool) -> None:
+    """Everything else is bit for bit what it was; a shallow model asks no second selector."""
+    dense = (PARAMS["encoder"].keys() | {"head"}) - {"selector_0", "selector_1"}
+    expected = (dense if encoder else set()) | ({"selector_0"} if selector else set())
+    assert changed(update(stage, micro_batches(1))[0]) == expected
+
+
+def test_filler_alone_changes_nothing() -> None:
+    params, metrics = update("joint", micro_batches(4, valid=jnp.zeros(8, bool)))
+    assert changed(params) == set()
+    assert set(map(float, metrics.values())) == {0.0}
+
+
+def test_loss_is_the_mean_over_examples() -> None:
+    batches = micro_batches(1)
+    flat = {k: v[0] for k, v in batches.items()}
+    objective = jax.jit(lambda: objectives.dense_objective(MODEL, PARAMS, flat))()
+    _, metrics = update("finetune", batches)
+    np.testing.assert_allclose(metrics["loss"], objective.total.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], objective.metrics["accuracy"].mean(), rtol=1e-6)
+
+
+def test_updates_draw_anew() -> None:
+    """Actions follow from the stage's key and the number of the update."""
+    first, again, later, other = (
+        update("joint", micro_batches(1), step, seed)[0] for step, seed in [(0, 0), (0, 0), (1, 0), (0, 1)]
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    selectors = [p["encoder"]["selector_0"]["hidden"]["kernel"] for p in (first, later, other)]
+    for i, j in [(0, 1), (0, 2), (1, 2)]:
+        assert (selectors[i] != selectors[j]).any()
+
+
+def test_guide_is_followed_in_time() -> None:
+    """The number of the update reaches the objective: after the warm-up the guide has no say."""
+    guides = [micro_batches(1)["guide"], 1 - micro_batches(1)["guide"]]
+    for step, matters in [(0, True), (1, False)]:
+        one, other = (update("policy", {**micro_batches(1), "guide": guide}, step)[0] for guide in guides)
+        kernels = [p["encoder"]["selector_0"]["hidden"]["kernel"] for p in (one, other)]
+        assert (kernels[0] != kernels[1]).any() == matters
+
+
+def test_one_trace() -> None:
+    """Later updates, which imitate no more, run what the first one compiled."""
+    update("policy", micro_batches(4))
+    step, traces = compiled("policy")
+    before = len(traces)
+    assert before
+    trained, frozen = optimizer.split_params(PARAMS, STAGES["policy"][1])
+    state = init_state(trained, SGD)
+    for _ in range(3):
+        state, _ = step(state, frozen, micro_batches(4), jax.random.key(0))
+    assert state.step == 3
+    assert len(traces) == before

@@ -1,0 +1,97 @@
+"""The encoder with token reduction, masked execution.
+
+Every array keeps its padded length; a dropped token leaves the key mask and is attended to by
+nobody. Simple, differentiable, and the reference for every faster way to run the same parameters.
+Source: paper, section 3; docs/method.md, "Reduction".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.layers import Embeddings, TransformerLayer, dense
+from trbert_jax.model.selector import Selector
+from trbert_jax.reduction.selection import Rule, Selection, SharedPassage, TokenSet, drop_tokens, restore
+
+
+class Encoder(nn.Module):
+    """Embeddings, transformer layers and the selectors between them."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        config, dtype = self.config, self.dtype
+        self.embeddings = Embeddings(config, dtype)
+        make = nn.remat(TransformerLayer, static_argnums=(3,)) if self.remat else TransformerLayer
+        self.layer = [make(config, dtype) for _ in range(config.num_layers)]
+        self.selector = [Selector(config) for _ in range(config.num_selectors)]
+        if config.model_type == "bert":
+            self.pooler = dense(config.hidden_size, config, dtype)
+
+    def embed(
+        self,
+        input_ids: jax.Array,
+        mask: jax.Array,
+        token_type_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> TokenSet:
+        """int32 [B, S], bool [B, S] -> tokens with states [B, S, H]."""
+        return TokenSet(self.embeddings(input_ids, token_type_ids, deterministic), mask)
+
+    def run_layers(self, tokens: TokenSet, layers: Sequence[int], deterministic: bool = True) -> TokenSet:
+        """Runs the given layers, without reduction."""
+        states = tokens.states
+        for i in layers:
+            states = self.layer[i](states, tokens.valid, deterministic)
+        return dataclasses.replace(tokens, states=states)
+
+    def before_selection(self, tokens: TokenSet, deterministic: bool = True) -> TokenSet:
+        """Runs the layers before the first point of reduction: what samples of one example share."""
+        return self.run_layers(tokens, range(self.config.reduction_layers[0]), deterministic)
+
+    def from_selection(
+        self,
+        tokens: TokenSet,
+        rule: Rule | None,
+        deterministic: bool = True,
+        passage: SharedPassage | None = None,
+    ) -> tuple[TokenSet, tuple[Selection, ...]]:
+        """Runs the rest: at each point of reduction, select, drop, go on.
+
+        Args:
+          tokens: the output of `before_selection`, states [B, S, H].
+          rule: see `trbert_jax.reduction.selection`; None runs the dense encoder and asks no selector.
+          passage: see `trbert_jax.reduction.selection.select`.
+
+        Returns:
+          The tokens after the last layer, and one `Selection` for each point of reduction. Where the head
+          reads all tokens those that were dropped are among them, see `restore`.
+        """
+        points = self.config.reduction_layers
+        if rule is None:
+            return self.run_layers(tokens, range(points[0], self.config.num_layers), deterministic), ()
+        selections: list[Selection] = []
+        dropped = tokens  # where the head reads all tokens: each as it was when it was last there
+        for stage, (start, stop) in enumerate(
+            zip(points, (*points[1:], self.config.num_layers), strict=True)
+        ):
+            logits = self.selector[stage](tokens.states)
+            dropped = restore(dropped, tokens)
+            tokens, selection = drop_tokens(tokens, logits, stage, rule, passage)
+            selections.append(selection)
+            tokens = self.run_layers(tokens, range(start, stop), deterministic)
+        return restore(dropped, tokens) if self.config.reads_all_tokens else tokens, tuple(selections)
+
+    def sentence_state(self, tokens: TokenSet) -> jax.Array:
+        """[B, H], what a sentence-level head reads: BERT's pooler on [CLS], DistilBERT's [CLS] itself."""
+        first = tokens.states[:, 0]
+        return jnp.tanh(self.pooler(first)) if self.config.model_type == "bert" else first

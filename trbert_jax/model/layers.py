@@ -1,0 +1,163 @@
+"""Embeddings and the post-LN transformer layer that BERT and DistilBERT share.
+
+Source: docs/method.md, "Encoder". Both backbones compute the same function; DistilBERT only lacks
+token types and the dropout after the attention's output projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from trbert_jax.model.config import ModelConfig
+
+Dtype = Any
+
+
+def dense(features: int, config: ModelConfig, dtype: Dtype, name: str | None = None) -> nn.Dense:
+    """A linear layer with BERT's initialisation.
+
+    float32 means float32: without a precision, GPUs and TPUs would multiply in fewer bits.
+    """
+    return nn.Dense(
+        features,
+        dtype=dtype,
+        precision=precision(dtype),
+        kernel_init=nn.initializers.normal(config.initializer_range),
+        name=name,
+    )
+
+
+def precision(dtype: Dtype) -> jax.lax.Precision:
+    """Matrix product precision that a compute dtype asks for."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def layer_norm(config: ModelConfig, dtype: Dtype) -> nn.LayerNorm:
+    """LayerNorm with float32 statistics whatever the compute dtype.
+
+    In two passes: the one-pass variance loses the digits that parity with the published models needs.
+    """
+    return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False)
+
+
+class Embeddings(nn.Module):
+    """Word, position and (BERT) token type embeddings, LayerNorm, dropout."""
+
+    config: ModelConfig
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        def table(rows: int) -> nn.Embed:
+            init = nn.initializers.normal(self.config.initializer_range)
+            return nn.Embed(rows, self.config.hidden_size, dtype=self.dtype, embedding_init=init)
+
+        self.word = table(self.config.vocab_size)
+        self.position = table(self.config.max_positions)
+        if self.config.type_vocab_size:
+            self.token_type = table(self.config.type_vocab_size)
+        self.norm = layer_norm(self.config, self.dtype)
+        self.dropout = nn.Dropout(self.config.hidden_dropout)
+
+    def __call__(
+        self, input_ids: jax.Array, token_type_ids: jax.Array | None, deterministic: bool
+    ) -> jax.Array:
+        """int32 [B, S] (twice) -> [B, S, H]; absent token types are all 0."""
+        states = self.word(input_ids) + self.position(jnp.arange(input_ids.shape[-1]))
+        if self.config.type_vocab_size:
+            types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            states = states + self.token_type(types)
+        return self.dropout(self.norm(states), deterministic=deterministic)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and feed-forward, each followed by dropout, residual and LayerNorm.
+
+    `attention_inputs`, `attend` and `finish` are separate because all but `attend` work on single
+    tokens: they take states of any leading shape, a padded [B, S, H] or a flat [C, H].
+    """
+
+    config: ModelConfig
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        config, dtype = self.config, self.dtype
+        self.query = dense(config.hidden_size, config, dtype)
+        self.key = dense(config.hidden_size, config, dtype)
+        self.value = dense(config.hidden_size, config, dtype)
+        self.attention_output = dense(config.hidden_size, config, dtype)
+        self.attention_norm = layer_norm(config, dtype)
+        self.intermediate = dense(config.intermediate_size, config, dtype)
+        self.output = dense(config.hidden_size, config, dtype)
+        self.output_norm = layer_norm(config, dtype)
+        self.attention_dropout = nn.Dropout(config.attention_dropout)
+        self.hidden_dropout = nn.Dropout(config.hidden_dropout)
+
+    def __call__(self, states: jax.Array, valid: jax.Array, deterministic: bool) -> jax.Array:
+        """[B, S, H], bool [B, S] -> [B, S, H]; only valid tokens are attended to."""
+        # Token-wise parts run on flat tokens: products of two matrices, of which XLA makes a better
+        # backward pass on a CPU (a quarter of a layer's time) than of products over [B, S].
+        shape, flat = states.shape, states.reshape(-1, states.shape[-1])  # [B * S, H]
+        query, key, value = (x.reshape(shape) for x in self.attention_inputs(flat))
+        context = self.attend(query, key, value, valid, deterministic)
+        return self.finish(flat, context.reshape(flat.shape), deterministic).reshape(shape)
+
+    def attention_inputs(self, states: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[..., H] -> query, key, value, each [..., H]."""
+        return self.queries(states), *self.keys_and_values(states)
+
+    def queries(self, states: jax.Array) -> jax.Array:
+        """[..., H] -> [..., H], already divided by sqrt(d)."""
+        scale = (self.config.hidden_size // self.config.num_heads) ** -0.5
+        return self.query(states) * jnp.asarray(scale, self.dtype)
+
+    def keys_and_values(self, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[..., H] -> [..., H] twice."""
+        return self.key(states), self.value(states)
+
+    def attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array, deterministic: bool
+    ) -> jax.Array:
+        """Multi-head attention over padded rows.
+
+        Args:
+          query: [B, Q, H].
+          key, value: [B, S, H].
+          valid: bool [B, S].
+          deterministic: no dropout.
+
+        Returns:
+          [B, Q, H].
+        """
+        shape = query.shape
+        # Heads in front and plain batched products: half the time of the einsum over [B, S, N, d]
+        # on a CPU, where XLA does not find this form by itself.
+        query, key, value = (self._split_heads(x) for x in (query, key, value))  # [B, N, Q or S, d]
+        product = precision(self.dtype)
+        scores = jnp.matmul(query, key.swapaxes(-1, -2), precision=product)  # [B, N, Q, S]
+        # A large finite number, not -inf: a row without any valid token must not become NaN.
+        scores = jnp.where(valid[:, None, None, :], scores.astype(jnp.float32), -1e30)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        total = weights.sum(-1, keepdims=True)
+        weights = self.attention_dropout(weights, deterministic=deterministic).astype(self.dtype)
+        # Dividing the [S, d] product costs less than dividing the [S, S] weights.
+        context = jnp.matmul(weights, value, precision=product) / total.astype(self.dtype)
+        return context.swapaxes(1, 2).reshape(shape)
+
+    def finish(self, states: jax.Array, context: jax.Array, deterministic: bool) -> jax.Array:
+        """What follows attention, token by token: [..., H] (twice) -> [..., H]."""
+        attended = self.attention_output(context)
+        if self.config.model_type != "distilbert":  # DistilBERT has no dropout here
+            attended = self.hidden_dropout(attended, deterministic=deterministic)
+        states = self.attention_norm(states + attended)
+        inner = jax.nn.gelu(self.intermediate(states), approximate=False)
+        inner = self.hidden_dropout(self.output(inner), deterministic=deterministic)
+        return self.output_norm(states + inner)
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        batch, length, hidden = x.shape
+        heads = self.config.num_heads
+        return x.reshape(batch, length, heads, hidden // heads).swapaxes(1, 2)

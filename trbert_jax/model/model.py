@@ -1,0 +1,166 @@
+"""The whole model of a task: encoder with token reduction and head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.encoder import Encoder
+from trbert_jax.model.heads import HEADS, Logits
+from trbert_jax.reduction.selection import Rule, Selection, SharedPassage, TokenSet, keep_all
+
+Params = Any  # nested dict of arrays
+Batch = Mapping[str, jax.Array]  # `input_ids`, `mask`, ... of B rows
+
+
+@struct.dataclass
+class ModelOutput:
+    """Logits of the task's head and one `Selection` for each point of reduction (none if run dense)."""
+
+    logits: Logits
+    selections: tuple[Selection, ...]
+
+
+class TokenReducingModel(nn.Module):
+    """An encoder that drops tokens on the way, and the head of a task.
+
+    Attributes:
+      config: the model's shape.
+      dtype: compute dtype; parameters, selector logits, softmax and LayerNorm statistics and the
+        head's logits stay float32.
+      remat: compute a layer's inner values again in the backward pass rather than keep them.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        self.encoder = Encoder(self.config, self.dtype, self.remat)
+        head = HEADS[self.config.task]
+        reads_states = self.config.reads_all_tokens
+        self.head = head(self.config) if reads_states else head(self.config, self.dtype)
+
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        rule: Rule | None,
+        num_copies: int = 1,
+        deterministic: bool = True,
+    ) -> ModelOutput:
+        """Runs a batch.
+
+        Args:
+          batch: `input_ids` int32 [B, S], `mask` bool [B, S] (True for real tokens), optional
+            `token_type_ids` int32 [B, S], and what the head reads besides (`trbert_jax.model.heads`).
+            `shared` bool [B, S] marks what the options of a multiple choice have in common, where they
+            decide on it together.
+          rule: how tokens are selected (`trbert_jax.reduction.selection`); None runs the dense encoder.
+          num_copies: samples an example, K. What comes before the first point of reduction is
+            computed once and shared; outputs have K * B rows, row `j * B + i` copy j of example i.
+          deterministic: no dropout; otherwise the `dropout` RNG is needed.
+        """
+        tokens = self.embed(batch["input_ids"], batch["mask"], batch.get("token_type_ids"), deterministic)
+        tokens = self.encoder.before_selection(tokens, deterministic)
+        if num_copies > 1:
+            tokens = tokens.repeat(num_copies)
+        passage = shared_passage(self.config, batch, num_copies)
+        tokens, selections = self.encoder.from_selection(tokens, rule, deterministic, passage)
+        return ModelOutput(self.answer(tokens, head_inputs(batch, num_copies), deterministic), selections)
+
+    def answer(self, tokens: TokenSet, inputs: Batch, deterministic: bool = True) -> Logits:
+        """Encoder output -> float32 logits.
+
+        Args:
+          tokens: what the encoder returns; a head that reads [CLS] alone needs no more than that.
+          inputs: see `head_inputs`.
+          deterministic: no dropout.
+        """
+        if not self.config.reads_all_tokens:
+            return self.head(self.encoder.sentence_state(tokens), deterministic)
+        states = jnp.where(tokens.valid[..., None], tokens.states, 0)
+        return self.head(states, inputs.get("head_mask", tokens.valid), inputs, deterministic)
+
+    # Pieces of the forward pass, for the residual scores and packed execution.
+
+    def embed(
+        self,
+        input_ids: jax.Array,
+        mask: jax.Array,
+        token_type_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> TokenSet:
+        """Token embeddings; see `Encoder.embed`."""
+        return self.encoder.embed(input_ids, mask, token_type_ids, deterministic)
+
+    def run_layers(self, tokens: TokenSet, layers: Sequence[int]) -> TokenSet:
+        """Layers without dropout or reduction; see `Encoder.run_layers`."""
+        return self.encoder.run_layers(tokens, layers)
+
+
+def forward(
+    model: TokenReducingModel,
+    params: Params,
+    batch: Batch,
+    *,
+    rule: Rule | None,
+    num_copies: int = 1,
+    dropout_rng: jax.Array | None = None,
+) -> ModelOutput:
+    """Runs the model on a batch; dropout is on exactly if there is an RNG for it."""
+    return model.apply(
+        {"params": params},
+        batch,
+        rule=rule,
+        num_copies=num_copies,
+        deterministic=dropout_rng is None,
+        rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+    )
+
+
+# What heads read besides the states, an entry a row.
+_HEAD_INPUTS = ("candidates", "sentences", "head_mask")
+
+
+def head_inputs(batch: Batch, num_copies: int = 1) -> dict[str, jax.Array]:
+    """What heads read besides the states, for `num_copies` copies of the rows.
+
+    `candidates` and `sentences` are positions; `head_mask` bool [B, S] is what a head and the losses see
+    of the positions, where that is not the real tokens.
+    """
+    found = {key: batch[key] for key in _HEAD_INPUTS if key in batch}
+    return {key: jnp.tile(x, (num_copies, *(1,) * (x.ndim - 1))) for key, x in found.items()}
+
+
+def shared_passage(config: ModelConfig, batch: Batch, num_copies: int = 1) -> SharedPassage | None:
+    """What the rows of a multiple choice decide on together; None where each decides for itself."""
+    if "shared" not in batch:
+        return None
+    passage = SharedPassage(batch["shared"], config.num_labels)
+    return passage.repeat(num_copies) if num_copies > 1 else passage
+
+
+def init_params(config: ModelConfig, rng: jax.Array) -> Params:
+    """Fresh float32 parameters, every selector included: normal(0, initializer_range), biases 0."""
+    model = TokenReducingModel(config)
+    batch = {
+        "input_ids": jnp.zeros((1, 2), jnp.int32),
+        "mask": jnp.ones((1, 2), bool),
+        "candidates": jnp.zeros((1, 1), jnp.int32),
+        "sentences": jnp.zeros((1, 1, 2), jnp.int32),
+    }
+
+    def everything(module: TokenReducingModel) -> jax.Array:
+        output = module(batch, rule=keep_all)
+        # A shallow model never asks its second selector, but checkpoints hold it.
+        unused = [selector(jnp.zeros((1, config.hidden_size))) for selector in module.encoder.selector]
+        return sum(x.sum() for x in [*jax.tree.leaves(output.logits), *unused])
+
+    return jax.jit(nn.init(everything, model))(rng)["params"]  # one compilation, not one an array

@@ -1,0 +1,303 @@
+"""Packed execution: the surviving tokens of a whole batch, one after the other in one flat array.
+
+The same parameters, selections and results as the masked encoder, but work is done on tokens that
+are there and on no others: what reduction saves in FLOPs it saves in seconds. Padding is never
+computed either. Source: docs/method.md, "Packed execution".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from trbert_jax.model import tiles
+from trbert_jax.model.heads import Logits
+from trbert_jax.model.layers import TransformerLayer
+from trbert_jax.model.model import Batch, ModelOutput, Params, TokenReducingModel, head_inputs, shared_passage
+from trbert_jax.model.selector import Selector
+from trbert_jax.model.tiles import Tiling
+from trbert_jax.reduction.selection import Rule, Selection, TokenSet, restore, select
+
+
+@struct.dataclass
+class PackedTokens:
+    """The tokens of R rows without gaps: the longest row first, each row's tokens in order.
+
+    Attributes:
+      states: [C, H]; what lies behind the last token means nothing.
+      valid: bool [R, S], which positions of the padded batch they are.
+      slot: int32 [R, S], where in `states` each of them lies.
+      order: int32 [R], the rows as they follow each other. Neighbours are of like length, so that attention
+        over a group of them has little to pad.
+      scratch: four arrays [C, H] for layers to write to, so that no layer has to clear memory.
+    """
+
+    states: jax.Array
+    valid: jax.Array
+    slot: jax.Array
+    order: jax.Array
+    scratch: tuple[jax.Array, ...]
+
+    @property
+    def length(self) -> jax.Array:
+        """int32 [R], tokens of each row."""
+        return jnp.sum(self.valid, axis=-1, dtype=jnp.int32)
+
+    @property
+    def start(self) -> jax.Array:
+        """int32 [R], slot of each row's first token."""
+        return _starts(self.length, self.order)
+
+    @property
+    def count(self) -> jax.Array:
+        """int32 scalar, all tokens."""
+        return jnp.sum(self.length)
+
+    def unpack(self, num_copies: int = 1) -> TokenSet:
+        """The tokens at their positions in the padded batch, 0 elsewhere; copies of the rows stacked."""
+        states = jnp.where(self.valid[..., None], self.states[self.slot], 0)
+        return TokenSet(states, self.valid).repeat(num_copies)
+
+    def to_rows(self, values: jax.Array) -> jax.Array:
+        """Values of tokens, [C], at their positions in the padded batch: [R, S], 0 elsewhere."""
+        return jnp.where(self.valid, values[self.slot], 0)
+
+
+def pack(
+    states: jax.Array, slot: jax.Array, valid: jax.Array, tiling: Tiling, scratch: Sequence[jax.Array] = ()
+) -> PackedTokens:
+    """Packs the valid tokens of R rows.
+
+    Args:
+      states: [N, H].
+      slot: int32 [R, S], where in `states` each token lies; several may share one place.
+      valid: bool [R, S].
+      tiling: sizes of the loops.
+      scratch: arrays that may be overwritten, of any capacity.
+    """
+    capacity = tiling.capacity(valid.size, valid.shape[-1])
+    usable = [x for x in scratch if len(x) == capacity]
+    while len(usable) < 5:
+        usable.append(jnp.zeros((capacity, states.shape[-1]), states.dtype))
+    length = jnp.sum(valid, axis=-1, dtype=jnp.int32)
+    order = jnp.argsort(-length)
+    target = _starts(length, order)[:, None] + jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
+    source = jnp.zeros(capacity, jnp.int32)
+    source = source.at[jnp.where(valid, target, capacity)].set(slot, mode="drop")
+    packed = tiles.gather_tokens(states, source, usable[0], jnp.sum(length), tiling)
+    return PackedTokens(packed, valid, jnp.where(valid, target, 0), order, tuple(usable[1:5]))
+
+
+def _starts(length: jax.Array, order: jax.Array) -> jax.Array:
+    """int32 [R], first slot of each row, where the rows follow each other in this order."""
+    following = length[order]
+    return jnp.zeros_like(length).at[order].set(jnp.cumsum(following) - following)
+
+
+def packed_forward(
+    model: TokenReducingModel,
+    params: Params,
+    batch: Batch,
+    *,
+    rule: Rule | None,
+    num_copies: int = 1,
+    dropout_rng: jax.Array | None = None,
+    tiling: Tiling | None = None,
+) -> ModelOutput:
+    """Runs the model on a batch as `model.forward` does, and as exactly; dropout masks are others.
+
+    Args:
+      model, params, batch, rule, num_copies, dropout_rng: as in `trbert_jax.model.model.forward`.
+      tiling: sizes of the loops; by default those that suit the device and the number of rows.
+    """
+    config = model.config
+    encoder = PackedEncoder.of(model, len(batch["input_ids"]) * num_copies, tiling)
+    points = (*config.reduction_layers, config.num_layers)
+    packed = encoder.embed(params, batch, dropout_rng)
+    packed = encoder.run_layers(params, packed, range(points[0]), dropout_rng)
+    passage = shared_passage(config, batch, num_copies)
+    inputs = head_inputs(batch, num_copies)
+    selections: list[Selection] = []
+    dropped: TokenSet | None = None
+    for stage, (start, stop) in enumerate(itertools.pairwise(points)):
+        copies = num_copies if stage == 0 else 1
+        if rule is None:
+            packed = encoder.keep(packed, packed.valid, copies) if copies > 1 else packed
+        else:
+            logits = encoder.selector_logits(params, packed, stage)
+            valid = jnp.tile(packed.valid, (copies, 1))
+            selections.append(select(jnp.tile(logits, (copies, 1)), valid, stage, rule, passage))
+            if config.reads_all_tokens:
+                before = packed.unpack(copies)
+                dropped = before if dropped is None else restore(dropped, before)
+            packed = encoder.keep(packed, selections[-1].keep, copies)
+        if stop < config.num_layers:
+            packed = encoder.run_layers(params, packed, range(start, stop), dropout_rng)
+    logits = encoder.finish(params, packed, range(start, stop), inputs, dropout_rng, dropped)
+    return ModelOutput(logits, tuple(selections))
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedEncoder:
+    """The pieces of a packed forward pass; parameters are those of the whole model.
+
+    Without a `dropout_rng` there is no dropout.
+    """
+
+    model: TokenReducingModel
+    tiling: Tiling
+
+    @classmethod
+    def of(cls, model: TokenReducingModel, num_rows: int, tiling: Tiling | None = None) -> PackedEncoder:
+        """With the sizes of loops that suit so many rows on the default device, unless others are given."""
+        return cls(model, tiling or Tiling.for_backend(jax.default_backend(), num_rows))
+
+    def embed(self, params: Params, batch: Batch, dropout_rng: jax.Array | None = None) -> PackedTokens:
+        """`input_ids` int32 [B, S], `mask` bool [B, S] -> the embedded tokens, without padding."""
+        types = batch.get("token_type_ids")
+        # Of all parts only this one sees padding: a table lookup, whose derivative is best in one piece.
+        layers = self.model.config.num_layers
+        tokens = self._apply(params, "embed", dropout_rng, layers, batch["input_ids"], batch["mask"], types)
+        rows, width, hidden = tokens.states.shape
+        slot = jnp.arange(rows * width, dtype=jnp.int32).reshape(rows, width)
+        return pack(tokens.states.reshape(-1, hidden), slot, tokens.valid, self.tiling)
+
+    def selector_logits(self, params: Params, packed: PackedTokens, stage: int) -> jax.Array:
+        """float32 [R, S], 0 where there is no token."""
+        selector = Selector(self.model.config)
+
+        def judge(params: Any, rng: None, states: jax.Array) -> tuple[jax.Array]:
+            return (selector.apply({"params": params}, states),)
+
+        weights = params["encoder"][f"selector_{stage}"]
+        into = jnp.zeros(len(packed.states), jnp.float32)
+        (logits,) = tiles.map_tokens(judge, weights, (packed.states,), (into,), packed.count, self.tiling)
+        return packed.to_rows(logits)
+
+    def keep(self, packed: PackedTokens, keep: jax.Array, num_copies: int = 1) -> PackedTokens:
+        """Goes on with some tokens of `num_copies` copies of the rows: bool [num_copies * R, S]."""
+        slot = jnp.tile(packed.slot, (num_copies, 1))
+        # The states that are left behind are the next scratch.
+        return pack(packed.states, slot, keep, self.tiling, (*packed.scratch, packed.states))
+
+    def run_layers(
+        self,
+        params: Params,
+        packed: PackedTokens,
+        layers: Sequence[int],
+        dropout_rng: jax.Array | None = None,
+    ) -> PackedTokens:
+        """Runs the given layers."""
+        for i in layers:
+            layer, (weights, rng) = self._layer(params, i, dropout_rng)
+            run = functools.partial(self._run_layer, layer)
+            packed = (jax.checkpoint(run) if self.model.remat else run)(weights, packed, rng)
+        return packed
+
+    def run_last_layer(
+        self, params: Params, packed: PackedTokens, dropout_rng: jax.Array | None = None
+    ) -> jax.Array:
+        """The last layer's output for the first token of each row, all that `classify` reads: [R, H].
+
+        The other tokens are needed as keys and values only, a sixth of the layer's work.
+        """
+        layer, (params, rng) = self._layer(params, self.model.config.num_layers - 1, dropout_rng)
+        attention_rng, token_rng = (None, None) if rng is None else jax.random.split(rng)
+
+        def project(params: Any, rng: jax.Array | None, states: jax.Array) -> tuple[jax.Array, ...]:
+            return layer.apply({"params": params}, states, method="keys_and_values")
+
+        first = packed.states[packed.start[packed.order]]  # [R, H], the longest row first
+        query = layer.apply({"params": params}, first, method="queries")
+        into, rows = packed.scratch[:2], _rows(packed)
+        keys = tiles.map_tokens(project, params, (packed.states,), into, packed.count, self.tiling)
+        attend = functools.partial(_attend, layer)
+        context = tiles.attend_rows(
+            attend, (query, *keys), jnp.zeros_like(first), *rows, self.tiling, attention_rng, one_query=True
+        )
+        (first,) = _finish(layer, params, token_rng, first, context)
+        return jnp.zeros_like(first).at[packed.order].set(first)
+
+    def finish(
+        self,
+        params: Params,
+        packed: PackedTokens,
+        layers: Sequence[int],
+        inputs: Batch,
+        dropout_rng: jax.Array | None = None,
+        dropped: TokenSet | None = None,
+    ) -> Logits:
+        """Runs the last layers and the head.
+
+        Args:
+          layers: the last ones, in order; may be empty.
+          inputs: see `trbert_jax.model.model.head_inputs`.
+          dropped: for a head that reads all tokens, what to restore; None where nothing was dropped.
+        """
+        config = self.model.config
+        if config.reads_all_tokens:
+            tokens = self.run_layers(params, packed, layers, dropout_rng).unpack()
+            tokens = tokens if dropped is None else restore(dropped, tokens)
+        else:
+            if layers:
+                packed = self.run_layers(params, packed, layers[:-1], dropout_rng)
+                first = self.run_last_layer(params, packed, dropout_rng)
+            else:
+                first = packed.states[packed.start]
+            tokens = TokenSet(first[:, None], jnp.ones((len(first), 1), bool))
+        return self._apply(params, "answer", dropout_rng, config.num_layers + 1, tokens, inputs)
+
+    def _layer(
+        self, params: Params, number: int, dropout_rng: jax.Array | None
+    ) -> tuple[TransformerLayer, tuple[Any, jax.Array | None]]:
+        rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
+        layer = TransformerLayer(self.model.config, self.model.dtype)
+        return layer, (params["encoder"][f"layer_{number}"], rng)
+
+    def _run_layer(
+        self, layer: TransformerLayer, params: Any, packed: PackedTokens, rng: jax.Array | None
+    ) -> PackedTokens:
+        def project(params: Any, rng: jax.Array | None, states: jax.Array) -> tuple[jax.Array, ...]:
+            return layer.apply({"params": params}, states, method="attention_inputs")
+
+        count, tiling = packed.count, self.tiling
+        attend, finish = functools.partial(_attend, layer), functools.partial(_finish, layer)
+        states, (*into, into_context) = packed.states, packed.scratch
+        attention_rng, token_rng = (None, None) if rng is None else jax.random.split(rng)
+        qkv = tiles.map_tokens(project, params, (states,), tuple(into), count, tiling)
+        context = tiles.attend_rows(attend, qkv, into_context, *_rows(packed), tiling, attention_rng)
+        (states,) = tiles.map_tokens(finish, params, (states, context), (states,), count, tiling, token_rng)
+        return dataclasses.replace(packed, states=states, scratch=(*qkv, context))
+
+    def _apply(
+        self, params: Params, method: str, dropout_rng: jax.Array | None, number: int, *arguments: Any
+    ) -> Any:
+        rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
+        deterministic = rng is None
+        return self.model.apply({"params": params}, *arguments, deterministic, rngs=_rngs(rng), method=method)
+
+
+def _rows(packed: PackedTokens) -> tuple[jax.Array, jax.Array, int]:
+    """Starts and lengths of the rows as they follow each other, and the longest that a row can be."""
+    return packed.start[packed.order], packed.length[packed.order], packed.valid.shape[-1]
+
+
+def _attend(layer: TransformerLayer, *arrays: jax.Array, rng: jax.Array | None) -> jax.Array:
+    return layer.apply({}, *arrays, rng is None, rngs=_rngs(rng), method="attend")
+
+
+def _finish(
+    layer: TransformerLayer, params: Any, rng: jax.Array | None, *arrays: jax.Array
+) -> tuple[jax.Array]:
+    return (layer.apply({"params": params}, *arrays, rng is None, rngs=_rngs(rng), method="finish"),)
+
+
+def _rngs(rng: jax.Array | None) -> dict[str, jax.Array] | None:
+    return None if rng is None else {"dropout": rng}

@@ -1,0 +1,44 @@
+"""Selector initialisation: regression of the keep probabilities on the ranks of residual scores.
+
+Source: docs/method.md, "Selector initialisation".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from trbert_jax.reduction.selection import Selection
+
+
+def rank_error(
+    selections: Sequence[Selection], rank: jax.Array, keep: Sequence[float] | None = None
+) -> jax.Array:
+    """|keep probability - target| of every token, 0 on padding, summed over the points of reduction.
+
+    The target is the rank, or, to keep another share of the tokens than one half, a power of it.
+
+    Args:
+      selections: of a run that drops nothing, logits [B, S].
+      rank: float32 [B, stages, S] in [0, 1], see `trbert_jax.reduction.residual_scores.rank_targets`.
+      keep: share in (0, 1) of the tokens whose target is above 1/2, one for each of `selections`; None for
+        one half, as published.
+
+    Returns:
+      float32 [B, S]; its sum over the number of real tokens is, without `keep`, the published E_0 + E_1.
+    """
+    chex.assert_rank(rank, 3)
+    targets = [rank[:, stage] for stage in range(len(selections))]
+    if keep is not None:
+        # The share `keep` has ranks above 1 - keep, and (1 - keep) ** power is 1/2.
+        powers = [math.log(0.5) / math.log1p(-share) for share in keep]
+        targets = [target**power for target, power in zip(targets, powers, strict=True)]
+    errors = [
+        jnp.where(s.scored, jnp.abs(jax.nn.sigmoid(s.logits) - target), 0.0)
+        for s, target in zip(selections, targets, strict=True)
+    ]
+    return sum(errors, start=jnp.zeros(()))

@@ -1,0 +1,45 @@
+"""Texts with a label."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from trbert_jax.config_schema import RunConfig
+from trbert_jax.datasets.dataset import Announce, Dataset
+from trbert_jax.datasets.readers import read_examples
+from trbert_jax.tasks.base import Score, TaskData
+from trbert_jax.tasks.examples import FeatureSet, build_features
+from trbert_jax.tasks.score_classification import accuracy
+
+
+class ClassificationData(TaskData):
+    """IMDB and its like: the label with the highest logit."""
+
+    task = "classification"
+    metric = "accuracy"
+
+    def __init__(self, config: RunConfig, announce: Announce) -> None:
+        super().__init__(config, announce)
+        self.labels = self.dataset("train").label_names
+
+    @functools.cache  # noqa: B019 - lives as long as the run
+    def dataset(self, split: str) -> Dataset:
+        """Raw examples of `train`, `dev` or `test`."""
+        return read_examples(self.config.data, split, self.config.seed, self.announce)
+
+    def texts(self, split: str) -> list[str]:
+        return [example.text for example in self.dataset(split).examples]
+
+    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+        return build_features(
+            self.dataset(split),
+            tokenizer,
+            self.config.model.max_length,
+            cache_dir,
+            announce=self.announce,
+        )
+
+    def score(self, split: str, features: FeatureSet, tokenizer: Any, logits: Any) -> Score:
+        return Score({"accuracy": accuracy(logits.argmax(-1), features.labels)}, {})
