@@ -30,7 +30,7 @@ from training_steps import Setting, make_batches, make_objective, measure
 from trbert_jax.inference.benchmark import huggingface, records, runs
 from trbert_jax.inference.benchmark.sizes import SIZES
 from trbert_jax.inference.benchmark.workload import Workload, random_actions, random_features, review_lengths
-from trbert_jax.inference.execution import Programs
+from trbert_jax.inference.execution import CompiledForward
 from trbert_jax.io import check_writable, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
@@ -82,7 +82,7 @@ def check(config: ModelConfig, params: Params, plan: Plan, *, thorough: bool) ->
 
 def check_logits(what: str, model: TokenReducingModel, params: Params, workload: Workload) -> dict[str, Any]:
     """Logits and kept tokens of one batch."""
-    programs, batch_size = Programs(model), len(workload.features)
+    programs, batch_size = CompiledForward(model), len(workload.features)
     packed = runs.prepare("packed", programs, params, workload, batch_size)
     masked = runs.prepare("masked", programs, params, workload, batch_size)
     difference = float(np.abs(packed.logits - masked.logits).max())
@@ -142,7 +142,7 @@ def joint_gradients(model: TokenReducingModel, params: Params, plan: Plan, execu
 
 def inference(config: ModelConfig, params: Params, plan: Plan, batch_size: int) -> list[dict[str, Any]]:
     """The ways to run the model in bfloat16, side by side, at one batch size."""
-    programs = Programs(TokenReducingModel(config, jnp.bfloat16))
+    programs = CompiledForward(TokenReducingModel(config, jnp.bfloat16))
     workload = make_workload(config, plan.num_texts)
     prepared = [runs.prepare(way, programs, params, workload, batch_size) for way in WAYS]
     if jax.default_backend() != "cpu" and huggingface.available():
@@ -230,7 +230,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--minutes", type=float, default=7.0, help="start nothing that would take longer")
-    parser.add_argument("--peak-tflops", type=float, help="of the device in bfloat16, for the utilisation")
+    parser.add_argument("--peak-tflops", type=float, help="of the device in bfloat16, for the utilization")
     parser.add_argument("--tiny", action="store_true", help="a minute on any machine; times mean nothing")
     args = parser.parse_args()
     if args.json:
@@ -249,13 +249,13 @@ def main() -> int:
     for record in (*result["inference"], *result["training"]):
         used = record.get("model_flops_per_second", record.get("flops_per_second"))
         peak = about["peak_tflops"]
-        record["flop_utilisation"] = used / peak / 1e12 / record.get("devices", 1) if peak else None
+        record["flop_utilization"] = used / peak / 1e12 / record.get("devices", 1) if peak else None
     about["device_peak_memory_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
     result["finished"] = True
     session.save()
     for record in result["training"]:
-        if record["flop_utilisation"] is not None:
-            share = 100 * record["flop_utilisation"]
+        if record["flop_utilization"] is not None:
+            share = 100 * record["flop_utilization"]
             what = " ".join(record[key] for key in ("size", "stage", "execution", "strategy"))
             print(f"{what}: {share:.1f} % of the peak")
     failed = [f"{line['size']}, {line['what']}" for line in result["checks"] if not line["ok"]]

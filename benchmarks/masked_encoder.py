@@ -59,7 +59,7 @@ def torch_run(params: Any, ids: np.ndarray, mask: np.ndarray, threads: int) -> C
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(Path(folder) / "model", CONFIG, params, None, leave_out=("selectors",))
+        save_pretrained(Path(folder) / "model", CONFIG, params, None, exclude=("selectors",))
         model = BertForSequenceClassification.from_pretrained(Path(folder) / "model").eval()
     inputs = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask).long()}
 

@@ -22,7 +22,7 @@ from trbert_jax.inference.benchmark.records import machine
 from trbert_jax.inference.benchmark.runs import PreparedRun, prepare, time_runs
 from trbert_jax.inference.benchmark.sizes import SIZES
 from trbert_jax.inference.benchmark.workload import Workload, random_actions, random_features, review_lengths
-from trbert_jax.inference.execution import Inputs, Programs
+from trbert_jax.inference.execution import CompiledForward, Inputs
 from trbert_jax.io import atomic_file, check_writable, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
@@ -63,7 +63,7 @@ def measure(config: ModelConfig, num_texts: int, batch_size: int, repeats: int) 
     features = random_features(config, lengths, rng)
     params = init_params(config, jax.random.key(0))
     model = TokenReducingModel(config)
-    programs, runs = Programs(model), []
+    programs, runs = CompiledForward(model), []
     for share in SHARES:
         actions = random_actions(lengths, config.max_length, (share, share), rng)
         workload = Workload(features, config.max_length, actions)

@@ -28,7 +28,7 @@ from trbert_jax.inference.benchmark.workload import random_actions, random_featu
 from trbert_jax.io import check_writable, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params, TokenReducingModel, init_params
-from trbert_jax.parallel import make_layout
+from trbert_jax.parallel import make_mesh
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, layer_macs, reduced_flops
 from trbert_jax.tasks.batching import pad_batch
@@ -149,7 +149,7 @@ class Step:
         # pmap runs on all devices, jit on one or all, whichever the batch can be shared by.
         rows = len(batches[0]["input_ids"])
         shared = rows % jax.device_count() == 0
-        layout = make_layout(strategy) if shared else make_layout(strategy, devices=jax.devices()[:1])
+        layout = make_mesh(strategy) if shared else make_mesh(strategy, devices=jax.devices()[:1])
         trained, frozen = optimizer.split_params(params, TRAINS[stage](model.config))
         adamw = optimizer.adamw(optimizer.linear_schedule(3e-5, 1000, 0), model.config)
         # Copies: the step donates its state.

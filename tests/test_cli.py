@@ -288,8 +288,8 @@ def converter(fake: Callable[..., None]) -> list[Any]:
             config=config, params="params", tokenizer="tokenizer", fresh=("selectors",)
         )
 
-    def save_pretrained(directory: Path, *parts: Any, leave_out: Any) -> None:
-        calls.append((directory, (*parts, leave_out)))
+    def save_pretrained(directory: Path, *parts: Any, exclude: Any) -> None:
+        calls.append((directory, (*parts, exclude)))
 
     fake("model.pretrained", load_pretrained=load_pretrained, save_pretrained=save_pretrained)
     return calls

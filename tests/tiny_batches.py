@@ -17,7 +17,7 @@ def random_batch(config: ModelConfig, lengths: Sequence[int], width: int, seed: 
     """Rows of the given lengths, padded to `width`, with all that any training stage reads.
 
     A row's contents follow from `seed` and its number alone: the same whatever `width`, and whoever
-    its neighbours are.
+    its neighbors are.
     """
     rows = [_row(config, length, width, (seed, i)) for i, length in enumerate(lengths)]
     batch = {key: jnp.asarray(np.stack([row[key] for row in rows])) for key in rows[0]}

@@ -18,7 +18,7 @@ from trbert_jax.config_schema import BackboneConfig, DataConfig, RunConfig
 from trbert_jax.model.tokenizer_files import Tokenizer, wrap_tokenizer
 from trbert_jax.tasks import load_task_data
 from trbert_jax.tasks.base import QuestionData
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 
 CAFE = "naïve cafe\u0301"  # the first accent is part of its letter, the second a character of its own
 _PIECE = re.compile(r"\[(?:PAR|TLE|DOC)\]|[Łł]ó|[東京]|(?:[^\W_]|[\u0300-\u036f])+|[^\w\s]|_")
@@ -84,8 +84,8 @@ class Published:
         self.tokenizer = word_tokenizer([*task.texts("train"), *task.texts("dev")])
         self.max_length = config.model.max_length
 
-    def inputs(self, split: str) -> FeatureSet:
-        found: FeatureSet = self.task.inputs(split, self.tokenizer, Path("x"))
+    def inputs(self, split: str) -> Examples:
+        found: Examples = self.task.inputs(split, self.tokenizer, Path("x"))
         return found
 
     def rows(self, split: str) -> list[str]:
@@ -113,7 +113,7 @@ class Published:
         return logits
 
 
-def pairs(found: FeatureSet) -> list[tuple[int, int]]:
+def pairs(found: Examples) -> list[tuple[int, int]]:
     """First start and end of every row."""
     targets = found.row_targets or found.targets
     return [(int(a), int(b)) for a, b in zip(targets["starts"][:, 0], targets["ends"][:, 0], strict=True)]

@@ -23,11 +23,11 @@ VOCABULARY = [
 # fmt: on
 
 
-def qa_tokenizer(leave_out: tuple[str, ...] = ()) -> Tokenizer:
+def qa_tokenizer(exclude: tuple[str, ...] = ()) -> Tokenizer:
     """WordPiece over `VOCABULARY`, uncased, accents stripped, as of bert-base-uncased."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    ids = {token: i for i, token in enumerate(VOCABULARY) if token not in leave_out}
+    ids = {token: i for i, token in enumerate(VOCABULARY) if token not in exclude}
     backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

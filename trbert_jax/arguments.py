@@ -132,7 +132,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     _add_skip(train)
     _add_overrides(train)
 
-    evaluate = command("evaluate", "measure a model on labelled texts", help_texts.EVALUATE_EXAMPLES)
+    evaluate = command("evaluate", "measure a model on labeled texts", help_texts.EVALUATE_EXAMPLES)
     evaluate.add_argument("--model", metavar="DIR", help="folder of a trained model")
     evaluate.add_argument(
         "--data",

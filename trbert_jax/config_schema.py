@@ -202,7 +202,7 @@ class InitConfig(TrainingConfig):
 
     Attributes:
       per_length_scale: also multiply the loss by the batch's mean of 1 / length, as the published
-        code does (docs/method.md, "Selector initialisation").
+        code does (docs/method.md, "Selector initialization").
       keep: share of the tokens that each point of reduction is to keep after this stage, in their order; null
         for one half everywhere, as published.
     """

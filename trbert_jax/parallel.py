@@ -36,7 +36,7 @@ KEPT = PartitionSpec(None, AXES)  # [points of reduction, rows, positions]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
+class DeviceMesh:
     """Devices and how they share the work.
 
     Attributes:
@@ -86,7 +86,7 @@ class Layout:
         all_devices = list(self.mesh.devices.flat)
         mine = [i for i, device in enumerate(all_devices) if device.process_index == jax.process_index()]
         each = num_rows // len(all_devices)
-        return slice(mine[0] * each, (mine[-1] + 1) * each)  # `make_layout` puts them beside each other
+        return slice(mine[0] * each, (mine[-1] + 1) * each)  # `make_mesh` puts them beside each other
 
     def by_rows(self, function: Callable[..., Any], out_specs: Any, batch_spec: Any = ROWS) -> Callable:
         """`function(params, batch, *others)` on each device's rows of `batch`; all else is whole on each."""
@@ -289,7 +289,7 @@ def _decoded(values: np.ndarray) -> str:
     return values.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
-def check_layout(strategy: str, fsdp: int, num_devices: int) -> None:
+def check_mesh(strategy: str, fsdp: int, num_devices: int) -> None:
     """Raises a UserError unless so many devices can be laid out so.
 
     Args:
@@ -319,7 +319,7 @@ def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
         )
 
 
-def make_layout(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | None = None) -> Layout:
+def make_mesh(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | None = None) -> DeviceMesh:
     """The layout of a run over all devices.
 
     Args:
@@ -331,13 +331,13 @@ def make_layout(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] 
       UserError: an unknown strategy, or `fsdp` does not divide the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    check_layout(strategy, fsdp, len(devices))
+    check_mesh(strategy, fsdp, len(devices))
     # Of a process one after the other, which JAX does not promise: each reads its own rows in one piece.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(devices).reshape(-1, fsdp)
-    return Layout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2), strategy)
+    return DeviceMesh(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2), strategy)
 
 
-def single_device() -> Layout:
+def single_device() -> DeviceMesh:
     """The layout of a computation that shares nothing: this process's first device."""
-    return make_layout(devices=jax.local_devices()[:1])
+    return make_mesh(devices=jax.local_devices()[:1])

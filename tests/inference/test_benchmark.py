@@ -30,8 +30,8 @@ from trbert_jax.inference.benchmark.workload import (
     random_features,
     review_lengths,
 )
-from trbert_jax.inference.engine import Runner
-from trbert_jax.inference.execution import Programs
+from trbert_jax.inference.engine import InferenceEngine
+from trbert_jax.inference.execution import CompiledForward
 from trbert_jax.model.model import TokenReducingModel
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
 
@@ -50,14 +50,14 @@ GIVEN = Workload(FEATURES, LENGTH, random_actions(LENGTHS, LENGTH, (0.6, 0.3), n
 @pytest.fixture(scope="module")
 def own() -> dict[str, PreparedRun]:
     """All ways, the model choosing."""
-    programs = Programs(TokenReducingModel(CONFIG))
+    programs = CompiledForward(TokenReducingModel(CONFIG))
     return {name: prepare(name, programs, PARAMS, OWN, BATCH) for name in WAYS}
 
 
 @pytest.fixture(scope="module")
 def given() -> dict[str, PreparedRun]:
     """The ways that drop tokens, kept ones given."""
-    programs = Programs(TokenReducingModel(CONFIG))
+    programs = CompiledForward(TokenReducingModel(CONFIG))
     return {name: prepare(name, programs, PARAMS, GIVEN, BATCH) for name in ("packed", "masked", "batch_max")}
 
 
@@ -108,7 +108,7 @@ def test_all_tokens_can_be_kept() -> None:
 
 
 def test_kept_masks_are_what_was_kept(own: dict[str, PreparedRun]) -> None:
-    outputs = Runner(TokenReducingModel(CONFIG), 7).run(PARAMS, FEATURES)
+    outputs = InferenceEngine(TokenReducingModel(CONFIG), 7).run(PARAMS, FEATURES)
     np.testing.assert_array_equal(kept_masks(outputs, LENGTH)[:6], keep_of(own["packed"]))
 
 

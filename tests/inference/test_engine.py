@@ -13,12 +13,12 @@ import tiny_models
 
 from trbert_jax.errors import UserError
 from trbert_jax.inference import execution
-from trbert_jax.inference.engine import Outputs, Runner
-from trbert_jax.inference.execution import EXECUTIONS, Programs
+from trbert_jax.inference.engine import InferenceEngine, Outputs
+from trbert_jax.inference.execution import EXECUTIONS, CompiledForward
 from trbert_jax.model.model import TokenReducingModel, forward
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.tasks.batching import width_ladder
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 
 MAX_LENGTH = 48
 CONFIG = dataclasses.replace(tiny_models.BERT, max_positions=MAX_LENGTH, max_length=MAX_LENGTH)
@@ -30,7 +30,7 @@ WIDTHS = width_ladder(MAX_LENGTH)
 BATCH = 32
 
 
-def make_features(num: int = NUM, seed: int = 0) -> FeatureSet:
+def make_features(num: int = NUM, seed: int = 0) -> Examples:
     """Random examples of 3 to `MAX_LENGTH` tokens."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, MAX_LENGTH + 1, num)
@@ -38,19 +38,19 @@ def make_features(num: int = NUM, seed: int = 0) -> FeatureSet:
     ids = rng.integers(5, CONFIG.vocab_size, offsets[-1]).astype(np.int32)
     ids[offsets[:-1]], ids[offsets[1:] - 1] = 2, 3  # [CLS] and [SEP]
     labels = rng.integers(0, 2, num).astype(np.int32)
-    return FeatureSet(ids, offsets, None, labels, [str(i) for i in range(num)], 0, "")
+    return Examples(ids, offsets, None, labels, [str(i) for i in range(num)], 0, "")
 
 
 FEATURES = make_features()
 
 
 @pytest.fixture(scope="module")
-def runner() -> Runner:
-    return Runner(MODEL, BATCH)
+def runner() -> InferenceEngine:
+    return InferenceEngine(MODEL, BATCH)
 
 
 @pytest.fixture(scope="module")
-def masked(runner: Runner) -> Outputs:
+def masked(runner: InferenceEngine) -> Outputs:
     return runner.run(PARAMS, FEATURES)
 
 
@@ -116,11 +116,11 @@ def test_the_model_drops_tokens(masked: Outputs) -> None:
     assert set(masked.logits.argmax(-1)) == {0, 1}
 
 
-def test_alone_and_in_another_order(runner: Runner, masked: Outputs) -> None:
+def test_alone_and_in_another_order(runner: InferenceEngine, masked: Outputs) -> None:
     order = np.random.default_rng(1).permutation(NUM)
     shuffled = runner.run(PARAMS, FEATURES.take(order))
     assert_same(pick(masked, order), shuffled)
-    alone = Runner(MODEL, 1)
+    alone = InferenceEngine(MODEL, 1)
     for row in range(0, NUM, 5):
         assert_same(pick(masked, [row]), alone.run(PARAMS, FEATURES.take([row])))
 
@@ -130,7 +130,7 @@ def pick(outputs: Outputs, rows: list[int] | np.ndarray) -> Outputs:
     return Outputs(outputs.logits[rows], kept, outputs.lengths[rows], outputs.labels[rows], 1.0)
 
 
-def test_a_batch_larger_than_the_data(runner: Runner, masked: Outputs) -> None:
+def test_a_batch_larger_than_the_data(runner: InferenceEngine, masked: Outputs) -> None:
     some = [0, 7, 21]
     assert runner.num_batches(FEATURES.take(some)) == 1
     assert_same(pick(masked, some), runner.run(PARAMS, FEATURES.take(some)))
@@ -143,7 +143,7 @@ def test_dropped_tokens_are_gone(masked: Outputs) -> None:
     np.testing.assert_allclose(masked.logits, replay(PARAMS).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_dense_keeps_no_account(runner: Runner) -> None:
+def test_dense_keeps_no_account(runner: InferenceEngine) -> None:
     outputs = runner.run(PARAMS, FEATURES, "dense")
     assert outputs.kept == ()
     assert outputs.num_kept.shape == (NUM, 0)
@@ -151,10 +151,10 @@ def test_dense_keeps_no_account(runner: Runner) -> None:
     np.testing.assert_allclose(outputs.logits, dense(PARAMS), rtol=1e-5, atol=1e-5)
 
 
-def test_batch_max_fills_rows_up(runner: Runner, masked: Outputs) -> None:
+def test_batch_max_fills_rows_up(runner: InferenceEngine, masked: Outputs) -> None:
     filled = runner.run(PARAMS, FEATURES, "batch_max")
     # Alone, a row is its own batch.
-    assert_same(pick(masked, [4]), Runner(MODEL, 1).run(PARAMS, FEATURES.take([4]), "batch_max"))
+    assert_same(pick(masked, [4]), InferenceEngine(MODEL, 1).run(PARAMS, FEATURES.take([4]), "batch_max"))
     assert (kept_masks(filled)[0] >= kept_masks(masked)[0]).all()
     longest_first = np.argsort(-FEATURES.lengths, kind="stable")
     for rows in (longest_first[:BATCH], longest_first[BATCH:]):
@@ -162,7 +162,7 @@ def test_batch_max_fills_rows_up(runner: Runner, masked: Outputs) -> None:
         np.testing.assert_array_equal(filled.num_kept[rows, 0], np.minimum(most, FEATURES.lengths[rows]))
 
 
-def test_threshold_moves_between_keeping_all_and_nothing(runner: Runner, masked: Outputs) -> None:
+def test_threshold_moves_between_keeping_all_and_nothing(runner: InferenceEngine, masked: Outputs) -> None:
     assert_same(masked, runner.run(PARAMS, FEATURES, threshold=0.5))
     few, many, every = (kept_masks(runner.run(PARAMS, FEATURES, threshold=t)) for t in (0.55, 0.45, 1e-9))
     assert (few[0] <= kept_masks(masked)[0]).all()
@@ -181,7 +181,7 @@ def test_threshold_moves_between_keeping_all_and_nothing(runner: Runner, masked:
         ("batch_max", 0.4, "batch_max execution has none"),
     ],
 )
-def test_bad_threshold(runner: Runner, execution: str, threshold: float, words: str) -> None:
+def test_bad_threshold(runner: InferenceEngine, execution: str, threshold: float, words: str) -> None:
     with pytest.raises(UserError, match=words):
         runner.run(PARAMS, FEATURES, execution, threshold=threshold)
 
@@ -190,7 +190,7 @@ def test_bad_threshold(runner: Runner, execution: str, threshold: float, words: 
 
 
 @pytest.mark.parametrize("kind", ["random", "first_k"])
-def test_baselines_keep_exactly_the_given_counts(runner: Runner, masked: Outputs, kind: str) -> None:
+def test_baselines_keep_exactly_the_given_counts(runner: InferenceEngine, masked: Outputs, kind: str) -> None:
     outputs = runner.baseline(PARAMS, FEATURES, kind, masked.num_kept, seed=0)
     np.testing.assert_array_equal(outputs.num_kept, masked.num_kept)
     first, second = kept_masks(outputs)
@@ -199,17 +199,17 @@ def test_baselines_keep_exactly_the_given_counts(runner: Runner, masked: Outputs
     assert (second <= first).all()
     # The example's own tokens, and its own draws, in whatever batch.
     assert max(p[-1] - n for p, n in zip(outputs.kept[0], FEATURES.lengths, strict=True)) < 0
-    assert_same(outputs, Runner(MODEL, 7).baseline(PARAMS, FEATURES, kind, masked.num_kept, seed=0))
+    assert_same(outputs, InferenceEngine(MODEL, 7).baseline(PARAMS, FEATURES, kind, masked.num_kept, seed=0))
 
 
-def test_first_k(runner: Runner, masked: Outputs) -> None:
+def test_first_k(runner: InferenceEngine, masked: Outputs) -> None:
     outputs = runner.baseline(PARAMS, FEATURES, "first_k", masked.num_kept, seed=0)
     np.testing.assert_array_equal(
         kept_masks(outputs), np.arange(MAX_LENGTH) < masked.num_kept.T[..., np.newaxis]
     )
 
 
-def test_random_draws_follow_the_seed(runner: Runner, masked: Outputs) -> None:
+def test_random_draws_follow_the_seed(runner: InferenceEngine, masked: Outputs) -> None:
     one, again, two = (
         runner.baseline(PARAMS, FEATURES, "random", masked.num_kept, seed) for seed in (1, 1, 2)
     )
@@ -232,7 +232,7 @@ def test_random_draws_follow_the_seed(runner: Runner, masked: Outputs) -> None:
 
 def test_compiles_once_for_each_rule_and_width(traces: collections.Counter[int], masked: Outputs) -> None:
     assert len(WIDTHS) == 2
-    fresh = Runner(MODEL, 8)
+    fresh = InferenceEngine(MODEL, 8)
     for _ in range(2):
         fresh.run(PARAMS, FEATURES)
         fresh.run(PARAMS, make_features(23, seed=5), "packed", threshold=0.3)
@@ -242,7 +242,7 @@ def test_compiles_once_for_each_rule_and_width(traces: collections.Counter[int],
     assert traces == dict.fromkeys(WIDTHS, 2)
 
 
-def test_progress_counts_batches_and_examples(runner: Runner) -> None:
+def test_progress_counts_batches_and_examples(runner: InferenceEngine) -> None:
     calls: list[tuple[int, int]] = []
     runner.run(PARAMS, FEATURES, progress=lambda step, examples: calls.append((step, examples)))
     assert calls == [(1, BATCH), (2, NUM - BATCH)]
@@ -252,9 +252,9 @@ def test_progress_counts_batches_and_examples(runner: Runner) -> None:
 def test_a_storm_of_compilations_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks for ever other batch sizes is told why it takes so long, and then left alone."""
     monkeypatch.setattr(execution, "MANY_PROGRAMS", 2)
-    programs = Programs(MODEL)
+    programs = CompiledForward(MODEL)
     features = FEATURES.take([0])
-    Runner(MODEL, 1, programs).run(PARAMS, features)
+    InferenceEngine(MODEL, 1, programs).run(PARAMS, features)
     with pytest.warns(RuntimeWarning, match="2 programs have been compiled .* 1 x 48 .* batch size"):
-        Runner(MODEL, 2, programs).run(PARAMS, features)
-    Runner(MODEL, 3, programs).run(PARAMS, features)
+        InferenceEngine(MODEL, 2, programs).run(PARAMS, features)
+    InferenceEngine(MODEL, 3, programs).run(PARAMS, features)

@@ -1,4 +1,4 @@
-"""A saved model on a file of labelled texts: the numbers, the baselines, one line an example."""
+"""A saved model on a file of labeled texts: the numbers, the baselines, one line an example."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_dense(folder: Path, result: dict[str, Any]) -> None:
 
 def test_a_model_without_selectors_runs_dense(folder: Path, tmp_path: Path) -> None:
     model = TRBert.from_pretrained(folder / "model")
-    save_pretrained(tmp_path, model.config, model.params, model.tokenizer, leave_out=("selectors",))
+    save_pretrained(tmp_path, model.config, model.params, model.tokenizer, exclude=("selectors",))
     assert evaluate_file(tmp_path, folder / "data.jsonl")["execution"] == "dense"
 
 

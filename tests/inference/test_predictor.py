@@ -21,7 +21,7 @@ from trbert_jax.errors import UserError
 from trbert_jax.inference.predictor import WINDOW, Prediction
 from trbert_jax.model.model import TokenReducingModel
 from trbert_jax.reduction.selection import keep_probable
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 
 # The shallowest that have both points of reduction: compilation is most of these tests' time.
 CONFIGS = pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_published_model_packed(published: tuple[TRBert, dict[str, np.ndarray]])
     """All recorded reviews, in batches of like length; the masked run of them is the reference besides."""
     model, recorded = published
     mask = recorded["attention_mask"] > 0
-    features = FeatureSet(
+    features = Examples(
         tokens=recorded["input_ids"][mask].astype(np.int32),
         offsets=np.cumsum([0, *mask.sum(1)], dtype=np.int64),
         token_types=None,

@@ -49,7 +49,7 @@ def drop_and_add(path: Path) -> None:
     edit_weights(path, change)
 
 
-def quantise(path: Path) -> None:
+def quantize(path: Path) -> None:
     edit_weights(path, lambda w: w.update({"classifier.weight": np.zeros((2, 16), np.int8)}))
 
 
@@ -97,7 +97,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
             "bert.encoder.layer.4.output.dense.bias",
         ),
     ),
-    "quantised": (quantise, ("classifier.weight", "I8")),
+    "quantized": (quantize, ("classifier.weight", "I8")),
     "not finite": (diverge, ("bert.pooler.dense.bias", "not finite")),
     "missing shard": (lose_a_shard, ("index.json", "model-00001-of-00002.safetensors")),
     "bad index": (bad_index, ("index.json", "weight_map")),

@@ -36,7 +36,7 @@ def run(config: ModelConfig, rule: Rule | None, params: Any, batch: Any, num_cop
 
 
 def with_bias(params: Any, bias: float) -> Any:
-    """Parameters whose selectors lean towards keeping (bias > 0) or dropping."""
+    """Parameters whose selectors lean toward keeping (bias > 0) or dropping."""
     encoder = dict(params["encoder"])
     for name in ("selector_0", "selector_1"):
         output = {**encoder[name]["output"], "bias": encoder[name]["output"]["bias"] + bias}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from trbert_jax.inference.benchmark.sizes import SIZES
-from trbert_jax.inference.execution import Programs
+from trbert_jax.inference.execution import CompiledForward
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import TokenReducingModel, forward, init_params
 from trbert_jax.reduction import selection as tokens
@@ -69,7 +69,7 @@ def test_packed_execution_needs_less_memory_than_masked() -> None:
         "mask": jax.ShapeDtypeStruct((rows, width), bool),
         "min_logit": jax.ShapeDtypeStruct((rows,), jnp.float32),
     }
-    programs, peak = Programs(TokenReducingModel(config)), {}
+    programs, peak = CompiledForward(TokenReducingModel(config)), {}
     for execution in ("packed", "masked"):
         plan = programs.get(execution, params, batch).memory_analysis()  # type: ignore[attr-defined]
         peak[execution] = plan.temp_size_in_bytes + plan.output_size_in_bytes

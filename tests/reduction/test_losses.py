@@ -63,7 +63,7 @@ def test_teacher_has_no_gradient() -> None:
     np.testing.assert_array_equal(teacher, 0)
 
 
-# Selector initialisation --------------------------------------------------------------------------
+# Selector initialization --------------------------------------------------------------------------
 
 
 def test_rank_error() -> None:

@@ -28,8 +28,8 @@ from trbert_jax.tasks import score_answers as answers
         ("no\N{NO-BREAK SPACE}break", "no break"),
     ],
 )
-def test_normalise(text: str, expected: str) -> None:
-    assert answers.normalise(text) == expected
+def test_normalize(text: str, expected: str) -> None:
+    assert answers.normalize(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_normalise(text: str, expected: str) -> None:
         ("“Heroes”", "“heroes”"),
     ],
 )
-def test_normalise_triviaqa(text: str, expected: str) -> None:
-    assert answers.normalise_triviaqa(text) == expected
-    assert answers.normalise_triviaqa(expected) == expected  # aliases may come normalised
+def test_normalize_triviaqa(text: str, expected: str) -> None:
+    assert answers.normalize_triviaqa(text) == expected
+    assert answers.normalize_triviaqa(expected) == expected  # aliases may come normalized
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 
 from trbert_jax.tasks.batching import epoch_order, length_batches, pad_batch, width_ladder
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 
 CLS = 101
 
 
-def make(lengths: list[int], token_types: bool = False) -> FeatureSet:
+def make(lengths: list[int], token_types: bool = False) -> Examples:
     rng = np.random.default_rng(0)
     rows = [np.concatenate([[CLS], rng.integers(1, 99, n - 1)]).astype(np.int32) for n in lengths]
     tokens = np.concatenate(rows)
-    return FeatureSet(
+    return Examples(
         tokens=tokens,
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
         token_types=(tokens % 2).astype(np.int8) if token_types else None,

@@ -10,7 +10,7 @@ from tiny_models import VOCABULARY, tiny_tokenizer
 
 from trbert_jax.datasets.dataset import Dataset, Example
 from trbert_jax.errors import UserError
-from trbert_jax.tasks.examples import FeatureSet, build_features
+from trbert_jax.tasks.examples import Examples, build_features
 
 TEXTS = ["the film was good", "it", "the plot was bad and dull and not good !", "a film"]
 CLS, SEP = VOCABULARY.index("[CLS]"), VOCABULARY.index("[SEP]")
@@ -21,7 +21,7 @@ def make(texts: list[str] = TEXTS) -> Dataset:
     return Dataset(examples, ("bad", "good"))
 
 
-def row(features: FeatureSet, i: int) -> list[str]:
+def row(features: Examples, i: int) -> list[str]:
     return [VOCABULARY[t] for t in features.tokens[features.offsets[i] : features.offsets[i + 1]]]
 
 
@@ -75,7 +75,7 @@ def test_cache_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [path.suffix for path in files] == [".npz"]
     monkeypatch.setattr("trbert_jax.tasks.examples._tokenize", None)  # the cache has to do
     second = build_features(make(), tiny_tokenizer(), 8, tmp_path / "cache", announce=said.append)
-    for field in dataclasses.fields(FeatureSet):
+    for field in dataclasses.fields(Examples):
         a, b = getattr(first, field.name), getattr(second, field.name)
         assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
     assert said == ["1 of 4 texts are longer than 8 tokens and were cut"] * 2

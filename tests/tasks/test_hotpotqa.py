@@ -30,7 +30,7 @@ def test_everything_right() -> None:
         ("no", "‘no’", 0, 0),  # typographic quotes stay, and the words differ
         ("no doubt", "no way", 0, 1 / 2),  # neither is "no" itself
         ("one two", "", 0, 0),
-        ("the", "a", 1, 0),  # both normalise to nothing: equal, without a common word
+        ("the", "a", 1, 0),  # both normalize to nothing: equal, without a common word
     ],
 )
 def test_answers(answer: str, predicted: str, em: float, f1: float) -> None:

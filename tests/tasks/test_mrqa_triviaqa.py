@@ -1,4 +1,4 @@
-"""Both scorers do the same with what their normalisations leave."""
+"""Both scorers do the same with what their normalizations leave."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_means_in_percent(metric: ModuleType) -> None:
 
 
 @both
-def test_what_normalises_to_nothing_matches_without_a_common_word(metric: ModuleType) -> None:
+def test_what_normalizes_to_nothing_matches_without_a_common_word(metric: ModuleType) -> None:
     found = metric.evaluate({"band": ["!!!"]}, {"band": "The"})
     assert (found["exact_match"], found["f1"]) == (100, 0)
 

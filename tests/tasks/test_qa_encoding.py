@@ -60,7 +60,7 @@ def test_markers_are_read_as_entries_of_the_vocabulary() -> None:
 
 
 def test_a_marker_that_the_vocabulary_has_nothing_for() -> None:
-    encoder = TextEncoder(qa_tokenizer(leave_out=("[unused1]",)), MARKERS)
+    encoder = TextEncoder(qa_tokenizer(exclude=("[unused1]",)), MARKERS)
     assert len(encoder.encode(["no marker"]).tokens)
     with pytest.raises(UserError, match=r"holds \[PAR\], which is read as \[unused1\]"):
         encoder.encode(["a [PAR] b"])

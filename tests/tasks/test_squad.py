@@ -16,7 +16,7 @@ from trbert_jax.tasks.score_squad import evaluate
         (["one two three four", "two"], "one two", 0, 2 / 3),  # the second answer is the closer one
         (["bones"], "", 0, 0),
         (["bones"], "‘bones’", 0, 0),
-        # No answer: only what normalises to nothing is right.
+        # No answer: only what normalizes to nothing is right.
         ([], "", 1, 1),
         ([], "something", 0, 0),
         ([], "the", 1, 1),
@@ -95,7 +95,7 @@ def test_threshold() -> None:
 
 
 def test_an_answer_of_nothing_is_still_an_answer_above_the_threshold() -> None:
-    """As in the official script: whether there is an answer is not asked of its normalised form."""
+    """As in the official script: whether there is an answer is not asked of its normalized form."""
     gold, predictions = {"a": ["the"]}, {"a": ""}
     assert evaluate(gold, predictions, {"a": 0.5}, null_threshold=1.0)["exact"] == 100
     assert evaluate(gold, predictions, {"a": 1.5}, null_threshold=1.0)["exact"] == 0

@@ -25,19 +25,19 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
 from trbert_jax.model.packed import packed_forward
 from trbert_jax.model.tiles import Tiling
-from trbert_jax.parallel import Layout, make_layout, single_device
+from trbert_jax.parallel import DeviceMesh, make_mesh, single_device
 from trbert_jax.training import loop, stages
 from trbert_jax.training import step as steps
 from trbert_jax.training.checkpoints import CheckpointStore
 from trbert_jax.training.step import TrainState
 
 TINY = dataclasses.replace(tiny_models.BERT, num_layers=2)
-LAYOUTS: dict[str, Callable[[], Layout]] = {
+LAYOUTS: dict[str, Callable[[], DeviceMesh]] = {
     "one": single_device,
-    "jit": make_layout,
-    "fsdp": lambda: make_layout(fsdp=2),
-    "fsdp4": lambda: make_layout(fsdp=4),
-    "pmap": lambda: make_layout("pmap"),
+    "jit": make_mesh,
+    "fsdp": lambda: make_mesh(fsdp=2),
+    "fsdp4": lambda: make_mesh(fsdp=4),
+    "pmap": lambda: make_mesh("pmap"),
 }
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
 EVERY_WAY = (("jit", 1), ("fsdp", 1), ("pmap", 1), ("one", 4), ("jit", 4))
@@ -70,7 +70,7 @@ def quickstart_step(stage: str, execution: str) -> tuple[StageStep, Any]:
     return step, jax.device_get(init_params(model, jax.random.key(0)))
 
 
-def train(step: StageStep, params: Any, layout: Layout, passes: int) -> tuple[np.ndarray, Any]:
+def train(step: StageStep, params: Any, layout: DeviceMesh, passes: int) -> tuple[np.ndarray, Any]:
     """Losses of 20 updates, and the parameters after them."""
     state, frozen, rng = step.place(params, layout)
     _, losses, state = go_on(step, layout, state, frozen, rng, range(UPDATES), passes)
@@ -78,7 +78,13 @@ def train(step: StageStep, params: Any, layout: Layout, passes: int) -> tuple[np
 
 
 def go_on(
-    step: StageStep, layout: Layout, state: TrainState, frozen: Any, rng: Any, updates: range, passes: int = 1
+    step: StageStep,
+    layout: DeviceMesh,
+    state: TrainState,
+    frozen: Any,
+    rng: Any,
+    updates: range,
+    passes: int = 1,
 ) -> tuple[Any, np.ndarray, TrainState]:
     """Some updates: the frozen parameters as they were, losses, the state after them."""
     update, losses = step.step(layout), []
@@ -115,7 +121,7 @@ def same_quickstart(stage: str, execution: str) -> dict[str, Any]:
     """Few ways to train the quickstart's model, for time: with the second axis and accumulation at once."""
     step, params = quickstart_step(stage, execution)
     found = compare(step, params, (("fsdp", 4), ("pmap", 1)))
-    state = step.place(params, make_layout(fsdp=2))[0]
+    state = step.place(params, make_mesh(fsdp=2))[0]
     specs = [x.sharding.spec for x in jax.tree.leaves(state.trained)]
     return {**found, "divided": sum(parallel.FSDP in spec for spec in specs)}
 
@@ -148,7 +154,7 @@ def restored() -> dict[str, Any]:
 def collectives(stage: str, execution: str) -> dict[str, list[str]]:
     """Shapes that a sharded update sends between devices, by operation, and those of its parameters."""
     step, params = tiny_step(stage, execution)
-    layout = make_layout(fsdp=2)
+    layout = make_mesh(fsdp=2)
     state, frozen, rng = step.place(params, layout)
     arguments = (state, frozen, steps.place_batches(step.batch(0), layout), rng)
     text = step.step(layout).lower(*arguments).compile().as_text()
@@ -171,11 +177,11 @@ def divided() -> dict[str, float]:
     """Bytes of the state on one device, with and without the second axis."""
     step, params = tiny_step("joint", "masked")
 
-    def size(layout: Layout) -> float:
+    def size(layout: DeviceMesh) -> float:
         state = step.place(params, layout)[0]
         return float(sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)))
 
-    return {"data": size(make_layout()), "fsdp": size(make_layout(fsdp=8))}
+    return {"data": size(make_mesh()), "fsdp": size(make_mesh(fsdp=8))}
 
 
 CHECKS: dict[str, Callable[..., Any]] = {

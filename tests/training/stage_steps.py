@@ -13,7 +13,7 @@ from tiny_batches import random_batch
 from trbert_jax.config import RunConfig, load_config
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params
-from trbert_jax.parallel import Layout
+from trbert_jax.parallel import DeviceMesh
 from trbert_jax.training import optimizer, stages
 from trbert_jax.training import step as steps
 from trbert_jax.training.run import Run
@@ -77,11 +77,11 @@ class StageStep:
         trained, frozen = optimizer.split_params(params, stages._TRAINS[self.stage](self.model))
         return init_state(trained, self.adamw), frozen
 
-    def step(self, layout: Layout) -> Any:
+    def step(self, layout: DeviceMesh) -> Any:
         """The compiled update."""
         return steps.update_step(self.objective, self.adamw, layout)
 
-    def place(self, params: Params, layout: Layout) -> tuple[TrainState, Params, jax.Array]:
+    def place(self, params: Params, layout: DeviceMesh) -> tuple[TrainState, Params, jax.Array]:
         """State, frozen parameters and key on the devices."""
         first, frozen = self.split(jax.tree.map(np.asarray, params))
         state = steps.first_state(first.trained, self.adamw, layout)

@@ -14,7 +14,7 @@ from tiny_processes import TESTS, environment
 
 from trbert_jax import parallel
 from trbert_jax.errors import UserError
-from trbert_jax.parallel import make_layout
+from trbert_jax.parallel import make_mesh
 
 # What is sent between devices, and what rounding does, are those of the programs that users run.
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -118,9 +118,9 @@ def test_a_checkpoint_is_restored_onto_other_devices() -> None:
 
 def test_bad_layouts() -> None:
     with pytest.raises(UserError, match=r"parallel.strategy is 'pjit'; expected one of jit, pmap"):
-        make_layout("pjit")
+        make_mesh("pjit")
     with pytest.raises(UserError, match=r"parallel.fsdp is 3, which does not divide the 1 devices"):
-        make_layout(fsdp=3)
+        make_mesh(fsdp=3)
 
 
 def test_a_process_reads_the_rows_of_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_a_process_reads_the_rows_of_its_own_devices(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         parallel, "Mesh", lambda grid, *axes, **types: SimpleNamespace(devices=grid, size=grid.size)
     )
-    layout = make_layout(devices=devices)
+    layout = make_mesh(devices=devices)
     order = [(device.process_index, device.id) for device in layout.mesh.devices.flat]
     assert order == [(0, 0), (0, 2), (1, 1), (1, 3)]
     for process, rows in enumerate((slice(0, 4), slice(4, 8))):

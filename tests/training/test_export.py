@@ -21,12 +21,12 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from stage_steps import EXECUTIONS, STAGES, StageStep
 
 from trbert_jax import parallel
-from trbert_jax.inference.engine import Runner
+from trbert_jax.inference.engine import InferenceEngine
 from trbert_jax.inference.execution import EXECUTIONS as PREDICTIONS
-from trbert_jax.inference.execution import Execution, Programs, with_threshold
+from trbert_jax.inference.execution import CompiledForward, Execution, with_threshold
 from trbert_jax.model.model import TokenReducingModel, init_params
 from trbert_jax.model.tiles import Tiling
-from trbert_jax.parallel import AXES, KEPT, ROWS, WHOLE, Layout
+from trbert_jax.parallel import AXES, KEPT, ROWS, WHOLE, DeviceMesh
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.training import step as steps
 
@@ -37,10 +37,10 @@ FULL = ("model.dtype=bfloat16", "parallel.remat=true")
 
 
 @pytest.fixture
-def layout(monkeypatch: pytest.MonkeyPatch) -> Layout:
+def layout(monkeypatch: pytest.MonkeyPatch) -> DeviceMesh:
     monkeypatch.setattr(parallel, "SMALLEST_DIVIDED", 64)  # so that a tiny model has something to divide
     mesh = AbstractMesh((DEVICES // 2, 2), AXES, axis_types=(AxisType.Auto,) * 2)
-    return Layout(mesh)  # type: ignore[arg-type]  # all that lowering asks of a mesh
+    return DeviceMesh(mesh)  # type: ignore[arg-type]  # all that lowering asks of a mesh
 
 
 def tile_for(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[int]:
@@ -75,7 +75,7 @@ def params_of() -> Any:
     return jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
 
 
-def export_update(step: StageStep, layout: Layout, passes: int) -> None:
+def export_update(step: StageStep, layout: DeviceMesh, passes: int) -> None:
     """A stage's update as the strategy jit runs it, state and frozen parameters divided."""
     state, frozen = jax.eval_shape(step.split, params_of())
     state, frozen = (shapes(x, layout, layout.spec_of) for x in (state, frozen))
@@ -113,22 +113,24 @@ def export_device_update(step: StageStep, passes: int) -> None:
 
 
 def predictors() -> dict[str, Execution]:
-    """Every way to run a model over texts, the baselines with the rule that `Runner` gives them."""
+    """Every way to run a model over texts, the baselines with the rule that `InferenceEngine` gives them."""
     found = dict(PREDICTIONS)
 
-    class Asked(Runner):
+    class Asked(InferenceEngine):
         def _run(self, params: Any, features: Any, name: str, execution: Execution, *others: Any) -> Any:
             found[name] = execution
 
-    runner = Asked(TokenReducingModel(MODEL), DEVICES * ROWS_A_DEVICE, Programs(TokenReducingModel(MODEL)))
+    runner = Asked(
+        TokenReducingModel(MODEL), DEVICES * ROWS_A_DEVICE, CompiledForward(TokenReducingModel(MODEL))
+    )
     features: Any = SimpleNamespace(row_targets={}, num_rows=1)
     for kind in ("random", "first_k"):
         runner.baseline(None, features, kind, np.ones((1, MODEL.num_reductions), np.int32), seed=0)
     return found
 
 
-class Exporting(Programs):
-    """Lowers for another platform where `Programs` would compile."""
+class Exporting(CompiledForward):
+    """Lowers for another platform where `CompiledForward` would compile."""
 
     def _compile(self, program: Any, params: Any, batch: Any, divide: bool) -> Any:
         mapped = self.layout.by_rows(program, out_specs=(ROWS, KEPT)) if divide else program
@@ -136,7 +138,7 @@ class Exporting(Programs):
         check(jax.jit(mapped, out_shardings=self.layout.whole), params, placed)
 
 
-def export_predictor(name: str, execution: Execution, layout: Layout, dtype: Any) -> None:
+def export_predictor(name: str, execution: Execution, layout: DeviceMesh, dtype: Any) -> None:
     rows = DEVICES * ROWS_A_DEVICE
     batch = StageStep("finetune", "packed", MODEL).batch(0, 1, rows)
     inputs = with_threshold({k: v[0] for k, v in batch.items()})
@@ -150,7 +152,7 @@ def export_predictor(name: str, execution: Execution, layout: Layout, dtype: Any
     )
 
 
-def export_scores(layout: Layout, dtype: Any) -> None:
+def export_scores(layout: DeviceMesh, dtype: Any) -> None:
     """Stage score's program."""
     model = TokenReducingModel(MODEL, dtype)
 
@@ -164,7 +166,9 @@ def export_scores(layout: Layout, dtype: Any) -> None:
     check(program, shapes(params_of(), layout, WHOLE), shapes(batch, layout, ROWS))
 
 
-def test_the_fullest_update_and_the_packed_predictor(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fullest_update_and_the_packed_predictor(
+    layout: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dropout, bfloat16, remat and accumulation at once, with the tiles of accelerators."""
     for rows in (1, DEVICES * ROWS_A_DEVICE):
         assert Tiling.for_backend("tpu", rows) == Tiling.for_backend("gpu", rows), "what serves both here"
@@ -176,7 +180,7 @@ def test_the_fullest_update_and_the_packed_predictor(layout: Layout, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tiles", ["tpu", "cpu"])
-def test_every_update(tiles: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_update(tiles: str, layout: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every stage, plain and with everything on, by either strategy."""
     tile_for(monkeypatch, tiles)
     for stage in STAGES:
@@ -190,7 +194,9 @@ def test_every_update(tiles: str, layout: Layout, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tiles", ["tpu", "cpu"])
-def test_every_predictor_and_the_scores(tiles: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_predictor_and_the_scores(
+    tiles: str, layout: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`dense` is the teacher's."""
     tile_for(monkeypatch, tiles)
     found = predictors()

@@ -19,7 +19,7 @@ from trbert_jax.config import load_config
 from trbert_jax.errors import UserError
 from trbert_jax.io import read_json, write_json
 from trbert_jax.tasks.batching import pad_batch
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import prepared_writer
 from trbert_jax.training.prepared import load_prepared, shard_paths
 from trbert_jax.training.prepared_writer import write_prepared
@@ -28,7 +28,7 @@ from trbert_jax.training.run import Run
 SETTINGS = {"model.max_length": 9}
 
 
-def make_features(seed: int = 0, grouped: bool = False, types: bool = False) -> FeatureSet:
+def make_features(seed: int = 0, grouped: bool = False, types: bool = False) -> Examples:
     """Eleven examples of one row, or of one to three with targets of their own."""
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, 4, 11) if grouped else np.ones(11, int)
@@ -38,7 +38,7 @@ def make_features(seed: int = 0, grouped: bool = False, types: bool = False) -> 
     tokens[offsets[:-1]] = 2
     row_targets = {"starts": rng.integers(-1, 9, (len(lengths), 2)).astype(np.int32)} if grouped else {}
     targets = {"weights": rng.normal(size=(11, 3)).astype(np.float32)} if grouped else {}
-    return FeatureSet(
+    return Examples(
         tokens=tokens,
         offsets=offsets.astype(np.int64),
         token_types=rng.integers(0, 2, len(tokens)).astype(np.int8) if types else None,
@@ -53,7 +53,7 @@ def make_features(seed: int = 0, grouped: bool = False, types: bool = False) -> 
     )
 
 
-def write(folder: Path, features: FeatureSet, **options: int) -> Path:
+def write(folder: Path, features: Examples, **options: int) -> Path:
     return write_prepared(
         folder, {"train": features}, SETTINGS, announce=lambda line: None, **{"shard_size": 4, **options}
     )
@@ -350,7 +350,7 @@ def test_only_a_split_that_does_not_exist_is_left_out(
 
 def test_the_set_in_memory_is_replaced_whole() -> None:
     """Every field of a set is either in the index or read from the shards."""
-    assert {field.name for field in dataclasses.fields(FeatureSet)} == {
+    assert {field.name for field in dataclasses.fields(Examples)} == {
         "tokens", "offsets", "token_types", "labels", "ids", "num_truncated", "digest", "first_row", "group",
         "row_targets", "targets",
     }  # fmt: skip

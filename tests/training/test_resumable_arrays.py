@@ -20,11 +20,11 @@ from trbert_jax.config import load_config
 from trbert_jax.errors import UserError
 from trbert_jax.inference import engine as runner
 from trbert_jax.model.pretrained import Pretrained
-from trbert_jax.parallel import Layout, single_device
+from trbert_jax.parallel import DeviceMesh, single_device
 from trbert_jax.reduction.residual_scores import rank_targets
 from trbert_jax.training import resumable_arrays as row_files
 from trbert_jax.training import stages
-from trbert_jax.training.resumable_arrays import RowFiles
+from trbert_jax.training.resumable_arrays import ResumableArrays
 from trbert_jax.training.run import Run
 from trbert_jax.training.stage_inputs import GroupSums, RankTargets
 
@@ -37,7 +37,7 @@ class Killed(BaseException):
 
 def fill(folder: Path, fingerprint: Any = "a", kill_in: int | None = None) -> int:
     """Writes two entries a batch; returns where it began."""
-    with RowFiles(folder, {"of": fingerprint}, BATCHES, single_device()) as files:
+    with ResumableArrays(folder, {"of": fingerprint}, BATCHES, single_device()) as files:
         array, helper = files.array("x.npy", SHAPE), files.array("helper.npy", (10,))
         for step in range(files.start, BATCHES):
             if step == kill_in:
@@ -106,7 +106,7 @@ def test_nothing_is_left_that_nobody_goes_on_from(tmp_path: Path) -> None:
 
 
 def test_other_processes_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Layout, "is_main", False)
+    monkeypatch.setattr(DeviceMesh, "is_main", False)
     assert fill(tmp_path) == 0
     assert list(tmp_path.iterdir()) == []
 
@@ -160,7 +160,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_full_indeed(small_disk: Path) -> None:
-    with RowFiles(small_disk, {}, BATCHES, single_device()) as files:
+    with ResumableArrays(small_disk, {}, BATCHES, single_device()) as files:
         with pytest.raises(UserError, match=r"big\.npy: cannot be written, No space.*takes 800,128 bytes"):
             files.array("big.npy", (1000, 200))
         assert list(small_disk.iterdir()) == []

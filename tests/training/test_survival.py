@@ -27,7 +27,7 @@ from trbert_jax.cli import main
 from trbert_jax.config import TrainingConfig
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.parallel import single_device
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import batches, loop
 from trbert_jax.training.finite import check_finite
 from trbert_jax.training.logging import read_metrics
@@ -213,7 +213,7 @@ def test_what_is_not_finite_is_never_handed_to_a_later_stage(
 
 def test_an_example_with_a_value_that_is_not_finite_is_named() -> None:
     lengths = np.array([2, 3, 1, 2])
-    features = FeatureSet(
+    features = Examples(
         np.zeros(8, np.int32),
         np.append(0, np.cumsum(lengths)),
         None,
@@ -305,7 +305,7 @@ def test_speed_is_told_apart_from_the_metrics(whole: Path) -> None:
         assert row["seconds_input"] > 0
         assert row["tokens_per_second"] > row["examples_per_second"] > 0
         assert row["flops_per_second"] > 0
-        assert "flop_utilisation" not in row  # nobody has stated the peak of a CPU
+        assert "flop_utilization" not in row  # nobody has stated the peak of a CPU
     assert not any("second" in name for row in read_metrics(whole / "metrics.jsonl") for name in row)
 
 
@@ -338,7 +338,7 @@ def test_the_clock_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
         "tokens_per_second": 25.0,
         "kept_tokens_0_per_second": 5.0,
         "flops_per_second": 250.0,
-        "flop_utilisation": 0.25,
+        "flop_utilization": 0.25,
     }
     now[0] += 2
     clock.count(1, np.array([1]))

@@ -1,4 +1,4 @@
-"""Labelled texts: one example, a set of them, and how a set is thinned out or divided."""
+"""Labeled texts: one example, a set of them, and how a set is thinned out or divided."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HOLD_OUT_SHARE = 10  # one in so many
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """One labelled text.
+    """One labeled text.
 
     Attributes:
       id: where it comes from, `train.jsonl:17` (the line) for files.

@@ -1,6 +1,6 @@
 """Text that every machine has: the source code of Python's standard library.
 
-Pieces of source text, comments and documentation included, labelled by the top-level module or
+Pieces of source text, comments and documentation included, labeled by the top-level module or
 package they come from. Made for a first run without a download; not a benchmark, the texts depend
 on the version of Python.
 """

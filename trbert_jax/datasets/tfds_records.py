@@ -1,6 +1,6 @@
-"""Records of the catalogue of TensorFlow Datasets that hold the same questions.
+"""Records of the catalog of TensorFlow Datasets that hold the same questions.
 
-| catalogue | record | questions |
+| catalog | record | questions |
 |---|---|---|
 | `squad/v1.1`, `squad/v2.0` | a question | as published |
 | `mrqa/news_qa`, `mrqa/natural_questions` | a question | as published for the MRQA 2019 shared task |
@@ -9,7 +9,7 @@
 
 `mrqa` names more data sets, all of which are read. `natural_questions` is another format: whole web
 pages with token offsets. WikiHop, and HotpotQA with its paragraphs and supporting facts, are not in
-the catalogue.
+the catalog.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def convert(
     """Makes questions of the records of a split.
 
     Args:
-      name: in the catalogue, with configuration: `squad/v2.0`.
+      name: in the catalog, with configuration: `squad/v2.0`.
       split: for messages.
       source: what `tfds.data_source` gives for the split.
       bad: what to do about bad records.
@@ -43,15 +43,15 @@ def convert(
     Raises:
       UserError: a name without a converter, a bad record that is not skipped, no question.
     """
-    catalogue = name.partition("/")[0].partition(":")[0]
-    converter = CONVERTERS.get(catalogue)
+    catalog = name.partition("/")[0].partition(":")[0]
+    converter = CONVERTERS.get(catalog)
     if converter is None:
         raise UserError(
             f"tfds:{name}: no question answering data set that is known here; expected one of "
             f"{', '.join(CONVERTERS)}"
         )
     # trivia_qa lists a document of a question twice where both of its parts have it.
-    records = RecordList[_TfdsQuestion](f"tfds:{name}: {split}", bad, repeats=catalogue == "trivia_qa")
+    records = RecordList[_TfdsQuestion](f"tfds:{name}: {split}", bad, repeats=catalog == "trivia_qa")
     for number, record in enumerate(source):
         place = Place(f"tfds:{name}: {split} example {number}")
         with bad.record():
@@ -95,7 +95,7 @@ def _trivia_qa(value: JsonValue, bad: BadRecords) -> list[_TfdsQuestion]:
     question_id = value["question_id"].text()
     value = value.named(f"question {question_id!r}")
     question, answer = value["question"].text(), value["answer"]
-    # What the catalogue writes for the test set, which has no answers.
+    # What the catalog writes for the test set, which has no answers.
     withheld = answer["value"].data == "<unk>" and not answer["normalized_aliases"].data
     answers = () if withheld else triviaqa.accepted_answers(answer, "normalized_aliases")
     questions: list[_TfdsQuestion] = []

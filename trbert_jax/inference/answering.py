@@ -27,7 +27,7 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.tasks import load_task_data
 from trbert_jax.tasks.base import QuestionData, Score
 from trbert_jax.tasks.batching import pad_batch
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.requests import SHORTEST, parse_requests
 
 Announce = Callable[[str], Any]
@@ -57,7 +57,7 @@ class Questions:
         self._tokenizer = model.tokenizer
         self._data = question_data(model.config, announce)
         self._data.give(_SPLIT, records, bad)
-        self.features: FeatureSet = self._data.inputs(_SPLIT, self._tokenizer, Path())
+        self.features: Examples = self._data.inputs(_SPLIT, self._tokenizer, Path())
         self.num_skipped = 0 if bad is None else len(bad.skipped)
 
     @property
@@ -239,7 +239,7 @@ def _format(name: str) -> str:
 
 
 def _counts(
-    features: FeatureSet, outputs: Outputs, in_pairs: bool
+    features: Examples, outputs: Outputs, in_pairs: bool
 ) -> tuple[dict[str, int], dict[str, list[int]]]:
     """By question: tokens of its inputs, and how many of them each point of reduction keeps."""
     tokens = dict[str, int]()

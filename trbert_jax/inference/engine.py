@@ -16,9 +16,9 @@ from trbert_jax.inference.execution import (
     DEFAULT_EXECUTION,
     DEFAULT_THRESHOLD,
     EXECUTIONS,
+    CompiledForward,
     Execution,
     Inputs,
-    Programs,
     check_execution,
     with_threshold,
 )
@@ -28,11 +28,11 @@ from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.tasks.batch import Rows, is_by_token
 from trbert_jax.tasks.batching import batch_rows, length_batches, pad_batch
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.score_classification import accuracy
 
 # Called after each batch with the features, the examples of the batch, int [b], and its logits.
-AfterBatch = Callable[[FeatureSet, np.ndarray, Logits], None]
+AfterBatch = Callable[[Examples, np.ndarray, Logits], None]
 # Name of the logits ("" where there is one array) and shape -> zeros, float32.
 Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
 
@@ -68,29 +68,29 @@ class Outputs:
         return accuracy(self.logits.argmax(-1), self.labels)
 
 
-class Runner:
+class InferenceEngine:
     """Runs a model over feature sets; one compilation a batch shape and rule, none after that."""
 
     def __init__(
         self,
         model: TokenReducingModel,
         batch_size: int,
-        programs: Programs | None = None,
+        programs: CompiledForward | None = None,
         after_batch: AfterBatch | None = None,
     ) -> None:
         self.model = model
         self._after_batch = after_batch
-        self.programs = programs or Programs(model)
+        self.programs = programs or CompiledForward(model)
         self.batch_size = self.programs.layout.rounded(batch_size)
 
-    def num_batches(self, features: FeatureSet) -> int:
+    def num_batches(self, features: Examples) -> int:
         """Batches of a run over `features`."""
         return -(-len(features) // self.batch_size)
 
     def run(
         self,
         params: Params,
-        features: FeatureSet,
+        features: Examples,
         execution: str = DEFAULT_EXECUTION,
         progress: Callable[[int, int], None] | None = None,
         threshold: float = DEFAULT_THRESHOLD,
@@ -133,7 +133,7 @@ class Runner:
         return self.programs.compile_seconds[execution, *shape]
 
     def baseline(
-        self, params: Params, features: FeatureSet, kind: str, num_kept: np.ndarray, seed: int
+        self, params: Params, features: Examples, kind: str, num_kept: np.ndarray, seed: int
     ) -> Outputs:
         """Runs a selection that learned nothing, at given kept counts.
 
@@ -164,7 +164,7 @@ class Runner:
     def _run(
         self,
         params: Params,
-        features: FeatureSet,
+        features: Examples,
         name: str,
         execution: Execution,
         extras: dict[str, np.ndarray],  # arrays [R, ...]
@@ -208,7 +208,7 @@ class LogitStore:
     """The logits of a whole feature set, put together from those of its batches."""
 
     def __init__(
-        self, config: ModelConfig, features: FeatureSet, like: Logits, allocate: Allocate | None = None
+        self, config: ModelConfig, features: Examples, like: Logits, allocate: Allocate | None = None
     ) -> None:
         self._features = features
         self._by_row = config.task == "span"

@@ -1,4 +1,4 @@
-"""Evaluation: accuracy, kept tokens, FLOPs and speed of a model on labelled texts."""
+"""Evaluation: accuracy, kept tokens, FLOPs and speed of a model on labeled texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from trbert_jax.datasets.readers import read_file
 from trbert_jax.errors import UserError
 from trbert_jax.inference.answering import Questions, read_questions
-from trbert_jax.inference.engine import Outputs, Runner
+from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.inference.execution import DEFAULT_THRESHOLD
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.io import atomic_file, write_json
@@ -20,7 +20,7 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
 from trbert_jax.model.pretrained import to_stderr
 from trbert_jax.reduction import flops
-from trbert_jax.tasks.examples import FeatureSet, build_features
+from trbert_jax.tasks.examples import Examples, build_features
 
 Judge = Callable[[Outputs], Mapping[str, float]]  # outputs -> the task's metrics
 
@@ -37,7 +37,7 @@ def evaluate_file(
     seed: int = 0,
     skip_bad_records: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates a saved model on a file of labelled texts.
+    """Evaluates a saved model on a file of labeled texts.
 
     Args:
       model_dir: see `TRBert.from_pretrained`.
@@ -96,9 +96,9 @@ def evaluate_file(
 
 
 def run_baselines(
-    runner: Runner,
+    runner: InferenceEngine,
     params: Params,
-    features: FeatureSet,
+    features: Examples,
     outputs: Outputs,
     kinds: Sequence[str],
     seed: int,
@@ -113,9 +113,9 @@ def run_baselines(
 
 
 def run_thresholds(
-    runner: Runner,
+    runner: InferenceEngine,
     params: Params,
-    features: FeatureSet,
+    features: Examples,
     execution: str,
     thresholds: Sequence[float],
     judge: Judge,
@@ -151,9 +151,7 @@ def summarize(outputs: Outputs, config: ModelConfig, metrics: Mapping[str, float
     return summary
 
 
-def write_predictions(
-    path: str | Path, outputs: Outputs, features: FeatureSet, labels: Sequence[str]
-) -> None:
+def write_predictions(path: str | Path, outputs: Outputs, features: Examples, labels: Sequence[str]) -> None:
     """Writes one JSON line an example: prediction, probabilities, kept positions, true label."""
     scores = np.exp(outputs.logits - outputs.logits.max(-1, keepdims=True))
     scores /= scores.sum(-1, keepdims=True)

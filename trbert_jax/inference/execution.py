@@ -16,7 +16,7 @@ from trbert_jax.errors import UserError
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.model import ModelOutput, Params, TokenReducingModel, forward
 from trbert_jax.model.packed import packed_forward
-from trbert_jax.parallel import KEPT, ROWS, Layout, single_device
+from trbert_jax.parallel import KEPT, ROWS, DeviceMesh, single_device
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.tasks.batch import example_logits
 from trbert_jax.tasks.batching import width_ladder
@@ -74,14 +74,14 @@ def check_execution(execution: str, threshold: float = DEFAULT_THRESHOLD) -> Non
         raise UserError(f"threshold is {threshold!r}, but {execution} execution has none; use packed")
 
 
-class Programs:
+class CompiledForward:
     """The compiled forward passes of one model: one for each execution and batch shape.
 
     With a `layout` of several devices each computes its share of a batch's rows, and every process gets all
-    results. Batches then have a number of examples that the devices divide (`Layout.rounded`).
+    results. Batches then have a number of examples that the devices divide (`DeviceMesh.rounded`).
     """
 
-    def __init__(self, model: TokenReducingModel, layout: Layout | None = None) -> None:
+    def __init__(self, model: TokenReducingModel, layout: DeviceMesh | None = None) -> None:
         self.model = model
         self.layout = layout or single_device()
         self.compile_seconds: dict[tuple[str, int, int], float] = {}  # execution, rows, width -> seconds

@@ -21,19 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.errors import UserError
-from trbert_jax.inference.engine import Outputs, Runner
+from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.inference.execution import (
     DEFAULT_EXECUTION,
     DEFAULT_THRESHOLD,
     EXECUTIONS,
-    Programs,
+    CompiledForward,
     check_execution,
 )
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.pretrained import Announce, load_pretrained, save_pretrained, to_stderr
 from trbert_jax.model.tokenizer_files import Tokenizer, check_vocabulary
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 
 WINDOW = 32  # batches within which texts are sorted by length
 SMALL = (1, 4)  # rows of small batches, for requests of a few texts
@@ -112,8 +112,8 @@ class TRBert:
         self.tokenizer = tokenizer
         self.fresh = tuple(fresh)
         self._model = TokenReducingModel(config, _DTYPES[dtype])
-        self.programs = Programs(self._model)
-        self._runners: dict[int, Runner] = {}
+        self.programs = CompiledForward(self._model)
+        self._runners: dict[int, InferenceEngine] = {}
 
     @classmethod
     def from_pretrained(
@@ -130,7 +130,7 @@ class TRBert:
           path_or_id: see `load_pretrained`.
           max_length: tokens after which a text is cut; None takes the model's own.
           dtype: what to compute in, `float32` or `bfloat16`.
-          announce: called with a line of text if parts of the model had to be initialised.
+          announce: called with a line of text if parts of the model had to be initialized.
 
         Raises:
           UserError: no such model, or a damaged one.
@@ -141,7 +141,7 @@ class TRBert:
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a model directory, see `trbert_jax.model.pretrained.save_pretrained`."""
         params = jax.device_get(self.params)
-        save_pretrained(directory, self.config, params, self.tokenizer, leave_out=self.fresh)
+        save_pretrained(directory, self.config, params, self.tokenizer, exclude=self.fresh)
 
     @property
     def default_execution(self) -> str:
@@ -230,7 +230,7 @@ class TRBert:
                 window = following
 
     def _predictions(
-        self, texts: Sequence[str], features: FeatureSet, truncated: Sequence[bool], output: Outputs
+        self, texts: Sequence[str], features: Examples, truncated: Sequence[bool], output: Outputs
     ) -> Iterator[Prediction]:
         scores = np.exp(output.logits - output.logits.max(-1, keepdims=True))
         scores /= scores.sum(-1, keepdims=True)  # [n, C]
@@ -274,13 +274,13 @@ class TRBert:
                 seconds = runner.compile(self.params, execution, width)
                 yield f"{execution}, {rows} x {width} tokens", seconds
 
-    def runner(self, batch_size: int) -> Runner:
+    def runner(self, batch_size: int) -> InferenceEngine:
         """What runs the model in batches of this many rows; kept, because it holds compiled programs."""
         if batch_size not in self._runners:
-            self._runners[batch_size] = Runner(self._model, batch_size, self.programs)
+            self._runners[batch_size] = InferenceEngine(self._model, batch_size, self.programs)
         return self._runners[batch_size]
 
-    def _encode(self, texts: Sequence[str], first: int) -> tuple[FeatureSet, list[bool]]:
+    def _encode(self, texts: Sequence[str], first: int) -> tuple[Examples, list[bool]]:
         _check_texts(texts, first)
         if self.tokenizer is None:
             raise UserError(
@@ -294,7 +294,7 @@ class TRBert:
             [*encoding.ids[: longest - 1], end] if cut else encoding.ids
             for encoding, cut in zip(encodings, truncated, strict=True)
         ]
-        features = FeatureSet(
+        features = Examples(
             tokens=np.concatenate([np.array(row, np.int32) for row in rows]),
             offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
             token_types=None,

@@ -1,4 +1,4 @@
-"""Texts to be labelled, read one by one: a file of any size is never in memory as a whole."""
+"""Texts to be labeled, read one by one: a file of any size is never in memory as a whole."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Dtype = Any
 
 
 def dense(features: int, config: ModelConfig, dtype: Dtype, name: str | None = None) -> nn.Dense:
-    """A linear layer with BERT's initialisation.
+    """A linear layer with BERT's initialization.
 
     float32 means float32: without a precision, GPUs and TPUs would multiply in fewer bits.
     """

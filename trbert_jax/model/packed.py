@@ -34,7 +34,7 @@ class PackedTokens:
       states: [C, H]; what lies behind the last token means nothing.
       valid: bool [R, S], which positions of the padded batch they are.
       slot: int32 [R, S], where in `states` each of them lies.
-      order: int32 [R], the rows as they follow each other. Neighbours are of like length, so that attention
+      order: int32 [R], the rows as they follow each other. Neighbors are of like length, so that attention
         over a group of them has little to pad.
       scratch: four arrays [C, H] for layers to write to, so that no layer has to clear memory.
     """

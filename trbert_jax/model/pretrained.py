@@ -94,7 +94,7 @@ class Pretrained:
       config: the model's shape, as loaded.
       params: nested dict of float32 numpy arrays.
       tokenizer: a `transformers.PreTrainedTokenizerFast`; None where the directory has none.
-      fresh: parts that were initialised at random, of `selectors`, `pooler`, `pre_classifier` and the
+      fresh: parts that were initialized at random, of `selectors`, `pooler`, `pre_classifier` and the
         linear layers of the task's head (`classifier`, `qa_outputs`, ...).
     """
 
@@ -129,7 +129,7 @@ def load_pretrained(
       max_length: padded length for training, see `ModelConfig.max_length`. None takes the
         checkpoint's.
       announce: called with a line of text for everything that is not simply taken over.
-      seed: of the random initialisation: normal(0, initializer_range), biases 0.
+      seed: of the random initialization: normal(0, initializer_range), biases 0.
 
     Raises:
       UserError: no such checkpoint, a damaged or unfinished one, names or shapes that do not fit.
@@ -179,7 +179,7 @@ def save_pretrained(
     params: Tree,
     tokenizer: Tokenizer | None,
     *,
-    leave_out: Collection[str] = (),
+    exclude: Collection[str] = (),
 ) -> None:
     """Writes a model directory, whole or not at all.
 
@@ -192,7 +192,7 @@ def save_pretrained(
       config: the model's shape.
       params: nested dict of arrays.
       tokenizer: None writes no tokenizer files.
-      leave_out: parts that nothing has trained, named as in `Pretrained.fresh`; whoever loads the
+      exclude: parts that nothing has trained, named as in `Pretrained.fresh`; whoever loads the
         model is told that they start afresh.
 
     Raises:
@@ -200,7 +200,7 @@ def save_pretrained(
       ValueError: `params` lacks parameters of the model.
     """
     _check_replaceable(Path(directory))
-    wanted = {p.name for p in parameters(config) if p.part not in leave_out}
+    wanted = {p.name for p in parameters(config) if p.part not in exclude}
     weights = {k: v for k, v in to_original_names(params, config).items() if k in wanted}
     lacking = sorted(wanted - set(weights))
     if lacking:
@@ -310,7 +310,7 @@ def _resize_positions(config: ModelConfig, tree: Tree, rows: int, say: Announce)
         raise UserError(f"max_positions is {rows}; at least 2 are needed, for [CLS] and [SEP]")
     if rows == config.max_positions:
         return config
-    # Repeating the table keeps what it knows about neighbours; only the seams are new.
+    # Repeating the table keeps what it knows about neighbors; only the seams are new.
     position = tree["encoder"]["embeddings"]["position"]
     position["embedding"] = position["embedding"][np.arange(rows) % config.max_positions]
     how = "repeated from its start" if rows > config.max_positions else "cut"
@@ -337,7 +337,7 @@ def _initialize_missing(config: ModelConfig, tree: Tree, seed: int, say: Announc
             fresh[p.part] = None
     if fresh:
         parts = ", ".join(_OPTIONAL_PARTS[part] for part in fresh)
-        say(f"not in the checkpoint, initialised at random, to be trained before use: {parts}")
+        say(f"not in the checkpoint, initialized at random, to be trained before use: {parts}")
     return tuple(fresh)
 
 

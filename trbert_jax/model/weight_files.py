@@ -95,7 +95,7 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
                 elif name.endswith((".weight", ".bias")):
                     raise UserError(
                         f"{file}: {name} is stored as {dtype}; expected one of {', '.join(_FLOATS)} "
-                        "(quantised checkpoints cannot be read)"
+                        "(quantized checkpoints cannot be read)"
                     )
     except PermissionError as error:
         raise UserError(f"{file}: no permission to read it") from error

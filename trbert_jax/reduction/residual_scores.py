@@ -68,7 +68,7 @@ def residual_scores(
 
 
 def rank_targets(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Targets of the selector initialisation from residual scores.
+    """Targets of the selector initialization from residual scores.
 
     The token of rank k (0 = highest score) among the l real tokens of an example gets 1 - k / l;
     padding gets 0. Among equal scores the earlier token ranks higher.

@@ -151,7 +151,7 @@ def restore(dropped: TokenSet, tokens: TokenSet) -> TokenSet:
 
 
 def keep_all(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
-    """Drops nothing, but lets the selectors speak (their initialisation needs the logits)."""
+    """Drops nothing, but lets the selectors speak (their initialization needs the logits)."""
     return valid
 
 

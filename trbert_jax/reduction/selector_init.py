@@ -1,6 +1,6 @@
-"""Selector initialisation: regression of the keep probabilities on the ranks of residual scores.
+"""Selector initialization: regression of the keep probabilities on the ranks of residual scores.
 
-Source: docs/method.md, "Selector initialisation".
+Source: docs/method.md, "Selector initialization".
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _KINDS: dict[str, type[TaskData]] = {
     "hotpotqa_fullwiki": multi_hop.MultiHopData,
     "hotpotqa_graph": multi_hop.MultiHopData,
 }
-# Names of the catalogue of TensorFlow Datasets.
+# Names of the catalog of TensorFlow Datasets.
 _TFDS_KINDS: dict[str, type[TaskData]] = {
     "squad": spans.SpanData,
     "mrqa": spans.SpanData,
@@ -54,8 +54,8 @@ def load_task_data(config: RunConfig, announce: Announce) -> TaskData:
     """
     name = config.data.name
     if name.startswith(TFDS_PREFIX):
-        catalogue = name.removeprefix(TFDS_PREFIX).partition("/")[0].partition(":")[0]
-        kind = _TFDS_KINDS.get(catalogue, classification.ClassificationData)
+        catalog = name.removeprefix(TFDS_PREFIX).partition("/")[0].partition(":")[0]
+        kind = _TFDS_KINDS.get(catalog, classification.ClassificationData)
     else:
         kind = _KINDS.get(name, classification.ClassificationData)
     for key in _SETTINGS:

@@ -17,7 +17,7 @@ from trbert_jax.datasets.dataset import Announce, sample_indices
 from trbert_jax.datasets.qa_formats import BadRecord, BadRecords, read_split
 from trbert_jax.datasets.tfds import find_split, open_sources
 from trbert_jax.errors import UserError
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.ragged import Counts, TokenRows
 
 _LISTED = 100  # of skipped records
@@ -64,22 +64,22 @@ class TaskData(abc.ABC):
         """Everything in a split that a tokenizer may be trained on."""
 
     @abc.abstractmethod
-    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
         """The tokenized examples of a split; those of `train` are for training."""
 
-    def redraw(self, tokenizer: Any, epoch: int) -> FeatureSet | None:
+    def redraw(self, tokenizer: Any, epoch: int) -> Examples | None:
         """The training examples as inputs drawn for this epoch; None where all epochs have the same.
 
         Those of epoch 0 are what `features` gives.
         """
         return None
 
-    def inputs(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+    def inputs(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
         """What `features` gives, of those examples alone that can be used where others are to be skipped."""
         return self.features(split, tokenizer, cache_dir)
 
     @abc.abstractmethod
-    def score(self, split: str, features: FeatureSet, tokenizer: Any, logits: Any) -> Score:
+    def score(self, split: str, features: Examples, tokenizer: Any, logits: Any) -> Score:
         """Judges the outputs for the examples of a split.
 
         Args:
@@ -122,7 +122,7 @@ class QuestionData(TaskData):
             self._bad[split] = bad
             self._note_skipped(split, bad)
 
-    def inputs(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+    def inputs(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
         """What `features` gives; questions that cannot become inputs go the way of other bad records.
 
         Those that are skipped are none of `records` from here on, so that answers and gold agree.
@@ -197,7 +197,7 @@ class QuestionData(TaskData):
         data = self.config.data
         name = data.name.removeprefix(TFDS_PREFIX)
         sources = open_sources(name, data.path)
-        # The catalogue's test sets of these come without answers, where there are any.
+        # The catalog's test sets of these come without answers, where there are any.
         there = "dev" if split == "test" and not name.startswith("race") else split
         source, indices = find_split(data.name, sources, there, self.announce)
         records = tfds_records.convert(name, split, (source[i] for i in indices), bad)
@@ -217,9 +217,9 @@ def feature_set(
     group: int = 1,
     row_targets: Mapping[str, np.ndarray] | None = None,
     targets: Mapping[str, np.ndarray] | None = None,
-) -> FeatureSet:
-    """A `FeatureSet` of rows of two parts."""
-    return FeatureSet(
+) -> Examples:
+    """A `Examples` of rows of two parts."""
+    return Examples(
         tokens=rows.tokens,
         offsets=rows.offsets,
         token_types=rows.token_types,
@@ -234,7 +234,7 @@ def feature_set(
     )
 
 
-def at_tokens(features: FeatureSet, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def at_tokens(features: Examples, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Start and end logits of all tokens, one after the other: float [R, 2, S] -> two float [total]."""
     real = np.arange(logits.shape[-1]) < features.row_lengths[:, None]
     return logits[:, 0][real], logits[:, 1][real]

@@ -189,13 +189,13 @@ def _multi_hop(logits: dict[str, jax.Array], rows: Rows) -> jax.Array:
 
 
 def _multi_hop_soft(logits: dict[str, jax.Array], rows: Rows, temperature: float) -> jax.Array:
-    teacher, labelled = rows.get("teacher_logits"), rows.get("sentence_labels") >= 0
+    teacher, labeled = rows.get("teacher_logits"), rows.get("sentence_labels") >= 0
     span = task.distillation(logits["span"], teacher["span"], temperature, rows.mask[:, None]).sum(1)
     kind = task.distillation(logits["kind"], teacher["kind"], temperature)
     sentence = task.distillation(logits["sentence"], teacher["sentence"], temperature)
     # The published sum is over all slots for sentences, also those where there is none.
-    counted = sentence if "head_mask" in rows.batch else jnp.where(labelled, sentence, 0.0)
-    return span + kind + counted.sum(-1) / jnp.maximum(labelled.sum(-1), 1)
+    counted = sentence if "head_mask" in rows.batch else jnp.where(labeled, sentence, 0.0)
+    return span + kind + counted.sum(-1) / jnp.maximum(labeled.sum(-1), 1)
 
 
 _HARD: dict[str, Callable[..., jax.Array]] = {

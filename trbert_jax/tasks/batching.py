@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 
 _SHARES = (0.125, 0.25, 0.5, 0.75)
 _STEP = 16  # widths are multiples of this
@@ -39,7 +39,7 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def length_batches(
-    features: FeatureSet, batch_size: int, widths: Sequence[int]
+    features: Examples, batch_size: int, widths: Sequence[int]
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Divides all examples into batches of like length, so that little is padded.
 
@@ -68,13 +68,11 @@ def length_batches(
         yield index, width
 
 
-def pad_batch(
-    features: FeatureSet, indices: np.ndarray, batch_size: int, width: int
-) -> dict[str, np.ndarray]:
+def pad_batch(features: Examples, indices: np.ndarray, batch_size: int, width: int) -> dict[str, np.ndarray]:
     """Puts examples into arrays of a fixed shape.
 
     Args:
-      features: the set, G rows an example (`FeatureSet.group`).
+      features: the set, G rows an example (`Examples.group`).
       indices: int [b], b <= batch_size, positions in the set.
       batch_size: B, examples of the arrays. Those beyond b are fillers: `valid` is False. The only token of
         a row that fills is a [CLS], so that no computation meets a row without tokens.
@@ -128,7 +126,7 @@ def pad_batch(
     return batch
 
 
-def batch_rows(features: FeatureSet, indices: np.ndarray, batch_size: int) -> np.ndarray:
+def batch_rows(features: Examples, indices: np.ndarray, batch_size: int) -> np.ndarray:
     """The rows of a set that stand in a batch: int [b] -> int64 [B * G], -1 for those that fill."""
     rows = np.full((batch_size, features.group), -1, np.int64)
     rows[: len(indices)] = features.rows(indices)

@@ -11,7 +11,7 @@ import numpy as np
 from trbert_jax.tasks.base import QuestionData, Score, feature_set
 from trbert_jax.tasks.candidate_features import CandidateFeatures, build_candidate_features
 from trbert_jax.tasks.choice_answers import candidate_answers, choose_candidate
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.score_classification import accuracy
 
 
@@ -41,7 +41,7 @@ class CandidateData(QuestionData):
             announce=lambda line: self.announce(f"{split}: {line}"),
         )
 
-    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
         found = self.candidates(split, tokenizer)
         self.note_counts(split, found.counts)
         positions = np.repeat(found.candidate_positions, np.diff(found.segment_offsets), axis=0)
@@ -56,7 +56,7 @@ class CandidateData(QuestionData):
             row_targets={"candidates": positions},
         )
 
-    def score(self, split: str, features: FeatureSet, tokenizer: Any, logits: Any) -> Score:
+    def score(self, split: str, features: Examples, tokenizer: Any, logits: Any) -> Score:
         found = self.candidates(split, tokenizer)
         chosen = choose_candidate(found, np.asarray(logits))
         known = found.labels >= 0

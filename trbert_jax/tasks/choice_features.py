@@ -15,7 +15,7 @@ from trbert_jax.datasets.bad_records import BadRecord, UnusableRecords, unusable
 from trbert_jax.datasets.dataset import Announce
 from trbert_jax.datasets.records import ChoiceQuestion
 from trbert_jax.tasks.encoding import TextEncoder
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.ragged import Counts, RowParts, TokenRows, digest_of, join_rows
 
 MAX_LENGTH = 512
@@ -59,12 +59,12 @@ class ChoiceFeatures:
         position = np.arange(len(self.rows.tokens)) - np.repeat(self.rows.offsets[:-1], self.rows.lengths)
         return position < np.repeat(np.repeat(self.question_ends, 4), self.rows.lengths)
 
-    def pairs(self) -> FeatureSet:
-        """The rows as 4 n examples of two classes, 1 for the right option; see `FeatureSet`.
+    def pairs(self) -> Examples:
+        """The rows as 4 n examples of two classes, 1 for the right option; see `Examples`.
 
         Options of a question whose answer is withheld have the class 0.
         """
-        return FeatureSet(
+        return Examples(
             tokens=self.rows.tokens,
             offsets=self.rows.offsets,
             token_types=self.rows.token_types,

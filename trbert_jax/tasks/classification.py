@@ -10,7 +10,7 @@ from trbert_jax.config_schema import RunConfig
 from trbert_jax.datasets.dataset import Announce, Dataset
 from trbert_jax.datasets.readers import read_examples
 from trbert_jax.tasks.base import Score, TaskData
-from trbert_jax.tasks.examples import FeatureSet, build_features
+from trbert_jax.tasks.examples import Examples, build_features
 from trbert_jax.tasks.score_classification import accuracy
 
 
@@ -32,7 +32,7 @@ class ClassificationData(TaskData):
     def texts(self, split: str) -> list[str]:
         return [example.text for example in self.dataset(split).examples]
 
-    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
         return build_features(
             self.dataset(split),
             tokenizer,
@@ -41,5 +41,5 @@ class ClassificationData(TaskData):
             announce=self.announce,
         )
 
-    def score(self, split: str, features: FeatureSet, tokenizer: Any, logits: Any) -> Score:
+    def score(self, split: str, features: Examples, tokenizer: Any, logits: Any) -> Score:
         return Score({"accuracy": accuracy(logits.argmax(-1), features.labels)}, {})

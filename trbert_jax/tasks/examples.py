@@ -27,7 +27,7 @@ _CHUNK = 1000  # texts handed to the tokenizer's threads at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FeatureSet:
+class Examples:
     """n tokenized examples, one after the other.
 
     An example is one row of tokens, or several that belong together: the options of a multiple choice, the
@@ -113,7 +113,7 @@ class FeatureSet:
 
         return padded(self.tokens), None if self.token_types is None else padded(self.token_types)
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> FeatureSet:
+    def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """The examples at these positions, in this order."""
         chosen = np.asarray(indices, np.int64)
         rows = self.rows(chosen)
@@ -142,7 +142,7 @@ def build_features(
     max_length: int,
     cache_dir: str | Path | None = None,
     announce: Announce = print,
-) -> FeatureSet:
+) -> Examples:
     """Tokenizes a data set, or finds it in the cache.
 
     Args:
@@ -169,7 +169,7 @@ def build_features(
         if path is not None:
             with atomic_file(path, "wb") as stream:
                 np.savez(stream, allow_pickle=False, **arrays)
-    features = FeatureSet(
+    features = Examples(
         tokens=arrays["tokens"],
         offsets=arrays["offsets"],
         token_types=None,

@@ -33,7 +33,7 @@ def distillation(
     Args:
       logits, teacher_logits: float [..., C].
       temperature: divides both.
-      mask: bool [..., C]; None for all. Logits of a mask are centred, see `_only`; without one they may
+      mask: bool [..., C]; None for all. Logits of a mask are centered, see `_only`; without one they may
         hold `NO_CANDIDATE`.
     """
     chex.assert_equal_shape([logits, teacher_logits])
@@ -77,7 +77,7 @@ def mean_of(logits: jax.Array, gold: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def sentence_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross entropy over labelled sentences: [B, N, 2], int [B, N] (-1: no sentence) -> [B], nats."""
+    """Mean cross entropy over labeled sentences: [B, N, 2], int [B, N] (-1: no sentence) -> [B], nats."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     return masked_mean(loss, labels >= 0)
 
@@ -88,9 +88,9 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _only(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """Logits of a softmax over the last axis that only sees `mask`, centred.
+    """Logits of a softmax over the last axis that only sees `mask`, centered.
 
-    A softmax does not feel a shift. Of centred logits the gradients add up to nothing, as they should; of
+    A softmax does not feel a shift. Of centered logits the gradients add up to nothing, as they should; of
     others they add up to rounding errors, and these are all that a bias shared by all positions learns from.
     """
     return jnp.where(mask, logits - masked_mean(logits, mask)[..., None], _NOT_THERE)

@@ -12,7 +12,7 @@ import numpy as np
 from trbert_jax.datasets.hotpotqa_graph import GraphQuestion
 from trbert_jax.tasks import score_hotpotqa as hotpotqa
 from trbert_jax.tasks.base import QuestionData, Score, at_tokens, feature_set, padded
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.multi_hop_answers import decode_multi_hop
 from trbert_jax.tasks.multi_hop_features import (
     MAX_QUESTION_LENGTH,
@@ -68,18 +68,18 @@ class MultiHopData(QuestionData):
             )
         return packed
 
-    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
         found = self.packed(split, tokenizer)
         self.note_counts(split, self.questions(split, tokenizer).counts)
         self.note(split, num_without_answer=found.num_without_answer)
         return self._feature_set(split, tokenizer, found)
 
-    def redraw(self, tokenizer: Any, epoch: int) -> FeatureSet:
+    def redraw(self, tokenizer: Any, epoch: int) -> Examples:
         questions = self.questions("train", tokenizer)
         orders = drawn_orders(questions, self.config.seed, epoch)
         return self._feature_set("train", tokenizer, pack(questions, orders))
 
-    def _feature_set(self, split: str, tokenizer: Any, found: PackedQuestions) -> FeatureSet:
+    def _feature_set(self, split: str, tokenizer: Any, found: PackedQuestions) -> Examples:
         answers, sentences = found.target_offsets[1:-1], found.sentence_offsets[1:-1]
         first, last = (padded(np.split(found.sentences[:, k], sentences), _SENTENCES) for k in (0, 1))
         labels = np.split(found.sentence_labels.astype(np.int32), sentences)
@@ -95,7 +95,7 @@ class MultiHopData(QuestionData):
             found.rows, questions.ids, found.digest, questions.counts.num_truncated, targets=targets
         )
 
-    def score(self, split: str, features: FeatureSet, tokenizer: Any, logits: Any) -> Score:
+    def score(self, split: str, features: Examples, tokenizer: Any, logits: Any) -> Score:
         found = self.packed(split, tokenizer)
         counts = np.diff(found.sentence_offsets)
         there = np.arange(_SENTENCES) < counts[:, None]

@@ -18,7 +18,7 @@ from trbert_jax.datasets.dataset import Announce
 from trbert_jax.tasks.base import QuestionData, Score, feature_set
 from trbert_jax.tasks.choice_answers import choose_by_pairs, choose_option
 from trbert_jax.tasks.choice_features import MAX_QUESTION_LENGTH, ChoiceFeatures, build_choice_features
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.score_classification import accuracy
 
 LETTERS = ("A", "B", "C", "D")
@@ -55,7 +55,7 @@ class ChoiceData(QuestionData):
             announce=lambda line: self.announce(f"{split}: {line}"),
         )
 
-    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
         found = self.choices(split, tokenizer)
         self.note_counts(split, found.counts)
         if self.form == "pairs":
@@ -72,7 +72,7 @@ class ChoiceData(QuestionData):
             row_targets=shared,
         )
 
-    def score(self, split: str, features: FeatureSet, tokenizer: Any, logits: Any) -> Score:
+    def score(self, split: str, features: Examples, tokenizer: Any, logits: Any) -> Score:
         found = self.choices(split, tokenizer)
         choose = choose_by_pairs if self.form == "pairs" else choose_option
         chosen = choose(np.asarray(logits))

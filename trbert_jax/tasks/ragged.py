@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-_FORMAT = "trbert_jax question answering features 1"  # a new number makes old artefacts unused
+_FORMAT = "trbert_jax question answering features 1"  # a new number makes old artifacts unused
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

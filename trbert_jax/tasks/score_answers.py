@@ -1,6 +1,6 @@
 """What the official scorers of question answering have in common: how they compare two answers.
 
-Answers are compared after a normalisation that drops capitals, punctuation and articles, as the same
+Answers are compared after a normalization that drops capitals, punctuation and articles, as the same
 string (exact match) or as bags of words (F1). Sources: `evaluate-v2.0.py` of SQuAD 2.0,
 `mrqa_official_eval.py` of the MRQA 2019 shared task, `hotpot_evaluate_v1.py` of HotpotQA and
 `triviaqa_evaluation.py` of TriviaQA.
@@ -33,7 +33,7 @@ class Overlap(NamedTuple):
     recall: float
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case without ASCII punctuation and articles, words one space apart.
 
     SQuAD, MRQA, HotpotQA. Punctuation is deleted, so `U.S.A.` becomes `usa` and `well-known` one word;
@@ -42,13 +42,13 @@ def normalise(text: str) -> str:
     return _without_articles(text.lower().translate(_DELETED))
 
 
-def normalise_triviaqa(text: str) -> str:
-    """As `normalise`, but punctuation and the quotes ‘ ’ ´ ` become spaces: `U.S.A.` becomes `u s`."""
+def normalize_triviaqa(text: str) -> str:
+    """As `normalize`, but punctuation and the quotes ‘ ’ ´ ` become spaces: `U.S.A.` becomes `u s`."""
     return _without_articles(text.lower().translate(_SPACED))
 
 
 def overlap(prediction: str, answer: str) -> Overlap:
-    """How far the words of two normalised answers agree; a word counts as often as both have it.
+    """How far the words of two normalized answers agree; a word counts as often as both have it.
 
     Zero where there is no common word, so also where both are empty.
     """
@@ -61,26 +61,26 @@ def overlap(prediction: str, answer: str) -> Overlap:
 
 
 def exact_match(prediction: str, answers: Iterable[str]) -> float:
-    """1 where a normalised prediction is one of the normalised answers, else 0."""
+    """1 where a normalized prediction is one of the normalized answers, else 0."""
     return float(prediction in set(answers))
 
 
 def f1(prediction: str, answers: Iterable[str]) -> float:
-    """The greatest F1, 0 to 1, of a normalised prediction with any of the normalised answers."""
+    """The greatest F1, 0 to 1, of a normalized prediction with any of the normalized answers."""
     return max((overlap(prediction, answer).f1 for answer in answers), default=0.0)
 
 
 def sums(
     gold: Mapping[str, Sequence[str]],
     predictions: Mapping[str, str],
-    normalised: Callable[[str], str],
+    normalized: Callable[[str], str],
 ) -> tuple[float, float, int]:
     """Exact match and F1 summed over the questions with a prediction, and how many these are.
 
     Args:
       gold: question id -> accepted answers, one at least where there is a prediction.
       predictions: question id -> answer; ids that `gold` lacks do not count.
-      normalised: one of the normalisations above.
+      normalized: one of the normalizations above.
 
     Raises:
       ValueError: no question at all, or a predicted one without an accepted answer.
@@ -89,10 +89,10 @@ def sums(
     exact_sum = f1_sum = 0.0
     predicted = [question for question in gold if question in predictions]
     for question in predicted:
-        answers = [normalised(answer) for answer in gold[question]]
+        answers = [normalized(answer) for answer in gold[question]]
         if not answers:
             raise ValueError(f"question {question!r} has no accepted answer to compare with")
-        prediction = normalised(predictions[question])
+        prediction = normalized(predictions[question])
         exact_sum += exact_match(prediction, answers)
         f1_sum += f1(prediction, answers)
     return exact_sum, f1_sum, len(predicted)

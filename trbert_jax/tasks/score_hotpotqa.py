@@ -53,7 +53,7 @@ def evaluate(
 
 
 def _answer_scores(prediction: str, answer: str) -> tuple[float, Overlap]:
-    predicted, true = answers.normalise(prediction), answers.normalise(answer)
+    predicted, true = answers.normalize(prediction), answers.normalize(answer)
     exact = answers.exact_match(predicted, [true])
     if not exact and _CLOSED & {predicted, true}:
         return exact, Overlap(0.0, 0.0, 0.0)

@@ -20,5 +20,5 @@ def evaluate(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str]) 
     Raises:
       ValueError: no question at all, or a predicted one without an accepted answer.
     """
-    exact, f1, _ = answers.sums(gold, predictions, answers.normalise)
+    exact, f1, _ = answers.sums(gold, predictions, answers.normalize)
     return {"exact_match": 100 * exact / len(gold), "f1": 100 * f1 / len(gold)}

@@ -15,7 +15,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Exact match and F1 as `evaluate-v2.0.py` computes them.
 
-    Which questions have an answer is what `gold` says, even where it normalises to nothing; but only
+    Which questions have an answer is what `gold` says, even where it normalizes to nothing; but only
     answers of which something is left are compared with, the empty one where there is none.
 
     Args:
@@ -70,11 +70,11 @@ def evaluate(
 
 
 def _scores(prediction: str, accepted: Sequence[str]) -> tuple[float, float]:
-    predicted = answers.normalise(prediction)
-    normalised = [text for text in map(answers.normalise, accepted) if text] or [""]
-    exact = answers.exact_match(predicted, normalised)
+    predicted = answers.normalize(prediction)
+    normalized = [text for text in map(answers.normalize, accepted) if text] or [""]
+    exact = answers.exact_match(predicted, normalized)
     # Two empty answers have no word in common, yet agree.
-    return exact, max(exact, answers.f1(predicted, normalised))
+    return exact, max(exact, answers.f1(predicted, normalized))
 
 
 def _means(scores: Mapping[str, Mapping[str, float]], questions: Collection[str]) -> dict[str, float]:
@@ -95,7 +95,7 @@ def _best(
 
     From the threshold below which no question lies upwards: each further question gives up what ""
     scores and gets what its prediction does. Questions of equal odds come one by one, as in the
-    official script, although no threshold lies between them. Nor does it normalise predictions here.
+    official script, although no threshold lies between them. Nor does it normalize predictions here.
     """
     score = best = float(sum(not accepted for accepted in gold.values()))
     threshold = 0.0

@@ -15,7 +15,7 @@ def evaluate(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str]) 
 
     Args:
       gold: question id -> accepted answers, the best of which counts; aliases as written or already
-        normalised, which comes to the same.
+        normalized, which comes to the same.
       predictions: question id -> answer; a missing one scores 0, ids that `gold` lacks do not count.
 
     Returns:
@@ -25,7 +25,7 @@ def evaluate(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str]) 
     Raises:
       ValueError: no question at all, or a predicted one without an accepted answer.
     """
-    exact, f1, common = answers.sums(gold, predictions, answers.normalise_triviaqa)
+    exact, f1, common = answers.sums(gold, predictions, answers.normalize_triviaqa)
     return {
         "exact_match": 100 * exact / len(gold),
         "f1": 100 * f1 / len(gold),

@@ -13,7 +13,7 @@ from trbert_jax.config_schema import RunConfig
 from trbert_jax.datasets.dataset import Announce
 from trbert_jax.tasks import score_triviaqa as triviaqa
 from trbert_jax.tasks.base import QuestionData, Score, at_tokens, feature_set, padded
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.segment_features import TRIVIAQA, SegmentFeatures, build_segment_features
 from trbert_jax.tasks.span_answers import best_of_records, decode_segments
 
@@ -58,7 +58,7 @@ class SegmentData(QuestionData):
             announce=lambda line: self.announce(f"{split}: {line}"),
         )
 
-    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
         found = self.segments(split, tokenizer)
         self.note_counts(split, found.counts)
         inner = found.target_offsets[1:-1]
@@ -76,7 +76,7 @@ class SegmentData(QuestionData):
             row_targets=ends,
         )
 
-    def score(self, split: str, features: FeatureSet, tokenizer: Any, logits: Any) -> Score:
+    def score(self, split: str, features: Examples, tokenizer: Any, logits: Any) -> Score:
         found = self.segments(split, tokenizer)
         records = self.records(split)
         segments = decode_segments(found, *at_tokens(features, np.asarray(logits)))

@@ -19,7 +19,7 @@ from trbert_jax.datasets.dataset import Announce
 from trbert_jax.tasks import score_mrqa as mrqa
 from trbert_jax.tasks import score_squad as squad
 from trbert_jax.tasks.base import QuestionData, Score, at_tokens, feature_set
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.span_answers import SpanAnswers, decode_spans, with_null_threshold
 from trbert_jax.tasks.span_features import MRQA, SQUAD, SpanFeatures, build_span_features
 
@@ -66,7 +66,7 @@ class SpanData(QuestionData):
             announce=lambda line: self.announce(f"{split}: {line}"),
         )
 
-    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> FeatureSet:
+    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
         found = self.windows(split, tokenizer)
         self.note_counts(split, found.counts)
         ids = [found.windows.ids[i] for i in found.windows.question]
@@ -75,7 +75,7 @@ class SpanData(QuestionData):
             found.windows.rows, ids, found.digest, found.counts.num_truncated, row_targets=ends
         )
 
-    def answers(self, windows: SpanFeatures, features: FeatureSet, logits: Any) -> SpanAnswers:
+    def answers(self, windows: SpanFeatures, features: Examples, logits: Any) -> SpanAnswers:
         """Answers to the questions of a split from logits [windows, 2, S]."""
         null_threshold = self.null_threshold if self.unanswerable else None
         return decode_spans(windows.windows, *at_tokens(features, np.asarray(logits)), null_threshold)
@@ -83,7 +83,7 @@ class SpanData(QuestionData):
     def best_null_threshold(self, metrics: Mapping[str, float]) -> float | None:
         return metrics.get("best_f1_thresh")
 
-    def score(self, split: str, features: FeatureSet, tokenizer: Any, logits: Any) -> Score:
+    def score(self, split: str, features: Examples, tokenizer: Any, logits: Any) -> Score:
         found = self.answers(self.windows(split, tokenizer), features, logits)
         # Of a question asked of a trained model nobody says what is right.
         gold = {r.id: list(r.answers) for r in self.records(split) if r.answers or r.impossible}

@@ -18,9 +18,9 @@ import numpy as np
 from trbert_jax.config import TrainingConfig
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
-from trbert_jax.parallel import Layout, single_device
+from trbert_jax.parallel import DeviceMesh, single_device
 from trbert_jax.tasks.batching import batch_rows, epoch_order, pad_batch, width_ladder
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import optimizer as optim
 from trbert_jax.training.checkpoints import CheckpointStore
 from trbert_jax.training.prepared import PreparedFeatures
@@ -31,7 +31,7 @@ READERS = 4  # threads that read from shards
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Extra:
+class StageInput:
     """What an earlier stage found out about the training examples.
 
     Attributes:
@@ -71,7 +71,7 @@ class Training:
       seed: of the data order and of every draw.
       features: training examples.
       extras: name -> what the stage adds to a batch.
-      make_objective: number of updates -> what is minimised.
+      make_objective: number of updates -> what is minimized.
       trains: which parameters are updated.
       evaluate: parameters -> metrics on the development set.
       metric: which of them decides what is best, the more the better.
@@ -88,20 +88,20 @@ class Training:
     config: TrainingConfig
     model_config: ModelConfig
     seed: int
-    features: FeatureSet
-    extras: Mapping[str, Extra]
+    features: Examples
+    extras: Mapping[str, StageInput]
     make_objective: Callable[[int], ObjectiveFn]
     trains: optim.Trains
     evaluate: Callable[[Params], dict[str, float]]
     metric: str
     fingerprint: Mapping[str, Any]
-    redraw: Callable[[int], FeatureSet | None] | None = None
-    layout: Layout = dataclasses.field(default_factory=single_device)
+    redraw: Callable[[int], Examples | None] | None = None
+    layout: DeviceMesh = dataclasses.field(default_factory=single_device)
     profile_steps: tuple[int, int] | None = None
     flops: Callable[..., np.ndarray] | None = None
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - lives as long as the stage
-    def features_of(self, epoch: int) -> FeatureSet:
+    def features_of(self, epoch: int) -> Examples:
         """The training examples as they are read in an epoch."""
         return (self.redraw(epoch) if self.redraw and epoch else None) or self.features
 
@@ -144,7 +144,7 @@ class Training:
         return adamw, schedule
 
 
-def update_examples(training: Training, step: int) -> tuple[FeatureSet, np.ndarray]:
+def update_examples(training: Training, step: int) -> tuple[Examples, np.ndarray]:
     """The set of an update's examples and their positions in it, int64 [<= update_size].
 
     Depends on nothing but the seed and the number of the update; the last one of an epoch takes what is left.

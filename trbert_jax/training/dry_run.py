@@ -16,10 +16,10 @@ from trbert_jax.config import RunConfig, TrainingConfig
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
-from trbert_jax.parallel import SMALLEST_DIVIDED, check_batch, check_layout
+from trbert_jax.parallel import SMALLEST_DIVIDED, check_batch, check_mesh
 from trbert_jax.reduction import flops
 from trbert_jax.reduction.residual_scores import score_layers
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import optimizer
 from trbert_jax.training.run import Run
 
@@ -86,13 +86,13 @@ def _check(config: RunConfig, devices: int, processes: int) -> None:
     """What a run on these devices refuses before its first stage."""
     if devices % processes:
         raise UserError(f"--devices {devices}: {processes} processes cannot have equally many of them")
-    check_layout(config.parallel.strategy, config.parallel.fsdp, devices)
+    check_mesh(config.parallel.strategy, config.parallel.fsdp, devices)
     for stage in (stage for stage in config.stages if stage in TRAINS):
         check_batch(stage, getattr(config, stage).batch_size, devices)
 
 
 def _plan_stage(
-    run: Run, stage: str, model: ModelConfig, features: FeatureSet, devices: int, processes: int
+    run: Run, stage: str, model: ModelConfig, features: Examples, devices: int, processes: int
 ) -> StagePlan:
     config: TrainingConfig = getattr(run.config, stage)
     size, update = config.batch_size, config.batch_size * config.accumulation_steps
@@ -118,7 +118,7 @@ def _plan_stage(
 
 
 def _plan_computation(
-    run: Run, stage: str, model: ModelConfig, features: FeatureSet, devices: int, processes: int
+    run: Run, stage: str, model: ModelConfig, features: Examples, devices: int, processes: int
 ) -> StagePlan:
     """A stage without updates: batches are rounded up to what the devices share, parameters are on each."""
     size = -(-getattr(run.config, stage).batch_size // devices) * devices

@@ -13,7 +13,7 @@ import numpy as np
 
 from trbert_jax.config import RunConfig
 from trbert_jax.errors import UserError
-from trbert_jax.inference.engine import Outputs, Runner
+from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.inference.evaluate import run_baselines, run_thresholds, summarize, write_predictions
 from trbert_jax.io import atomic_directory, write_json
 from trbert_jax.model.heads import Logits
@@ -21,7 +21,7 @@ from trbert_jax.model.hf_config import model_config_to_dict
 from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.tasks import Score
 from trbert_jax.tasks.base import QuestionData
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import loop, stages
 from trbert_jax.training.batches import Announce
 from trbert_jax.training.optimizer import merge_params, split_params
@@ -84,7 +84,7 @@ class _Passes:
         self._progress: Progress | None = None
         self._digest, self._step, self._total = "", 0, 0
 
-    def after_batch(self, features: FeatureSet, index: np.ndarray, logits: Logits) -> None:
+    def after_batch(self, features: Examples, index: np.ndarray, logits: Logits) -> None:
         """Shows it, and stops where that was asked for: of several processes all after the same batch."""
         if not self._total:
             self._digest, self._total = features.digest, self._count * -(-len(features) // self._size)
@@ -111,7 +111,7 @@ def _export(run: Run, source: Path, model: Pretrained, result: Mapping[str, Any]
 
 
 def _tune_null_threshold(
-    run: Run, model: Pretrained, runner: Runner, execution: str, outputs: Outputs, reported: Score
+    run: Run, model: Pretrained, runner: InferenceEngine, execution: str, outputs: Outputs, reported: Score
 ) -> dict[str, Any]:
     """The best null threshold on the development set, and what it gives on the split that is reported.
 
@@ -142,7 +142,7 @@ def _write_answers(
     suffix: str,
     run: Run,
     outputs: Outputs,
-    features: FeatureSet,
+    features: Examples,
     model: Pretrained,
     score: Score,
 ) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 
 from trbert_jax.errors import UserError
 from trbert_jax.tasks.batching import batch_rows
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 
 
 def check_finite(
-    stage: str, features: FeatureSet, index: np.ndarray, size: int, found: Mapping[str, Any]
+    stage: str, features: Examples, index: np.ndarray, size: int, found: Mapping[str, Any]
 ) -> None:
     """Raises a UserError that names the first example of a batch with a value that is not finite.
 

@@ -184,14 +184,14 @@ def plot_metrics(stage_dirs: Sequence[str | Path], png_path: str | Path) -> None
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(len(stages), len(panels), sharex="row", squeeze=False)
     for axes_row, (stage, curves) in zip(grid, stages.items(), strict=True):
-        labelled = False
+        labeled = False
         for axes, (title, shows) in zip(axes_row, panels, strict=True):
             shown = {name: curve for name, curve in curves.items() if shows(name)}
             if not shown:
                 axes.set_axis_off()
                 continue
-            axes.set_title(title if labelled else f"{stage}: {title}", loc="left", fontsize=10)
-            labelled = True
+            axes.set_title(title if labeled else f"{stage}: {title}", loc="left", fontsize=10)
+            labeled = True
             _draw(axes, shown)
     with atomic_file(png_path, "wb") as stream:
         canvas.print_png(stream)

@@ -18,7 +18,7 @@ import numpy as np
 
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.model.model import Params
-from trbert_jax.parallel import Layout
+from trbert_jax.parallel import DeviceMesh
 from trbert_jax.training import optimizer as optim
 from trbert_jax.training import step as updates
 from trbert_jax.training.batches import Announce, Training, read_ahead, training_width, update_examples
@@ -169,7 +169,7 @@ def _set_aside(store: CheckpointStore, error: DamagedCheckpointError, announce: 
     announce(f"{error.finding}; set aside as {store.set_aside(error.step)}")
 
 
-def _peak(layout: Layout) -> float | None:
+def _peak(layout: DeviceMesh) -> float | None:
     """FLOP/s that all devices can do at most, None where nobody has told us."""
     peak = known_peak(layout.mesh.devices.flat[0].device_kind)
     return None if peak is None else 1e12 * peak * layout.num_devices

@@ -1,4 +1,4 @@
-"""What each stage minimises: pure functions from parameters and a batch to one value an example.
+"""What each stage minimizes: pure functions from parameters and a batch to one value an example.
 
 A batch is a dict of arrays of B examples with G rows each (`trbert_jax.tasks.batch`; G is 1 for most
 tasks): `input_ids` int32 [B * G, S], `mask` bool [B * G, S], optional `token_type_ids` int32 [B * G, S],
@@ -35,9 +35,9 @@ class Objective:
     """Per-example values of one stage.
 
     Attributes:
-      total: float32 [B], what is minimised.
+      total: float32 [B], what is minimized.
       weight: float32 [B], each example's share in the mean: 1 for a real example, 0 for filler;
-        selector initialisation, a mean over tokens, counts tokens.
+        selector initialization, a mean over tokens, counts tokens.
       metrics: name -> float32 [B], logged as means over examples.
     """
 
@@ -88,7 +88,7 @@ def initialization_objective(
     dropout_rng: jax.Array | None = None,
     execute: Execute = forward,
 ) -> Objective:
-    """Selector initialisation: mean over tokens of |keep probability - rank|, summed over selectors.
+    """Selector initialization: mean over tokens of |keep probability - rank|, summed over selectors.
 
     `keep`: see `initialization.rank_error`. `per_length_scale` also multiplies by the mean of 1 / length
     over the (micro-)batch, as the published code does; with it alone, how an update is divided into

@@ -1,6 +1,6 @@
 """AdamW with linear warm-up and decay, clipping, and which parameters a stage trains.
 
-Source: docs/method.md, "Optimiser".
+Source: docs/method.md, "Optimizer".
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def trains_dense(config: ModelConfig) -> Trains:
 
 
 def trains_selectors(config: ModelConfig) -> Trains:
-    """Policy and selector initialisation: the selectors that are asked, all else frozen."""
+    """Policy and selector initialization: the selectors that are asked, all else frozen."""
     asked = {f"selector_{stage}" for stage in range(config.num_reductions)}
     return lambda name: name in asked
 

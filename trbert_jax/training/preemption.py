@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from trbert_jax.errors import PreemptedError
-from trbert_jax.parallel import Layout
+from trbert_jax.parallel import DeviceMesh
 
 Announce = Callable[[str], None]
 
@@ -58,7 +58,7 @@ class Background:
 _ASKED = itertools.count(1)
 
 
-def all_told_to_stop(layout: Layout) -> bool:
+def all_told_to_stop(layout: DeviceMesh) -> bool:
     """Whether SIGTERM has reached one of several processes; all must ask, equally often.
 
     They get the same answer, and yes only once: whoever asks has to stop then. Of a single process always
@@ -71,7 +71,7 @@ def all_told_to_stop(layout: Layout) -> bool:
     return bool(multihost_utils.reached_preemption_sync_point(next(_ASKED)))
 
 
-def stop_here(layout: Layout, where: str) -> None:
+def stop_here(layout: DeviceMesh, where: str) -> None:
     """Raises a PreemptedError in all of several processes once one was told to stop; nothing needs saving."""
     if all_told_to_stop(layout):
         raise PreemptedError(f"told to stop {where}")
@@ -89,7 +89,7 @@ class StopRequest:
         # Only the main thread may say what signals do; elsewhere nobody is listened to.
         self._listens = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
 
-    def requested(self, layout: Layout) -> bool:
+    def requested(self, layout: DeviceMesh) -> bool:
         """Whether to stop after this update; the same in every process."""
         return self._asked.is_set() or all_told_to_stop(layout)
 
@@ -150,7 +150,7 @@ class StepClock:
             reduction) also kept tokens a second.
           flops: see `batches.Training.flops`; adds `flops_per_second`, what the method asks for, padding and
             recomputing not counted.
-          peak: FLOP/s of all devices; adds `flop_utilisation`, a share of it.
+          peak: FLOP/s of all devices; adds `flop_utilization`, a share of it.
         """
         total = time.perf_counter() - self._began - self._seconds["evaluation"]
         seconds = {k: v for k, v in self._seconds.items() if k != "evaluation"}
@@ -167,7 +167,7 @@ class StepClock:
             shares = [x / lengths.mean() for x in kept.values()]
             found["flops_per_second"] = flops(lengths, shares=shares or None).sum() / total
             if peak is not None:
-                found["flop_utilisation"] = found["flops_per_second"] / peak
+                found["flop_utilization"] = found["flops_per_second"] / peak
         self._start()
         return found
 

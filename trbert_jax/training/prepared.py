@@ -21,7 +21,7 @@ import numpy as np
 
 from trbert_jax.errors import UserError
 from trbert_jax.io import read_json
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 
 NAME, VERSION, FORMAT = "trbert", "1.0.0", 1
 PROVENANCE = "provenance.json"
@@ -43,7 +43,7 @@ def hash_file(path: Path) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PreparedFeatures(FeatureSet):
+class PreparedFeatures(Examples):
     """Examples whose tokens are read from shards when a batch needs them.
 
     Attributes:
@@ -58,11 +58,11 @@ class PreparedFeatures(FeatureSet):
 
     @property
     def first_token(self) -> int:
-        """See `FeatureSet.first_token`."""
+        """See `Examples.first_token`."""
         return self.token_id
 
     def padded_rows(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """See `FeatureSet.padded_rows`; reads the examples that the rows belong to, each once."""
+        """See `Examples.padded_rows`; reads the examples that the rows belong to, each once."""
         input_ids = np.zeros((len(rows), width), np.int32)
         types = np.zeros_like(input_ids) if self.has_token_types else None
         there = np.flatnonzero(rows >= 0)

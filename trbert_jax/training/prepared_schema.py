@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Schema:
     has_token_types: bool
 
     @classmethod
-    def of(cls, splits: Sequence[FeatureSet]) -> Schema:
+    def of(cls, splits: Sequence[Examples]) -> Schema:
         """The schema of some sets together."""
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import example_serializer
@@ -91,7 +91,7 @@ class Schema:
         serializer = example_serializer.ExampleSerializer(made.get_serialized_info())
         return cls(made, serializer, targets, row_targets, has_token_types)
 
-    def record(self, features: FeatureSet, index: int) -> bytes:
+    def record(self, features: Examples, index: int) -> bytes:
         """One example of a set as a record."""
         from tensorflow_datasets.proto import tf_example_pb2
 

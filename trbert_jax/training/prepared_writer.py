@@ -17,7 +17,7 @@ import numpy as np
 
 from trbert_jax.errors import UserError
 from trbert_jax.io import atomic_file, make_directory, read_json, write_json
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.training.prepared import FORMAT, NAME, PROVENANCE, SHARD_SIZE, VERSION, hash_file, shard_paths
 from trbert_jax.training.prepared_schema import Schema
 
@@ -29,7 +29,7 @@ Hashes = dict[str, dict[str, Any]]  # file name -> see `hash_file`
 
 def write_prepared(
     directory: str | Path,
-    splits: Mapping[str, FeatureSet],
+    splits: Mapping[str, Examples],
     settings: Mapping[str, Any],
     *,
     shard_size: int = SHARD_SIZE,
@@ -113,7 +113,7 @@ def _note(name: str, found: dict[str, Any]) -> str:
 def _write_split(
     directory: Path,
     split: str,
-    features: FeatureSet,
+    features: Examples,
     schema: Schema,
     shard_size: int,
     workers: int,
@@ -160,7 +160,7 @@ def _is_good(path: Path, recorded: Hashes) -> bool:
     return path.name in recorded and path.exists() and hash_file(path) == recorded[path.name]
 
 
-def _write_shard(path: Path, schema: Schema, features: FeatureSet, examples: range) -> dict[str, Any]:
+def _write_shard(path: Path, schema: Schema, features: Examples, examples: range) -> dict[str, Any]:
     """Writes one shard and notes its hash."""
     from array_record.python import array_record_module
 
@@ -185,7 +185,7 @@ def _write_shard(path: Path, schema: Schema, features: FeatureSet, examples: ran
     return found
 
 
-def _write_index(path: Path, features: FeatureSet) -> None:
+def _write_index(path: Path, features: Examples) -> None:
     """Everything but the tokens, which the file's reader has in memory."""
     arrays = {
         "row_lengths": features.row_lengths,
@@ -205,9 +205,7 @@ def _write_index(path: Path, features: FeatureSet) -> None:
         np.savez(stream, allow_pickle=False, **arrays)
 
 
-def _write_metadata(
-    directory: Path, splits: Mapping[str, FeatureSet], schema: Schema, shard_size: int
-) -> None:
+def _write_metadata(directory: Path, splits: Mapping[str, Examples], schema: Schema, shard_size: int) -> None:
     import tensorflow_datasets as tfds
 
     infos = []

@@ -24,13 +24,13 @@ import numpy as np
 from trbert_jax.errors import UserError
 from trbert_jax.io import make_directory, read_json, write_json
 from trbert_jax.model.model import Params
-from trbert_jax.parallel import Layout
+from trbert_jax.parallel import DeviceMesh
 
 PROGRESS = "progress.json"
 SAVE_SECONDS = 30.0  # of work that a kill may cost
 
 
-class RowFiles:
+class ResumableArrays:
     """The arrays that a stage writes; a context manager.
 
     The same batches in the same order fill them in every run. One that is killed has said how many it had
@@ -50,7 +50,7 @@ class RowFiles:
     """
 
     def __init__(
-        self, directory: Path, fingerprint: Mapping[str, Any], num_batches: int, layout: Layout
+        self, directory: Path, fingerprint: Mapping[str, Any], num_batches: int, layout: DeviceMesh
     ) -> None:
         self._directory, self._num_batches, self._layout = directory, num_batches, layout
         self._fingerprint = json.loads(json.dumps(fingerprint))  # as it is read back

@@ -26,17 +26,17 @@ import numpy as np
 
 from trbert_jax.config import STAGES, RunConfig, diff_configs, load_config, to_dict
 from trbert_jax.errors import MissingSplitError, UserError
-from trbert_jax.inference.engine import AfterBatch, Outputs, Runner
-from trbert_jax.inference.execution import Programs
+from trbert_jax.inference.engine import AfterBatch, InferenceEngine, Outputs
+from trbert_jax.inference.execution import CompiledForward
 from trbert_jax.io import make_directory, only_process, read_json, write_json
 from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.model.model import TokenReducingModel, init_params
 from trbert_jax.model.pretrained import Pretrained, load_pretrained
 from trbert_jax.model.tokenizer_files import load_tokenizer, read_line_breaks_as_spaces
-from trbert_jax.parallel import Layout, make_layout
+from trbert_jax.parallel import DeviceMesh, make_mesh
 from trbert_jax.tasks import Score, TaskData, load_task_data
 from trbert_jax.tasks.base import QuestionData
-from trbert_jax.tasks.examples import FeatureSet, prepare_tokenizer
+from trbert_jax.tasks.examples import Examples, prepare_tokenizer
 from trbert_jax.training.prepared import load_prepared, read_provenance
 from trbert_jax.training.prepared_writer import write_prepared
 
@@ -80,10 +80,10 @@ class Run:
             self.announce(message)
 
     @functools.cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> DeviceMesh:
         """The devices of the run, and how they share its work."""
         settings = self.config.parallel
-        return make_layout(settings.strategy, settings.fsdp)
+        return make_mesh(settings.strategy, settings.fsdp)
 
     @property
     def workdir(self) -> Path:
@@ -285,13 +285,15 @@ class Run:
         return TokenReducingModel(config, DTYPES[self.config.model.dtype], self.config.parallel.remat)
 
     @functools.cache  # noqa: B019 - a run lives as long as the process
-    def _programs(self, config: ModelConfig) -> Programs:
-        return Programs(self.module(config), self.layout)
+    def _programs(self, config: ModelConfig) -> CompiledForward:
+        return CompiledForward(self.module(config), self.layout)
 
-    def runner(self, config: ModelConfig, batch_size: int, after_batch: AfterBatch | None = None) -> Runner:
+    def runner(
+        self, config: ModelConfig, batch_size: int, after_batch: AfterBatch | None = None
+    ) -> InferenceEngine:
         """Runs models of this shape; what one stage has compiled the next ones need not compile again."""
         programs = self._programs(config)
-        return Runner(programs.model, batch_size, programs, after_batch)
+        return InferenceEngine(programs.model, batch_size, programs, after_batch)
 
     # Data ---------------------------------------------------------------------------------------
 
@@ -317,7 +319,7 @@ class Run:
         }
 
     @functools.cache  # noqa: B019 - a run lives as long as the process
-    def _features(self, split: str, tokenizer: Any) -> FeatureSet:
+    def _features(self, split: str, tokenizer: Any) -> Examples:
         prepared = self.config.data.prepared
         if prepared and split == "train":
             if type(self.data).redraw is not TaskData.redraw:
@@ -332,16 +334,16 @@ class Run:
         if self.config.data.prepared:
             read_provenance(self.config.data.prepared, "train")
 
-    def read_features(self, split: str, tokenizer: Any) -> FeatureSet:
+    def read_features(self, split: str, tokenizer: Any) -> Examples:
         """Tokenized examples of a split, from the original files or the cache."""
         cache = self.config.data.cache_dir or self.workdir / "cache"
         return self.data.inputs(split, tokenizer, Path(cache))
 
-    def features(self, split: str, model: Pretrained) -> FeatureSet:
+    def features(self, split: str, model: Pretrained) -> Examples:
         """Tokenized examples of a split for a model."""
         return self._features(split, model.tokenizer)
 
-    def redraw(self, model: Pretrained) -> Callable[[int], FeatureSet | None] | None:
+    def redraw(self, model: Pretrained) -> Callable[[int], Examples | None] | None:
         """Draws the training inputs of an epoch; None for data whose inputs are the same in all."""
         if type(self.data).redraw is TaskData.redraw:
             return None
@@ -367,7 +369,7 @@ class Run:
         """Judges a model's outputs for the examples of a split."""
         return self.data.score(split, self.features(split, model), model.tokenizer, outputs.logits)
 
-    def fingerprint(self, stage: str, features: FeatureSet) -> dict[str, Any]:
+    def fingerprint(self, stage: str, features: Examples) -> dict[str, Any]:
         """What a stage's checkpoints depend on."""
         settings = to_dict(self.config)
         return {

@@ -15,8 +15,8 @@ import numpy as np
 from trbert_jax.errors import UserError
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.tasks.batch import is_by_token
-from trbert_jax.tasks.examples import FeatureSet
-from trbert_jax.training.batches import Extra
+from trbert_jax.tasks.examples import Examples
+from trbert_jax.training.batches import StageInput
 from trbert_jax.training.run import Run
 
 DATA_DIGEST = "data_digest"  # in what a finished stage says of itself: the examples it was about
@@ -24,24 +24,24 @@ SCORES, LOGITS = "scores.npy", "logits{}.npy"
 _LOGITS_OF = {"multi_hop": ("span", "kind", "sentence")}  # tasks whose logits are several arrays
 
 
-def stage_extras(run: Run, stage: str, features: FeatureSet, task: str) -> dict[str, Extra]:
+def load_stage_inputs(run: Run, stage: str, features: Examples, task: str) -> dict[str, StageInput]:
     """What a stage's batches need of earlier stages, in the order of the training examples.
 
     Raises:
       UserError: an earlier stage's output is missing, damaged or of other data.
     """
     if stage == "policy" and run.config.policy.guide_rate > 0:
-        return {"guide": Extra(residual_scores(run, stage, features), by_row=True, by_token=True)}
+        return {"guide": StageInput(residual_scores(run, stage, features), by_row=True, by_token=True)}
     if stage == "init":
         lengths = features.row_targets.get("shared_length", features.row_lengths)
         ranks = RankTargets(residual_scores(run, stage, features), lengths)
-        return {"rank": Extra(ranks, by_row=True, by_token=True)}
+        return {"rank": StageInput(ranks, by_row=True, by_token=True)}
     if stage == "joint" and run.config.joint.distill:
         return {"teacher_logits": _teacher_logits(run, stage, features, task)}
     return {}
 
 
-def residual_scores(run: Run, stage: str, features: FeatureSet) -> Any:
+def residual_scores(run: Run, stage: str, features: Examples) -> Any:
     """Residual scores, to be indexed by rows; of rows that decide together on what they share, their sum."""
     scores = _load(run, run.output_of("score", SCORES, stage), features, features.num_rows)
     return GroupSums(scores, features.group) if "shared_length" in features.row_targets else scores
@@ -69,7 +69,7 @@ class GroupSums:
 
 @dataclasses.dataclass(frozen=True)
 class RankTargets:
-    """Targets of the selectors' initialisation, see `residual.rank_targets`.
+    """Targets of the selectors' initialization, see `residual.rank_targets`.
 
     Attributes:
       scores: float32 [R, stages, S], or what gives that when indexed by rows.
@@ -84,19 +84,19 @@ class RankTargets:
         return residual.rank_targets(np.asarray(self.scores[rows]), self.lengths[rows])
 
 
-def _teacher_logits(run: Run, stage: str, features: FeatureSet, task: str) -> Extra:
+def _teacher_logits(run: Run, stage: str, features: Examples, task: str) -> StageInput:
     by_row = task == "span"
     count = features.num_rows if by_row else len(features)
     names = _LOGITS_OF.get(task)
     if names is None:
         values = _load(run, run.output_of("teacher", LOGITS.format(""), stage), features, count)
-        return Extra(values, by_row, by_token=is_by_token(task))
+        return StageInput(values, by_row, by_token=is_by_token(task))
     paths = {name: run.output_of("teacher", LOGITS.format(f"_{name}"), stage) for name in names}
     arrays = {name: _load(run, path, features, count) for name, path in paths.items()}
-    return Extra(arrays, by_row, tuple(name for name in names if is_by_token(task, name)))
+    return StageInput(arrays, by_row, tuple(name for name in names if is_by_token(task, name)))
 
 
-def _load(run: Run, path: Path, features: FeatureSet, count: int) -> np.ndarray:
+def _load(run: Run, path: Path, features: Examples, count: int) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:

@@ -1,4 +1,4 @@
-"""The stages of a run: what each one reads, minimises and writes.
+"""The stages of a run: what each one reads, minimizes and writes.
 
 `finetune -> score -> [init] -> policy -> teacher -> joint`; evaluation is in `evaluation`.
 Source: docs/method.md, "Training stages".
@@ -24,16 +24,16 @@ from trbert_jax.model.pretrained import Pretrained, save_pretrained
 from trbert_jax.parallel import ROWS
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.tasks.batching import batch_rows, length_batches, pad_batch, width_ladder
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import dry_run as plan
 from trbert_jax.training import loop, objectives, optimizer
 from trbert_jax.training.batches import Training
 from trbert_jax.training.finite import check_finite
 from trbert_jax.training.logging import StageReport
 from trbert_jax.training.preemption import stop_here
-from trbert_jax.training.resumable_arrays import RowFiles, params_digest
+from trbert_jax.training.resumable_arrays import ResumableArrays, params_digest
 from trbert_jax.training.run import Run
-from trbert_jax.training.stage_inputs import DATA_DIGEST, LOGITS, SCORES, stage_extras
+from trbert_jax.training.stage_inputs import DATA_DIGEST, LOGITS, SCORES, load_stage_inputs
 from trbert_jax.training.step import ObjectiveFn
 
 FORWARD: dict[str, objectives.Execute] = {"packed": packed_forward, "masked": forward}
@@ -65,7 +65,7 @@ def prepare(run: Run, stage: str) -> Prepared:
     features = run.features("train", start)
     module = run.module(start.config)
     config: TrainingConfig = getattr(run.config, stage)
-    extras = stage_extras(run, stage, features, start.config.task)
+    extras = load_stage_inputs(run, stage, features, start.config.task)
     training = Training(
         name=stage,
         directory=run.directory(stage),
@@ -102,7 +102,7 @@ def train_stage(run: Run, stage: str) -> dict[str, Any]:
             prepared.start.config,
             jax.device_get(params),
             prepared.start.tokenizer,
-            leave_out=("selectors",) if stage == "finetune" else (),
+            exclude=("selectors",) if stage == "finetune" else (),
         )
     )
     return summary
@@ -129,7 +129,7 @@ def score_stage(run: Run) -> dict[str, Any]:
     fingerprint = {**run.fingerprint("score", features), "of": params_digest(model.params), "batch": size}
     with (
         _report(run, "score", len(batches)) as report,
-        RowFiles(run.directory("score"), fingerprint, len(batches), layout) as files,
+        ResumableArrays(run.directory("score"), fingerprint, len(batches), layout) as files,
     ):
         _say_start(run, "score", files.start, len(batches))
         scores, losses = files.array(SCORES, shape), files.array(LOSSES, (len(features),))
@@ -160,7 +160,7 @@ def teacher_stage(run: Run) -> dict[str, Any]:
     run.check_inputs("teacher", model, ("train",))
     features = run.features("train", model)
 
-    def after_batch(features: FeatureSet, index: np.ndarray, logits: Any) -> None:
+    def after_batch(features: Examples, index: np.ndarray, logits: Any) -> None:
         check_finite("teacher", features, index, runner.batch_size, {"a logit": logits})
 
     runner = run.runner(model.config, run.config.teacher.batch_size, after_batch)
@@ -172,7 +172,7 @@ def teacher_stage(run: Run) -> dict[str, Any]:
     }
     with (
         _report(run, "teacher", steps) as report,
-        RowFiles(run.directory("teacher"), fingerprint, steps, run.layout) as files,
+        ResumableArrays(run.directory("teacher"), fingerprint, steps, run.layout) as files,
     ):
         _say_start(run, "teacher", files.start, steps)
         names: list[str] = []

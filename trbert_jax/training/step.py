@@ -1,7 +1,7 @@
 """One optimizer update: gradients of a stage's objective, accumulated over micro-batches.
 
 Pure functions of arrays, tested without the loop, on one device or several. Source: docs/method.md,
-"Optimiser".
+"Optimizer".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trbert_jax.model.model import Batch, Params
-from trbert_jax.parallel import AXES, WHOLE, Layout
+from trbert_jax.parallel import AXES, WHOLE, DeviceMesh
 from trbert_jax.training.objectives import Objective, mean_over_examples
 from trbert_jax.training.optimizer import merge_params
 
@@ -47,7 +47,7 @@ def init_state(trained: Params, optimizer: optax.GradientTransformation) -> Trai
 
 
 def update_step(
-    objective: ObjectiveFn, optimizer: optax.GradientTransformation, layout: Layout | None = None
+    objective: ObjectiveFn, optimizer: optax.GradientTransformation, layout: DeviceMesh | None = None
 ) -> Any:
     """The compiled update of a stage, `(state, frozen, batches, rng) -> (state, metrics)`.
 
@@ -88,7 +88,7 @@ def train_step(
     rng: jax.Array,
     *,
     add_up: Callable[[Any], Any] | None = None,
-    layout: Layout | None = None,
+    layout: DeviceMesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update as a pure function; `update_step` says what it takes and returns.
 
@@ -155,7 +155,7 @@ def accumulated_gradients(
 # One update's arrays on the devices -----------------------------------------------------------------
 
 
-def first_state(trained: Params, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+def first_state(trained: Params, optimizer: optax.GradientTransformation, layout: DeviceMesh) -> TrainState:
     """The state before the first update, as `update_step` takes it; `trained` are arrays on the host.
 
     Made where it lies: divided, no device ever holds all of it.
@@ -167,7 +167,7 @@ def first_state(trained: Params, optimizer: optax.GradientTransformation, layout
     return jax.jit(init, out_shardings=shardings, donate_argnums=(0,))(layout.divide(trained))
 
 
-def place_state(state: TrainState, layout: Layout) -> TrainState:
+def place_state(state: TrainState, layout: DeviceMesh) -> TrainState:
     """The state as `update_step` takes it."""
     if layout.strategy == "pmap":
         return copies(state, layout)
@@ -176,26 +176,26 @@ def place_state(state: TrainState, layout: Layout) -> TrainState:
     return layout.divide(state)
 
 
-def place_frozen(frozen: Params, layout: Layout) -> Params:
+def place_frozen(frozen: Params, layout: DeviceMesh) -> Params:
     """Parameters that are not trained, as `update_step` takes them."""
     return copies(frozen, layout) if layout.strategy == "pmap" else layout.divide(frozen)
 
 
-def place_batches(batches: Mapping[str, Any], layout: Layout) -> Batch:
+def place_batches(batches: Mapping[str, Any], layout: DeviceMesh) -> Batch:
     """Arrays [accumulation_steps, rows of this process, ...], as `update_step` takes them."""
     return (
         per_device(batches, layout) if layout.strategy == "pmap" else layout.place_own_rows(batches, axis=1)
     )
 
 
-def fetch(tree: Any, layout: Layout) -> Any:
+def fetch(tree: Any, layout: DeviceMesh) -> Any:
     """NumPy copies of (a part of) a state, each array once."""
     if layout.strategy == "pmap":
         return jax.tree.map(lambda x: np.array(x.addressable_data(0))[0], tree)
     return layout.fetch(tree)
 
 
-def copies(tree: Any, layout: Layout) -> Any:
+def copies(tree: Any, layout: DeviceMesh) -> Any:
     """Each array once for each of this process's devices, [devices, ...]."""
     devices = layout.local_devices
     sharding = NamedSharding(Mesh(np.array(devices), (_DEVICES,)), PartitionSpec(_DEVICES))
@@ -208,7 +208,7 @@ def copies(tree: Any, layout: Layout) -> Any:
     return jax.tree.map(repeated, tree)
 
 
-def per_device(batches: Mapping[str, Any], layout: Layout) -> Batch:
+def per_device(batches: Mapping[str, Any], layout: DeviceMesh) -> Batch:
     """[accumulation_steps, own rows, ...] -> [own devices, accumulation_steps, rows of a device, ...]."""
     count = len(layout.local_devices)
 

@@ -22,7 +22,7 @@ from trbert_jax.inference.predictor import TRBert
 from trbert_jax.inference.text_input import read_texts
 from trbert_jax.model.model import init_params
 from trbert_jax.model.pretrained import to_stderr
-from trbert_jax.tasks.examples import FeatureSet, build_features
+from trbert_jax.tasks.examples import Examples, build_features
 
 BATCH_SIZES = (1, 8, 32, 128)
 _REFERENCE_BATCH = 32
@@ -188,7 +188,7 @@ def _check_executions(names: Sequence[str] | None) -> list[str]:
 
 def _question_features(
     model: TRBert, data: Path, max_questions: int | None, skip_bad: bool, announce: Announce
-) -> FeatureSet:
+) -> Examples:
     """Questions of a file in the published format of the data set that the model was trained on."""
     features = read_questions(model, data, skip_bad, announce).features
     if max_questions is None or max_questions >= len(features):
@@ -204,7 +204,7 @@ def _without_peer(names: list[str], asked: Sequence[str] | None, announce: Annou
     return [name for name in names if name != huggingface.NAME]
 
 
-def _check_sizes(sizes: Sequence[int] | None, features: FeatureSet, data: str | Path) -> list[int]:
+def _check_sizes(sizes: Sequence[int] | None, features: Examples, data: str | Path) -> list[int]:
     count = len(features)
     if sizes is None:
         return [size for size in BATCH_SIZES if size <= count]
@@ -235,7 +235,7 @@ def _random_model(name: str, replayed: TRBert | None, dtype: str) -> TRBert:
     return TRBert(config, init_params(config, jax.random.key(0)), replayed.tokenizer, dtype=dtype)
 
 
-def _tokenize(texts: Sequence[str], model: TRBert, name: str, data: str, announce: Announce) -> FeatureSet:
+def _tokenize(texts: Sequence[str], model: TRBert, name: str, data: str, announce: Announce) -> Examples:
     if model.tokenizer is None:
         raise UserError(f"{name}: has no tokenizer files; put those of the model it was made of there")
     examples = tuple(Example(f"{data}: text {i}", text, 0) for i, text in enumerate(texts, 1))

@@ -85,7 +85,5 @@ def _load(config: ModelConfig, params: Params) -> Any:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         # Without the selectors, which it has no place for.
-        save_pretrained(
-            Path(folder) / "model", config, jax.device_get(params), None, leave_out=("selectors",)
-        )
+        save_pretrained(Path(folder) / "model", config, jax.device_get(params), None, exclude=("selectors",))
         return AutoModelForSequenceClassification.from_pretrained(Path(folder) / "model").eval()

@@ -9,7 +9,7 @@ from typing import Any
 from trbert_jax.inference.benchmark.records import REFERENCE, Record
 from trbert_jax.io import atomic_file
 
-# Ways of one kind share a hue; the peer stands apart. Those who cannot tell colours have the markers.
+# Ways of one kind share a hue; the peer stands apart. Those who cannot tell colors have the markers.
 _STYLES: dict[str, dict[str, Any]] = {
     "packed": {"color": "#0b6e4f", "marker": "o", "linewidth": 2.4},
     "batch_max": {"color": "#6bb392", "marker": "s", "linewidth": 1.4},

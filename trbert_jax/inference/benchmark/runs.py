@@ -13,7 +13,7 @@ import numpy as np
 
 from trbert_jax.inference.benchmark.workload import Workload
 from trbert_jax.inference.engine import LogitStore
-from trbert_jax.inference.execution import EXECUTIONS, Execution, Inputs, Programs
+from trbert_jax.inference.execution import EXECUTIONS, CompiledForward, Execution, Inputs
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.model import Params, forward
 from trbert_jax.reduction import selection as tokens
@@ -83,7 +83,7 @@ class PreparedRun:
 
 
 def prepare(
-    name: str, programs: Programs, params: Params, workload: Workload, batch_size: int
+    name: str, programs: CompiledForward, params: Params, workload: Workload, batch_size: int
 ) -> PreparedRun:
     """Compiles one of `WAYS` for all batches of a workload and runs each once.
 

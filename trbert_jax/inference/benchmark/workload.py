@@ -11,7 +11,7 @@ from trbert_jax.inference.engine import Outputs
 from trbert_jax.inference.execution import Inputs, with_threshold
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.tasks.batching import pad_batch
-from trbert_jax.tasks.examples import FeatureSet
+from trbert_jax.tasks.examples import Examples
 
 # Film reviews cut at 256 tokens: the logarithm of their length is close to normal, and two in five
 # are cut. With these the mean is 203.
@@ -32,7 +32,7 @@ class Workload:
         model decide.
     """
 
-    features: FeatureSet
+    features: Examples
     max_length: int
     actions: np.ndarray | None = None
 
@@ -83,10 +83,10 @@ def review_lengths(num: int, rng: np.random.Generator, max_length: int = _LONGES
     return np.maximum(np.round(lengths * (max_length / _LONGEST)).astype(np.int64), 3)
 
 
-def random_features(config: ModelConfig, lengths: np.ndarray, rng: np.random.Generator) -> FeatureSet:
+def random_features(config: ModelConfig, lengths: np.ndarray, rng: np.random.Generator) -> Examples:
     """Random token ids in texts of given lengths, labels at random."""
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return FeatureSet(
+    return Examples(
         tokens=rng.integers(1, config.vocab_size, offsets[-1]).astype(np.int32),
         offsets=offsets,
         token_types=None,
