@@ -1,0 +1,185 @@
+"""List the reduction rules by name: how each decides which tokens to keep, and what it needs to know.
+
+The table is free of JAX, so that the configuration and the command line can be made from it; a rule's
+`build` imports `trbert_jax.reduction.selection` when it is called. To add a rule, register one `RuleSpec`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from trbert_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from trbert_jax.reduction.selection import Rule
+
+Inputs = Mapping[str, Any]  # arrays, one entry per row
+Use = Literal["evaluate", "baseline", "train"]
+
+DEFAULT_RULE = "threshold"
+DEFAULT_THRESHOLD = 0.5  # the published rule
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleSpec:
+    """A reduction rule.
+
+    Attributes:
+      name: key of `RULES`.
+      description: one line, for help texts and documentation.
+      build: makes the rule from the entries of `inputs`; returns None to run the dense encoder. May be
+        called inside a compiled function.
+      use: `evaluate` (evaluation and prediction), `baseline` (selects without having learned anything) or
+        `train`.
+      inputs: the entries `build` reads, of R rows (copies included):
+        `min_logit` float32 [R], the lowest selector logit that keeps a token (`selection.min_logit`);
+        `num_kept` int32 [R, stages], tokens each row keeps;
+        `row_keys` PRNG keys [R], one per row (`tasks.batch.Rows.keys`);
+        `guide` float32 [R, stages, S], residual scores;
+        `imitating` bool [R], the rows that follow the guide.
+      exact: whether a row's selection is independent of the other rows of its batch.
+      drops: whether the rule asks the selectors at all; False for the dense encoder.
+    """
+
+    name: str
+    description: str
+    build: Callable[[Inputs], Rule | None]
+    use: Use = "evaluate"
+    inputs: tuple[str, ...] = ()
+    exact: bool = True
+    drops: bool = True
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether a keep probability other than one half can be asked for."""
+        return "min_logit" in self.inputs
+
+
+RULES: dict[str, RuleSpec] = {}
+
+
+def register_rule(spec: RuleSpec) -> RuleSpec:
+    """Adds a rule to `RULES`.
+
+    Raises:
+      ValueError: a rule of that name exists.
+    """
+    if spec.name in RULES:
+        raise ValueError(f"rule {spec.name!r} is registered already")
+    RULES[spec.name] = spec
+    return spec
+
+
+def rule_names(use: Use = "evaluate") -> tuple[str, ...]:
+    """Names of the rules with this use, the default first."""
+    return tuple(name for name, spec in RULES.items() if spec.use == use)
+
+
+def check_rule(name: str, threshold: float = DEFAULT_THRESHOLD) -> None:
+    """Checks a rule of evaluation and its threshold.
+
+    Raises:
+      UserError: an unknown rule, a threshold that is no probability, or one for a rule that has none.
+    """
+    if name not in rule_names():
+        raise UserError(f"rule is {name!r}; expected one of {', '.join(rule_names())}")
+    if not isinstance(threshold, float) or not 0 < threshold < 1:
+        raise UserError(f"threshold is {threshold!r}; expected a probability above 0 and below 1")
+    if not RULES[name].has_threshold and threshold != DEFAULT_THRESHOLD:
+        raise UserError(f"threshold is {threshold!r}, but rule {name} has none; use rule {DEFAULT_RULE}")
+
+
+# Evaluation and prediction ---------------------------------------------------------------------------
+
+
+def _threshold(inputs: Inputs) -> Rule:
+    from trbert_jax.reduction import selection
+
+    return selection.keep_above(inputs["min_logit"][0])
+
+
+def _batch_max(inputs: Inputs) -> Rule:
+    from trbert_jax.reduction import selection
+
+    return selection.keep_batch_max
+
+
+register_rule(
+    RuleSpec(
+        "threshold",
+        "keep each token whose keep probability reaches the threshold",
+        _threshold,
+        inputs=("min_logit",),
+    )
+)
+register_rule(
+    RuleSpec(
+        "batch_max",
+        "as published: fill each row up to the row of the batch that keeps most",
+        _batch_max,
+        exact=False,
+    )
+)
+register_rule(
+    RuleSpec("dense", "keep all tokens; do not ask the selectors", lambda inputs: None, drops=False)
+)
+
+
+# Baselines at given kept counts ----------------------------------------------------------------------
+
+
+def _random(inputs: Inputs) -> Rule:
+    from trbert_jax.reduction import selection
+
+    return selection.keep_random(inputs["num_kept"].T, inputs["row_keys"])
+
+
+def _first_k(inputs: Inputs) -> Rule:
+    from trbert_jax.reduction import selection
+
+    return selection.keep_first(inputs["num_kept"].T)
+
+
+register_rule(
+    RuleSpec(
+        "random",
+        "keep [CLS] and random other tokens",
+        _random,
+        use="baseline",
+        inputs=("num_kept", "row_keys"),
+    )
+)
+register_rule(RuleSpec("first_k", "keep the first tokens", _first_k, use="baseline", inputs=("num_kept",)))
+
+
+# Training --------------------------------------------------------------------------------------------
+
+
+def _sample(inputs: Inputs) -> Rule:
+    from trbert_jax.reduction import selection
+
+    return selection.sample(inputs["row_keys"])
+
+
+def _imitate(inputs: Inputs) -> Rule:
+    from trbert_jax.reduction import selection
+
+    return selection.imitate(inputs["guide"], inputs["imitating"], selection.sample(inputs["row_keys"]))
+
+
+register_rule(
+    RuleSpec(
+        "sample", "draw each token's action from its keep probability", _sample, "train", inputs=("row_keys",)
+    )
+)
+register_rule(
+    RuleSpec(
+        "imitate",
+        "keep the tokens with the highest residual scores in some rows, sample in the others",
+        _imitate,
+        use="train",
+        inputs=("row_keys", "guide", "imitating"),
+    )
+)
