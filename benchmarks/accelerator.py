@@ -34,8 +34,8 @@ from trbert_jax.inference.execution import CompiledForward
 from trbert_jax.io import check_writable, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
-from trbert_jax.training import optimizer
-from trbert_jax.training.peak import known_peak
+from trbert_jax.reduction.flops import known_peak
+from trbert_jax.training import step as optimizer
 
 WAYS = ("packed", "masked_full", "batch_max", "dense", "dense_full")
 SHARES = (98 / 203, 51 / 203)

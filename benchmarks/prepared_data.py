@@ -24,9 +24,9 @@ import numpy as np
 from trbert_jax.config import RunConfig, load_config
 from trbert_jax.inference.benchmark.records import machine
 from trbert_jax.io import check_writable, write_json
-from trbert_jax.training import batches, stages
+from trbert_jax.training import loop, stages
+from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.prepared import hash_file
-from trbert_jax.training.run import Run
 
 COMMAND = [sys.executable, "-c", "import sys; from trbert_jax.cli import main; sys.exit(main())"]
 
@@ -60,10 +60,10 @@ def _resident(pid: int) -> int:
 
 def read_speed(config: RunConfig, folder: Path, seconds: float) -> dict[str, float]:
     """Examples a second of training's batches, read and put together but not computed on."""
-    run = Run(config, announce=lambda line: None)
+    run = Experiment(config, announce=lambda line: None)
     training = stages.prepare(run, "finetune").training
-    width = batches.training_width(training)
-    stream = batches.read_ahead(training, 0, width)
+    width = loop.training_width(training)
+    stream = loop.read_ahead(training, 0, width)
     next(stream)
     count, start = 0, time.perf_counter()
     for batch in stream:
@@ -100,7 +100,9 @@ def main() -> None:
         ]
         overrides = [*args.overrides, f"data.prepared={folder / 'whole'}", f"workdir={folder / 'work3'}"]
         config = load_config(args.config, overrides)
-        examples = len(Run(config, announce=lambda line: None).read_features("train", _tokenizer(config)))
+        examples = len(
+            Experiment(config, announce=lambda line: None).read_features("train", _tokenizer(config))
+        )
         result: dict[str, Any] = {
             "config": args.config,
             "overrides": args.overrides,
@@ -126,7 +128,7 @@ def main() -> None:
 
 
 def _tokenizer(config: RunConfig) -> Any:
-    return Run(config, announce=lambda line: None).base_model().tokenizer
+    return Experiment(config, announce=lambda line: None).base_model().tokenizer
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from trbert_jax.inference.benchmark.workload import review_lengths
 from trbert_jax.io import check_writable, read_json, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
-from trbert_jax.training import optimizer
+from trbert_jax.training import step as optimizer
 from trbert_jax.training.dry_run import ASSUMED_KEPT, TRAINS, stage_flops
 
 HERE = Path(__file__).parent

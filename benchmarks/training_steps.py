@@ -32,7 +32,8 @@ from trbert_jax.parallel import make_mesh
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, layer_macs, reduced_flops
 from trbert_jax.tasks.batching import pad_batch
-from trbert_jax.training import objectives, optimizer
+from trbert_jax.training import objectives
+from trbert_jax.training import step as optimizer
 from trbert_jax.training import step as steps
 from trbert_jax.training.stages import FORWARD
 from trbert_jax.training.step import ObjectiveFn, init_state

@@ -30,7 +30,8 @@ from trbert_jax.reduction import policy_loss as policy
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.tasks import batch as tasks
-from trbert_jax.training import objectives, optimizer
+from trbert_jax.training import objectives
+from trbert_jax.training import step as optimizer
 
 DIRECTORY = Path(os.environ.get("TRBERT_GOLDEN_DIR") or Path(__file__).parent / "golden")
 INPUTS = {

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from trbert_jax.training import batches
+from trbert_jax.training import loop
 
 CONFIG = """\
 workdir: work
@@ -129,14 +129,14 @@ def set_json(path: str, **values: Any) -> Callable[[], Any]:
 
 def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C at the start of an update."""
-    original = batches.update_batches
+    original = loop.update_batches
 
-    def interrupted(training: batches.Training, at: int, width: int) -> Any:
+    def interrupted(training: loop.Training, at: int, width: int) -> Any:
         if at == step:
             signal.raise_signal(signal.SIGINT)
         return original(training, at, width)
 
-    monkeypatch.setattr(batches, "update_batches", interrupted)
+    monkeypatch.setattr(loop, "update_batches", interrupted)
 
 
 def scores_of_other_data() -> None:

@@ -87,15 +87,15 @@ def _train(args: argparse.Namespace) -> None:
     if args.dry_run:
         os.environ["JAX_PLATFORMS"] = "cpu"  # a plan needs no accelerator, and takes none from others
         from trbert_jax.training import dry_run as plan
-        from trbert_jax.training.run import Run
+        from trbert_jax.training.experiment import Experiment
 
-        print("\n".join(plan.lines(Run(config), args.devices or 1, args.processes or 1)))
+        print("\n".join(plan.lines(Experiment(config), args.devices or 1, args.processes or 1)))
         return
     if args.distributed or args.coordinator:
         from trbert_jax.distributed import join
 
         join(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
-    from trbert_jax.training.pipeline import train
+    from trbert_jax.training.run import train
 
     # Several processes agree on when to stop, which JAX listens for.
     with contextlib.nullcontext() if args.distributed or args.coordinator else _stopped_by_sigterm():
@@ -251,9 +251,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _prepare_data(args: argparse.Namespace) -> None:
     config = _config(args)
-    from trbert_jax.training.run import Run
+    from trbert_jax.training.experiment import Experiment
 
-    Run(config).prepare_data(args.output, args.shard_size, args.workers)
+    Experiment(config).prepare_data(args.output, args.shard_size, args.workers)
 
 
 def _split_hyperpartisan(args: argparse.Namespace) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from trbert_jax.config import load_config
 from trbert_jax.distributed import join
 from trbert_jax.errors import UserError
-from trbert_jax.training import run as run_module
-from trbert_jax.training.run import Run
+from trbert_jax.training import experiment as run_module
+from trbert_jax.training.experiment import Experiment
 
 
 def outcome(work: Callable[[], Any]) -> str:
@@ -34,7 +34,7 @@ def fail(error: Exception) -> None:
     raise error
 
 
-class FakeRun(Run):
+class FakeRun(Experiment):
     """A run whose data has the digest that `digests` says."""
 
     digests: dict[str, str]
@@ -43,7 +43,7 @@ class FakeRun(Run):
         return SimpleNamespace(digest=self.digests[split])
 
 
-def claim(run: Run, stages: list[str]) -> None:
+def claim(run: Experiment, stages: list[str]) -> None:
     with run.claim(stages):
         pass
 
@@ -72,7 +72,7 @@ def main(port: str, number: int, config: str) -> dict[str, str]:
 
     run_module.SHARED_TIMEOUT = 1
     own = f"{settings.workdir}-{number}"
-    apart = Run(dataclasses.replace(settings, workdir=own), announce=lambda line: None)
+    apart = Experiment(dataclasses.replace(settings, workdir=own), announce=lambda line: None)
     found["apart"] = outcome(apart._check_shared)
     return found
 

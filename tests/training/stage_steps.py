@@ -14,9 +14,10 @@ from trbert_jax.config import RunConfig, load_config
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params
 from trbert_jax.parallel import DeviceMesh
-from trbert_jax.training import optimizer, stages
+from trbert_jax.training import stages
+from trbert_jax.training import step as optimizer
 from trbert_jax.training import step as steps
-from trbert_jax.training.run import Run
+from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.step import ObjectiveFn, TrainState, init_state
 
 STAGES = ("finetune", "init", "policy", "joint")
@@ -51,7 +52,7 @@ class StageStep:
     num_samples: int = 3
 
     @property
-    def run(self) -> Run:
+    def run(self) -> Experiment:
         """The quickstart's run with these settings."""
         overrides = [
             f"{self.stage}.execution={self.execution}",
@@ -59,7 +60,7 @@ class StageStep:
             f"policy.num_samples={self.num_samples}",
         ]
         config: RunConfig = load_config(QUICKSTART, [*overrides, *self.settings])
-        return Run(config, announce=lambda line: None)
+        return Experiment(config, announce=lambda line: None)
 
     @property
     def objective(self) -> ObjectiveFn:

@@ -16,12 +16,12 @@ from trbert_jax.errors import UserError
 from trbert_jax.model.model import init_params
 from trbert_jax.reduction import flops
 from trbert_jax.training import dry_run as plan
-from trbert_jax.training.run import Run
+from trbert_jax.training.experiment import Experiment
 
 
-def make_run(folder: Path, **changes: Any) -> Run:
+def make_run(folder: Path, **changes: Any) -> Experiment:
     tiny_runs.write_dataset(folder / "data")
-    return Run(load_config(tiny_runs.write_config(folder, **changes)), announce=lambda line: None)
+    return Experiment(load_config(tiny_runs.write_config(folder, **changes)), announce=lambda line: None)
 
 
 def test_batches_and_updates(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ import pytest
 from stage_steps import QUICKSTART
 
 from trbert_jax.config import load_config
-from trbert_jax.training import batches, stages
+from trbert_jax.training import loop, stages
 from trbert_jax.training import step as steps
-from trbert_jax.training.optimizer import split_params
+from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.prepared import PreparedFeatures
-from trbert_jax.training.run import Run
+from trbert_jax.training.step import split_params
 
 # The step is the one that users wait for.
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -25,10 +25,12 @@ SECONDS = 1.0  # of reading
 STEPS = 8
 
 
-def quickstart(folder: Path, *overrides: str) -> Run:
+def quickstart(folder: Path, *overrides: str) -> Experiment:
     """The quickstart on some of its texts, often enough that reading does not end."""
     small = ["data.max_train_examples=256", "data.max_eval_examples=16", "finetune.epochs=1000"]
-    return Run(load_config(QUICKSTART, [f"workdir={folder}", *small, *overrides]), announce=lambda line: None)
+    return Experiment(
+        load_config(QUICKSTART, [f"workdir={folder}", *small, *overrides]), announce=lambda line: None
+    )
 
 
 def examples_per_second(stream: Iterator[dict[str, Any]]) -> float:
@@ -48,7 +50,7 @@ def trained_per_second(prepared: stages.Prepared) -> float:
     trained, frozen = split_params(jax.tree.map(jnp.asarray, prepared.start.params), training.trains)
     state = steps.init_state(trained, adamw)
     step = steps.update_step(training.make_objective(training.total_steps), adamw, training.layout)
-    stream = batches.read_ahead(training, 0, batches.training_width(training))
+    stream = loop.read_ahead(training, 0, loop.training_width(training))
     updates = [next(stream) for _ in range(STEPS)]
     state, _ = jax.block_until_ready(step(state, frozen, updates[0], jax.random.key(0)))
     start = time.perf_counter()
@@ -70,5 +72,5 @@ def test_reading_is_twenty_times_as_fast_as_a_step(tmp_path: Path) -> None:
     assert isinstance(from_shards.features, PreparedFeatures)
     needed = trained_per_second(in_memory)
     for training in (in_memory.training, from_shards):
-        stream = batches.read_ahead(training, 0, batches.training_width(training))
+        stream = loop.read_ahead(training, 0, loop.training_width(training))
         assert examples_per_second(stream) >= 20 * needed, type(training.features).__name__

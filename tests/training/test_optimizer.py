@@ -11,7 +11,7 @@ import tiny_models
 
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
-from trbert_jax.training import optimizer
+from trbert_jax.training import step as optimizer
 
 BETA1, BETA2 = 0.9, 0.999
 

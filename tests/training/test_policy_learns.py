@@ -13,7 +13,8 @@ import tiny_models
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params, TokenReducingModel, forward
 from trbert_jax.reduction.selection import keep_probable
-from trbert_jax.training import objectives, optimizer
+from trbert_jax.training import objectives
+from trbert_jax.training import step as optimizer
 from trbert_jax.training.objectives import Objective
 from trbert_jax.training.step import ObjectiveFn, init_state, train_step
 

@@ -21,9 +21,9 @@ from trbert_jax.io import read_json, write_json
 from trbert_jax.tasks.batching import pad_batch
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import prepared_writer
+from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.prepared import load_prepared, shard_paths
 from trbert_jax.training.prepared_writer import write_prepared
-from trbert_jax.training.run import Run
 
 SETTINGS = {"model.max_length": 9}
 
@@ -322,7 +322,7 @@ def test_what_the_settings_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def settings(**data: Any) -> dict[str, Any]:
         seed = data.pop("seed", 3)
         changes = {"data": {"name": "imdb", "path": str(tmp_path / "data"), **data}, "seed": seed}
-        run = Run(load_config(tiny_runs.write_config(tmp_path, **changes)), announce=lambda line: None)
+        run = Experiment(load_config(tiny_runs.write_config(tmp_path, **changes)), announce=lambda line: None)
         return run.preparation(tiny_models.tiny_tokenizer())
 
     plain = settings()
@@ -337,14 +337,14 @@ def test_only_a_split_that_does_not_exist_is_left_out(
 ) -> None:
     said, config = list[str](), load_config(tiny_runs.write_config(tmp_path))
     model = types.SimpleNamespace(tokenizer=tiny_models.tiny_tokenizer())
-    monkeypatch.setattr(Run, "base_model", lambda run: model)
+    monkeypatch.setattr(Experiment, "base_model", lambda run: model)
     test = tmp_path / "data" / "test.jsonl"
     test.unlink()
-    Run(config, said.append).prepare_data(tmp_path / "shards", 50, 1)
+    Experiment(config, said.append).prepare_data(tmp_path / "shards", 50, 1)
     assert any(line.startswith(f"test: left out, {test}: no such file") for line in said)
     test.write_text('{"text": "cut sho', encoding="utf-8")
     with pytest.raises(UserError, match=r"test\.jsonl:1"):
-        Run(config, said.append).prepare_data(tmp_path / "other", 50, 1)
+        Experiment(config, said.append).prepare_data(tmp_path / "other", 50, 1)
     assert not (tmp_path / "other").exists()
 
 

@@ -22,11 +22,10 @@ from trbert_jax.inference import engine as runner
 from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.parallel import DeviceMesh, single_device
 from trbert_jax.reduction.residual_scores import rank_targets
-from trbert_jax.training import resumable_arrays as row_files
+from trbert_jax.training import stage_inputs as row_files
 from trbert_jax.training import stages
-from trbert_jax.training.resumable_arrays import ResumableArrays
-from trbert_jax.training.run import Run
-from trbert_jax.training.stage_inputs import GroupSums, RankTargets
+from trbert_jax.training.experiment import Experiment
+from trbert_jax.training.stage_inputs import GroupSums, RankTargets, ResumableArrays
 
 BATCHES, SHAPE = 5, (10, 3)
 
@@ -206,14 +205,14 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_files(
 ) -> None:
     shape = dataclasses.replace(tiny_models.BERT, num_layers=2)
     model = Pretrained(shape, tiny_models.tiny_params(shape), tiny_models.tiny_tokenizer())
-    monkeypatch.setattr(Run, "load", lambda run, stage, needed_by: model)
+    monkeypatch.setattr(Experiment, "load", lambda run, stage, needed_by: model)
     config = load_config(tiny_runs.write_config(tmp_path, model={"max_length": shape.max_length}))
     said = list[str]()
     counted = CountsBatches(monkeypatch, stages if stage == "score" else runner)
     run_stage = stages.score_stage if stage == "score" else stages.teacher_stage
 
     def run(name: str) -> Any:
-        return run_stage(Run(dataclasses.replace(config, workdir=str(tmp_path / name)), said.append))
+        return run_stage(Experiment(dataclasses.replace(config, workdir=str(tmp_path / name)), said.append))
 
     whole = run("whole")
     assert counted.calls == 6

@@ -17,7 +17,7 @@ import pytest
 import tiny_runs
 
 from trbert_jax.cli import main
-from trbert_jax.training import batches
+from trbert_jax.training import loop
 from trbert_jax.training.logging import read_metrics
 
 TRAINED = ["finetune", "policy", "joint"]
@@ -56,16 +56,16 @@ class Interruptions:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *where: tuple[str, int]) -> None:
         self.begun: collections.Counter[tuple[str, int]] = collections.Counter()
-        left, original = set(where), batches.update_batches
+        left, original = set(where), loop.update_batches
 
-        def update_batches(training: batches.Training, step: int, width: int) -> Any:
+        def update_batches(training: loop.Training, step: int, width: int) -> Any:
             if (training.name, step) in left:
                 left.remove((training.name, step))
                 raise KeyboardInterrupt
             self.begun[training.name, step] += 1
             return original(training, step, width)
 
-        monkeypatch.setattr(batches, "update_batches", update_batches)
+        monkeypatch.setattr(loop, "update_batches", update_batches)
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ import tiny_models
 from tiny_batches import random_batch
 
 from trbert_jax.model.model import Batch, Params, TokenReducingModel
-from trbert_jax.training import objectives, optimizer
+from trbert_jax.training import objectives
+from trbert_jax.training import step as optimizer
 from trbert_jax.training.objectives import Objective
 from trbert_jax.training.step import TrainState, init_state, train_step
 

@@ -28,10 +28,10 @@ from trbert_jax.config import TrainingConfig
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.parallel import single_device
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.training import batches, loop
-from trbert_jax.training.finite import check_finite
+from trbert_jax.training import loop
 from trbert_jax.training.logging import read_metrics
 from trbert_jax.training.preemption import Background, StepClock, StopRequest
+from trbert_jax.training.stage_inputs import check_finite
 from trbert_jax.training.step import TrainState
 
 # One stage of a shallow model: twelve updates, checkpoints of 4, 6 (an evaluation), 8 and 12.
@@ -64,15 +64,15 @@ def assert_ended_alike(stage: Path, whole: Path) -> None:
 
 def at_update(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> None:
     """Does something at the start of an update (0-based), once."""
-    original, left = batches.update_batches, [number]
+    original, left = loop.update_batches, [number]
 
-    def update_batches(training: batches.Training, step: int, width: int) -> Any:
+    def update_batches(training: loop.Training, step: int, width: int) -> Any:
         if left == [step]:
             left.clear()
             action()
         return original(training, step, width)
 
-    monkeypatch.setattr(batches, "update_batches", update_batches)
+    monkeypatch.setattr(loop, "update_batches", update_batches)
 
 
 def test_sigterm_saves_and_the_next_run_goes_on(
@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
     assert_ended_alike(tmp_path / "work" / "finetune", whole)
 
 
-class Store(batches.Training):
+class Store(loop.Training):
     """A stage of which only the checkpoints matter."""
 
     def __init__(self, directory: Path) -> None:

@@ -187,3 +187,22 @@ def _tokens_per_segment(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.A
     if np.any(np.diff(tokens, axis=1) > 0):
         raise ValueError("an example keeps more tokens than it had")
     return tokens
+
+
+# bfloat16 TFLOP/s without sparsity; the first part of a device's name that fits.
+PEAK_TFLOPS = {
+    "NVIDIA B200": 2250,
+    "NVIDIA H200": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA A100": 312,
+    "TPU v6 lite": 918,
+    "TPU v5 lite": 197,
+    "TPU v5": 459,
+    "TPU v4": 275,
+}
+
+
+def known_peak(device: str) -> float | None:
+    """bfloat16 TFLOP/s of a device by its name; None for one that is not in the table, such as a CPU."""
+    return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in device), None)

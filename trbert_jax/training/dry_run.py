@@ -20,8 +20,8 @@ from trbert_jax.parallel import SMALLEST_DIVIDED, check_batch, check_mesh
 from trbert_jax.reduction import flops
 from trbert_jax.reduction.residual_scores import score_layers
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.training import optimizer
-from trbert_jax.training.run import Run
+from trbert_jax.training import step as optimizer
+from trbert_jax.training.experiment import Experiment
 
 TRAINS = {
     "finetune": optimizer.trains_dense,
@@ -65,7 +65,7 @@ class StagePlan:
         return self.parameters + self.optimizer + self.activations
 
 
-def plan(run: Run, devices: int, processes: int) -> list[StagePlan]:
+def plan(run: Experiment, devices: int, processes: int) -> list[StagePlan]:
     """Every stage of a run on so many devices of so many processes.
 
     Raises:
@@ -92,7 +92,7 @@ def _check(config: RunConfig, devices: int, processes: int) -> None:
 
 
 def _plan_stage(
-    run: Run, stage: str, model: ModelConfig, features: Examples, devices: int, processes: int
+    run: Experiment, stage: str, model: ModelConfig, features: Examples, devices: int, processes: int
 ) -> StagePlan:
     config: TrainingConfig = getattr(run.config, stage)
     size, update = config.batch_size, config.batch_size * config.accumulation_steps
@@ -118,7 +118,7 @@ def _plan_stage(
 
 
 def _plan_computation(
-    run: Run, stage: str, model: ModelConfig, features: Examples, devices: int, processes: int
+    run: Experiment, stage: str, model: ModelConfig, features: Examples, devices: int, processes: int
 ) -> StagePlan:
     """A stage without updates: batches are rounded up to what the devices share, parameters are on each."""
     size = -(-getattr(run.config, stage).batch_size // devices) * devices
@@ -144,7 +144,7 @@ def _plan_computation(
     )
 
 
-def _evaluations(run: Run) -> tuple[int, int]:
+def _evaluations(run: Experiment) -> tuple[int, int]:
     """How often `evaluate` goes through its split, with a dense model and with a reduced one.
 
     What questions without an answer need besides, to find their threshold, is not counted.
@@ -241,7 +241,7 @@ def _activation_bytes(config: RunConfig, stage: str, model: ModelConfig, rows: i
     return int(tokens * (layers * a_layer + (full if config.parallel.remat else 0)))
 
 
-def lines(run: Run, devices: int, processes: int) -> Iterator[str]:
+def lines(run: Experiment, devices: int, processes: int) -> Iterator[str]:
     """The plan as text."""
     run.check_prepared()
     parallel = run.config.parallel

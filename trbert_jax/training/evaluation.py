@@ -23,15 +23,13 @@ from trbert_jax.tasks import Score
 from trbert_jax.tasks.base import QuestionData
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import loop, stages
-from trbert_jax.training.batches import Announce
-from trbert_jax.training.optimizer import merge_params, split_params
+from trbert_jax.training.experiment import Announce, Experiment
 from trbert_jax.training.preemption import stop_here
 from trbert_jax.training.progress import Progress
-from trbert_jax.training.run import Run
-from trbert_jax.training.step import init_state
+from trbert_jax.training.step import init_state, merge_params, split_params
 
 
-def evaluate_stage(run: Run) -> dict[str, Any]:
+def evaluate_stage(run: Experiment) -> dict[str, Any]:
     """Evaluates the dense model, every model with selectors, and the baselines; exports the last one."""
     split, settings = run.config.evaluate.split, run.config.evaluate
     directory = run.directory("evaluate")
@@ -78,7 +76,7 @@ def evaluate_stage(run: Run) -> dict[str, Any]:
 class _Passes:
     """How far stage evaluate is, which goes over the same texts `count` times; of others nothing is shown."""
 
-    def __init__(self, run: Run, count: int) -> None:
+    def __init__(self, run: Experiment, count: int) -> None:
         self._layout, self._count = run.layout, count
         self._size = run.layout.rounded(run.config.evaluate.batch_size)
         self._progress: Progress | None = None
@@ -98,7 +96,7 @@ class _Passes:
         stop_here(self._layout, "in evaluate")
 
 
-def _export(run: Run, source: Path, model: Pretrained, result: Mapping[str, Any]) -> None:
+def _export(run: Experiment, source: Path, model: Pretrained, result: Mapping[str, Any]) -> None:
     """The run's own model: that of the last stage, with what evaluation found out."""
     with atomic_directory(run.workdir / "model") as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
@@ -111,7 +109,12 @@ def _export(run: Run, source: Path, model: Pretrained, result: Mapping[str, Any]
 
 
 def _tune_null_threshold(
-    run: Run, model: Pretrained, runner: InferenceEngine, execution: str, outputs: Outputs, reported: Score
+    run: Experiment,
+    model: Pretrained,
+    runner: InferenceEngine,
+    execution: str,
+    outputs: Outputs,
+    reported: Score,
 ) -> dict[str, Any]:
     """The best null threshold on the development set, and what it gives on the split that is reported.
 
@@ -140,7 +143,7 @@ def _tune_null_threshold(
 def _write_answers(
     directory: Path,
     suffix: str,
-    run: Run,
+    run: Experiment,
     outputs: Outputs,
     features: Examples,
     model: Pretrained,
@@ -168,7 +171,7 @@ def evaluate_all_checkpoints(config: RunConfig, announce: Announce = print) -> d
     Raises:
       UserError: the work directory belongs to another configuration or has no checkpoint.
     """
-    run = Run(config, announce)
+    run = Experiment(config, announce)
     run.check_owner()
     results: dict[str, Any] = {}
     for stage in config.stages:

@@ -26,14 +26,21 @@ from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.tasks.batching import batch_rows, length_batches, pad_batch, width_ladder
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import dry_run as plan
-from trbert_jax.training import loop, objectives, optimizer
-from trbert_jax.training.batches import Training
-from trbert_jax.training.finite import check_finite
+from trbert_jax.training import loop, objectives
+from trbert_jax.training import step as optimizer
+from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import StageReport
+from trbert_jax.training.loop import Training
 from trbert_jax.training.preemption import stop_here
-from trbert_jax.training.resumable_arrays import ResumableArrays, params_digest
-from trbert_jax.training.run import Run
-from trbert_jax.training.stage_inputs import DATA_DIGEST, LOGITS, SCORES, load_stage_inputs
+from trbert_jax.training.stage_inputs import (
+    DATA_DIGEST,
+    LOGITS,
+    SCORES,
+    ResumableArrays,
+    check_finite,
+    load_stage_inputs,
+    params_digest,
+)
 from trbert_jax.training.step import ObjectiveFn
 
 FORWARD: dict[str, objectives.Execute] = {"packed": packed_forward, "masked": forward}
@@ -48,7 +55,7 @@ class Prepared:
     training: Training
 
 
-def prepare(run: Run, stage: str) -> Prepared:
+def prepare(run: Experiment, stage: str) -> Prepared:
     """Gathers what a training stage needs.
 
     Raises:
@@ -88,7 +95,7 @@ def prepare(run: Run, stage: str) -> Prepared:
     return Prepared(start, training)
 
 
-def train_stage(run: Run, stage: str) -> dict[str, Any]:
+def train_stage(run: Experiment, stage: str) -> dict[str, Any]:
     """Runs a training stage and writes its model; returns what to remember of it."""
     prepared = run.layout.together(lambda: prepare(run, stage))
     what = f"what stage {stage} trains on (settings, data)"
@@ -108,7 +115,7 @@ def train_stage(run: Run, stage: str) -> dict[str, Any]:
     return summary
 
 
-def score_stage(run: Run) -> dict[str, Any]:
+def score_stage(run: Experiment) -> dict[str, Any]:
     """Residual scores of all training tokens: `scores.npy`, float32 [rows, stages, max_length]."""
     model = run.load("finetune", "score")
     run.check_inputs("score", model, ("train",))
@@ -151,7 +158,7 @@ def score_stage(run: Run) -> dict[str, Any]:
     return {**result, DATA_DIGEST: features.digest}
 
 
-def teacher_stage(run: Run) -> dict[str, Any]:
+def teacher_stage(run: Experiment) -> dict[str, Any]:
     """Logits of the fine-tuned model on the training examples: `logits.npy`, shaped as `Outputs.logits`.
 
     Where there are several arrays, `logits_NAME.npy` each.
@@ -196,26 +203,26 @@ def teacher_stage(run: Run) -> dict[str, Any]:
     return {**metrics, DATA_DIGEST: features.digest}
 
 
-def _say_start(run: Run, stage: str, start: int, total: int) -> None:
+def _say_start(run: Experiment, stage: str, start: int, total: int) -> None:
     if start:
         run.announce(f"{stage}: going on from batch {start} of {total}")
 
 
-def _report(run: Run, stage: str, total_steps: int) -> StageReport:
+def _report(run: Experiment, stage: str, total_steps: int) -> StageReport:
     return StageReport(run.directory(stage), stage, total_steps, silent=not run.layout.is_main)
 
 
 # Parts of a training stage --------------------------------------------------------------------------
 
 
-def _predecessor(run: Run, stage: str) -> str:
+def _predecessor(run: Experiment, stage: str) -> str:
     """The stage whose model a training stage starts from."""
     if stage == "joint":
         return "policy"
     return "init" if stage == "policy" and "init" in run.config.stages else "finetune"
 
 
-def _finetune_objective(run: Run, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
+def _finetune_objective(run: Experiment, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
     config = run.config.finetune
 
     def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
@@ -231,7 +238,7 @@ def _finetune_objective(run: Run, module: TokenReducingModel, total_steps: int) 
     return objective
 
 
-def _init_objective(run: Run, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
+def _init_objective(run: Experiment, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
     config: InitConfig = run.config.init
 
     def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
@@ -249,7 +256,7 @@ def _init_objective(run: Run, module: TokenReducingModel, total_steps: int) -> O
     return objective
 
 
-def _policy_objective(run: Run, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
+def _policy_objective(run: Experiment, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
     config: PolicyConfig = run.config.policy
     guided_steps = math.ceil(config.guide_rate * total_steps)
 
@@ -272,7 +279,7 @@ def _policy_objective(run: Run, module: TokenReducingModel, total_steps: int) ->
     return objective
 
 
-def _joint_objective(run: Run, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
+def _joint_objective(run: Experiment, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
     config: JointConfig = run.config.joint
     num_samples = config.num_samples or run.config.policy.num_samples
 
@@ -295,7 +302,7 @@ def _joint_objective(run: Run, module: TokenReducingModel, total_steps: int) -> 
     return objective
 
 
-_OBJECTIVES: dict[str, Callable[[Run, TokenReducingModel, int], ObjectiveFn]] = {
+_OBJECTIVES: dict[str, Callable[[Experiment, TokenReducingModel, int], ObjectiveFn]] = {
     "finetune": _finetune_objective,
     "init": _init_objective,
     "policy": _policy_objective,
@@ -329,7 +336,7 @@ def _dropout_rng(config: TrainingConfig, rng: jax.Array, batch: Batch) -> jax.Ar
     return jax.random.wrap_key_data(jnp.concatenate([data, data]), impl="rbg")
 
 
-def _dev_evaluation(run: Run, stage: str, start: Pretrained) -> Callable[[Params], dict[str, float]]:
+def _dev_evaluation(run: Experiment, stage: str, start: Pretrained) -> Callable[[Params], dict[str, float]]:
     """Evaluates parameters on the development set, the dense stage without reduction."""
     execution = "dense" if stage == "finetune" else run.config.evaluate.execution
     features = run.features("dev", start)
