@@ -41,7 +41,7 @@ def compile_once(model: Path, cache: Path, options: list[str]) -> dict[str, floa
 
 def measure(size: str, config: ModelConfig, batch_size: int, repeats: int) -> list[dict[str, Any]]:
     """A record a program of `trbert compile`: first of all, and the median of `repeats` later processes."""
-    options = ["--batch-size", str(batch_size), "--execution", "packed"]
+    options = ["--batch-size", str(batch_size), "--backend", "packed"]
     with tempfile.TemporaryDirectory() as folder:
         model, cache = Path(folder) / "model", Path(folder) / "programs"
         save_pretrained(model, config, init_params(config, jax.random.key(0)), None)

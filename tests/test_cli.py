@@ -68,11 +68,11 @@ JOIN = ["train", "--config", "c", "--coordinator", "a:1", "--num-processes", "2"
         (["evaluate", "--all-checkpoints"], "needs --config"),
         (["evaluate", "--all-checkpoints", "--config", "c", "--data", "d"], "from --config alone"),
         (["evaluate", "--model", "m", "--data", "d", "--batch-size", "0"], "argument --batch-size"),
-        (["evaluate", "--model", "m", "--data", "d", "--execution", "warp"], "'warp'"),
+        (["evaluate", "--model", "m", "--data", "d", "--rule", "warp"], "'warp'"),
         (["evaluate", "--model", "m", "--data", "d", "--threshold", "1"], "above 0 and below 1"),
         (["predict", "--model", "m", "--threshold", "half", "a"], "above 0 and below 1"),
         (["evaluate", "--all-checkpoints", "--config", "c", "--threshold", "0.4"], "from --config alone"),
-        (["evaluate", "--model", "m", "--data", "d", "--execution", "dense", "--baselines"], "drops none"),
+        (["evaluate", "--model", "m", "--data", "d", "--rule", "dense", "--baselines"], "drops none"),
         (["train", "--config", "c", "--coordinator", "a:1"], "go together"),
         (["train", "--config", "c", "--process-id", "0", "--num-processes", "2"], "go together"),
         ([*JOIN, "--distributed"], "without --distributed"),
@@ -223,7 +223,7 @@ def test_evaluate_prints_a_table_and_writes_json(
         "--threshold",
         "0.4",
     ]
-    assert main(["evaluate", *arguments, "--predictions", "p.jsonl", "--execution", "batch_max"]) == 0
+    assert main(["evaluate", *arguments, "--predictions", "p.jsonl", "--rule", "batch_max"]) == 0
     options = {
         "batch_size": 4,
         "execution": "batch_max",
@@ -260,7 +260,7 @@ def test_compile_says_what_takes_how_long_and_where_it_is(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    assert main(["compile", "--model", "m", "--batch-size", "5", "--execution", "dense"]) == 0
+    assert main(["compile", "--model", "m", "--batch-size", "5", "--rule", "dense"]) == 0
     assert capsys.readouterr().out == f"dense, 5 x 8 tokens  1.5 s\n{tmp_path}: programs ready, 1.5 s\n"
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trbert_jax.config import RunConfig, diff_configs, load_config, to_dict
+from trbert_jax.config import (
+    RunConfig,
+    diff_configs,
+    load_config,
+    load_stored,
+    to_dict,
+    upgrade,
+    upgrade_fingerprint,
+)
 from trbert_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +87,25 @@ def test_diff_names_each_key_that_differs(tmp_path: Path) -> None:
     ]
 
 
+def test_old_names_of_keys_are_refused_and_stored_ones_upgraded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run.yaml:4: finetune.execution: .* finetune.backend: masked"):
+        load_text(tmp_path, MINIMAL + "finetune: {execution: masked}\n")
+    with pytest.raises(UserError, match=r"command line: evaluate.execution: .* evaluate.rule: batch_max"):
+        load_text(tmp_path, MINIMAL, "evaluate.execution=batch_max")
+    new = to_dict(load_text(tmp_path, MINIMAL, "evaluate.rule=dense", "joint.backend=masked"))
+    old = json.loads(json.dumps(new))
+    del old["evaluate"]["rule"], old["evaluate"]["backend"], old["joint"]["backend"]
+    old["evaluate"]["execution"], old["joint"]["execution"] = "dense", "masked"
+    assert upgrade(old) == upgrade(new) == new
+    assert upgrade_fingerprint({"stage": "joint", "settings": old["joint"], "seed": 1}) == {
+        "stage": "joint",
+        "settings": new["joint"],
+        "seed": 1,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert to_dict(load_stored(tmp_path / "config.json")) == new
+
+
 # Mistakes: the file and the line, the key, what was expected
 
 
@@ -108,8 +135,8 @@ def test_diff_names_each_key_that_differs(tmp_path: Path) -> None:
         ("stages: [policy, score]", ":4: stages: expected each stage once, in this order: finetune, score"),
         ("stages: [score, score]", ":4: stages: expected each stage once"),
         (
-            "evaluate: {execution: dens}",
-            "execution: expected one of packed, masked, batch_max, dense, got 'dens'",
+            "evaluate: {rule: dens}",
+            "rule: expected one of threshold, batch_max, dense, got 'dens'; did you mean dense?",
         ),
         (
             "finetune: {learning_rate: -1e-5}",

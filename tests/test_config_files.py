@@ -103,7 +103,7 @@ def test_published_run_of_questions(row: tuple[Any, ...]) -> None:
 def test_three_layer_runs_are_dense() -> None:
     config = load_config(ROOT / "configs/imdb_distilbert3.yaml")
     assert config.model.keep_layers == (0, 2, 4)
-    assert (config.stages, config.evaluate.execution) == (("finetune", "evaluate"), "dense")
+    assert (config.stages, config.evaluate.rule) == (("finetune", "evaluate"), "dense")
 
 
 @pytest.mark.parametrize(

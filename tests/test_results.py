@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trbert_jax.config import load_config, to_dict
+from trbert_jax.config import load_config, to_dict, upgrade
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in ROOT.glob("results/*.json")}
@@ -41,4 +41,4 @@ def test_the_command_gives_the_settings(name: str) -> None:
     now = json.loads(json.dumps(to_dict(load_config(ROOT / config, overrides))))
     not_run = TRAINED - set(result["config"]["stages"])
     # Any folder will do for the files.
-    assert differences(now, result["config"], without={"workdir", *not_run}) == {}
+    assert differences(now, upgrade(result["config"]), without={"workdir", *not_run}) == {}

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trbert_jax import __version__, help_texts
+from trbert_jax.reduction.rules import RULES, rule_names
 
 PROGRAM = "trbert"
-BASELINES = ("random", "first_k")
+BACKENDS = ("packed", "masked")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,8 +98,8 @@ def _check_evaluate(command: _Parser, args: argparse.Namespace) -> None:
         )
     elif not (args.model and args.data):
         command.error("--model and --data are needed (or --config with --all-checkpoints)")
-    elif args.baselines and args.execution == "dense":
-        command.error("--baselines keep as many tokens as the model; --execution dense drops none")
+    elif args.baselines and args.rule == "dense":
+        command.error("--baselines keep as many tokens as the model; --rule dense drops none")
 
 
 def _build() -> tuple[_Parser, dict[str, _Parser]]:
@@ -144,7 +145,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
         "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
     )
     evaluate.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there, as JSON")
-    _add_execution(evaluate)
+    _add_rule(evaluate)
     _add_threshold(evaluate)
     evaluate.add_argument(
         "--predictions",
@@ -156,7 +157,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate.add_argument(
         "--baselines",
         action="store_const",
-        const=BASELINES,
+        const=rule_names("baseline"),
         default=(),
         help="also measure random tokens and the first tokens, as many as the model keeps",
     )
@@ -179,7 +180,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     predict.add_argument(
         "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
     )
-    _add_execution(predict)
+    _add_rule(predict)
     _add_threshold(predict)
     predict.add_argument(
         "--with-text", action="store_true", help="repeat the text, or the question, in each line"
@@ -190,7 +191,7 @@ def _build() -> tuple[_Parser, dict[str, _Parser]]:
     compile_.add_argument(
         "--batch-size", metavar="N", type=_count, default=32, help="texts at a time (default 32)"
     )
-    _add_execution(compile_)
+    _add_rule(compile_)
     _add_benchmark(
         command("benchmark", "time the ways to run a model side by side", help_texts.BENCHMARK_EXAMPLES)
     )
@@ -297,14 +298,24 @@ def _add_skip(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_execution(parser: _Parser) -> None:
+def _add_rule(parser: _Parser) -> None:
     parser.add_argument(
-        "--execution",
-        choices=("packed", "masked", "batch_max", "dense"),
-        help="packed: each text keeps what it needs, and nothing else is computed (default for a trained"
-        " model); masked: the same numbers, slower; batch_max: each text keeps as many tokens as the text"
-        " that keeps most in its batch, as the published code does; dense: nothing is dropped",
+        "--rule",
+        choices=rule_names(),
+        help="; ".join(f"{name}: {RULES[name].description}" for name in rule_names())
+        + " (default threshold for a model with trained selectors, else dense)",
     )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="packed: compute the kept tokens only (default); masked: compute all, the same numbers",
+    )
+    parser.add_argument("--execution", type=_renamed_execution, help=argparse.SUPPRESS)
+
+
+def _renamed_execution(text: str) -> str:
+    raise argparse.ArgumentTypeError("was divided into --rule and --backend")
 
 
 def _add_threshold(parser: argparse.ArgumentParser) -> None:

@@ -119,6 +119,12 @@ def _stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _execution(args: argparse.Namespace) -> str | None:
+    from trbert_jax.inference.execution import execution_of
+
+    return execution_of(args.rule, args.backend)
+
+
 def _check_outputs(*paths: Path | None) -> None:
     """Raises a UserError where a file cannot be written, or two outputs would be the same."""
     seen = set[Path]()
@@ -142,7 +148,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.model,
             args.data,
             batch_size=args.batch_size,
-            execution=args.execution,
+            execution=_execution(args),
             threshold=args.threshold,
             predictions=args.predictions,
             baselines=args.baselines,
@@ -166,7 +172,7 @@ def _predict(args: argparse.Namespace) -> None:
     from trbert_jax.inference.predictor import TRBert
 
     model = TRBert.from_pretrained(args.model)
-    options = {"batch_size": args.batch_size, "execution": args.execution, "threshold": args.threshold}
+    options = {"batch_size": args.batch_size, "execution": _execution(args), "threshold": args.threshold}
     lines_out = answer_lines if model.config.inputs.data else prediction_lines
     lines = lines_out(model, lines_in, args.file, args.with_text, _say, **options)
     if args.output:
@@ -188,9 +194,9 @@ def _compile(args: argparse.Namespace) -> None:
     if model.config.inputs.data:
         from trbert_jax.inference.answering import compile_questions
 
-        programs = compile_questions(model, args.batch_size, args.execution)
+        programs = compile_questions(model, args.batch_size, _execution(args))
     else:
-        programs = model.compile(args.batch_size, args.execution)
+        programs = model.compile(args.batch_size, _execution(args))
     total = 0.0
     for program, seconds in programs:
         total += seconds

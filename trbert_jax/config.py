@@ -32,12 +32,15 @@ from trbert_jax.config_schema import (
     TeacherConfig,
     TrainingConfig,
 )
-from trbert_jax.config_tree import merge, origin_of, parse_override, read_tree
+from trbert_jax.config_tree import Node, merge, origin_of, parse_override, read_tree
 from trbert_jax.config_typing import build
 from trbert_jax.errors import UserError
+from trbert_jax.io import read_json
+from trbert_jax.reduction.rules import DEFAULT_RULE, RULES, rule_names
 
 __all__ = [
     "DATA_NAMES",
+    "RENAMED",
     "STAGES",
     "TFDS_PREFIX",
     "BackboneConfig",
@@ -56,7 +59,10 @@ __all__ = [
     "TrainingConfig",
     "diff_configs",
     "load_config",
+    "load_stored",
     "to_dict",
+    "upgrade",
+    "upgrade_fingerprint",
 ]
 
 
@@ -75,15 +81,72 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = read_tree(path)
     for override in overrides:
         tree = merge(tree, parse_override(override))
+    for key, new in RENAMED.items():
+        section, _, name = key.partition(".")
+        settings = tree.value[section].value if section in tree.value else None
+        if isinstance(settings, dict) and name in settings:
+            value = settings[name].value
+            now = new.get(value, {}) if isinstance(value, str) else {}
+            hint = ", ".join(f"{section}.{name}: {setting}" for name, setting in now.items())
+            raise UserError(f"{origin_of(tree, key)}: {key}: renamed, write {hint or f'{section}.backend'}")
     config = build(RunConfig, tree)
     for key, problem in _conflicts(config):
         raise UserError(f"{origin_of(tree, key)}: {key}: {problem}")
     return config
 
 
+def load_stored(path: str | Path) -> RunConfig:
+    """Reads the settings that a run wrote as JSON (`to_dict`), in today's keys and with today's defaults.
+
+    Raises:
+      UserError: the file cannot be read, or holds a key or value that is not known.
+    """
+
+    def tree(value: Any) -> Node:
+        if isinstance(value, dict):
+            return Node({key: tree(item) for key, item in value.items()}, str(path))
+        return Node(value, str(path))
+
+    values = read_json(path)
+    return build(RunConfig, tree(upgrade(values) if isinstance(values, dict) else values))
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The settings as nested dicts and lists that JSON and YAML can hold; `load_config` reads them back."""
     return _plain(dataclasses.asdict(config))
+
+
+# Keys that have another name now: the old dotted key -> for each old value the new keys of the section and
+# their values.
+_BACKENDS = {name: {"backend": name} for name in ("packed", "masked")}
+RENAMED: dict[str, dict[str, dict[str, str]]] = {
+    **{f"{stage}.execution": _BACKENDS for stage in ("finetune", "init", "policy", "joint")},
+    "evaluate.execution": {
+        "packed": {"rule": "threshold", "backend": "packed"},
+        "masked": {"rule": "threshold", "backend": "masked"},
+        "batch_max": {"rule": "batch_max", "backend": "packed"},
+        "dense": {"rule": "dense", "backend": "packed"},
+    },
+}
+
+
+def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Rewrites stored settings, nested as by `to_dict`, to the keys of today. Leaves others as they are."""
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+    for key, new in RENAMED.items():
+        section, _, name = key.partition(".")
+        values = result.get(section)
+        if isinstance(values, dict) and values.get(name) in new:
+            values |= new[values.pop(name)]
+    return result
+
+
+def upgrade_fingerprint(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Rewrites a stored fingerprint of a stage (`stage`, `settings`, ...) to the keys of today."""
+    stage, settings = fingerprint.get("stage"), fingerprint.get("settings")
+    if not isinstance(stage, str) or not isinstance(settings, Mapping):
+        return dict(fingerprint)
+    return {**fingerprint, "settings": upgrade({stage: settings})[stage]}
 
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -135,11 +198,16 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
         for stage in ("finetune", "init", "policy", "joint"):
             if getattr(config, stage).published_padding:
                 yield f"{stage}.published_padding", f"padding takes no part for {data.name}, remove it"
-    evaluate = config.evaluate
-    if evaluate.thresholds and evaluate.execution in ("batch_max", "dense"):
-        yield "evaluate.thresholds", f"{evaluate.execution} execution has none; use packed, or remove them"
-    if evaluate.baselines and evaluate.execution == "dense":
-        yield "evaluate.baselines", "dense execution drops nothing to compare with, remove them"
+    evaluate, rules = config.evaluate, rule_names("evaluate")
+    if evaluate.rule not in rules:
+        close = difflib.get_close_matches(evaluate.rule, rules, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        yield "evaluate.rule", f"expected one of {', '.join(rules)}, got {evaluate.rule!r}{hint}"
+    rule = RULES.get(evaluate.rule)
+    if rule and evaluate.thresholds and not rule.has_threshold:
+        yield "evaluate.thresholds", f"rule {rule.name} has none; use {DEFAULT_RULE}, or remove them"
+    if rule and evaluate.baselines and not rule.drops:
+        yield "evaluate.baselines", f"rule {rule.name} drops nothing to compare with, remove them"
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,9 @@ import dataclasses
 from typing import Annotated, Literal
 
 from trbert_jax.config_typing import Range
+from trbert_jax.reduction.rules import DEFAULT_RULE
 
+Backend = Literal["packed", "masked"]
 StageName = Literal["finetune", "score", "init", "policy", "teacher", "joint", "evaluate"]
 STAGES: tuple[StageName, ...] = ("finetune", "score", "init", "policy", "teacher", "joint", "evaluate")
 TEXT_DATA = ("imdb", "yelp_f", "yelp_polarity", "20news", "hyperpartisan", "stdlib")
@@ -166,8 +168,8 @@ class TrainingConfig:
       dropout: whether dropout is on.
       published_padding: let padding take part where the published code does, as states of zeros: in the
         softmax over positions, in distillation, in the largest value over positions. Not for classification.
-      execution: packed computes the tokens that are there; masked computes every position of the padded
-        batch and masks what was dropped. The same numbers but for dropout's masks.
+      backend: packed computes the kept tokens only; masked computes every position of the padded batch and
+        masks the dropped ones. The numbers are the same but for dropout's masks.
     """
 
     batch_size: Count = 8
@@ -186,7 +188,7 @@ class TrainingConfig:
     output: Literal["last", "best"] = "last"
     dropout: bool = True
     published_padding: bool = False
-    execution: Literal["packed", "masked"] = "packed"
+    backend: Backend = "packed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,12 +276,11 @@ class EvaluateConfig:
     """Stage evaluate, and the evaluations during training.
 
     Attributes:
-      batch_size: examples of one forward pass; predictions do not depend on it unless execution is
+      batch_size: examples of one forward pass; predictions do not depend on it unless rule is
         batch_max.
       split: test or dev; evaluations during training always use dev.
-      execution: packed keeps what each example's own selection keeps and computes nothing else; masked
-        does the same more slowly, as a reference; batch_max fills every row up
-        to the batch's largest count, as the published code does; dense drops nothing.
+      rule: how tokens are selected, a rule of `reduction.rules` for evaluation: threshold, batch_max, dense.
+      backend: how the model runs, packed or masked, as in `TrainingConfig`.
       baselines: selections that learned nothing, evaluated at the same kept counts: random, first_k.
       thresholds: keep probabilities from which a token is kept, at which the final model is evaluated
         too; a low one keeps more tokens. Everything else uses 0.5.
@@ -287,7 +288,8 @@ class EvaluateConfig:
 
     batch_size: Count = 32
     split: Literal["test", "dev"] = "test"
-    execution: Literal["packed", "masked", "batch_max", "dense"] = "packed"
+    rule: str = DEFAULT_RULE
+    backend: Backend = "packed"
     baselines: tuple[Literal["random", "first_k"], ...] = ()
     thresholds: tuple[Threshold, ...] = ()
 

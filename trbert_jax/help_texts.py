@@ -27,7 +27,7 @@ Prints accuracy, tokens kept at each reduction, FLOPs and speed.
 
 examples:
   trbert evaluate --model work/imdb/model --data test.jsonl --json result.json
-  trbert evaluate --model work/imdb/model --data test.jsonl --execution dense
+  trbert evaluate --model work/imdb/model --data test.jsonl --rule dense
   trbert evaluate --model work/imdb/model --data test.jsonl --threshold 0.4
   trbert evaluate --config configs/imdb_bert.yaml --all-checkpoints --json checkpoints.json
 """

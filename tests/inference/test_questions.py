@@ -96,7 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def predict(model: Path, folder: Path, requests: list[Any], *arguments: str) -> list[dict[str, Any]]:
     source, output = folder / "questions.jsonl", folder / "answers.jsonl"
     source.write_text("".join(json.dumps(request) + "\n" for request in requests), encoding="utf-8")
-    options = ["--file", str(source), "--output", str(output), "--execution", "masked", *arguments]
+    options = ["--file", str(source), "--output", str(output), "--backend", "masked", *arguments]
     assert main(["predict", "--model", str(model), *options]) == 0
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
@@ -139,7 +139,7 @@ def test_answers_repeat_the_question_where_asked(models: dict[str, Path], tmp_pa
 
 def test_dense_drops_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     reduced, dense = (
-        predict(models["choice"], tmp_path, [CHOICE], "--execution", name) for name in ("masked", "dense")
+        predict(models["choice"], tmp_path, [CHOICE], "--rule", name) for name in ("threshold", "dense")
     )
     assert dense[0]["num_kept"] == []
     assert dense[0]["num_tokens"] == reduced[0]["num_tokens"]
@@ -152,7 +152,7 @@ def test_evaluate_reads_the_published_file(models: dict[str, Path], tmp_path: Pa
     data = form.write(tmp_path / form.path, form.fresh())
     out, predictions = tmp_path / "result.json", tmp_path / "predictions.json"
     options = ["--data", str(data), "--json", str(out), "--predictions", str(predictions)]
-    assert main(["evaluate", "--model", str(models[kind]), *options, "--execution", "masked"]) == 0
+    assert main(["evaluate", "--model", str(models[kind]), *options, "--backend", "masked"]) == 0
     result, found = json.loads(out.read_text()), json.loads(predictions.read_text())
     metric = "accuracy" if kind in ("choice", "pairs", "candidates") else "f1"
     assert 0 <= result[metric] <= 100
@@ -175,7 +175,7 @@ def test_triviaqa_is_scored_by_domain(
     data = form.write(tmp_path / form.path, form.fresh())
     out, predictions = tmp_path / "result.json", tmp_path / "predictions.json"
     options = ["--data", str(data), "--json", str(out), "--predictions", str(predictions)]
-    assert main(["evaluate", "--model", str(models["segments"]), *options, "--execution", "masked"]) == 0
+    assert main(["evaluate", "--model", str(models["segments"]), *options, "--backend", "masked"]) == 0
     result, found = json.loads(out.read_text()), json.loads(predictions.read_text())
     assert sorted(found) == sorted(ids)
 
@@ -299,12 +299,12 @@ def test_bad_records_end_the_command_or_are_left_out(
     data = SAMPLES["squad"].write(tmp_path / "dev-v2.0.json", document)
     out = tmp_path / "result.json"
     arguments = ["evaluate", "--model", str(models["span"]), "--data", str(data), "--json", str(out)]
-    assert main([*arguments, "--execution", "masked"]) == 2
+    assert main([*arguments, "--backend", "masked"]) == 2
     said = capsys.readouterr().err
     assert "dev-v2.0.json: question 'q4': data[1].paragraphs[0].qas[0].answers[0].answer_start" in said
     assert "--skip-bad-records" in said
     assert not out.exists()
-    assert main([*arguments, "--execution", "masked", "--skip-bad-records"]) == 0
+    assert main([*arguments, "--backend", "masked", "--skip-bad-records"]) == 0
     assert "1 of 4 records skipped" in capsys.readouterr().err
     result = json.loads(out.read_text())
     assert (
@@ -342,7 +342,7 @@ def test_questions_without_inputs_are_bad_records(
     functools.reduce(lambda part, key: part[key], path, document)[last] = value
     data = form.write(tmp_path / form.path, document)
     arguments = ["evaluate", "--model", str(models[kind]), "--data", str(data), "--json", str(out)]
-    arguments += ["--predictions", str(predictions), "--execution", "masked"]
+    arguments += ["--predictions", str(predictions), "--backend", "masked"]
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert str(data) in said
@@ -405,7 +405,7 @@ def test_questions_are_compiled_ahead(
 
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(TRBert, "from_pretrained", loaded)
-    options = ["--batch-size", "2", "--execution", "masked"]
+    options = ["--batch-size", "2", "--backend", "masked"]
     assert main(["compile", "--model", str(models[kind]), *options]) == 0
     rows = {"choice": 8, "segments": 4, "candidates": 2}.get(kind, 2)
     named = capsys.readouterr().out.splitlines()
@@ -446,7 +446,7 @@ def test_questions_are_read_as_they_are_answered(
 def test_blank_lines_between_questions(models: dict[str, Path], tmp_path: Path) -> None:
     source, output = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     source.write_text("\n" + (json.dumps(CHOICE) + "\n \n") * 2, encoding="utf-8")
-    arguments = ["--file", str(source), "--output", str(output), "--execution", "masked"]
+    arguments = ["--file", str(source), "--output", str(output), "--backend", "masked"]
     assert main(["predict", "--model", str(models["choice"]), *arguments]) == 0
     assert [json.loads(line)["id"] for line in output.read_text(encoding="utf-8").splitlines()] == ["1", "2"]
 

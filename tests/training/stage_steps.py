@@ -55,7 +55,7 @@ class StageStep:
     def run(self) -> Experiment:
         """The quickstart's run with these settings."""
         overrides = [
-            f"{self.stage}.execution={self.execution}",
+            f"{self.stage}.backend={self.execution}",
             f"{self.stage}.dropout={str(self.dropout).lower()}",
             f"policy.num_samples={self.num_samples}",
         ]

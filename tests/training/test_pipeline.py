@@ -97,7 +97,7 @@ def copy(finished: Finished, tmp_path: Path) -> Path:
 def test_results_have_what_scripts_read(finished: Finished) -> None:
     results = finished.results
     assert set(results) == {
-        *("split", "execution", "dense", "policy", "reduced", "baselines", "thresholds"),
+        *("split", "rule", "backend", "dense", "policy", "reduced", "baselines", "thresholds"),
         *("stages", "config", "seed", "versions", "machine"),
     }
     for name in ("dense", "policy", "reduced"):

@@ -296,7 +296,7 @@ def test_training_from_shards_is_training_from_files(
     changes = {
         "stages": ["finetune"],
         "model": {"scratch": {**tiny_runs.SCRATCH, "num_layers": 1}},
-        "finetune": {"execution": "masked", "accumulation_steps": 2},
+        "finetune": {"backend": "masked", "accumulation_steps": 2},
     }
     config, shards = str(tiny_runs.write_config(tmp_path, **changes)), str(tmp_path / "shards")
     with tiny_runs.compilation_cache(tmp_path / "programs"):

@@ -32,7 +32,7 @@ def test_sigterm_stops_both_processes_wherever_they_are(tmp_path: Path) -> None:
     changes = {
         "stages": ["finetune", "score", "evaluate"],
         "model": {"scratch": {**tiny_runs.SCRATCH, "num_layers": 2}},
-        "finetune": {"dropout": False, "execution": "masked"},
+        "finetune": {"dropout": False, "backend": "masked"},
     }
     folders = tmp_path / "whole", tmp_path / "stopped"
     configs = []

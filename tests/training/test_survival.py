@@ -38,7 +38,7 @@ from trbert_jax.training.step import TrainState
 ONE_STAGE = {
     "stages": ["finetune"],
     "model": {"scratch": {**tiny_runs.SCRATCH, "num_layers": 1}},
-    "finetune": {"execution": "masked"},
+    "finetune": {"backend": "masked"},
 }
 
 
@@ -181,7 +181,7 @@ def test_what_is_not_finite_is_named_and_never_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_runs.write_dataset(tmp_path / "data")
-    changes = {**ONE_STAGE, "finetune": {"execution": "masked", "learning_rate": 1e38, "warmup_steps": 6}}
+    changes = {**ONE_STAGE, "finetune": {"backend": "masked", "learning_rate": 1e38, "warmup_steps": 6}}
     assert main(["train", "--config", str(tiny_runs.write_config(tmp_path, **changes))]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("trbert: error: finetune: ")

@@ -198,7 +198,7 @@ def test_eight_examples_are_learnt(case: str, tmp_path: Path) -> None:
     if (tmp_path / "data" / "tokenizer").exists():
         model = {**model, "tokenizer": str(tmp_path / "data" / "tokenizer")}
     # Packed training steps are compared with masked ones elsewhere; these compile faster.
-    steps = {"batch_size": 8, "accumulation_steps": 1, "learning_rate": 1e-3, "execution": "masked"}
+    steps = {"batch_size": 8, "accumulation_steps": 1, "learning_rate": 1e-3, "backend": "masked"}
     steps |= {"dropout": False, "save_steps": 1000, "eval_steps": 1000}
     config = tiny_runs.write_config(
         tmp_path,

@@ -64,6 +64,13 @@ MANY_PROGRAMS = 24
 DEFAULT_THRESHOLD = 0.5  # the published rule
 
 
+def execution_of(rule: str | None, backend: str) -> str | None:
+    """The key of `EXECUTIONS` for a rule and a backend; None for what suits the model, packed."""
+    if rule == "threshold" or (rule is None and backend == "masked"):
+        return backend
+    return rule
+
+
 def check_execution(execution: str, threshold: float = DEFAULT_THRESHOLD) -> None:
     """Raises a UserError unless there is such an execution and `threshold` is one that it can use."""
     if execution not in EXECUTIONS:

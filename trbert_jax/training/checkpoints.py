@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 
+from trbert_jax.config import upgrade_fingerprint
 from trbert_jax.errors import UserError
 from trbert_jax.io import make_directory, write_json
 from trbert_jax.training import checkpoint_folder
@@ -151,7 +152,7 @@ class CheckpointStore:
           UserError: no such checkpoint, damaged, of another fingerprint, or of other arrays.
         """
         folder, manifest = self.folder(step), self._manifest(step)
-        then, now = _flatten(manifest["fingerprint"]), _flatten(self._fingerprint)
+        then, now = _flatten(upgrade_fingerprint(manifest["fingerprint"])), _flatten(self._fingerprint)
         if then != now:
             raise UserError(
                 f"{folder}: saved by a run with other settings:\n{_differences(then, now, 'then', 'now')}\n"

@@ -15,6 +15,7 @@ from trbert_jax.config import RunConfig
 from trbert_jax.errors import UserError
 from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.inference.evaluate import run_baselines, run_thresholds, summarize, write_predictions
+from trbert_jax.inference.execution import execution_of
 from trbert_jax.io import atomic_directory, write_json
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.hf_config import model_config_to_dict
@@ -44,7 +45,7 @@ def evaluate_stage(run: Experiment) -> dict[str, Any]:
         run.check_inputs("evaluate", model, (split,))
         runner = run.runner(model.config, settings.batch_size, passes.after_batch)
         params = jax.device_put(model.params)
-        execution = "dense" if stage == "finetune" else settings.execution
+        execution = execution_of("dense" if stage == "finetune" else settings.rule, settings.backend) or ""
         outputs = runner.run(params, features, execution)
         score = run.score(split, model, outputs)
         summary = summarize(outputs, model.config, score.metrics)
@@ -70,7 +71,7 @@ def evaluate_stage(run: Experiment) -> dict[str, Any]:
             result |= _tune_null_threshold(run, model, runner, execution, outputs, score)
     source = run.output_of(run.last_model_stage, "model", "evaluate")
     run.layout.on_main(lambda: _export(run, source, model, result))
-    return {"split": split, "execution": settings.execution, **result}
+    return {"split": split, "rule": settings.rule, "backend": settings.backend, **result}
 
 
 class _Passes:
@@ -182,7 +183,8 @@ def evaluate_all_checkpoints(config: RunConfig, announce: Announce = print) -> d
         store = training.checkpoints(announce)
         features = run.features(config.evaluate.split, prepared.start)
         runner = run.runner(model_config, config.evaluate.batch_size)
-        execution = "dense" if stage == "finetune" else config.evaluate.execution
+        rule = "dense" if stage == "finetune" else config.evaluate.rule
+        execution = execution_of(rule, config.evaluate.backend) or ""
         trained, frozen = split_params(jax.device_put(prepared.start.params), training.trains)
         like = init_state(trained, training.optimizer()[0])
         results[stage] = {"best": store.best_step(), "last": store.latest_step()}

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.config import STAGES, RunConfig, diff_configs, load_config, to_dict
+from trbert_jax.config import STAGES, RunConfig, diff_configs, load_stored, to_dict
 from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.inference.engine import AfterBatch, InferenceEngine, Outputs
 from trbert_jax.inference.execution import CompiledForward
@@ -393,6 +393,6 @@ def _digest(params: Any) -> str:
 
 def _stored_config(path: Path) -> dict[str, Any]:
     try:
-        return to_dict(load_config(path))  # with the defaults of keys that are newer than the file
+        return to_dict(load_stored(path))  # with the defaults of keys that are newer than the file
     except UserError:  # a key that this version does not know: show it as a difference
         return read_json(path)

@@ -18,6 +18,7 @@ import numpy as np
 
 from trbert_jax.config import InitConfig, JointConfig, PolicyConfig, TrainingConfig
 from trbert_jax.errors import UserError
+from trbert_jax.inference.execution import execution_of
 from trbert_jax.model.model import Batch, Params, TokenReducingModel, forward
 from trbert_jax.model.packed import packed_forward
 from trbert_jax.model.pretrained import Pretrained, save_pretrained
@@ -232,7 +233,7 @@ def _finetune_objective(run: Experiment, module: TokenReducingModel, total_steps
             params,
             batch,
             dropout_rng=_dropout_rng(config, rng, batch),
-            execute=FORWARD[config.execution],
+            execute=FORWARD[config.backend],
         )
 
     return objective
@@ -250,7 +251,7 @@ def _init_objective(run: Experiment, module: TokenReducingModel, total_steps: in
             per_length_scale=config.per_length_scale,
             keep=config.keep,
             dropout_rng=_dropout_rng(config, rng, batch),
-            execute=FORWARD[config.execution],
+            execute=FORWARD[config.backend],
         )
 
     return objective
@@ -272,7 +273,7 @@ def _policy_objective(run: Experiment, module: TokenReducingModel, total_steps: 
             alpha=config.alpha,
             max_length=module.config.max_length,
             dropout_rng=_dropout_rng(config, rng, batch),
-            execute=FORWARD[config.execution],
+            execute=FORWARD[config.backend],
         )
         return objectives.policy_objective(batch, samples)
 
@@ -295,7 +296,7 @@ def _joint_objective(run: Experiment, module: TokenReducingModel, total_steps: i
             max_length=module.config.max_length,
             temperature=config.temperature,
             dropout_rng=_dropout_rng(config, rng, batch),
-            execute=FORWARD[config.execution],
+            execute=FORWARD[config.backend],
         )
         return objectives.joint_objective(batch, samples)
 
@@ -338,7 +339,8 @@ def _dropout_rng(config: TrainingConfig, rng: jax.Array, batch: Batch) -> jax.Ar
 
 def _dev_evaluation(run: Experiment, stage: str, start: Pretrained) -> Callable[[Params], dict[str, float]]:
     """Evaluates parameters on the development set, the dense stage without reduction."""
-    execution = "dense" if stage == "finetune" else run.config.evaluate.execution
+    rule = "dense" if stage == "finetune" else run.config.evaluate.rule
+    execution = execution_of(rule, run.config.evaluate.backend) or ""
     features = run.features("dev", start)
     runner = run.runner(start.config, run.config.evaluate.batch_size)
 
