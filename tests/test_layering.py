@@ -27,7 +27,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "io": {"errors"},
     "parallel": BASE,
-    "distributed": BASE,
     "compilation_cache": set(),
     "config_tree": BASE,
     "config_typing": BASE | {"config_tree"},
@@ -42,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "help_texts": set(),
     "arguments": BASE | {"help_texts", "reduction"},
     "cli": LEAVES
-    | {"model", "datasets", "arguments", "inference", "training", "compilation_cache", "distributed"},
+    | {"model", "datasets", "arguments", "inference", "training", "compilation_cache", "parallel"},
     "__main__": {"cli"},
 }
 WITHOUT_JAX = {

@@ -92,7 +92,7 @@ def _train(args: argparse.Namespace) -> None:
         print("\n".join(plan.lines(Experiment(config), args.devices or 1, args.processes or 1)))
         return
     if args.distributed or args.coordinator:
-        from trbert_jax.distributed import join
+        from trbert_jax.parallel import join
 
         join(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
     from trbert_jax.training.run import train

@@ -1,47 +1,59 @@
-"""The devices of a run, and how its arrays lie on them.
+"""Devices and processes of a run: mesh, sharding, exchange between processes, joining them.
 
-All devices of all processes form a mesh with two axes. Batches are divided over both. Parameters and
-optimizer state are divided over `fsdp` (of one device unless asked for) and repeated over `data`. What a
-device computes of its rows needs nothing of another's, so that packed execution picks the work of each
-device by itself; devices only add up sums over examples and gradients.
+All devices of all processes form a mesh with the axes `data` and `fsdp`. Batches are sharded over both.
+Parameters and optimizer state are sharded over `fsdp` (size 1 by default) and replicated over `data`.
+Each device computes its rows without the others, so that packed batches stay local; only gradients and sums
+over examples are reduced across devices. Source: docs/scaling.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trbert_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 DATA, FSDP = "data", "fsdp"
 AXES = (DATA, FSDP)
 STRATEGIES = ("jit", "pmap")
-# Arrays with fewer elements stay whole on every device: dividing them saves nothing and costs a message each.
-SMALLEST_DIVIDED = 4096
-LONGEST_MESSAGE = 4096  # bytes of a text that one process tells the others
+SMALLEST_DIVIDED = 4096  # elements; smaller arrays stay replicated, sharding them only costs messages
+LONGEST_MESSAGE = 4096  # bytes of a text that processes exchange
+TIMEOUT = 300  # seconds to wait for other processes
+_GRACE = 120  # seconds by which JAX's own timeout exceeds ours
 
 Tree = Any
 T = TypeVar("T")
-ROWS = PartitionSpec(AXES)  # the first axis are rows
+ROWS = PartitionSpec(AXES)  # the first axis is rows
 WHOLE = PartitionSpec()
 KEPT = PartitionSpec(None, AXES)  # [points of reduction, rows, positions]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeviceMesh:
-    """Devices and how they share the work.
+    """The devices of a run and how they share its work.
 
     Attributes:
       mesh: all devices, axes `data` and `fsdp`.
-      strategy: jit (one program over the mesh) or pmap (a program a device, parameters on each).
+      strategy: jit (one program over the mesh) or pmap (one program per device, parameters replicated).
     """
 
     mesh: Mesh
@@ -54,42 +66,42 @@ class DeviceMesh:
 
     @property
     def num_processes(self) -> int:
-        """Processes that run together."""
+        """Processes of the run."""
         return len({device.process_index for device in self.mesh.devices.flat})
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is the process that writes files and logs."""
         return jax.process_index() == 0
 
     @property
     def is_single(self) -> bool:
-        """Whether there is nothing to share."""
+        """Whether the mesh has one device."""
         return self.num_devices == 1
 
     @property
     def whole(self) -> NamedSharding:
-        """Of an array that every device has all of."""
+        """The sharding of a replicated array."""
         return NamedSharding(self.mesh, WHOLE)
 
     @property
     def local_devices(self) -> list[jax.Device]:
-        """The devices of this process, in the order of the mesh."""
+        """The devices of this process, in mesh order."""
         return [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
 
     def rounded(self, rows: int) -> int:
-        """The next number of rows that the devices can share evenly."""
+        """Rounds up to a multiple of the number of devices."""
         return -(-rows // self.num_devices) * self.num_devices
 
     def own_rows(self, num_rows: int) -> slice:
-        """Which of the rows of a batch, shared evenly by all devices, this process's devices get."""
+        """Returns the rows of a batch that this process's devices compute."""
         all_devices = list(self.mesh.devices.flat)
         mine = [i for i, device in enumerate(all_devices) if device.process_index == jax.process_index()]
         each = num_rows // len(all_devices)
-        return slice(mine[0] * each, (mine[-1] + 1) * each)  # `make_mesh` puts them beside each other
+        return slice(mine[0] * each, (mine[-1] + 1) * each)  # contiguous, see `make_mesh`
 
     def by_rows(self, function: Callable[..., Any], out_specs: Any, batch_spec: Any = ROWS) -> Callable:
-        """`function(params, batch, *others)` on each device's rows of `batch`; all else is whole on each."""
+        """Maps `function(params, batch, *others)` over the rows of `batch`; the rest is replicated."""
         if self.is_single:
             return function
 
@@ -104,7 +116,7 @@ class DeviceMesh:
         return mapped
 
     def describe(self) -> str:
-        """One line for the user."""
+        """Returns one line for the log."""
         kind = self.mesh.devices.flat[0].device_kind
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
         return (
@@ -112,46 +124,46 @@ class DeviceMesh:
             f"{'es' if self.num_processes > 1 else ''}, mesh {axes}, strategy {self.strategy}"
         )
 
-    # Onto the devices ---------------------------------------------------------------------------
+    # Arrays ---------------------------------------------------------------------------------------
 
     def replicate(self, tree: Tree) -> Tree:
-        """Arrays that are the same in every process, whole on every device."""
+        """Places arrays that are equal in every process on every device."""
         if self.is_single:
             return jax.device_put(tree)
         return jax.tree.map(functools.partial(self._place, spec=WHOLE), tree)
 
     def divide(self, tree: Tree) -> Tree:
-        """Arrays that are the same in every process, divided over `fsdp`."""
+        """Places arrays that are equal in every process, sharded over `fsdp`."""
         if self.is_single:
             return jax.device_put(tree)
         return jax.tree.map(lambda x: self._place(x, self.spec_of(x)), tree)
 
     def place_rows(self, tree: Tree, axis: int = 0) -> Tree:
-        """Host arrays of all rows, of which each device gets its own; `axis` is that of the rows."""
+        """Places host arrays that hold all rows, sharded along `axis`."""
         if self.is_single:
             return tree
         spec = PartitionSpec(*[None] * axis, AXES)
         return jax.tree.map(lambda x: self._place(np.asarray(x), spec), tree)
 
     def place_own_rows(self, tree: Tree, axis: int = 0) -> Tree:
-        """Host arrays of this process's own rows (`own_rows`), each device gets its part."""
+        """Places host arrays that hold this process's rows (`own_rows`), sharded along `axis`."""
         if self.num_processes == 1:
             return self.place_rows(tree, axis)
         sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXES))
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
     def keep_divided(self, tree: Tree) -> Tree:
-        """Inside a program: results divided over `fsdp` as `divide` does."""
+        """Constrains results of a program to the sharding of `divide`."""
         if self.is_single:
             return tree
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.sharding_of(x)), tree)
 
     def sharding_of(self, array: Any) -> NamedSharding:
-        """How `divide` lays an array (or what has its shape)."""
+        """Returns the sharding that `divide` gives an array (or anything with its shape)."""
         return NamedSharding(self.mesh, self.spec_of(array))
 
     def spec_of(self, array: Any) -> PartitionSpec:
-        """Where an array is divided: along its longest axis that `fsdp` divides, if it is worth it."""
+        """Shards an array's longest axis that `fsdp` divides; small arrays stay replicated."""
         parts = self.mesh.shape[FSDP]
         axes = [i for i, size in enumerate(array.shape) if size % parts == 0]
         if parts == 1 or not axes or np.prod(array.shape) < SMALLEST_DIVIDED:
@@ -162,147 +174,99 @@ class DeviceMesh:
     def _place(self, x: Any, spec: PartitionSpec) -> jax.Array:
         sharding = NamedSharding(self.mesh, spec)
         if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data = jax.random.key_data(x)
-            implementation = jax.random.key_impl(x)
-            return jax.jit(
-                lambda: jax.random.wrap_key_data(data, impl=implementation), out_shardings=sharding
-            )()
+            data, impl = jax.random.key_data(x), jax.random.key_impl(x)
+            return jax.jit(lambda: jax.random.wrap_key_data(data, impl=impl), out_shardings=sharding)()
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.jit(lambda a: a, out_shardings=sharding)(x)
         values = np.asarray(x)
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    # Off the devices ----------------------------------------------------------------------------
-
     def fetch(self, tree: Tree) -> Tree:
-        """NumPy copies of arrays, however they are divided; in every process the same."""
+        """Returns NumPy copies of whole arrays, equal in every process."""
 
         def one(x: Any) -> np.ndarray:
             if isinstance(x, jax.Array) and not x.is_fully_addressable:
                 x = jax.jit(lambda a: a, out_shardings=self.whole)(x)
                 x = x.addressable_data(0)
-            # A copy: a view would keep the step from reusing the buffer, or be overwritten by it.
+            # A view would keep the next step from reusing the buffer, or be overwritten by it.
             return np.array(x)
 
         return jax.tree.map(one, tree)
 
-    # Between processes --------------------------------------------------------------------------
+    # Processes ------------------------------------------------------------------------------------
 
     def barrier(self, name: str) -> None:
-        """Waits until every process is here."""
+        """Waits until every process calls this."""
         if self.num_processes > 1:
-            from jax.experimental import multihost_utils
-
             multihost_utils.sync_global_devices(name)
 
-    def on_main(self, work: Callable[[], Any]) -> None:
-        """Has the first process do something while the others wait.
-
-        Raises:
-          UserError: `work` raised one there; in every process the same, so that none waits for another.
-          Exception: what else `work` raised, in the first process; a UserError in the others.
-        """
-        if self.num_processes == 1:
-            work()
-            return
-        from jax.experimental import multihost_utils
-
-        error: Exception | None = None
-        if self.is_main:
-            try:
-                work()
-            except Exception as caught:  # raised again below, once the others know
-                error = caught
-        found = multihost_utils.broadcast_one_to_all(_encoded(_told(error, 0)))
-        if error is not None:
-            raise error
-        if message := _decoded(np.asarray(found)):
-            raise UserError(message)
-
     def together(self, work: Callable[[], T]) -> T:
-        """What `work`, which waits for no other process, returns in this one, once it has ended in all.
+        """Runs `work` in every process, waits for all and returns this process's result.
+
+        `work` must not synchronize with other processes.
 
         Raises:
-          UserError: `work` raised an error in another process.
-          Exception: `work` raised it here.
+          UserError: `work` failed in another process.
+          Exception: what `work` raised in this process.
         """
         if self.num_processes == 1:
             return work()
         error: Exception | None = None
         try:
             result = work()
-        except Exception as caught:  # raised again below, once the others know
+        except Exception as caught:  # raised below, after the other processes know
             error = caught
-        said = [_decoded(text) for text in self.gather(_encoded(_told(error, jax.process_index())))]
+        known = error is None or isinstance(error, UserError)
+        message = "" if error is None else str(error) if known else f"{type(error).__name__}: {error}"
+        messages = self._exchange(message)
         if error is not None:
             raise error
-        for number, message in enumerate(said):
+        for process, message in enumerate(messages):
             if message:
-                raise UserError(f"in process {number}: {message}")
+                raise UserError(f"in process {process}: {message}")
         return result
 
-    def broadcast(self, text: str) -> str:
-        """What the first process says here, in every process; at most `LONGEST_MESSAGE` bytes of it."""
-        if self.num_processes == 1:
-            return text
-        from jax.experimental import multihost_utils
+    def on_main(self, work: Callable[[], Any]) -> None:
+        """Runs `work` in the first process while the others wait; raises like `together`."""
+        self.together(work if self.is_main else lambda: None)
 
-        return _decoded(np.asarray(multihost_utils.broadcast_one_to_all(_encoded(text))))
+    def broadcast(self, text: str) -> str:
+        """Returns the first process's `text`, at most `LONGEST_MESSAGE` bytes of it, in every process."""
+        return text if self.num_processes == 1 else self._exchange(text)[0]
 
     def gather(self, value: np.ndarray) -> np.ndarray:
-        """The arrays of all processes, of equal shapes, [processes, ...]."""
-        if self.num_processes == 1:
-            return value[None]
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(value))
+        """Returns the arrays of all processes, [processes, ...]; their shapes must be equal."""
+        alone = self.num_processes == 1
+        return value[None] if alone else np.asarray(multihost_utils.process_allgather(value))
 
     def check_agreement(self, what: str, value: Any) -> None:
-        """Raises a UserError in every process unless `value` (JSON-like) is the same in all."""
+        """Raises a UserError in every process unless `value` (JSON-like) is equal in all of them."""
         if self.num_processes == 1:
             return
         text = json.dumps(value, sort_keys=True, default=str)
-        found = self.gather(np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint8))
-        strange = [i for i, other in enumerate(found) if not np.array_equal(other, found[0])]
-        if strange:
+        digests = self._exchange(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+        different = ", ".join(str(i) for i, digest in enumerate(digests) if digest != digests[0])
+        if different:
             raise UserError(
-                f"the processes do not agree on {what}: {', '.join(map(str, strange))} "
-                f"of {self.num_processes} differ from process 0; start all with the same one"
+                f"the processes do not agree on {what}: {different} of {self.num_processes} differ from "
+                "process 0; start all with the same one"
             )
 
-
-def _told(error: Exception | None, process: int) -> str:
-    """What other processes are told of an error."""
-    if error is None:
-        return ""
-    if isinstance(error, UserError):
-        return str(error)
-    return f"process {process} failed, {type(error).__name__}: {error}"
-
-
-def _encoded(text: str) -> np.ndarray:
-    """A text in a fixed number of bytes, uint8 [LONGEST_MESSAGE], as processes can exchange it."""
-    return np.frombuffer(text.encode()[:LONGEST_MESSAGE].ljust(LONGEST_MESSAGE, b"\0"), np.uint8)
-
-
-def _decoded(values: np.ndarray) -> str:
-    return values.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="ignore")
+    def _exchange(self, text: str) -> list[str]:
+        """Returns the texts of all processes, each cut to `LONGEST_MESSAGE` bytes."""
+        encoded = text.encode()[:LONGEST_MESSAGE].ljust(LONGEST_MESSAGE, b"\0")
+        rows = self.gather(np.frombuffer(encoded, np.uint8)).astype(np.uint8)
+        return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 def check_mesh(strategy: str, fsdp: int, num_devices: int) -> None:
-    """Raises a UserError unless so many devices can be laid out so.
-
-    Args:
-      strategy: jit or pmap.
-      fsdp: devices that share one copy of parameters and optimizer state.
-      num_devices: of all processes.
-    """
+    """Raises a UserError unless `num_devices` can form the mesh; see `make_mesh`."""
     if strategy not in STRATEGIES:
         raise UserError(f"parallel.strategy is {strategy!r}; expected one of {', '.join(STRATEGIES)}")
     if num_devices % fsdp:
         raise UserError(
-            f"parallel.fsdp is {fsdp}, which does not divide the {num_devices} devices there are; "
-            "set it to 1 or to a divisor"
+            f"parallel.fsdp is {fsdp}, which does not divide the {num_devices} devices; set it to 1 or to a "
+            "divisor"
         )
     if strategy == "pmap" and fsdp > 1:
         raise UserError(
@@ -311,7 +275,7 @@ def check_mesh(strategy: str, fsdp: int, num_devices: int) -> None:
 
 
 def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
-    """Raises a UserError unless so many devices can share a training stage's batches evenly."""
+    """Raises a UserError unless the devices divide a training stage's batch size."""
     if batch_size % num_devices:
         raise UserError(
             f"{stage}.batch_size is {batch_size}, which {num_devices} devices cannot share evenly; set it to "
@@ -320,24 +284,133 @@ def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
 
 
 def make_mesh(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | None = None) -> DeviceMesh:
-    """The layout of a run over all devices.
+    """Builds the mesh of a run.
 
     Args:
       strategy: jit or pmap.
       fsdp: devices that share one copy of parameters and optimizer state.
-      devices: None for all devices of all processes.
+      devices: the devices to use, by default all devices of all processes.
 
     Raises:
-      UserError: an unknown strategy, or `fsdp` does not divide the number of devices.
+      UserError: the strategy is unknown, or `fsdp` does not divide the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     check_mesh(strategy, fsdp, len(devices))
-    # Of a process one after the other, which JAX does not promise: each reads its own rows in one piece.
+    # JAX does not promise to list a process's devices together; `own_rows` needs that.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(devices).reshape(-1, fsdp)
     return DeviceMesh(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2), strategy)
 
 
 def single_device() -> DeviceMesh:
-    """The layout of a computation that shares nothing: this process's first device."""
+    """Builds a mesh of this process's first device."""
     return make_mesh(devices=jax.local_devices()[:1])
+
+
+# Joining ------------------------------------------------------------------------------------------
+
+
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = TIMEOUT,
+) -> None:
+    """Joins the other processes of a run; call it before anything asks JAX for devices.
+
+    If the others do not come in time, prints an error to stderr and ends the process with code 2: nothing
+    can be raised while JAX waits.
+
+    Args:
+      coordinator: HOST:PORT of process 0; None to detect everything from the environment (SLURM, Open MPI,
+        Kubernetes, Cloud TPU).
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      UserError: the environment does not describe a run, the coordinator cannot be reached, or its port is
+        taken by another program.
+    """
+    end = time.monotonic() + timeout
+    late = f"processes did not join within {timeout} s; check that all were started and their network"
+    cannot = (
+        "--distributed: the environment does not describe a run; it must be that of SLURM, Open MPI, "
+        "Kubernetes or Cloud TPU; elsewhere give --coordinator HOST:PORT, --num-processes and --process-id"
+    )
+    if coordinator is not None:
+        who = f"process {process_id} of {num_processes}"
+        late = f"{who} could not join at {coordinator} within {timeout} s; check that the others were started"
+        cannot = (
+            f"{who} cannot join at {coordinator}; check that no other program uses the port and that each "
+            "process has its own --process-id"
+        )
+        host, port = _address(coordinator)
+        if process_id == 0:
+            logger.info("%s waits at %s for the others, at most %d s", who, coordinator, timeout)
+            _check_port_free(port, cannot)
+        else:
+            late += " and that process 0 of this run listens there"
+            _wait_for(host, port, timeout)
+    try:
+        with _exit_after(max(end - time.monotonic(), 1), f"{late}, or raise --join-timeout"):
+            jax.distributed.initialize(
+                coordinator, num_processes, process_id, initialization_timeout=timeout + _GRACE
+            )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{cannot} ({str(error).splitlines()[0]})") from error
+
+
+@contextlib.contextmanager
+def _exit_after(seconds: float, message: str) -> Iterator[None]:
+    """Ends the process with a message unless the block ends in time.
+
+    JAX's own timeout aborts with a stack trace, which cannot be caught.
+    """
+
+    def end() -> None:
+        sys.stderr.write(f"trbert: error: {message}\n")
+        sys.stderr.flush()
+        os._exit(2)  # as the command line does for a UserError
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    host, separator, port = coordinator.rpartition(":")
+    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator is {coordinator!r}; expected HOST:PORT, such as node0:8476")
+    return host.strip("[]"), int(port)
+
+
+def _check_port_free(port: int, cannot: str) -> None:
+    """Raises a UserError if another program has the port; JAX may crash the process then."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"{cannot} ({error.strerror})") from error
+
+
+def _wait_for(host: str, port: int, timeout: int) -> None:
+    """Returns as soon as something listens at the address."""
+    end, reason = time.monotonic() + timeout, ""
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host, port), timeout=min(5, timeout)).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+        time.sleep(min(0.5, timeout))
+    raise UserError(
+        f"the coordinator at {host}:{port} could not be reached within {timeout} s ({reason}); start process "
+        "0 there, check address and firewall, or raise --join-timeout"
+    )

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from trbert_jax.config import load_config
-from trbert_jax.distributed import join
 from trbert_jax.errors import UserError
+from trbert_jax.parallel import join
 from trbert_jax.training import experiment as run_module
 from trbert_jax.training.experiment import Experiment
 
