@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trbert_jax.datasets import hotpotqa, hotpotqa_graph, mrqa, race, squad, triviaqa, wikihop
-from trbert_jax.datasets.qa_formats import BadRecords
+from trbert_jax.datasets import BadRecords, hotpotqa, hotpotqa_graph, mrqa, race, squad, triviaqa, wikihop
 
 MOUNTAIN = "Mont\u00a0Blanc rises to 4,808 m.\u2028The Élysée in  Paris is lower; 東京 is far."
 

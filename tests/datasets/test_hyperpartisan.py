@@ -6,9 +6,8 @@ from xml.sax.saxutils import quoteattr
 
 import pytest
 
-from trbert_jax.config import DataConfig
+from trbert_jax.datasets import DATASETS
 from trbert_jax.datasets.hyperpartisan import split_hyperpartisan
-from trbert_jax.datasets.readers import read_examples
 from trbert_jax.errors import UserError
 
 ARTICLES = "articles-training-byarticle-20181122.xml"
@@ -42,8 +41,7 @@ def write_xml(folder: Path, labels: list[int] = LABELS) -> Path:
 
 
 def read(folder: Path, split: str) -> list[tuple[str, int]]:
-    data = read_examples(DataConfig(name="hyperpartisan", path=str(folder)), split)
-    return [(e.text, e.label) for e in data.examples]
+    return [(e.text, e.label) for e in DATASETS["hyperpartisan"].read_split(folder, split)]
 
 
 def test_the_published_split(tmp_path: Path) -> None:

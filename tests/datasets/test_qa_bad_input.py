@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tiny_qa_files import SAMPLES, read_sample
 
+from trbert_jax.datasets import BadRecord, BadRecords
 from trbert_jax.datasets.bad_records import Place
-from trbert_jax.datasets.qa_formats import BadRecord, BadRecords
 from trbert_jax.errors import UserError
 
 Spoil = Callable[[Any], object]

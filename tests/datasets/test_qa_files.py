@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from tiny_qa_files import DOCUMENTS, SAMPLES, mrqa_document, read_sample, write_lines
 
-from trbert_jax.datasets import mrqa
+from trbert_jax.datasets import BadRecords, mrqa
 from trbert_jax.datasets.json_files import load_json, load_json_lines
-from trbert_jax.datasets.qa_formats import BadRecords
 from trbert_jax.errors import UserError
 
 FILES = [name for name, sample in SAMPLES.items() if name not in ("race", "mrqa_gz")]

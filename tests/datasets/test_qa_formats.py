@@ -19,9 +19,8 @@ from tiny_qa_files import (
     write_triviaqa,
 )
 
-from trbert_jax.datasets import mrqa, race, triviaqa
+from trbert_jax.datasets import BadRecords, mrqa, race, triviaqa
 from trbert_jax.datasets.hotpotqa_graph import PieceRange
-from trbert_jax.datasets.qa_formats import BadRecords
 from trbert_jax.datasets.records import Paragraph, Span, SpanQuestion
 
 
@@ -99,8 +98,8 @@ def test_race_file_order(tmp_path: Path) -> None:
     (path / "high/._1.txt").write_bytes(b"\x00")
     expected = ["high/1.txt:0", "high/10.txt:0", "high/9.txt:0", *(f"middle/{n}.txt:0" for n in (1, 10, 9))]
     assert [q.id for q in race.read(path, BadRecords())] == expected
-    assert [q.id for q in race.read_high(path, BadRecords())] == expected[:3]
-    assert [q.id for q in race.read_middle(path, BadRecords())] == expected[3:]
+    assert [q.id for q in race.read(path, BadRecords(), levels=("high",))] == expected[:3]
+    assert [q.id for q in race.read(path, BadRecords(), levels=("middle",))] == expected[3:]
 
 
 def test_hotpotqa(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from trbert_jax.datasets import hotpotqa, mrqa, race, squad
+from trbert_jax.datasets import BadRecords, hotpotqa, mrqa, race, squad
 from trbert_jax.datasets.aliases import find_aliases
 from trbert_jax.datasets.json_files import load_json
-from trbert_jax.datasets.qa_formats import BadRecords
 from trbert_jax.datasets.records import SpanQuestion
 from trbert_jax.datasets.triviaqa import accepted_answers
 
@@ -96,7 +95,6 @@ def test_race(unpack: Unpack) -> None:
     levels = [level for level in race.LEVELS if (folder / "race/dev" / level).is_dir()]
     assert levels
     for level in levels:
-        reader = {"high": race.read_high, "middle": race.read_middle}[level]
-        questions = reader(folder / "race/dev", BadRecords())
+        questions = race.read(folder / "race/dev", BadRecords(), levels=(level,))
         assert len(questions) > 200
         assert {q.answer for q in questions} == {0, 1, 2, 3}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trbert_jax.datasets.qa_formats import BadRecords
+from trbert_jax.datasets import BadRecords
 from trbert_jax.datasets.records import ChoiceQuestion, Span, SpanQuestion
 from trbert_jax.datasets.tfds_records import convert
 from trbert_jax.errors import UserError

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trbert_jax.config import DataConfig
+from trbert_jax.datasets import DATASETS
 from trbert_jax.datasets import python_source as stdlib
-from trbert_jax.datasets.readers import read_examples
 from trbert_jax.errors import UserError
 
 SPLITS = ("train", "dev", "test")
@@ -70,9 +69,9 @@ def test_same_text_whenever_it_is_read(tmp_path: Path) -> None:
     stdlib._read_all.cache_clear()
     assert stdlib.read_stdlib("train", tmp_path) == first
     assert len(first.label_names) == stdlib.NUM_CLASSES
-    limited = read_examples(DataConfig(name="stdlib", path=str(tmp_path), max_train_examples=50), "train")
+    limited = DATASETS["stdlib"].read_split(tmp_path, "train", limit=50)
     assert len(limited) == 50
-    assert set(limited.examples) < set(first.examples)
+    assert set(limited) < set(first.examples)
 
 
 def test_too_little_text(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trbert_jax.datasets.readers import read_file
+from trbert_jax.datasets.text_files import read_dataset as read_file
 from trbert_jax.errors import UserError
 
 NAMES = ("bad", "fine", "good")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import types
@@ -9,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from trbert_jax.config import DataConfig
-from trbert_jax.datasets.readers import read_examples
+from trbert_jax.datasets import find_dataset
 from trbert_jax.errors import UserError
 
 LABELS = types.SimpleNamespace(names=["world", "sports"])
@@ -49,8 +49,7 @@ def install(monkeypatch: pytest.MonkeyPatch, sources: Mapping[str, Source] | Exc
     return calls
 
 
-def config(**settings: Any) -> DataConfig:
-    return DataConfig(name="tfds:news/small", **settings)
+NEWS = find_dataset("tfds:news/small")
 
 
 def test_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,30 +57,27 @@ def test_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch, {"train": Source(rows(6)), "validation": Source(rows(3)), "test": Source(rows(2))}
     )
     for split, count in (("train", 6), ("dev", 3), ("test", 2)):
-        data = read_examples(config(path="somewhere"), split)
-        assert data.label_names == ("world", "sports")
-        assert [(e.id, e.text, e.label) for e in data.examples] == [
+        assert NEWS.read_labels("somewhere") == ("world", "sports")
+        assert [(e.id, e.text, e.label) for e in NEWS.read_split("somewhere", split)] == [
             (f"{split}:{i}", f"é {i}", i % 2) for i in range(count)
         ]
     assert set(calls) == {("news/small", "somewhere")}
 
 
-def test_dev_is_held_out_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dev_is_held_out_of_train(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     install(monkeypatch, {"train": Source(rows(30)), "test": Source(rows(2))})
-    said = list[str]()
-    train, dev = (read_examples(config(), split, announce=said.append) for split in ("train", "dev"))
+    caplog.set_level(logging.INFO)
+    train, dev = (NEWS.read_split(None, split) for split in ("train", "dev"))
     assert (len(train), len(dev)) == (27, 3)
-    assert {e.text for e in train.examples + dev.examples} == {f"é {i}" for i in range(30)}
-    assert (
-        said == ["tfds:news/small: has no validation split; 3 of the 30 training examples serve as dev"] * 2
-    )
+    assert {e.text for e in train + dev} == {f"é {i}" for i in range(30)}
+    assert ["3 of 30" in message for message in caplog.messages] == [True, True]
 
 
 def test_other_field_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(rows(1000))
     install(monkeypatch, {"train": source, "dev": source})
-    data = read_examples(config(text_field="title", max_train_examples=5), "train", seed=3)
-    assert [e.text for e in data.examples] == [f"t {i}" for i in source.read]
+    examples = NEWS.read_split(None, "train", text_field="title", limit=5, seed=3)
+    assert [e.text for e in examples] == [f"t {i}" for i in source.read]
     assert source.read == sorted(source.read)
     assert len(source.read) == 5  # no other record is read
 
@@ -98,22 +94,22 @@ def test_other_field_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_records(monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], message: str) -> None:
     install(monkeypatch, {"test": Source([row])})
     with pytest.raises(UserError, match=message):
-        read_examples(config(), "test")
+        NEWS.read_split(None, "test")
 
 
 def test_bad_fields_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, {"train": Source(rows(3), label=object())})
     with pytest.raises(UserError, match=r"data.text_field: .* no field 'body'; it has: text, label, title"):
-        read_examples(config(text_field="body"), "train", announce=str)
+        NEWS.read_split(None, "train", text_field="body")
     with pytest.raises(UserError, match=r"data.label_field: 'label' of tfds:news/small is not a class label"):
-        read_examples(config(), "train", announce=str)
+        NEWS.read_split(None, "train")
     with pytest.raises(UserError, match=r"has no split test \(it has: train\); set evaluate.split=dev"):
-        read_examples(config(), "test")
+        NEWS.read_split(None, "test")
     install(monkeypatch, {"test": Source([])})
     with pytest.raises(UserError, match="the split for test has no examples"):
-        read_examples(config(), "test")
+        NEWS.read_split(None, "test")
     with pytest.raises(UserError, match=r"has no split train \(it has: test\)$"):
-        read_examples(config(), "train")
+        NEWS.read_split(None, "train")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +129,7 @@ def test_bad_fields_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_library_that_fails(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
     install(monkeypatch, error)
     with pytest.raises(UserError, match=message):
-        read_examples(config(), "test")
+        NEWS.read_split(None, "test")
 
 
 PREPARE = """
@@ -159,13 +155,12 @@ TinyNews(data_dir=sys.argv[1], file_format="array_record").download_and_prepare(
 """
 READ = """
 import sys
-from trbert_jax.config_schema import DataConfig
-from trbert_jax.datasets.readers import read_examples
+from trbert_jax.datasets import find_dataset
 
-config = DataConfig(name="tfds:tiny_news", path=sys.argv[1])
+news = find_dataset("tfds:tiny_news")
 for split in ("train", "dev", "test"):
-    data = read_examples(config, split, announce=str)
-    print(len(data), data.label_names, ascii(data.examples[-1].text), data.examples[-1].label)
+    data = news.read_split(sys.argv[1], split)
+    print(len(data), news.read_labels(sys.argv[1]), ascii(data[-1].text), data[-1].label)
 print("tensorflow" in sys.modules)
 """
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from trbert_jax import TRBert
 from trbert_jax.cli import main
 from trbert_jax.datasets.dataset import Dataset
-from trbert_jax.datasets.readers import read_file
+from trbert_jax.datasets.text_files import read_dataset
 from trbert_jax.reduction import flops
 from trbert_jax.training import stages
 from trbert_jax.training.logging import read_metrics
@@ -150,7 +150,7 @@ def test_numbers_follow_from_the_predictions(finished: Finished, name: str, stag
 def test_the_model_is_ready_for_use(finished: Finished) -> None:
     """It predicts what predictions.jsonl holds, and `trbert evaluate` finds the same numbers."""
     lines = tiny_runs.read_lines(finished.work / "predictions.jsonl")
-    data = read_file(finished.folder / "data" / "test.jsonl", ("negative", "positive"))
+    data = read_dataset(finished.folder / "data" / "test.jsonl", ("negative", "positive"))
     model = TRBert.from_pretrained(finished.work / "model")
     assert model.default_execution == "packed"
     for line, prediction in zip(lines, model.predict(texts(data)), strict=True):
@@ -222,7 +222,7 @@ def test_each_stage_trains_its_own(finished: Finished) -> None:
 
 def test_scores_and_teacher_logits(finished: Finished) -> None:
     model = finished.model("finetune")
-    data = read_file(finished.folder / "data" / "train.jsonl", ("negative", "positive"))
+    data = read_dataset(finished.folder / "data" / "train.jsonl", ("negative", "positive"))
     predictions = model.predict(texts(data), execution="dense")
     logits = np.load(finished.work / "teacher" / "logits.npy")
     np.testing.assert_allclose(jax.nn.softmax(logits), [p.scores for p in predictions], atol=1e-5)

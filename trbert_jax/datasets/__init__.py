@@ -1,0 +1,40 @@
+"""Reads published data sets, and files of their formats, as records.
+
+`find_dataset(name)` returns the entry of a data set: its task, its classes, and what reads its splits
+and single files. `register_dataset` adds one.
+"""
+
+from __future__ import annotations
+
+from trbert_jax.datasets import (  # noqa: F401 - each registers its data sets
+    hotpotqa,
+    hotpotqa_graph,
+    mrqa,
+    python_source,
+    race,
+    squad,
+    text_files,
+    tfds,
+    triviaqa,
+    wikihop,
+)
+from trbert_jax.datasets.bad_records import BadRecord, BadRecords
+from trbert_jax.datasets.registry import (
+    DATASETS,
+    FAMILIES,
+    DataSet,
+    dataset_names,
+    find_dataset,
+    register_dataset,
+)
+
+__all__ = [
+    "DATASETS",
+    "FAMILIES",
+    "BadRecord",
+    "BadRecords",
+    "DataSet",
+    "dataset_names",
+    "find_dataset",
+    "register_dataset",
+]

@@ -7,6 +7,7 @@ https://hotpotqa.github.io.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from trbert_jax.datasets.bad_records import BadRecords
@@ -14,11 +15,12 @@ from trbert_jax.datasets.json_files import load_json
 from trbert_jax.datasets.json_values import JsonValue, any_has
 from trbert_jax.datasets.record_list import RecordList
 from trbert_jax.datasets.records import MultiHopQuestion, Paragraph
+from trbert_jax.datasets.registry import DataSet, register_dataset
 
 _FORMAT = '[{"_id": ..., "question": ..., "answer": ..., "context": [...], "supporting_facts": [...]}]'
 
 
-def read(path: Path, bad: BadRecords) -> list[MultiHopQuestion]:
+def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> list[MultiHopQuestion]:
     """Reads the training file, or one with the distractor contexts.
 
     A few of the published records have a supporting fact that names a sentence which does not exist;
@@ -35,7 +37,7 @@ def read(path: Path, bad: BadRecords) -> list[MultiHopQuestion]:
     return _read(path, bad, all_titles=True)
 
 
-def read_fullwiki(path: Path, bad: BadRecords) -> list[MultiHopQuestion]:
+def read_fullwiki(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> list[MultiHopQuestion]:
     """As `read`, of a file with the fullwiki contexts.
 
     Retrieval may have missed a supporting paragraph. Its facts are kept, since the official scorer
@@ -88,3 +90,31 @@ def _fact(value: JsonValue, paragraphs: tuple[Paragraph, ...], all_titles: bool)
             f"sentence {number} of {title!r} does not exist; expected one of {max(lengths)}, counted from 0"
         )
     return title, number
+
+
+register_dataset(
+    DataSet(
+        name="hotpotqa",
+        task="multi_hop",
+        read=read,
+        files={
+            "train": ("hotpot_train_v1.1.json", "train.json"),
+            "dev": ("hotpot_dev_distractor_v1.json", "dev.json"),
+            "test": ("test.json",),
+        },
+        dev_as_test=True,
+    )
+)
+register_dataset(
+    DataSet(
+        name="hotpotqa_fullwiki",
+        task="multi_hop",
+        read=read_fullwiki,
+        files={
+            "train": ("hotpot_train_v1.1.json", "train.json"),
+            "dev": ("hotpot_dev_fullwiki_v1.json", "dev.json"),
+            "test": ("test.json",),
+        },
+        dev_as_test=True,
+    )
+)

@@ -11,12 +11,14 @@ also `"doc_tokens": [word]` and `"tok_to_orig_index": [word's number]`. `edge` i
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from trbert_jax.datasets.bad_records import BadRecords
 from trbert_jax.datasets.json_files import load_json_lines
 from trbert_jax.datasets.json_values import JsonValue
 from trbert_jax.datasets.record_list import RecordList
+from trbert_jax.datasets.registry import DataSet, register_dataset
 
 _FORMAT = '{"question": ..., "answer": ..., "node": [...]} a line'
 _GOLD = 2
@@ -73,7 +75,7 @@ class GraphQuestion:
     where: str
 
 
-def read(path: Path, bad: BadRecords) -> list[GraphQuestion]:
+def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> list[GraphQuestion]:
     """Reads a training or dev file; which of them it is, each paragraph shows by its fields.
 
     Args:
@@ -148,3 +150,18 @@ def _range(value: JsonValue, length: int, last: bool) -> PieceRange:
     first, second = value.items(2)
     start = first.integer(0, length - 1 if last else length)
     return PieceRange(start, second.integer(start, length - last) + last)
+
+
+register_dataset(
+    DataSet(
+        name="hotpotqa_graph",
+        task="multi_hop",
+        read=read,
+        files={
+            "train": ("hotpot_train_graph.json",),
+            "dev": ("rerank_dev_tok.json",),
+            "test": ("test.json",),
+        },
+        dev_as_test=True,
+    )
+)

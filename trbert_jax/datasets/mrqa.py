@@ -16,12 +16,13 @@ from trbert_jax.datasets.json_files import load_json_lines
 from trbert_jax.datasets.json_values import JsonValue
 from trbert_jax.datasets.record_list import RecordList
 from trbert_jax.datasets.records import Span, SpanQuestion
+from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.datasets.spans import same_answer, span_of_ends
 
 _FORMAT = 'a header line, then {"context": ..., "qas": [...]} a line'
 
 
-def read(path: Path, bad: BadRecords) -> list[SpanQuestion]:
+def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> list[SpanQuestion]:
     """Reads an MRQA file.
 
     `spans` are all `char_spans` of all detected answers, in order. The first line is taken for a
@@ -98,3 +99,17 @@ def detected_spans(value: JsonValue, context: str, answers: Sequence[str]) -> tu
                 raise ends.bad(f"the context has {found!r} there; expected the answer {texts[0]!r}")
             spans.append(span)
     return tuple(spans)
+
+
+for _name, _published in (("newsqa", "NewsQA"), ("naturalqa", "NaturalQuestionsShort")):
+    _files = ("{split}.jsonl", f"{{split}}/{_published}.jsonl")
+    register_dataset(
+        DataSet(
+            name=_name,
+            task="span",
+            style="mrqa",
+            read=read,
+            files=each_split(*(name for file in _files for name in (file, f"{file}.gz"))),
+            dev_as_test=True,
+        )
+    )

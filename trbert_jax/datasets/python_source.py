@@ -13,7 +13,10 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from trbert_jax.datasets import text_files
+from trbert_jax.datasets.bad_records import BadRecords
 from trbert_jax.datasets.dataset import Dataset, Example
+from trbert_jax.datasets.registry import DataSet, register_dataset, sample
 from trbert_jax.errors import UserError
 
 NUM_CLASSES = 12
@@ -106,3 +109,26 @@ def _chunks(path: Path) -> Iterator[tuple[int, str]]:
             collected, words, first = [], 0, number
         collected.append(line)
         words += count
+
+
+class _StandardLibrary(DataSet):
+    def read_labels(self, path: str | Path | None, label_field: str = "label") -> tuple[str, ...]:
+        return read_stdlib("train", path).label_names
+
+    def read_split(
+        self,
+        path: str | Path | None,
+        split: str,
+        bad: BadRecords | None = None,
+        *,
+        limit: int | None = None,
+        seed: int = 42,
+        text_field: str = "text",
+        label_field: str = "label",
+    ) -> list[Example]:
+        return sample(read_stdlib(split, path).examples, limit, seed, split)
+
+
+register_dataset(
+    _StandardLibrary(name="stdlib", task="classification", read=text_files.read, needs_path=False)
+)

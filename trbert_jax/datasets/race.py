@@ -6,6 +6,8 @@ at https://www.cs.cmu.edu/~glai1/data/race/.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from trbert_jax.datasets.bad_records import BadRecords
@@ -13,6 +15,7 @@ from trbert_jax.datasets.json_files import load_json
 from trbert_jax.datasets.json_values import JsonValue, any_has
 from trbert_jax.datasets.record_list import RecordList
 from trbert_jax.datasets.records import ChoiceQuestion
+from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
 
 LETTERS = "ABCD"
@@ -20,11 +23,15 @@ LEVELS = ("high", "middle")
 _FORMAT = f"files *.txt in the folders {' and '.join(LEVELS)}, a JSON object with questions in each"
 
 
-def read(path: Path, bad: BadRecords) -> list[ChoiceQuestion]:
+def read(
+    path: Path, bad: BadRecords, labels: Sequence[str] = (), *, levels: tuple[str, ...] = LEVELS
+) -> list[ChoiceQuestion]:
     """Reads a split of RACE, `high` before `middle`, each by file name.
 
     Args:
       path: the folder of the split.
+      labels: not used.
+      levels: the folders to read in it.
       bad: what to do about bad records: other than four options, a letter outside A to D, an empty
         article, lists of different lengths, ...
 
@@ -32,20 +39,6 @@ def read(path: Path, bad: BadRecords) -> list[ChoiceQuestion]:
       UserError: a folder is missing, a file cannot be read, there is no question, or there is a bad
         record that is not skipped.
     """
-    return _read(path, LEVELS, bad)
-
-
-def read_high(path: Path, bad: BadRecords) -> list[ChoiceQuestion]:
-    """As `read`, of `high` alone."""
-    return _read(path, ("high",), bad)
-
-
-def read_middle(path: Path, bad: BadRecords) -> list[ChoiceQuestion]:
-    """As `read`, of `middle` alone."""
-    return _read(path, ("middle",), bad)
-
-
-def _read(path: Path, levels: tuple[str, ...], bad: BadRecords) -> list[ChoiceQuestion]:
     files = [file for level in levels for file in _files(path / level)]
     articles = [load_json(file) for file in files]
     with_answers = any_has(articles, "answers")
@@ -111,3 +104,14 @@ def _files(folder: Path) -> list[Path]:
     if not files:
         raise UserError(f"{folder}: has no *.txt; expected {_FORMAT}")
     return files
+
+
+for _name, _levels in (("race", LEVELS), ("race_high", ("high",)), ("race_middle", ("middle",))):
+    register_dataset(
+        DataSet(
+            name=_name,
+            task="multiple_choice",
+            read=partial(read, levels=_levels),
+            files=each_split("{split}"),
+        )
+    )

@@ -7,6 +7,7 @@ https://rajpurkar.github.io/SQuAD-explorer/.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from trbert_jax.datasets.bad_records import BadRecords
@@ -14,12 +15,13 @@ from trbert_jax.datasets.json_files import load_json
 from trbert_jax.datasets.json_values import JsonValue
 from trbert_jax.datasets.record_list import RecordList
 from trbert_jax.datasets.records import Span, SpanQuestion
+from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.datasets.spans import excerpt, span_of_text
 
 _FORMAT = '{"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}'
 
 
-def read(path: Path, bad: BadRecords) -> list[SpanQuestion]:
+def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> list[SpanQuestion]:
     """Reads a file of SQuAD 1.1 or 2.0.
 
     Every answer of a question is kept, in order and with repetitions, as the official scorer wants
@@ -82,3 +84,15 @@ def _answer(value: JsonValue, context: str) -> tuple[Span, str]:
             f"the context has {excerpt(context, start)} at character {start}; expected the answer {text!r}"
         )
     return span, text
+
+
+register_dataset(
+    DataSet(
+        name="squad",
+        task="span",
+        style="squad",
+        read=read,
+        files=each_split("{split}-v2.0.json", "{split}-v1.1.json"),
+        dev_as_test=True,
+    )
+)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from trbert_jax.datasets.dataset import Example, make_example
+from trbert_jax.datasets.bad_records import BadRecords
+from trbert_jax.datasets.dataset import Dataset, Example, make_example
+from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -47,6 +50,28 @@ def decode_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, str]
                 f"{name}:{number}: not UTF-8 (byte {error.start} of the line); convert it to UTF-8 first"
             ) from error
         yield number, text
+
+
+def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> tuple[Example, ...]:
+    """Reads one file, `.jsonl` (labels from 0) or `.csv` (labels from 1).
+
+    Args:
+      path: the file.
+      bad: not used; the first bad record raises.
+      labels: class names.
+
+    Raises:
+      UserError: another kind of file, or anything wrong with it (with its line).
+    """
+    reader = {".jsonl": read_jsonl, ".csv": read_csv}.get(path.suffix)
+    if reader is None:
+        raise UserError(f"{path}: expected a .jsonl file (text, label) or a .csv file (label, text)")
+    return reader(path, labels)
+
+
+def read_dataset(path: str | Path, labels: Sequence[str]) -> Dataset:
+    """Reads one file as a `Dataset`; see `read`."""
+    return Dataset(read(Path(path).expanduser(), BadRecords(), labels), tuple(labels))
 
 
 def read_jsonl(path: Path, label_names: Sequence[str]) -> tuple[Example, ...]:
@@ -147,3 +172,33 @@ def _long_fields() -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(limit)
+
+
+_JSONL, _CSV = each_split("{split}.jsonl"), each_split("{split}.csv")
+_SPLIT_FIRST = "split it first: trbert split-hyperpartisan --input {found} --output DIR"
+_STARS = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
+
+for _entry in (
+    DataSet(name="imdb", task="classification", read=read, files=_JSONL, labels=("negative", "positive")),
+    DataSet(name="yelp_f", task="classification", read=read, files=_CSV, labels=_STARS),
+    DataSet(
+        name="yelp_polarity", task="classification", read=read, files=_CSV, labels=("negative", "positive")
+    ),
+    DataSet(
+        name="20news",
+        task="classification",
+        read=read,
+        files=_JSONL,
+        labels=tuple(map(str, range(20))),
+        labels_file="labels.json",
+    ),
+    DataSet(
+        name="hyperpartisan",
+        task="classification",
+        read=read,
+        files=_JSONL,
+        labels=("not hyperpartisan", "hyperpartisan"),
+        hints=(("original_data.txt", _SPLIT_FIRST), ("articles-*.xml", _SPLIT_FIRST)),
+    ),
+):
+    register_dataset(dataclasses.replace(_entry, dev_from_train=True))

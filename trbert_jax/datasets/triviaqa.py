@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from trbert_jax.datasets.aliases import find_aliases
@@ -25,6 +26,7 @@ from trbert_jax.datasets.json_values import JsonValue, any_has
 from trbert_jax.datasets.mrqa import detected_spans, published_id
 from trbert_jax.datasets.record_list import RecordList
 from trbert_jax.datasets.records import SpanQuestion
+from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
 from trbert_jax.io import read_text
 
@@ -35,7 +37,7 @@ _SOURCES = {"EntityPages": "wikipedia", "SearchResults": "web"}
 _FORMAT = '{"Data": [...]} with folder evidence, or [{"context": ..., "qas": [...]}]'
 
 
-def read(path: Path, bad: BadRecords) -> list[SpanQuestion]:
+def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> list[SpanQuestion]:
     """Reads either format; an object at the top is the published one, a list the other.
 
     Of the published one all documents of a question are taken, each cut to `MAX_WORDS` words, and
@@ -242,4 +244,17 @@ def _listed_question(value: JsonValue, context: str) -> SpanQuestion:
         answers=aliases,
         impossible=False,
         where=value.where,
+    )
+
+
+for _name, _part in (("triviaqa", "wikipedia"), ("triviaqa_web", "web")):
+    register_dataset(
+        DataSet(
+            name=_name,
+            task="span",
+            style="triviaqa",
+            read=read,
+            files=each_split(f"qa/{_part}-{{split}}.json", "{split}.json"),
+            dev_as_test=True,
+        )
     )

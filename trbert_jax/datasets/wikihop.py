@@ -6,6 +6,7 @@ http://qangaroo.cs.ucl.ac.uk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from trbert_jax.datasets.bad_records import BadRecords
@@ -13,11 +14,12 @@ from trbert_jax.datasets.json_files import load_json
 from trbert_jax.datasets.json_values import JsonValue, any_has, shorten
 from trbert_jax.datasets.record_list import RecordList
 from trbert_jax.datasets.records import CandidateQuestion
+from trbert_jax.datasets.registry import DataSet, register_dataset
 
 _FORMAT = '[{"id": ..., "query": ..., "candidates": [...], "supports": [...], "answer": ...}]'
 
 
-def read(path: Path, bad: BadRecords) -> list[CandidateQuestion]:
+def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> list[CandidateQuestion]:
     """Reads a file of WikiHop.
 
     Args:
@@ -68,3 +70,14 @@ def _answer(value: JsonValue, candidates: tuple[str, ...]) -> int:
             "expected one of them"
         )
     return candidates.index(answer)
+
+
+register_dataset(
+    DataSet(
+        name="wikihop",
+        task="candidates",
+        read=read,
+        files={"train": ("train.json",), "dev": ("dev.json", "dev_sort.json"), "test": ("test.json",)},
+        dev_as_test=True,
+    )
+)

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.config_schema import TFDS_PREFIX, BackboneConfig, DataConfig, RunConfig
-from trbert_jax.datasets.qa_formats import QA_FORMATS, BadRecords
+from trbert_jax.config_schema import BackboneConfig, DataConfig, RunConfig
+from trbert_jax.datasets import BadRecords, find_dataset
 from trbert_jax.errors import UserError
 from trbert_jax.inference.engine import Outputs
 from trbert_jax.inference.execution import DEFAULT_THRESHOLD, EXECUTIONS, check_execution, with_threshold
@@ -225,17 +225,8 @@ def read_questions(model: TRBert, path: Path, skip_bad: bool, announce: Announce
     """The questions of a file in the published format of the data set that a model was trained on."""
     bad = BadRecords(skip=skip_bad)
     data = question_data(model.config, announce)
-    records = QA_FORMATS[_format(data.config.data.name)].reader(path, bad)
-    summary = bad.summary(len(records))
-    if summary:
-        announce(f"{path}: {summary}")
+    records = find_dataset(data.config.data.name).read_file(path, bad)
     return Questions(model, records, announce, bad)
-
-
-def _format(name: str) -> str:
-    """The key of `QA_FORMATS` for the name of a data set, or of one of TensorFlow Datasets."""
-    name = name.removeprefix(TFDS_PREFIX).partition("/")[0].partition(":")[0]
-    return {"mrqa": "newsqa", "trivia_qa": "triviaqa"}.get(name, name)
 
 
 def _counts(

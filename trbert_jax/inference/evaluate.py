@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.datasets.readers import read_file
+from trbert_jax.datasets.text_files import read_dataset
 from trbert_jax.errors import UserError
 from trbert_jax.inference.answering import Questions, read_questions
 from trbert_jax.inference.engine import InferenceEngine, Outputs
@@ -70,7 +70,7 @@ def evaluate_file(
         questions = read_questions(model, Path(data_file), skip_bad_records, to_stderr)
         features = questions.features
     else:
-        dataset = read_file(data_file, model.config.labels)
+        dataset = read_dataset(data_file, model.config.labels)
         features = build_features(dataset, model.tokenizer, model.config.max_length, cache_dir=None)
 
     def judge(outputs: Outputs) -> dict[str, float]:

@@ -6,7 +6,8 @@ data set by name.
 
 from __future__ import annotations
 
-from trbert_jax.config_schema import TFDS_PREFIX, BackboneConfig, DataConfig, RunConfig
+from trbert_jax.config_schema import BackboneConfig, DataConfig, RunConfig
+from trbert_jax.datasets import find_dataset
 from trbert_jax.datasets.dataset import Announce
 from trbert_jax.errors import UserError
 from trbert_jax.tasks import candidates, classification, multi_hop, segments, spans
@@ -16,25 +17,11 @@ from trbert_jax.tasks.base import Score, TaskData
 __all__ = ["Score", "TaskData", "load_task_data"]
 
 _KINDS: dict[str, type[TaskData]] = {
-    "squad": spans.SpanData,
-    "newsqa": spans.SpanData,
-    "naturalqa": spans.SpanData,
-    "triviaqa": segments.SegmentData,
-    "triviaqa_web": segments.SegmentData,
-    "race": choices.ChoiceData,
-    "race_high": choices.ChoiceData,
-    "race_middle": choices.ChoiceData,
-    "wikihop": candidates.CandidateData,
-    "hotpotqa": multi_hop.MultiHopData,
-    "hotpotqa_fullwiki": multi_hop.MultiHopData,
-    "hotpotqa_graph": multi_hop.MultiHopData,
-}
-# Names of the catalog of TensorFlow Datasets.
-_TFDS_KINDS: dict[str, type[TaskData]] = {
-    "squad": spans.SpanData,
-    "mrqa": spans.SpanData,
-    "trivia_qa": segments.SegmentData,
-    "race": choices.ChoiceData,
+    "classification": classification.ClassificationData,
+    "multiple_choice": choices.ChoiceData,
+    "span": spans.SpanData,
+    "candidates": candidates.CandidateData,
+    "multi_hop": multi_hop.MultiHopData,
 }
 # Settings that only some data sets read, and what they are where nobody sets them.
 _SETTINGS = {
@@ -53,11 +40,8 @@ def load_task_data(config: RunConfig, announce: Announce) -> TaskData:
       UserError: a setting that this data set does not read.
     """
     name = config.data.name
-    if name.startswith(TFDS_PREFIX):
-        catalog = name.removeprefix(TFDS_PREFIX).partition("/")[0].partition(":")[0]
-        kind = _TFDS_KINDS.get(catalog, classification.ClassificationData)
-    else:
-        kind = _KINDS.get(name, classification.ClassificationData)
+    dataset = find_dataset(name)
+    kind = segments.SegmentData if dataset.style == "triviaqa" else _KINDS[dataset.task]
     for key in _SETTINGS:
         section, _, field = key.partition(".")
         value, default = getattr(getattr(config, section), field), _SETTINGS[key]

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.config_schema import TFDS_PREFIX, RunConfig
-from trbert_jax.datasets import tfds_records
+from trbert_jax.config_schema import RunConfig
+from trbert_jax.datasets import BadRecord, BadRecords, find_dataset
 from trbert_jax.datasets.bad_records import UnusableRecords
-from trbert_jax.datasets.dataset import Announce, sample_indices
-from trbert_jax.datasets.qa_formats import BadRecord, BadRecords, read_split
-from trbert_jax.datasets.tfds import find_split, open_sources
+from trbert_jax.datasets.dataset import Announce
 from trbert_jax.errors import UserError
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.ragged import Counts, TokenRows
@@ -169,16 +167,12 @@ class QuestionData(TaskData):
     def _read(self, split: str) -> Sequence[Any]:
         data = self.config.data
         bad = self._bad[split] = BadRecords(skip=data.skip_bad_records)
-        if data.name.startswith(TFDS_PREFIX):
-            records = self._tfds_records(split, bad)
-        elif data.path is None:
-            raise UserError(f"data.path: missing; expected the folder of the files of {data.name}")
-        else:
-            records = read_split(data.name, Path(data.path).expanduser(), split, bad, self.announce)
-        self._note_skipped(split, bad)
         limit = data.max_train_examples if split == "train" else data.max_eval_examples
-        indices = sample_indices(len(records), limit, self.config.seed, split)
-        return records if len(indices) == len(records) else [records[i] for i in indices]
+        records = find_dataset(data.name).read_split(
+            data.path, split, bad, limit=limit, seed=self.config.seed
+        )
+        self._note_skipped(split, bad)
+        return records
 
     def _note_skipped(self, split: str, bad: BadRecords) -> None:
         if bad.skipped:
@@ -192,18 +186,6 @@ class QuestionData(TaskData):
     def note_counts(self, split: str, counts: Counts) -> None:
         """Notes what became of a split when it was turned into inputs."""
         self.note(split, **dataclasses.asdict(counts))
-
-    def _tfds_records(self, split: str, bad: BadRecords) -> Sequence[Any]:
-        data = self.config.data
-        name = data.name.removeprefix(TFDS_PREFIX)
-        sources = open_sources(name, data.path)
-        # The catalog's test sets of these come without answers, where there are any.
-        there = "dev" if split == "test" and not name.startswith("race") else split
-        source, indices = find_split(data.name, sources, there, self.announce)
-        records = tfds_records.convert(name, split, (source[i] for i in indices), bad)
-        if bad.skipped:
-            self.announce(f"{data.name}: {bad.summary(len(records))}")
-        return records
 
 
 def feature_set(

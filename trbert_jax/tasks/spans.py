@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from trbert_jax.config_schema import RunConfig
+from trbert_jax.datasets import find_dataset
 from trbert_jax.datasets.dataset import Announce
 from trbert_jax.tasks import score_mrqa as mrqa
 from trbert_jax.tasks import score_squad as squad
@@ -35,7 +36,7 @@ class SpanData(QuestionData):
 
     def __init__(self, config: RunConfig, announce: Announce) -> None:
         super().__init__(config, announce)
-        self.is_squad = config.data.name.removeprefix("tfds:").startswith("squad")
+        self.is_squad = find_dataset(config.data.name).style == "squad"
         base, model = SQUAD if self.is_squad else MRQA, config.model
         self.settings = dataclasses.replace(
             base,
