@@ -292,7 +292,10 @@ def test_the_same_id_twice(
 
 
 def test_bad_records_end_the_command_or_are_left_out(
-    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     document = SAMPLES["squad"].fresh()
     document["data"][1]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] = 6
@@ -301,11 +304,11 @@ def test_bad_records_end_the_command_or_are_left_out(
     arguments = ["evaluate", "--model", str(models["span"]), "--data", str(data), "--json", str(out)]
     assert main([*arguments, "--backend", "masked"]) == 2
     said = capsys.readouterr().err
-    assert "dev-v2.0.json: question 'q4': data[1].paragraphs[0].qas[0].answers[0].answer_start" in said
-    assert "--skip-bad-records" in said
+    for part in ("dev-v2.0.json", "question 'q4'", "answer_start", "--skip-bad-records"):
+        assert part in said
     assert not out.exists()
     assert main([*arguments, "--backend", "masked", "--skip-bad-records"]) == 0
-    assert "1 of 4 records skipped" in capsys.readouterr().err
+    assert "1 of 4 records skipped" in caplog.text
     result = json.loads(out.read_text())
     assert (
         result["skipped_records"] == result["data"]["skipped_records"] == len(result["data"]["skipped"]) == 1
