@@ -1,8 +1,10 @@
-"""The command that a committed result names still means the settings it was made with."""
+"""Committed results: their commands still mean the same settings, and README quotes their numbers."""
 
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -42,3 +44,47 @@ def test_the_command_gives_the_settings(name: str) -> None:
     not_run = TRAINED - set(result["config"]["stages"])
     # Any folder will do for the files.
     assert differences(now, upgrade(result["config"]), without={"workdir", *not_run}) == {}
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the table below a heading of README."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
+    lines = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_results_of_readme() -> None:
+    """One row an experiment: dense, reduced, speed-up and random tokens are those of the file named last."""
+    table = rows("Results")
+    assert len(table) >= 5
+    for name, *cells, config, file in table:
+        result = json.loads((ROOT / re.findall(r"\((.+)\)", file)[0]).read_text(encoding="utf-8"))
+        metric, percent = ("f1", 1) if "F1" in name else ("accuracy", 100)
+        if "spread" in result:
+            mean = {key: values["mean"] for key, values in result["spread"].items()}
+            flops = mean["reduced.flops_speedup"]
+            values = [mean[f"{part}.{metric}"] for part in ("dense", "reduced", "baselines.random")]
+        else:
+            flops = result["reduced"]["flops_speedup"]
+            parts = (result["dense"], result["reduced"], result["baselines"]["random"])
+            values = [part[metric] for part in parts]
+        dense, reduced, random = (f"{percent * value:.1f}" for value in values)
+        assert cells == [dense, reduced, f"{flops:.2f}x", random], name
+        assert (ROOT / f"configs/{config.strip('`')}.yaml").is_file()
+
+
+def test_speeds_of_readme() -> None:
+    """One row a way to run, one column a batch size."""
+    records = json.loads((ROOT / "benchmarks/minilm.json").read_text(encoding="utf-8"))
+    for (name, *cells), variant in zip(
+        rows("Speed"), ("packed", "dense", "dense_full", "huggingface"), strict=True
+    ):
+        speeds = {r["batch_size"]: r["examples_per_second"] for r in records if r["execution"] == variant}
+        assert cells == [f"{speeds[size]:.1f}" for size in (1, 8, 32, 128)], name
+
+
+def test_picture_of_readme_is_drawn(tmp_path: Path) -> None:
+    draw = runpy.run_path(str(ROOT / "benchmarks/frontier.py"))["draw"]
+    draw(tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / "docs/frontier.png").stat().st_size < 100_000
