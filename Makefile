@@ -1,13 +1,13 @@
-# Each target is enough on its own from a clean clone: it makes the virtual environment .venv, installs
-# what it needs and runs. Needs Python 3.11 or newer with the venv module.
+# Each target works in a clean clone: it makes the virtual environment .venv, installs what it needs and runs.
+# Requires Python 3.11 or newer with the venv module.
 #
 #   make quickstart   train and evaluate a small model, offline, within minutes on a CPU
 #   make test         the quick tests
-#   make slow         the tests left out by `make test`
+#   make slow         the slow tests, which `make test` skips
 #   make lint         ruff (rules and format) and mypy
 #   make clean        remove .venv and the caches
 #
-# Another interpreter: make test PYTHON=/path/to/python3.12
+# For another interpreter: make test PYTHON=/path/to/python3.12
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
     $(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)) python3)
@@ -16,14 +16,14 @@ BIN := $(VENV)/bin
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 
-# Another environment's packages must not stand in for an install step that is missing here.
+# Packages of another environment must not hide a missing install step.
 unexport PYTHONPATH
 unexport PYTHONHOME
 unexport VIRTUAL_ENV
 export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# XLA's buffers are as large in every step; keep their memory rather than have the system hand it out and
-# clear it again each time (glibc on Linux; no effect elsewhere).
+# Keeps the memory of XLA's buffers between steps: they are equally large in each, and returning the memory makes
+# the system clear it every time (glibc on Linux; no effect elsewhere).
 export GLIBC_TUNABLES := glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736
 
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4

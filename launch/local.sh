@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One process that uses every device of this machine (CPU, GPUs or the TPU chips of one host).
+# Runs one process on all devices of this machine (CPU, GPUs or the TPU chips of one host).
 #
 #   launch/local.sh --config configs/imdb_bert.yaml [key=value ...]
 #
@@ -7,6 +7,6 @@
 # run on   2 CPU cores (Linux, one device; also eight forced host devices). Not yet run on GPU or TPU.
 set -euo pipefail
 
-# Memory of XLA's buffers is kept rather than cleared and handed out again each step (glibc only).
+# Huge pages for the buffers of XLA (glibc only).
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 exec trbert train "$@"

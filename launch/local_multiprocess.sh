@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# N processes on this machine, as on N hosts: to try out a multi-host run, or one process for each GPU.
+# Runs N processes on this machine: a trial of a multi-host run, or one process for each GPU.
 #
 #   launch/local_multiprocess.sh N --config configs/quickstart.yaml [key=value ...]
 #
-# DEVICES=D    on a CPU: so many devices a process (default 1)
-# PORT=P       of the coordinator on the loopback (default 8476)
-# On a machine with GPUs each process sees the one of its own number.
+# DEVICES=D    devices of each process on a CPU (default 1)
+# PORT=P       port of the coordinator on the loopback (default 8476)
+# With GPUs, process I uses GPU I.
 #
 # needs    trbert on the PATH
 # run on   2 CPU cores: 2 processes x 2 devices. Not yet run on GPUs.
@@ -34,7 +34,7 @@ for ((i = 0; i < number; i++)); do
     pids+=($!)
 done
 
-# The first that fails decides; the others wait for it in vain.
+# The first failure ends all: the other processes would wait for it forever.
 code=0
 for ((i = 0; i < number; i++)); do
     wait -n || { code=$?; stop; break; }

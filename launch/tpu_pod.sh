@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The same command on every host of a Cloud TPU slice.
+# Runs one command on every host of a Cloud TPU slice.
 #
 #   TPU=NAME ZONE=us-central2-b launch/tpu_pod.sh --config configs/imdb_bert.yaml workdir=/mnt/runs/imdb
 #
 # TPU       name of the TPU VM (needed)
 # ZONE      its zone (needed)
 # PROJECT   Google Cloud project (default: gcloud's own)
-# FOLDER    where the repository is on the hosts (default: ~/trbert_jax), installed with the extra `tpu`
+# FOLDER    the repository on the hosts (default: ~/trbert_jax), installed with the extra `tpu`
 #
 # needs    gcloud with access to the TPU; a `workdir` that all hosts share (a mounted disk or bucket)
-# run on   not yet run; written after Google's documentation
+# run on   not yet run; follows Google's documentation
 set -euo pipefail
 
 : "${TPU:?set TPU to the name of the TPU VM}" "${ZONE:?set ZONE to its zone}"
