@@ -30,7 +30,7 @@ from training_steps import Setting, make_batches, make_objective, measure
 from trbert_jax.inference.benchmark import huggingface, records, runs
 from trbert_jax.inference.benchmark.sizes import SIZES
 from trbert_jax.inference.benchmark.workload import Workload, random_actions, random_features, review_lengths
-from trbert_jax.inference.execution import CompiledForward
+from trbert_jax.inference.engine import CompiledForward
 from trbert_jax.io import check_writable, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params

@@ -28,7 +28,7 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
 from trbert_jax.model.pretrained import save_pretrained
 
-PROGRAM = re.compile(r"^(?P<name>\w+, \d+ x \d+ tokens) +(?P<seconds>[\d.]+) s$", re.MULTILINE)
+PROGRAM = re.compile(r"^(?P<name>\w+, \w+, \d+ x \d+ tokens) +(?P<seconds>[\d.]+) s$", re.MULTILINE)
 
 
 def compile_once(model: Path, cache: Path, options: list[str]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from trbert_jax.inference.benchmark.records import machine
 from trbert_jax.inference.benchmark.runs import PreparedRun, prepare, time_runs
 from trbert_jax.inference.benchmark.sizes import SIZES
 from trbert_jax.inference.benchmark.workload import Workload, random_actions, random_features, review_lengths
-from trbert_jax.inference.execution import CompiledForward, Inputs
+from trbert_jax.inference.engine import CompiledForward, Inputs
 from trbert_jax.io import atomic_file, check_writable, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params

@@ -47,8 +47,8 @@ class FakeModel:
             kept = (np.arange(len(t)), np.array([0], np.int32))
             yield Prediction("gut", 1, scores, kept, len(t), len(t) > 99, t)
 
-    def compile(self, batch_size: int, execution: str | None) -> Iterator[tuple[str, float]]:
-        yield f"{execution}, {batch_size} x 8 tokens", 1.5
+    def compile(self, batch_size: int, rule: str, backend: str) -> Iterator[tuple[str, float]]:
+        yield f"{rule}, {backend}, {batch_size} x 8 tokens", 1.5
 
 
 def lines_of(text: str) -> list[dict[str, Any]]:

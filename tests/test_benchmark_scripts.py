@@ -39,7 +39,8 @@ def test_token_cost(tmp_path: Path) -> None:
 def test_compile_time(tmp_path: Path) -> None:
     options = ["--sizes", "tiny", "--max-length", "32", "--batch-size", "2", "--repeats", "1"]
     programs = run("compile_time", *options, target=tmp_path / "r.json")["programs"]
-    assert [record["program"] for record in programs] == [f"packed, {rows} x 32 tokens" for rows in (1, 2)]
+    names = [record["program"] for record in programs]
+    assert names == [f"threshold, packed, {rows} x 32 tokens" for rows in (1, 2)]
     assert all(record["compiled_seconds"] > record["read_seconds"] for record in programs)
 
 

@@ -79,7 +79,7 @@ def test_predict_hands_options_and_lines_on(
     source.write_text("".join(f"{'x' * n}\n" for n in range(1, 71)), encoding="utf-8")
     options = ["--batch-size", "1", "--backend", "masked", "--threshold", "0.4"]
     assert main(["predict", "--model", "m", "--file", str(source), *options]) == 0
-    assert predictor.asked == [{"batch_size": 1, "execution": "masked", "threshold": 0.4}]
+    assert predictor.asked == [{"batch_size": 1, "threshold": 0.4, "rule": None, "backend": "masked"}]
     assert [line["num_tokens"] for line in lines_of(capsys.readouterr().out)] == list(range(1, 71))
 
 

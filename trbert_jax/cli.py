@@ -119,12 +119,6 @@ def _stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _execution(args: argparse.Namespace) -> str | None:
-    from trbert_jax.inference.execution import execution_of
-
-    return execution_of(args.rule, args.backend)
-
-
 def _check_outputs(*paths: Path | None) -> None:
     """Raises a UserError where a file cannot be written, or two outputs would be the same."""
     seen = set[Path]()
@@ -148,7 +142,8 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.model,
             args.data,
             batch_size=args.batch_size,
-            execution=_execution(args),
+            rule=args.rule,
+            backend=args.backend,
             threshold=args.threshold,
             predictions=args.predictions,
             baselines=args.baselines,
@@ -172,7 +167,8 @@ def _predict(args: argparse.Namespace) -> None:
     from trbert_jax.inference.predictor import TRBert
 
     model = TRBert.from_pretrained(args.model)
-    options = {"batch_size": args.batch_size, "execution": _execution(args), "threshold": args.threshold}
+    options = {"batch_size": args.batch_size, "rule": args.rule, "backend": args.backend}
+    options["threshold"] = args.threshold
     lines_out = answer_lines if model.config.inputs.data else prediction_lines
     lines = lines_out(model, lines_in, args.file, args.with_text, _say, **options)
     if args.output:
@@ -194,9 +190,9 @@ def _compile(args: argparse.Namespace) -> None:
     if model.config.inputs.data:
         from trbert_jax.inference.answering import compile_questions
 
-        programs = compile_questions(model, args.batch_size, _execution(args))
+        programs = compile_questions(model, args.batch_size, args.rule, args.backend)
     else:
-        programs = model.compile(args.batch_size, _execution(args))
+        programs = model.compile(args.batch_size, args.rule, args.backend)
     total = 0.0
     for program, seconds in programs:
         total += seconds

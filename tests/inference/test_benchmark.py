@@ -30,8 +30,7 @@ from trbert_jax.inference.benchmark.workload import (
     random_features,
     review_lengths,
 )
-from trbert_jax.inference.engine import InferenceEngine
-from trbert_jax.inference.execution import CompiledForward
+from trbert_jax.inference.engine import CompiledForward, InferenceEngine
 from trbert_jax.model.model import TokenReducingModel
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
 

@@ -12,10 +12,10 @@ import pytest
 import tiny_models
 
 from trbert_jax.errors import UserError
-from trbert_jax.inference import execution
-from trbert_jax.inference.engine import InferenceEngine, Outputs
-from trbert_jax.inference.execution import EXECUTIONS, CompiledForward
+from trbert_jax.inference import engine
+from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Outputs
 from trbert_jax.model.model import TokenReducingModel, forward
+from trbert_jax.model.packed import BACKENDS
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.tasks.batching import width_ladder
 from trbert_jax.tasks.examples import Examples
@@ -61,10 +61,9 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[int]:
 
     def counting(model, params, batch, **options):  # type: ignore[no-untyped-def]
         counts[batch["input_ids"].shape[1]] += 1
-        return packed.forward(model, params, batch, **options)
+        return forward(model, params, batch, **options)
 
-    packed = EXECUTIONS["packed"]
-    monkeypatch.setitem(EXECUTIONS, "packed", dataclasses.replace(packed, forward=counting))
+    monkeypatch.setitem(BACKENDS, "masked", counting)
     return counts
 
 
@@ -144,7 +143,7 @@ def test_dropped_tokens_are_gone(masked: Outputs) -> None:
 
 
 def test_dense_keeps_no_account(runner: InferenceEngine) -> None:
-    outputs = runner.run(PARAMS, FEATURES, "dense")
+    outputs = runner.run(PARAMS, FEATURES, rule="dense")
     assert outputs.kept == ()
     assert outputs.num_kept.shape == (NUM, 0)
     dense = jax.jit(lambda params: forward(MODEL, params, whole_batch(), rule=None).logits)
@@ -152,9 +151,11 @@ def test_dense_keeps_no_account(runner: InferenceEngine) -> None:
 
 
 def test_batch_max_fills_rows_up(runner: InferenceEngine, masked: Outputs) -> None:
-    filled = runner.run(PARAMS, FEATURES, "batch_max")
+    filled = runner.run(PARAMS, FEATURES, rule="batch_max")
     # Alone, a row is its own batch.
-    assert_same(pick(masked, [4]), InferenceEngine(MODEL, 1).run(PARAMS, FEATURES.take([4]), "batch_max"))
+    assert_same(
+        pick(masked, [4]), InferenceEngine(MODEL, 1).run(PARAMS, FEATURES.take([4]), rule="batch_max")
+    )
     assert (kept_masks(filled)[0] >= kept_masks(masked)[0]).all()
     longest_first = np.argsort(-FEATURES.lengths, kind="stable")
     for rows in (longest_first[:BATCH], longest_first[BATCH:]):
@@ -172,18 +173,18 @@ def test_threshold_moves_between_keeping_all_and_nothing(runner: InferenceEngine
 
 
 @pytest.mark.parametrize(
-    ("execution", "threshold", "words"),
+    ("rule", "threshold", "words"),
     [
-        ("masked", 0.0, "above 0 and below 1"),
-        ("masked", 1.5, "above 0 and below 1"),
-        ("masked", float("nan"), "above 0 and below 1"),
-        ("dense", 0.4, "dense execution has none"),
-        ("batch_max", 0.4, "batch_max execution has none"),
+        ("threshold", 0.0, "above 0 and below 1"),
+        ("threshold", 1.5, "above 0 and below 1"),
+        ("threshold", float("nan"), "above 0 and below 1"),
+        ("dense", 0.4, "rule dense has none"),
+        ("batch_max", 0.4, "rule batch_max has none"),
     ],
 )
-def test_bad_threshold(runner: InferenceEngine, execution: str, threshold: float, words: str) -> None:
+def test_bad_threshold(runner: InferenceEngine, rule: str, threshold: float, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        runner.run(PARAMS, FEATURES, execution, threshold=threshold)
+        runner.run(PARAMS, FEATURES, rule=rule, threshold=threshold)
 
 
 # Baselines ----------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def test_bad_threshold(runner: InferenceEngine, execution: str, threshold: float
 
 @pytest.mark.parametrize("kind", ["random", "first_k"])
 def test_baselines_keep_exactly_the_given_counts(runner: InferenceEngine, masked: Outputs, kind: str) -> None:
-    outputs = runner.baseline(PARAMS, FEATURES, kind, masked.num_kept, seed=0)
+    outputs = runner.run(PARAMS, FEATURES, rule=kind, num_kept=masked.num_kept)
     np.testing.assert_array_equal(outputs.num_kept, masked.num_kept)
     first, second = kept_masks(outputs)
     assert first[:, 0].all()
@@ -199,11 +200,11 @@ def test_baselines_keep_exactly_the_given_counts(runner: InferenceEngine, masked
     assert (second <= first).all()
     # The example's own tokens, and its own draws, in whatever batch.
     assert max(p[-1] - n for p, n in zip(outputs.kept[0], FEATURES.lengths, strict=True)) < 0
-    assert_same(outputs, InferenceEngine(MODEL, 7).baseline(PARAMS, FEATURES, kind, masked.num_kept, seed=0))
+    assert_same(outputs, InferenceEngine(MODEL, 7).run(PARAMS, FEATURES, rule=kind, num_kept=masked.num_kept))
 
 
 def test_first_k(runner: InferenceEngine, masked: Outputs) -> None:
-    outputs = runner.baseline(PARAMS, FEATURES, "first_k", masked.num_kept, seed=0)
+    outputs = runner.run(PARAMS, FEATURES, rule="first_k", num_kept=masked.num_kept)
     np.testing.assert_array_equal(
         kept_masks(outputs), np.arange(MAX_LENGTH) < masked.num_kept.T[..., np.newaxis]
     )
@@ -211,13 +212,15 @@ def test_first_k(runner: InferenceEngine, masked: Outputs) -> None:
 
 def test_random_draws_follow_the_seed(runner: InferenceEngine, masked: Outputs) -> None:
     one, again, two = (
-        runner.baseline(PARAMS, FEATURES, "random", masked.num_kept, seed) for seed in (1, 1, 2)
+        runner.run(PARAMS, FEATURES, rule="random", num_kept=masked.num_kept, seed=seed) for seed in (1, 1, 2)
     )
     assert_same(one, again)
     assert (kept_masks(one) != kept_masks(two)).any()
     # Over many draws every position of a text is as likely as any other but the first.
     counts = np.full((NUM, 2), 2)
-    draws = [runner.baseline(PARAMS, FEATURES, "random", counts, seed).kept[1] for seed in range(12)]
+    draws = [
+        runner.run(PARAMS, FEATURES, rule="random", num_kept=counts, seed=seed).kept[1] for seed in range(12)
+    ]
     place = [
         (kept[row][1] - 1) / (FEATURES.lengths[row] - 2)
         for kept in draws
@@ -234,11 +237,11 @@ def test_compiles_once_for_each_rule_and_width(traces: collections.Counter[int],
     assert len(WIDTHS) == 2
     fresh = InferenceEngine(MODEL, 8)
     for _ in range(2):
-        fresh.run(PARAMS, FEATURES)
-        fresh.run(PARAMS, make_features(23, seed=5), "packed", threshold=0.3)
+        fresh.run(PARAMS, FEATURES, backend="masked")
+        fresh.run(PARAMS, make_features(23, seed=5), backend="masked", threshold=0.3)
     assert traces == dict.fromkeys(WIDTHS, 1)
     for seed in (0, 1):
-        fresh.baseline(PARAMS, FEATURES, "random", masked.num_kept, seed)
+        fresh.run(PARAMS, FEATURES, rule="random", backend="masked", num_kept=masked.num_kept, seed=seed)
     assert traces == dict.fromkeys(WIDTHS, 2)
 
 
@@ -251,7 +254,7 @@ def test_progress_counts_batches_and_examples(runner: InferenceEngine) -> None:
 
 def test_a_storm_of_compilations_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks for ever other batch sizes is told why it takes so long, and then left alone."""
-    monkeypatch.setattr(execution, "MANY_PROGRAMS", 2)
+    monkeypatch.setattr(engine, "MANY_PROGRAMS", 2)
     programs = CompiledForward(MODEL)
     features = FEATURES.take([0])
     InferenceEngine(MODEL, 1, programs).run(PARAMS, features)

@@ -67,7 +67,7 @@ def test_numbers_follow_from_the_predictions(folder: Path, result: dict[str, Any
     assert result["tokens"] == pytest.approx(np.mean(lengths))
     assert result["accuracy"] == np.mean([line["prediction"] == line["label"] for line in lines])
     assert result["examples_per_second"] > 0
-    assert (result["execution"], result["batch_size"], result["threshold"]) == ("packed", 8, 0.5)
+    assert (result["rule"], result["backend"], result["batch_size"]) == ("threshold", "packed", 8)
 
 
 def test_lower_threshold_keeps_more(folder: Path, result: dict[str, Any]) -> None:
@@ -108,8 +108,8 @@ def test_labels_of_a_csv_file_begin_with_1(folder: Path, result: dict[str, Any])
 
 
 def test_dense(folder: Path, result: dict[str, Any]) -> None:
-    dense = evaluate_file(folder / "model", folder / "data.jsonl", execution="dense", baselines=("random",))
-    assert dense["execution"] == "dense"
+    dense = evaluate_file(folder / "model", folder / "data.jsonl", rule="dense", baselines=("random",))
+    assert dense["rule"] == "dense"
     assert dense.keys() & {"kept", "flops_speedup", "baselines"} == set()
     assert dense["flops"] == pytest.approx(result["flops"] * result["flops_speedup"])
 
@@ -117,7 +117,7 @@ def test_dense(folder: Path, result: dict[str, Any]) -> None:
 def test_a_model_without_selectors_runs_dense(folder: Path, tmp_path: Path) -> None:
     model = TRBert.from_pretrained(folder / "model")
     save_pretrained(tmp_path, model.config, model.params, model.tokenizer, exclude=("selectors",))
-    assert evaluate_file(tmp_path, folder / "data.jsonl")["execution"] == "dense"
+    assert evaluate_file(tmp_path, folder / "data.jsonl")["rule"] == "dense"
 
 
 def test_through_the_command_line(

@@ -131,16 +131,16 @@ def test_dense_drops_nothing(model: TRBert) -> None:
         )
     )
     expected = jax.nn.softmax(run(batch["input_ids"], batch["attention_mask"] > 0))
-    predictions = model.predict(texts, execution="dense")
+    predictions = model.predict(texts, rule="dense")
     np.testing.assert_allclose([p.scores for p in predictions], expected, atol=1e-5)
     assert [p.kept for p in predictions] == [()] * 4
 
 
 def test_batch_max_fills_rows_up(model: TRBert) -> None:
     texts = some_texts(8, seed=3)
-    alone = [model.predict([text], execution="batch_max")[0] for text in texts]
+    alone = [model.predict([text], rule="batch_max")[0] for text in texts]
     assert_same(alone, model.predict(texts))
-    together = model.predict(texts, execution="batch_max")
+    together = model.predict(texts, rule="batch_max")
     most = max(len(p.kept[0]) for p in alone)
     assert [len(p.kept[0]) for p in together] == [min(most, p.num_tokens) for p in together]
     for one, filled in zip(alone, together, strict=True):
@@ -223,16 +223,16 @@ def test_nothing_is_compiled_after_the_warm_up(
     model, rng = make(config), np.random.default_rng(2)
     shapes = [(rows, width) for rows in (1, 4, 8) for width in widths]
     named = [name for name, seconds in model.compile(batch_size=8) if seconds > 0]
-    assert named == [f"packed, {rows} x {width} tokens" for rows, width in shapes]
+    assert named == [f"threshold, packed, {rows} x {width} tokens" for rows, width in shapes]
     first = len(compilations)
     assert first >= len(named)
 
     run: collections.Counter[tuple[int, ...]] = collections.Counter()
     get = model.programs.get
 
-    def counting(name: str, params: Any, batch: Any, execution: Any = None) -> Any:
+    def counting(params: Any, batch: Any, *options: Any) -> Any:
         run[batch["input_ids"].shape] += 1
-        return get(name, params, batch, execution)
+        return get(params, batch, *options)
 
     monkeypatch.setattr(model.programs, "get", counting)
     for seed in range(200):
@@ -305,8 +305,8 @@ def test_another_max_length(tmp_path: Path) -> None:
 def test_bfloat16_is_close(model: TRBert) -> None:
     texts = some_texts(10)
     exact, rough = (
-        model.predict(texts, execution="dense"),
-        make(dtype="bfloat16").predict(texts, execution="dense"),
+        model.predict(texts, rule="dense"),
+        make(dtype="bfloat16").predict(texts, rule="dense"),
     )
     difference = max(np.abs(a.scores - b.scores).max() for a, b in zip(exact, rough, strict=True))
     assert 0 < difference < 0.1
@@ -324,9 +324,9 @@ def test_bfloat16_is_close(model: TRBert) -> None:
         (["a \ud800"], {}, "Unicode"),
         (["a"], {"batch_size": 0}, "batch_size"),
         (["a"], {"batch_size": 2.0}, "batch_size"),
-        (["a"], {"execution": "fast"}, "masked, batch_max, dense"),
+        (["a"], {"rule": "fast"}, "threshold, batch_max, dense"),
         (["a"], {"threshold": 1}, "threshold is 1; expected a probability"),
-        (["a"], {"execution": "dense", "threshold": 0.3}, "dense execution has none"),
+        (["a"], {"rule": "dense", "threshold": 0.3}, "rule dense has none"),
     ],
 )
 def test_bad_input(model: TRBert, texts: Any, options: dict[str, Any], words: str) -> None:
@@ -423,7 +423,9 @@ def test_published_model_packed(published: tuple[TRBert, dict[str, np.ndarray]])
         num_truncated=0,
         digest="",
     )
-    packed, masked = (model.runner(32).run(model.params, features, name) for name in ("packed", "masked"))
+    packed, masked = (
+        model.runner(32).run(model.params, features, backend=name) for name in ("packed", "masked")
+    )
     np.testing.assert_allclose(packed.logits, masked.logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(packed.logits, recorded["logits"], rtol=1e-5, atol=1e-5)
     for stage, rows in enumerate(packed.kept):

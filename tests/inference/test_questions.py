@@ -413,12 +413,12 @@ def test_questions_are_compiled_ahead(
     rows = {"choice": 8, "segments": 4, "candidates": 2}.get(kind, 2)
     named = capsys.readouterr().out.splitlines()
     assert [line.partition("  ")[0] for line in named[:-1]] == [
-        f"masked, {rows} x {width} tokens" for width in (32, 48, 64)
+        f"threshold, masked, {rows} x {width} tokens" for width in (32, 48, 64)
     ]
     (model,) = made
     before = dict(model.programs.compile_seconds)
     longer = json.loads(json.dumps(REQUESTS[kind]).replace("the queen was not", "the queen was not " * 9))
-    assert len(answer_questions(model, [longer, REQUESTS[kind]], batch_size=2, execution="masked")) == 2
+    assert len(answer_questions(model, [longer, REQUESTS[kind]], batch_size=2, backend="masked")) == 2
     assert model.programs.compile_seconds == before
 
 
@@ -434,14 +434,14 @@ def test_questions_are_read_as_they_are_answered(
             yield f"line {number}", {**CHOICE, "question": "who " * number}
         yield "line 8", {**CHOICE, "id": "1"}
 
-    stream = answer_stream(model, source(), batch_size=2, execution="masked")
+    stream = answer_stream(model, source(), batch_size=2, backend="masked")
     assert not taken
     found = [next(stream)]
     assert taken == [1, 2, 3, 4]  # a window of two batches
     found += [next(stream) for _ in range(3)]
     assert [answer["id"] for answer in found] == ["1", "2", "3", "4"]
     requests = [request for _, request in itertools.islice(source(), 4)]
-    assert found == answer_questions(model, requests, batch_size=2, execution="masked")
+    assert found == answer_questions(model, requests, batch_size=2, backend="masked")
     with pytest.raises(UserError, match="line 8: the id '1' is there twice"):
         next(stream)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from trbert_jax.inference.benchmark.sizes import SIZES
-from trbert_jax.inference.execution import CompiledForward
+from trbert_jax.inference.engine import CompiledForward
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import TokenReducingModel, forward, init_params
 from trbert_jax.reduction import selection as tokens
@@ -70,9 +70,9 @@ def test_packed_execution_needs_less_memory_than_masked() -> None:
         "min_logit": jax.ShapeDtypeStruct((rows,), jnp.float32),
     }
     programs, peak = CompiledForward(TokenReducingModel(config)), {}
-    for execution in ("packed", "masked"):
-        plan = programs.get(execution, params, batch).memory_analysis()  # type: ignore[attr-defined]
-        peak[execution] = plan.temp_size_in_bytes + plan.output_size_in_bytes
+    for backend in ("packed", "masked"):
+        plan = programs.get(params, batch, backend=backend).memory_analysis()  # type: ignore[attr-defined]
+        peak[backend] = plan.temp_size_in_bytes + plan.output_size_in_bytes
     # The masked path has attention probabilities of all pairs: B x heads x S x S, four bytes each.
     assert peak["masked"] > rows * config.num_heads * width**2 * 4
     assert peak["packed"] < 0.5 * peak["masked"]

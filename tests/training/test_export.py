@@ -21,13 +21,12 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from stage_steps import EXECUTIONS, STAGES, StageStep
 
 from trbert_jax import parallel
-from trbert_jax.inference.engine import InferenceEngine
-from trbert_jax.inference.execution import EXECUTIONS as PREDICTIONS
-from trbert_jax.inference.execution import CompiledForward, Execution, with_threshold
+from trbert_jax.inference.engine import CompiledForward
 from trbert_jax.model.model import TokenReducingModel, init_params
 from trbert_jax.model.tiles import Tiling
 from trbert_jax.parallel import AXES, KEPT, ROWS, WHOLE, DeviceMesh
 from trbert_jax.reduction import residual_scores as residual
+from trbert_jax.reduction.rules import rule_names
 from trbert_jax.training import step as steps
 
 DEVICES, ROWS_A_DEVICE = 8, 4
@@ -112,21 +111,14 @@ def export_device_update(step: StageStep, passes: int) -> None:
     check(jax.jit(program, donate_argnums=0), *arguments)
 
 
-def predictors() -> dict[str, Execution]:
-    """Every way to run a model over texts, the baselines with the rule that `InferenceEngine` gives them."""
-    found = dict(PREDICTIONS)
-
-    class Asked(InferenceEngine):
-        def _run(self, params: Any, features: Any, name: str, execution: Execution, *others: Any) -> Any:
-            found[name] = execution
-
-    runner = Asked(
-        TokenReducingModel(MODEL), DEVICES * ROWS_A_DEVICE, CompiledForward(TokenReducingModel(MODEL))
-    )
-    features: Any = SimpleNamespace(row_targets={}, num_rows=1)
-    for kind in ("random", "first_k"):
-        runner.baseline(None, features, kind, np.ones((1, MODEL.num_reductions), np.int32), seed=0)
-    return found
+PREDICTORS = [
+    ("threshold", "packed"),
+    ("threshold", "masked"),
+    ("batch_max", "packed"),
+    ("dense", "packed"),
+    ("random", "packed"),
+    ("first_k", "packed"),
+]
 
 
 class Exporting(CompiledForward):
@@ -138,18 +130,16 @@ class Exporting(CompiledForward):
         check(jax.jit(mapped, out_shardings=self.layout.whole), params, placed)
 
 
-def export_predictor(name: str, execution: Execution, layout: DeviceMesh, dtype: Any) -> None:
+def export_predictor(rule: str, backend: str, layout: DeviceMesh, dtype: Any) -> None:
     rows = DEVICES * ROWS_A_DEVICE
     batch = StageStep("finetune", "packed", MODEL).batch(0, 1, rows)
-    inputs = with_threshold({k: v[0] for k, v in batch.items()})
-    counts = np.ones((rows, MODEL.num_reductions), np.int32)
+    inputs = {k: v[0] for k, v in batch.items()} | {
+        "min_logit": np.zeros(rows, np.float32),
+        "num_kept": np.ones((rows, MODEL.num_reductions), np.int32),
+        "seed": np.zeros(rows, np.int32),
+    }
     programs = Exporting(TokenReducingModel(MODEL, dtype), layout)
-    programs.get(
-        name,
-        shapes(params_of(), layout, WHOLE),
-        {**inputs, "num_kept": counts, "seed": np.zeros(rows, np.int32)},
-        execution,
-    )
+    programs.get(shapes(params_of(), layout, WHOLE), inputs, rule, backend)
 
 
 def export_scores(layout: DeviceMesh, dtype: Any) -> None:
@@ -174,7 +164,7 @@ def test_the_fullest_update_and_the_packed_predictor(
         assert Tiling.for_backend("tpu", rows) == Tiling.for_backend("gpu", rows), "what serves both here"
     asked = tile_for(monkeypatch, "tpu")
     export_update(StageStep("joint", "packed", MODEL, dropout=True, settings=FULL), layout, 2)
-    export_predictor("packed", PREDICTIONS["packed"], layout, jnp.bfloat16)
+    export_predictor("threshold", "packed", layout, jnp.bfloat16)
     assert asked[0] >= 2
 
 
@@ -199,9 +189,8 @@ def test_every_predictor_and_the_scores(
 ) -> None:
     """`dense` is the teacher's."""
     tile_for(monkeypatch, tiles)
-    found = predictors()
-    assert set(found) == {"packed", "masked", "batch_max", "dense", "random", "first_k"}
+    assert {rule for rule, _ in PREDICTORS} == {*rule_names(), *rule_names("baseline")}
     for dtype in (jnp.float32, jnp.bfloat16):
-        for name, execution in found.items():
-            export_predictor(name, execution, layout, dtype)
+        for rule, backend in PREDICTORS:
+            export_predictor(rule, backend, layout, dtype)
         export_scores(layout, dtype)

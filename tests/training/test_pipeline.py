@@ -152,7 +152,7 @@ def test_the_model_is_ready_for_use(finished: Finished) -> None:
     lines = tiny_runs.read_lines(finished.work / "predictions.jsonl")
     data = read_dataset(finished.folder / "data" / "test.jsonl", ("negative", "positive"))
     model = TRBert.from_pretrained(finished.work / "model")
-    assert model.default_execution == "packed"
+    assert model.default_rule == "threshold"
     for line, prediction in zip(lines, model.predict(texts(data)), strict=True):
         assert (line["prediction"], line["num_tokens"]) == (prediction.label, prediction.num_tokens)
         assert line["kept"] == [stage.tolist() for stage in prediction.kept]
@@ -223,7 +223,7 @@ def test_each_stage_trains_its_own(finished: Finished) -> None:
 def test_scores_and_teacher_logits(finished: Finished) -> None:
     model = finished.model("finetune")
     data = read_dataset(finished.folder / "data" / "train.jsonl", ("negative", "positive"))
-    predictions = model.predict(texts(data), execution="dense")
+    predictions = model.predict(texts(data), rule="dense")
     logits = np.load(finished.work / "teacher" / "logits.npy")
     np.testing.assert_allclose(jax.nn.softmax(logits), [p.scores for p in predictions], atol=1e-5)
     scores = np.load(finished.work / "score" / "scores.npy")

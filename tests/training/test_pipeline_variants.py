@@ -75,7 +75,7 @@ def test_dense_run_that_takes_the_best_checkpoint(tmp_path: Path, monkeypatch: p
     assert results["dense"].keys() & {"kept", "flops_speedup"} == set()
     model = TRBert.from_pretrained(folder / "work" / "model", announce=lambda line: None)
     assert (model.config.model_type, model.config.num_layers) == ("distilbert", 3)
-    assert model.default_execution == "dense"
+    assert model.default_rule == "dense"
     lines = tiny_runs.read_lines(folder / "work" / "predictions.jsonl")
     assert [line["prediction"] for line in lines] == [p.label for p in model.predict(texts_of(folder))]
 

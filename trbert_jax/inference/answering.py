@@ -21,12 +21,12 @@ from trbert_jax.config_schema import BackboneConfig, DataConfig, RunConfig
 from trbert_jax.datasets import BadRecords, find_dataset
 from trbert_jax.errors import UserError
 from trbert_jax.inference.engine import Outputs
-from trbert_jax.inference.execution import DEFAULT_THRESHOLD, EXECUTIONS, check_execution, with_threshold
 from trbert_jax.inference.predictor import WINDOW, TRBert
 from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.packed import DEFAULT_BACKEND
+from trbert_jax.reduction.rules import DEFAULT_THRESHOLD
 from trbert_jax.tasks import load_task_data
 from trbert_jax.tasks.base import QuestionData, Score
-from trbert_jax.tasks.batching import pad_batch
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.requests import SHORTEST, parse_requests
 
@@ -107,7 +107,8 @@ def answer_questions(
     requests: Sequence[Any],
     *,
     batch_size: int = 32,
-    execution: str | None = None,
+    rule: str | None = None,
+    backend: str = DEFAULT_BACKEND,
     threshold: float = DEFAULT_THRESHOLD,
     source: str = "question",
     announce: Announce = _say_nothing,
@@ -117,7 +118,7 @@ def answer_questions(
     Args:
       model: trained on a question answering data set.
       requests: JSON objects, see `trbert_jax.tasks.requests`.
-      batch_size, execution, threshold: see `TRBert.predict`.
+      batch_size, rule, backend, threshold: see `TRBert.predict`.
       source: what messages call the place the questions come from.
       announce: called with lines of text about what was cut.
 
@@ -134,7 +135,8 @@ def answer_questions(
         model,
         placed,
         batch_size=batch_size,
-        execution=execution,
+        rule=rule,
+        backend=backend,
         threshold=threshold,
         announce=announce,
     )
@@ -146,7 +148,8 @@ def answer_stream(
     requests: Iterable[tuple[str, Any]],
     *,
     batch_size: int = 32,
-    execution: str | None = None,
+    rule: str | None = None,
+    backend: str = DEFAULT_BACKEND,
     threshold: float = DEFAULT_THRESHOLD,
     announce: Announce = _say_nothing,
 ) -> Iterator[dict[str, Any]]:
@@ -155,7 +158,7 @@ def answer_stream(
     Args:
       model: trained on a question answering data set.
       requests: of each question what messages call its place, and the JSON object; read as needed.
-      batch_size, execution, threshold: see `TRBert.predict`.
+      batch_size, rule, backend, threshold: see `TRBert.predict`.
       announce: called with lines of text about what was cut, for each window.
 
     Returns:
@@ -167,20 +170,19 @@ def answer_stream(
     source, ids = iter(requests), set[str]()
     while window := list(itertools.islice(source, WINDOW * batch_size)):
         records = parse_requests(question_data(model.config, announce).request, window, ids)
-        yield from _answer(model, records, batch_size, execution, threshold, announce)
+        options = {"rule": rule or model.default_rule, "backend": backend, "threshold": threshold}
+        yield from _answer(model, records, batch_size, options, announce)
 
 
 def _answer(
     model: TRBert,
     records: Sequence[Any],
     batch_size: int,
-    execution: str | None,
-    threshold: float,
+    options: dict[str, Any],
     announce: Announce,
 ) -> Iterator[dict[str, Any]]:
     questions = Questions(model, records, announce)
-    execution = execution or model.default_execution
-    outputs = model.runner(batch_size).run(model.params, questions.features, execution, threshold=threshold)
+    outputs = model.runner(batch_size).run(model.params, questions.features, **options)
     found = questions.score(outputs).files["predictions.json"]
     answers = found["answer"] if model.config.task == "multi_hop" else found
     tokens, kept = _counts(questions.features, outputs, questions.in_pairs)
@@ -192,13 +194,13 @@ def _answer(
 
 
 def compile_questions(
-    model: TRBert, batch_size: int = 32, execution: str | None = None
+    model: TRBert, batch_size: int = 32, rule: str | None = None, backend: str = DEFAULT_BACKEND
 ) -> Iterator[tuple[str, float]]:
     """Compiles ahead of time what answering needs with this batch size.
 
     Args:
       model: trained on a question answering data set.
-      batch_size, execution: as in `answer_questions`.
+      batch_size, rule, backend: as in `answer_questions`.
 
     Yields:
       The name of each program and the seconds that compiling it took.
@@ -206,19 +208,12 @@ def compile_questions(
     Raises:
       UserError: a bad option, a model of another kind.
     """
-    execution = execution or model.default_execution
-    check_execution(execution)
     kind = question_data(model.config, _say_nothing).request
     # Shapes and inputs of a batch are those of any question: one is enough, the rest of the batch is filled.
     features = Questions(
         model, parse_requests(kind, [("example", SHORTEST[kind])], set()), _say_nothing
     ).features
-    size = model.runner(batch_size).batch_size
-    for width in EXECUTIONS[execution].widths(model.config.max_length):
-        batch = pad_batch(features, np.zeros(1, np.int64), size, width)
-        model.programs.get(execution, model.params, with_threshold(batch))
-        rows = len(batch["input_ids"])
-        yield f"{execution}, {rows} x {width} tokens", model.programs.compile_seconds[execution, rows, width]
+    yield from model.runner(batch_size).compile(model.params, features, rule or model.default_rule, backend)
 
 
 def read_questions(model: TRBert, path: Path, skip_bad: bool, announce: Announce) -> Questions:

@@ -1,53 +1,145 @@
-"""Runs a model over a whole feature set, in few static shapes."""
+"""Run a model over a data set, in compiled passes of few static shapes."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.errors import UserError
-from trbert_jax.inference.execution import (
-    DEFAULT_EXECUTION,
-    DEFAULT_THRESHOLD,
-    EXECUTIONS,
-    CompiledForward,
-    Execution,
-    Inputs,
-    check_execution,
-    with_threshold,
-)
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.model import Params, TokenReducingModel
-from trbert_jax.reduction import selection as tokens
-from trbert_jax.tasks.batch import Rows, is_by_token
-from trbert_jax.tasks.batching import batch_rows, length_batches, pad_batch
+from trbert_jax.model.packed import BACKENDS, DEFAULT_BACKEND
+from trbert_jax.parallel import KEPT, ROWS, DeviceMesh, single_device
+from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, RULES, RuleSpec, check_rule
+from trbert_jax.reduction.selection import min_logit
+from trbert_jax.tasks.batch import Rows, example_logits, is_by_token
+from trbert_jax.tasks.batching import batch_rows, length_batches, pad_batch, width_ladder
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.score_classification import accuracy
 
-# Called after each batch with the features, the examples of the batch, int [b], and its logits.
+Inputs = Mapping[str, Any]  # arrays [B, ...]
+Program = Callable[[Params, Inputs], tuple[Logits, jax.Array]]
+# Called after each batch with all examples, the batch's own as int [b], and its logits.
 AfterBatch = Callable[[Examples, np.ndarray, Logits], None]
 # Name of the logits ("" where there is one array) and shape -> zeros, float32.
 Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
 
+MANY_PROGRAMS = 24  # more than a few rules and batch sizes need; compiling this many gets a warning
+
+
+def bucket_widths(backend: str, max_length: int) -> tuple[int, ...]:
+    """Padded lengths of batches, ascending; the last one is `max_length`."""
+    # The packed backend does not compute padding: one narrow shape is enough.
+    return width_ladder(max_length, (0.25,)) if backend == "packed" else width_ladder(max_length)
+
+
+def check_backend(backend: str) -> None:
+    """Raises a UserError for an unknown backend."""
+    if backend not in BACKENDS:
+        raise UserError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+
+
+class CompiledForward:
+    """The compiled forward passes of one model: one for each rule, backend and batch shape.
+
+    With several devices in `layout` each computes its share of a batch's rows, and every process gets all
+    results. The number of examples of a batch must then be a multiple of the devices (`DeviceMesh.rounded`).
+
+    Attributes:
+      compile_seconds: (rule, backend, rows, width) -> seconds that compiling took.
+    """
+
+    def __init__(self, model: TokenReducingModel, layout: DeviceMesh | None = None) -> None:
+        self.model = model
+        self.layout = layout or single_device()
+        self.compile_seconds: dict[tuple[str, str, int, int], float] = {}
+        self._compiled: dict[tuple[str, str, int, int], Program] = {}
+
+    def get(
+        self,
+        params: Params,
+        batch: Inputs,
+        rule: str | RuleSpec = DEFAULT_RULE,
+        backend: str = DEFAULT_BACKEND,
+    ) -> Program:
+        """Returns the program for batches of this shape, compiled on the first call.
+
+        Args:
+          params: the model's parameters, or their shapes.
+          batch: arrays [B * G, ...] with the rule's inputs, or their shapes.
+          rule: key of `RULES`, or a rule that is not in the table.
+          backend: key of `BACKENDS`.
+
+        Returns:
+          `(params, batch) -> (logits, keep bool [stages, B * G, S])`: the logits that answers are read from
+          (`tasks.batch.example_logits`); keep is bool [0, 1] for a rule that drops nothing.
+        """
+        spec = RULES[rule] if isinstance(rule, str) else rule
+        key = (spec.name, backend, *batch["input_ids"].shape)
+        if key not in self._compiled:
+            self._warn_of_many(len(self._compiled) + 1)
+            forward = BACKENDS[backend]
+
+            def program(params: Params, batch: Inputs) -> tuple[Logits, jax.Array]:
+                inputs = batch
+                if "row_keys" in spec.inputs:
+                    inputs = {**batch, "row_keys": Rows(batch).keys(jax.random.key(batch["seed"][0]))}
+                output = forward(self.model, params, batch, rule=spec.build(inputs))
+                keep = [s.keep for s in output.selections]
+                logits = example_logits(self.model.config.task, output.logits, batch)
+                return logits, jnp.stack(keep) if keep else jnp.zeros((0, 1), bool)
+
+            start = time.perf_counter()
+            # Rows that depend on each other are all computed by every device.
+            self._compiled[key] = self._compile(program, params, batch, divide=spec.exact)
+            self.compile_seconds[key] = time.perf_counter() - start
+        return self._compiled[key]
+
+    def _compile(self, program: Program, params: Params, batch: Inputs, divide: bool) -> Program:
+        if self.layout.is_single:
+            return jax.jit(program).lower(params, batch).compile()
+        place = self.layout.place_rows if divide else self.layout.replicate
+        mapped = self.layout.by_rows(program, out_specs=(ROWS, KEPT)) if divide else program
+        whole = self.layout.whole
+        compiled = jax.jit(mapped, out_shardings=whole).lower(params, place(batch)).compile()
+
+        def run(params: Params, batch: Inputs) -> tuple[Logits, jax.Array]:
+            # Every device has all results; one copy is enough.
+            return jax.tree.map(lambda x: x.addressable_data(0), compiled(params, place(batch)))
+
+        return run
+
+    def _warn_of_many(self, count: int) -> None:
+        if count == MANY_PROGRAMS:
+            shapes = ", ".join(f"{rows} x {width}" for *_, rows, width in self._compiled)
+            warnings.warn(
+                f"{count} programs have been compiled for one model, for batches of {shapes} and now one "
+                "more; each batch size compiles its own, so always ask for the same few",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Outputs for n examples of R rows in all, in the order of the feature set.
+    """Outputs for n examples of R rows in all, in the order of the examples.
 
     Attributes:
-      logits: float32 [n, C], or what else the task has (`modeling.heads`): an array, or a dict of arrays,
-        with an entry an example; for spans an entry a row, [R, 2, max_length], 0 behind a row's end.
-      kept: one list a point of reduction of R int arrays, the positions of a row that were kept.
-      lengths: int [R], tokens before reduction, special ones included.
-      labels: int [n], -1 where there is none.
-      seconds: time in the compiled program, compilation not counted.
+      logits: float32 [n, C], or the logits of another head (`model.heads`): an array or a dict of arrays, one
+        entry per example; of the span head one entry per row, [R, 2, max_length], 0 behind a row's end.
+      kept: for each point of reduction R int arrays, the positions of a row that were kept.
+      lengths: int [R], tokens before reduction, special tokens included.
+      labels: int [n], -1 for an unknown label.
+      seconds: time in the compiled programs, without compilation.
     """
 
     logits: Logits
@@ -63,13 +155,34 @@ class Outputs:
         return np.array(counts, np.int32).reshape(len(self.kept), len(self.lengths)).T
 
     @property
+    def probabilities(self) -> np.ndarray:
+        """float32 [n, C], the softmax of a classifier's logits."""
+        scores = np.exp(self.logits - self.logits.max(-1, keepdims=True))
+        return scores / scores.sum(-1, keepdims=True)
+
+    @property
     def accuracy(self) -> float:
         """Share of examples whose highest logit is the label's."""
         return accuracy(self.logits.argmax(-1), self.labels)
 
+    def kept_masks(self, width: int) -> np.ndarray:
+        """The kept positions as masks, bool [R, stages, width]."""
+        masks = np.zeros((len(self.lengths), len(self.kept), width), bool)
+        for stage, rows in enumerate(self.kept):
+            for row, positions in enumerate(rows):
+                masks[row, stage, positions] = True
+        return masks
+
 
 class InferenceEngine:
-    """Runs a model over feature sets; one compilation a batch shape and rule, none after that."""
+    """Runs a model over examples; compiles once for each rule, backend and batch shape.
+
+    Args:
+      model: the model.
+      batch_size: examples per forward pass, rounded up to a multiple of the devices.
+      programs: compiled passes to share with other engines.
+      after_batch: called after each batch.
+    """
 
     def __init__(
         self,
@@ -83,136 +196,152 @@ class InferenceEngine:
         self.programs = programs or CompiledForward(model)
         self.batch_size = self.programs.layout.rounded(batch_size)
 
-    def num_batches(self, features: Examples) -> int:
-        """Batches of a run over `features`."""
-        return -(-len(features) // self.batch_size)
+    def num_batches(self, examples: Examples) -> int:
+        """Returns the number of batches of a run over `examples`."""
+        return -(-len(examples) // self.batch_size)
 
     def run(
         self,
         params: Params,
-        features: Examples,
-        execution: str = DEFAULT_EXECUTION,
-        progress: Callable[[int, int], None] | None = None,
+        examples: Examples,
+        *,
+        rule: str = DEFAULT_RULE,
+        backend: str = DEFAULT_BACKEND,
         threshold: float = DEFAULT_THRESHOLD,
+        num_kept: np.ndarray | None = None,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
         allocate: Allocate | None = None,
         start: int = 0,
     ) -> Outputs:
-        """Runs with one of `EXECUTIONS`.
+        """Runs the model with a rule of `RULES`.
 
         Args:
           params: the model's parameters.
-          features: n examples.
-          execution: a key of `EXECUTIONS`.
-          progress: called after each batch with the number of batches done and its examples.
-          threshold: keep probability from which a token is kept, for an exact execution.
-          allocate: makes the arrays for the logits, for example on disk; None has them in memory.
-          start: batches to leave out, whose logits the arrays of `allocate` have from an earlier call; fewer
-            than there are. Only for an execution that drops nothing.
+          examples: n examples.
+          rule: a rule of evaluation, or with `num_kept` a baseline.
+          backend: `packed` or `masked`.
+          threshold: keep probability from which rule `threshold` keeps a token.
+          num_kept: int [R, stages], tokens that a baseline keeps of each row.
+          seed: of rule `random`.
+          progress: called after each batch with the number of batches done and the batch's examples.
+          allocate: makes the arrays for the logits, for example on disk; None makes them in memory.
+          start: first batch to run; earlier batches are already in the arrays from `allocate`. Only for a
+            rule that drops nothing.
 
         Raises:
-          UserError: no such execution, a threshold that is no probability, or one for an execution that has
-            none.
+          UserError: an unknown rule or backend, a threshold that is no probability or that the rule does not
+            have, logits that are not finite.
         """
-        check_execution(execution, threshold)
-        # An input of the compiled program, which all thresholds share.
-        limit = np.full(features.num_rows, tokens.min_logit(threshold), np.float32)
-        rule, extras = EXECUTIONS[execution], {"min_logit": limit}
-        return self._run(params, features, execution, rule, extras, progress, allocate, start)
-
-    def compile(self, params: Params, execution: str, width: int) -> float:
-        """Compiles the program for batches of this padded length, unless it is there; seconds taken."""
-        shape = (self.batch_size, width)
-        batch = {
-            "input_ids": np.zeros(shape, np.int32),
-            "mask": np.zeros(shape, bool),
-            "labels": np.zeros(self.batch_size, np.int32),
-            "valid": np.zeros(self.batch_size, bool),
-            "index": np.zeros(self.batch_size, np.int32),
-        }
-        self.programs.get(execution, params, with_threshold(batch))
-        return self.programs.compile_seconds[execution, *shape]
-
-    def baseline(
-        self, params: Params, features: Examples, kind: str, num_kept: np.ndarray, seed: int
-    ) -> Outputs:
-        """Runs a selection that learned nothing, at given kept counts.
-
-        Args:
-          params: the model's parameters.
-          features: n examples.
-          kind: `random` or `first_k`.
-          num_kept: int [R, stages], how many tokens each row keeps.
-          seed: of the random choice.
-        """
-
-        def rule(batch: Inputs) -> tokens.Rule | None:
-            counts = batch["num_kept"].T
-            if kind == "first_k":
-                return tokens.keep_first(counts)
-            rng = jax.random.key(batch["seed"][0])
-            return tokens.keep_random(counts, Rows(batch).keys(rng))
-
-        if "shared_length" in features.row_targets:  # the others are kept whatever a rule says
-            others = features.row_lengths - features.row_targets["shared_length"]
-            num_kept = num_kept - others[:, None]
-        # The seed is an input of the compiled program, which other seeds then share.
-        extras = {"num_kept": num_kept.astype(np.int32), "seed": np.full(features.num_rows, seed, np.int32)}
-        return self._run(
-            params, features, kind, Execution(EXECUTIONS[DEFAULT_EXECUTION].forward, rule), extras
+        check_backend(backend)
+        if num_kept is None:
+            check_rule(rule, threshold)
+            inputs = self.rule_inputs(examples, threshold)
+        else:
+            if "shared_length" in examples.row_targets:  # a rule decides on shared tokens only
+                num_kept = num_kept - (examples.row_lengths - examples.row_targets["shared_length"])[:, None]
+            # The seed is an input of the compiled program, which all seeds share.
+            seeds = np.full(examples.num_rows, seed, np.int32)
+            inputs = {"num_kept": num_kept.astype(np.int32), "seed": seeds}
+        widths = bucket_widths(backend, self.model.config.max_length)
+        batches = (
+            (index, self.batch(examples, index, width, inputs))
+            for index, width in itertools.islice(
+                length_batches(examples, self.batch_size, widths), start, None
+            )
         )
+        return self.run_batches(params, examples, batches, RULES[rule], backend, progress, allocate, start)
 
-    def _run(
+    def run_batches(
         self,
         params: Params,
-        features: Examples,
-        name: str,
-        execution: Execution,
-        extras: dict[str, np.ndarray],  # arrays [R, ...]
+        examples: Examples,
+        batches: Iterable[tuple[np.ndarray, Inputs]],
+        rule: RuleSpec,
+        backend: str,
         progress: Callable[[int, int], None] | None = None,
         allocate: Allocate | None = None,
         start: int = 0,
     ) -> Outputs:
-        config = self.model.config
-        kept = tuple(
-            [np.zeros(0, np.int32)] * features.num_rows
-            for _ in range(0 if name == "dense" else config.num_reductions)
-        )
+        """Runs batches that are made already: positions of the examples, int [b], and arrays from `batch`."""
+        stages = self.model.config.num_reductions if rule.drops else 0
+        kept = tuple([np.zeros(0, np.int32)] * examples.num_rows for _ in range(stages))
         store, seconds = None, 0.0
         params = self.programs.layout.replicate(params)
-        ladder = execution.widths(config.max_length)
-        batches = itertools.islice(length_batches(features, self.batch_size, ladder), start, None)
-        for step, (index, width) in enumerate(batches, start + 1):
-            batch = pad_batch(features, index, self.batch_size, width)
-            rows = batch_rows(features, index, self.batch_size)
-            for key, values in extras.items():
-                batch[key] = values[np.maximum(rows, 0)]
-            program = self.programs.get(name, params, batch, execution)
+        for step, (index, batch) in enumerate(batches, start + 1):
+            program = self.programs.get(params, batch, rule, backend)
             begun = time.perf_counter()
             output, keep = jax.block_until_ready(program(params, batch))
             seconds += time.perf_counter() - begun
             if self._after_batch:
-                self._after_batch(features, index, output)
-            store = store or LogitStore(config, features, output, allocate)
+                self._after_batch(examples, index, output)
+            rows = batch_rows(examples, index, self.batch_size)
+            store = store or LogitStore(self.model.config, examples, output, allocate)
             store.put(index, rows, output)
-            there = np.flatnonzero(rows >= 0)
+            valid = np.flatnonzero(rows >= 0)
             for positions, masks in zip(kept, np.asarray(keep), strict=True):
-                for row, mask in zip(rows[there], masks[there], strict=True):
+                for row, mask in zip(rows[valid], masks[valid], strict=True):
                     positions[row] = np.flatnonzero(mask).astype(np.int32)
             if progress:
                 progress(step, len(index))
         logits = store.logits if store else None
-        return Outputs(logits, kept, features.row_lengths, features.labels, seconds)
+        return Outputs(logits, kept, examples.row_lengths, examples.labels, seconds)
+
+    def rule_inputs(self, examples: Examples, threshold: float = DEFAULT_THRESHOLD) -> dict[str, np.ndarray]:
+        """Returns the inputs of the rules of evaluation, one entry per row."""
+        # The threshold is an input of the compiled program, which all thresholds share.
+        return {"min_logit": np.full(examples.num_rows, min_logit(threshold), np.float32)}
+
+    def batch(
+        self, examples: Examples, index: np.ndarray, width: int, inputs: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Pads examples to a batch and adds the inputs of the rule.
+
+        Args:
+          examples: n examples of R rows.
+          index: int [b], positions of the batch's examples, b <= batch size.
+          width: padded length.
+          inputs: arrays [R, ...].
+        """
+        batch = pad_batch(examples, index, self.batch_size, width)
+        rows = np.maximum(batch_rows(examples, index, self.batch_size), 0)
+        return batch | {name: values[rows] for name, values in inputs.items()}
+
+    def compile(
+        self, params: Params, example: Examples, rule: str = DEFAULT_RULE, backend: str = DEFAULT_BACKEND
+    ) -> Iterator[tuple[str, float]]:
+        """Compiles the programs for all padded lengths.
+
+        Args:
+          params: the model's parameters.
+          example: one example; all others have inputs of the same shapes.
+          rule, backend: see `run`.
+
+        Yields:
+          The name of each program and the seconds that compiling took.
+
+        Raises:
+          UserError: an unknown rule or backend.
+        """
+        check_rule(rule)
+        check_backend(backend)
+        for width in bucket_widths(backend, self.model.config.max_length):
+            batch = self.batch(example, np.zeros(1, np.int64), width, self.rule_inputs(example))
+            self.programs.get(params, batch, rule, backend)
+            rows = len(batch["input_ids"])
+            seconds = self.programs.compile_seconds[rule, backend, rows, width]
+            yield f"{rule}, {backend}, {rows} x {width} tokens", seconds
 
 
 class LogitStore:
-    """The logits of a whole feature set, put together from those of its batches."""
+    """Collects the logits of batches into those of all examples."""
 
     def __init__(
-        self, config: ModelConfig, features: Examples, like: Logits, allocate: Allocate | None = None
+        self, config: ModelConfig, examples: Examples, like: Logits, allocate: Allocate | None = None
     ) -> None:
-        self._features = features
+        self._examples = examples
         self._by_row = config.task == "span"
-        count = features.num_rows if self._by_row else len(features)
+        count = examples.num_rows if self._by_row else len(examples)
 
         def empty(path: Any, x: jax.Array) -> np.ndarray:
             name = path[0].key if path else ""
@@ -223,21 +352,21 @@ class LogitStore:
         self.logits = jax.tree_util.tree_map_with_path(empty, like)
 
     def put(self, index: np.ndarray, rows: np.ndarray, output: Logits) -> None:
-        """Puts a batch's logits in their place.
+        """Stores a batch's logits.
 
         Args:
-          index: int [b], its examples.
-          rows: int [B * G], its rows, -1 for fillers.
-          output: of the batch.
+          index: int [b], positions of its examples.
+          rows: int [B * G], its rows, -1 for padding rows.
+          output: its logits.
 
         Raises:
           UserError: one of them is NaN or infinite; names the example.
         """
-        there = np.flatnonzero(rows >= 0) if self._by_row else np.arange(len(index))
-        to = rows[there] if self._by_row else index
+        valid = np.flatnonzero(rows >= 0) if self._by_row else np.arange(len(index))
+        to = rows[valid] if self._by_row else index
 
         def put(into: np.ndarray, x: jax.Array) -> None:
-            values = np.asarray(x)[there]
+            values = np.asarray(x)[valid]
             self._check_finite(to, values)
             into[to, ..., : values.shape[-1]] = values
 
@@ -247,10 +376,10 @@ class LogitStore:
         finite = np.isfinite(values.reshape(len(values), -1)).all(-1)
         if finite.all():
             return
-        entry, first_row = entries[np.flatnonzero(~finite)[0]], self._features.first_row
+        entry, first_row = entries[np.flatnonzero(~finite)[0]], self._examples.first_row
         if self._by_row and first_row is not None:
             entry = np.searchsorted(first_row, entry, side="right") - 1
         raise UserError(
-            f"example {self._features.ids[entry]}: the model's logits are not finite (NaN or infinity); its "
+            f"example {self._examples.ids[entry]}: the model's logits are not finite (NaN or infinity); its "
             "weights are damaged, or too large for the dtype it computes in"
         )

@@ -7,19 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trbert_jax.datasets.text_files import read_dataset
 from trbert_jax.errors import UserError
 from trbert_jax.inference.answering import Questions, read_questions
 from trbert_jax.inference.engine import InferenceEngine, Outputs
-from trbert_jax.inference.execution import DEFAULT_THRESHOLD
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.io import atomic_file, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
+from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import to_stderr
 from trbert_jax.reduction import flops
+from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES
 from trbert_jax.tasks.examples import Examples, build_features
 
 Judge = Callable[[Outputs], Mapping[str, float]]  # outputs -> the task's metrics
@@ -30,7 +29,8 @@ def evaluate_file(
     data_file: str | Path,
     *,
     batch_size: int = 32,
-    execution: str | None = None,
+    rule: str | None = None,
+    backend: str = DEFAULT_BACKEND,
     threshold: float = DEFAULT_THRESHOLD,
     predictions: Path | None = None,
     baselines: Sequence[str] = (),
@@ -44,9 +44,7 @@ def evaluate_file(
       data_file: `.jsonl` with `text` and `label`, or `.csv` with label and text; for a model that answers
         questions a file in the published format of the data set it was trained on.
       batch_size: examples of one forward pass.
-      execution: `packed`, `masked`, `batch_max` or `dense`; None for what suits the model (`packed`, if its
-        selectors have been trained).
-      threshold: keep probability from which a token is kept, for `packed` and `masked`.
+      rule, backend, threshold: see `TRBert.predict`.
       predictions: file for one JSON line an example; of questions the JSON that the official scorer reads,
         with `NAME.null_odds.json` beside `NAME.json` where questions may have no answer.
       baselines: of `random`, `first_k`: selections that learned nothing, at the same kept counts.
@@ -61,7 +59,7 @@ def evaluate_file(
       UserError: a model or file that cannot be read, a label the model does not have.
     """
     model = TRBert.from_pretrained(model_dir)
-    execution = execution or model.default_execution
+    rule = rule or model.default_rule
     if model.tokenizer is None:
         raise UserError(f"{model_dir}: has no tokenizer files; put those of the model it was made of there")
     runner = model.runner(batch_size)
@@ -76,7 +74,7 @@ def evaluate_file(
     def judge(outputs: Outputs) -> dict[str, float]:
         return {"accuracy": outputs.accuracy} if questions is None else questions.score(outputs).metrics
 
-    outputs = runner.run(model.params, features, execution, threshold=threshold)
+    outputs = runner.run(model.params, features, rule=rule, backend=backend, threshold=threshold)
     if predictions is not None and questions is not None:
         files = questions.score(outputs).files
         write_json(predictions, files["predictions.json"])
@@ -84,13 +82,13 @@ def evaluate_file(
             write_json(predictions.with_suffix(".null_odds.json"), files["null_odds.json"])
     elif predictions is not None:
         write_predictions(predictions, outputs, features, model.config.labels)
-    settings = {"execution": execution, "batch_size": batch_size, "threshold": threshold}
+    settings = {"rule": rule, "backend": backend, "batch_size": batch_size, "threshold": threshold}
     result = {**settings, **summarize(outputs, model.config, judge(outputs))}
     if questions is not None:
         result["data"] = questions.notes
     if questions is not None and skip_bad_records:
         result["skipped_records"] = questions.num_skipped
-    if execution != "dense" and baselines:
+    if RULES[rule].drops and baselines:
         result["baselines"] = run_baselines(runner, model.params, features, outputs, baselines, seed, judge)
     return result
 
@@ -107,7 +105,7 @@ def run_baselines(
     """Evaluates selections that learned nothing, with each example's own kept counts from `outputs`."""
     result = {}
     for kind in kinds:
-        found = runner.baseline(params, features, kind, outputs.num_kept, seed)
+        found = runner.run(params, features, rule=kind, num_kept=outputs.num_kept, seed=seed)
         result[kind] = summarize(found, runner.model.config, judge(found))
     return result
 
@@ -116,14 +114,16 @@ def run_thresholds(
     runner: InferenceEngine,
     params: Params,
     features: Examples,
-    execution: str,
-    thresholds: Sequence[float],
     judge: Judge,
+    thresholds: Sequence[float],
+    *,
+    rule: str,
+    backend: str,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates one model at several points between keeping more and keeping less."""
     result = {}
     for threshold in thresholds:
-        found = runner.run(params, features, execution, threshold=threshold)
+        found = runner.run(params, features, rule=rule, backend=backend, threshold=threshold)
         result[str(threshold)] = summarize(found, runner.model.config, judge(found))
     return result
 
@@ -153,8 +153,7 @@ def summarize(outputs: Outputs, config: ModelConfig, metrics: Mapping[str, float
 
 def write_predictions(path: str | Path, outputs: Outputs, features: Examples, labels: Sequence[str]) -> None:
     """Writes one JSON line an example: prediction, probabilities, kept positions, true label."""
-    scores = np.exp(outputs.logits - outputs.logits.max(-1, keepdims=True))
-    scores /= scores.sum(-1, keepdims=True)
+    scores = outputs.probabilities
     winners = outputs.logits.argmax(-1)
     with atomic_file(path) as stream:
         for row, winner in enumerate(winners):

@@ -15,24 +15,20 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.errors import UserError
-from trbert_jax.inference.engine import InferenceEngine, Outputs
-from trbert_jax.inference.execution import (
-    DEFAULT_EXECUTION,
-    DEFAULT_THRESHOLD,
-    EXECUTIONS,
-    CompiledForward,
-    check_execution,
-)
+from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Outputs, check_backend
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
+from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import Announce, load_pretrained, save_pretrained, to_stderr
 from trbert_jax.model.tokenizer_files import Tokenizer, check_vocabulary
+from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
 from trbert_jax.tasks.examples import Examples
 
 WINDOW = 32  # batches within which texts are sorted by length
@@ -144,15 +140,16 @@ class TRBert:
         save_pretrained(directory, self.config, params, self.tokenizer, exclude=self.fresh)
 
     @property
-    def default_execution(self) -> str:
-        """`packed`, or `dense` for a model whose selectors nothing has trained."""
-        return "dense" if "selectors" in self.fresh else DEFAULT_EXECUTION
+    def default_rule(self) -> str:
+        """`threshold`, or `dense` for a model whose selectors are not trained."""
+        return "dense" if "selectors" in self.fresh else DEFAULT_RULE
 
     def predict(
         self,
         texts: Sequence[str],
         batch_size: int = 32,
-        execution: str | None = None,
+        rule: str | None = None,
+        backend: str = DEFAULT_BACKEND,
         threshold: float = DEFAULT_THRESHOLD,
     ) -> list[Prediction]:
         """Classifies texts.
@@ -160,12 +157,13 @@ class TRBert:
         Args:
           texts: any number, empty ones too; one longer than `config.max_length` tokens is cut.
           batch_size: texts a forward pass; has no influence on the results.
-          execution: `packed` drops tokens for each text by itself and computes nothing else; `masked`
-            gives the same numbers and computes everything. `batch_max` is the published
-            evaluation, in which a text keeps as many tokens as the greediest one of its batch, so
-            results depend on the batch. `dense` drops nothing. None takes `default_execution`.
-          threshold: keep probability from which a token is kept (not for `batch_max`): a lower one keeps more
-            tokens, which costs time and usually gains accuracy, without training anything again.
+          rule: `threshold` decides on each text by itself. `batch_max` is the published evaluation: each text
+            keeps as many tokens as the text of its batch that keeps most, so results depend on the batch.
+            `dense` drops nothing. None takes `default_rule`.
+          backend: `packed` computes no padding and no dropped tokens; `masked` computes every position and
+            gives the same results.
+          threshold: keep probability from which rule `threshold` keeps a token. A lower one keeps more
+            tokens, which costs time and usually improves accuracy, without training.
 
         Returns:
           Predictions in the order of the texts.
@@ -175,13 +173,14 @@ class TRBert:
             questions (`trbert_jax.answer_questions`).
         """
         _check_texts(texts)
-        return list(self.predict_stream(texts, batch_size, execution, threshold))
+        return list(self.predict_stream(texts, batch_size, rule, backend, threshold))
 
     def predict_stream(
         self,
         texts: Iterable[str],
         batch_size: int = 32,
-        execution: str | None = None,
+        rule: str | None = None,
+        backend: str = DEFAULT_BACKEND,
         threshold: float = DEFAULT_THRESHOLD,
     ) -> Iterator[Prediction]:
         """Classifies any number of texts, of which only a few batches are in memory at a time.
@@ -191,7 +190,7 @@ class TRBert:
 
         Args:
           texts: read as needed.
-          batch_size, execution, threshold: as in `predict`.
+          batch_size, rule, backend, threshold: as in `predict`.
 
         Returns:
           Predictions in the order of the texts.
@@ -203,13 +202,16 @@ class TRBert:
             raise UserError(
                 "this model answers questions; ask it with trbert_jax.answer_questions(model, questions)"
             )
-        execution = execution or self.default_execution
-        check_execution(execution, threshold)
+        rule = rule or self.default_rule
+        check_rule(rule, threshold)
+        check_backend(backend)
         _check_batch_size(batch_size)
-        return self._predict_windows(iter(texts), batch_size, execution, threshold)
+        return self._predict_windows(
+            iter(texts), batch_size, {"rule": rule, "backend": backend, "threshold": threshold}
+        )
 
     def _predict_windows(
-        self, texts: Iterator[str], batch_size: int, execution: str, threshold: float
+        self, texts: Iterator[str], batch_size: int, options: dict[str, Any]
     ) -> Iterator[Prediction]:
         def read() -> list[str]:
             return list(itertools.islice(texts, WINDOW * batch_size))
@@ -225,15 +227,14 @@ class TRBert:
                 num_read += len(window)
                 if following := read():
                     encoding = pool.submit(self._encode, following, num_read)
-                output = self.runner(rows).run(self.params, features, execution, threshold=threshold)
+                output = self.runner(rows).run(self.params, features, **options)
                 yield from self._predictions(window, features, truncated, output)
                 window = following
 
     def _predictions(
         self, texts: Sequence[str], features: Examples, truncated: Sequence[bool], output: Outputs
     ) -> Iterator[Prediction]:
-        scores = np.exp(output.logits - output.logits.max(-1, keepdims=True))
-        scores /= scores.sum(-1, keepdims=True)  # [n, C]
+        scores = output.probabilities
         winners = output.logits.argmax(-1)
         for i, text in enumerate(texts):
             yield Prediction(
@@ -248,11 +249,13 @@ class TRBert:
                 _tokenizer=self.tokenizer,
             )
 
-    def compile(self, batch_size: int = 32, execution: str | None = None) -> Iterator[tuple[str, float]]:
+    def compile(
+        self, batch_size: int = 32, rule: str | None = None, backend: str = DEFAULT_BACKEND
+    ) -> Iterator[tuple[str, float]]:
         """Compiles ahead of time what `predict` needs with this batch size.
 
         Args:
-          batch_size, execution: as in `predict`.
+          batch_size, rule, backend: as in `predict`.
 
         Yields:
           The name of each program and the seconds that compiling it took.
@@ -265,14 +268,18 @@ class TRBert:
                 "models that label texts can be compiled ahead; one that answers questions compiles at its "
                 "first batch and finds its programs in the cache from then on"
             )
-        execution = execution or self.default_execution
-        check_execution(execution)
         _check_batch_size(batch_size)
+        example = Examples(
+            tokens=np.zeros(1, np.int32),
+            offsets=np.array([0, 1]),
+            token_types=None,
+            labels=np.zeros(1, np.int32),
+            ids=[""],
+            num_truncated=0,
+            digest="",
+        )
         for rows in sorted({_num_rows(n, batch_size) for n in (*SMALL, batch_size)}):
-            runner = self.runner(rows)
-            for width in EXECUTIONS[execution].widths(self.config.max_length):
-                seconds = runner.compile(self.params, execution, width)
-                yield f"{execution}, {rows} x {width} tokens", seconds
+            yield from self.runner(rows).compile(self.params, example, rule or self.default_rule, backend)
 
     def runner(self, batch_size: int) -> InferenceEngine:
         """What runs the model in batches of this many rows; kept, because it holds compiled programs."""

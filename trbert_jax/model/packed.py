@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,15 @@ from flax import struct
 from trbert_jax.model import tiles
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.layers import TransformerLayer
-from trbert_jax.model.model import Batch, ModelOutput, Params, TokenReducingModel, head_inputs, shared_passage
+from trbert_jax.model.model import (
+    Batch,
+    ModelOutput,
+    Params,
+    TokenReducingModel,
+    forward,
+    head_inputs,
+    shared_passage,
+)
 from trbert_jax.model.selector import Selector
 from trbert_jax.model.tiles import Tiling
 from trbert_jax.reduction.selection import Rule, Selection, TokenSet, restore, select
@@ -301,3 +309,8 @@ def _finish(
 
 def _rngs(rng: jax.Array | None) -> dict[str, jax.Array] | None:
     return None if rng is None else {"dropout": rng}
+
+
+DEFAULT_BACKEND = "packed"
+# The two ways to compute the same: without padding, and as a reference every position of the padded batch.
+BACKENDS: dict[str, Callable[..., ModelOutput]] = {DEFAULT_BACKEND: packed_forward, "masked": forward}

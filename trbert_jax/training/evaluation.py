@@ -15,7 +15,6 @@ from trbert_jax.config import RunConfig
 from trbert_jax.errors import UserError
 from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.inference.evaluate import run_baselines, run_thresholds, summarize, write_predictions
-from trbert_jax.inference.execution import execution_of
 from trbert_jax.io import atomic_directory, write_json
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.hf_config import model_config_to_dict
@@ -45,13 +44,13 @@ def evaluate_stage(run: Experiment) -> dict[str, Any]:
         run.check_inputs("evaluate", model, (split,))
         runner = run.runner(model.config, settings.batch_size, passes.after_batch)
         params = jax.device_put(model.params)
-        execution = execution_of("dense" if stage == "finetune" else settings.rule, settings.backend) or ""
-        outputs = runner.run(params, features, execution)
+        how = stages.rule_and_backend(run.config, stage)
+        outputs = runner.run(params, features, **how)
         score = run.score(split, model, outputs)
         summary = summarize(outputs, model.config, score.metrics)
         last = stage == run.last_model_stage
         if stage == "finetune":
-            result["dense"] = summary | _tune_null_threshold(run, model, runner, execution, outputs, score)
+            result["dense"] = summary | _tune_null_threshold(run, model, runner, how, outputs, score)
         else:
             result["reduced" if last else stage] = summary
         _write_answers(directory, f"_{stage}", run, outputs, features, model, score)
@@ -66,9 +65,9 @@ def evaluate_stage(run: Experiment) -> dict[str, Any]:
                     runner, params, features, outputs, settings.baselines, run.config.seed, judge
                 )
                 result["thresholds"] = run_thresholds(
-                    runner, params, features, execution, settings.thresholds, judge
+                    runner, params, features, judge, settings.thresholds, **how
                 )
-            result |= _tune_null_threshold(run, model, runner, execution, outputs, score)
+            result |= _tune_null_threshold(run, model, runner, how, outputs, score)
     source = run.output_of(run.last_model_stage, "model", "evaluate")
     run.layout.on_main(lambda: _export(run, source, model, result))
     return {"split": split, "rule": settings.rule, "backend": settings.backend, **result}
@@ -113,7 +112,7 @@ def _tune_null_threshold(
     run: Experiment,
     model: Pretrained,
     runner: InferenceEngine,
-    execution: str,
+    how: Mapping[str, Any],
     outputs: Outputs,
     reported: Score,
 ) -> dict[str, Any]:
@@ -126,7 +125,7 @@ def _tune_null_threshold(
         return {}
     tuned_on = reported
     if split != "dev":
-        outputs_on_dev = runner.run(model.params, run.features("dev", model), execution)
+        outputs_on_dev = runner.run(model.params, run.features("dev", model), **how)
         tuned_on = run.score("dev", model, outputs_on_dev)
     threshold = data.best_null_threshold(tuned_on.metrics)
     if threshold is None:  # a development set in which every question has an answer
@@ -183,15 +182,14 @@ def evaluate_all_checkpoints(config: RunConfig, announce: Announce = print) -> d
         store = training.checkpoints(announce)
         features = run.features(config.evaluate.split, prepared.start)
         runner = run.runner(model_config, config.evaluate.batch_size)
-        rule = "dense" if stage == "finetune" else config.evaluate.rule
-        execution = execution_of(rule, config.evaluate.backend) or ""
+        how = stages.rule_and_backend(config, stage)
         trained, frozen = split_params(jax.device_put(prepared.start.params), training.trains)
         like = init_state(trained, training.optimizer()[0])
         results[stage] = {"best": store.best_step(), "last": store.latest_step()}
         for step in store.steps():
             announce(f"{stage}: evaluating step {step}")
             params = merge_params(loop.restore_state(store, step, like).trained, frozen)
-            outputs = runner.run(params, features, execution)
+            outputs = runner.run(params, features, **how)
             score = run.score(config.evaluate.split, prepared.start, outputs)
             results[stage][f"step_{step}"] = summarize(outputs, model_config, score.metrics)
     if not results:

@@ -26,8 +26,7 @@ import numpy as np
 
 from trbert_jax.config import STAGES, RunConfig, diff_configs, load_stored, to_dict
 from trbert_jax.errors import MissingSplitError, UserError
-from trbert_jax.inference.engine import AfterBatch, InferenceEngine, Outputs
-from trbert_jax.inference.execution import CompiledForward
+from trbert_jax.inference.engine import AfterBatch, CompiledForward, InferenceEngine, Outputs
 from trbert_jax.io import make_directory, only_process, read_json, write_json
 from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.model.model import TokenReducingModel, init_params

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.config import InitConfig, JointConfig, PolicyConfig, TrainingConfig
+from trbert_jax.config import InitConfig, JointConfig, PolicyConfig, RunConfig, TrainingConfig
 from trbert_jax.errors import UserError
-from trbert_jax.inference.execution import execution_of
 from trbert_jax.model.model import Batch, Params, TokenReducingModel, forward
 from trbert_jax.model.packed import packed_forward
 from trbert_jax.model.pretrained import Pretrained, save_pretrained
@@ -195,7 +194,9 @@ def teacher_stage(run: Experiment) -> dict[str, Any]:
             files.progress(step)
             stop_here(run.layout, "in teacher")
 
-        outputs = runner.run(model.params, features, "dense", progress, allocate=allocate, start=files.start)
+        outputs = runner.run(
+            model.params, features, rule="dense", progress=progress, allocate=allocate, start=files.start
+        )
         if not run.layout.is_main:  # it has kept nothing
             return {}
         files.finish(*names)
@@ -337,15 +338,21 @@ def _dropout_rng(config: TrainingConfig, rng: jax.Array, batch: Batch) -> jax.Ar
     return jax.random.wrap_key_data(jnp.concatenate([data, data]), impl="rbg")
 
 
+def rule_and_backend(config: RunConfig, stage: str) -> dict[str, Any]:
+    """Returns how a stage's model is evaluated: the dense stage without reduction."""
+    if stage == "finetune":
+        return {"rule": "dense"}
+    return {"rule": config.evaluate.rule, "backend": config.evaluate.backend}
+
+
 def _dev_evaluation(run: Experiment, stage: str, start: Pretrained) -> Callable[[Params], dict[str, float]]:
     """Evaluates parameters on the development set, the dense stage without reduction."""
-    rule = "dense" if stage == "finetune" else run.config.evaluate.rule
-    execution = execution_of(rule, run.config.evaluate.backend) or ""
+    how = rule_and_backend(run.config, stage)
     features = run.features("dev", start)
     runner = run.runner(start.config, run.config.evaluate.batch_size)
 
     def evaluate(params: Params) -> dict[str, float]:
-        outputs = runner.run(params, features, execution)
+        outputs = runner.run(params, features, **how)
         kept = {f"kept_tokens_{stage}": float(x) for stage, x in enumerate(outputs.num_kept.mean(0))}
         return {**run.score("dev", start, outputs).metrics, **kept}
 

@@ -264,6 +264,6 @@ def _actions_of(
             "a tokenizer are needed"
         )
     outputs = replayed.runner(min(_REFERENCE_BATCH, len(features))).run(
-        replayed.params, features, replayed.default_execution
+        replayed.params, features, rule=replayed.default_rule
     )
     return kept_masks(outputs, workload.max_length)

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.inference.benchmark.workload import Workload
-from trbert_jax.inference.engine import LogitStore
-from trbert_jax.inference.execution import EXECUTIONS, CompiledForward, Execution, Inputs
+from trbert_jax.inference.engine import CompiledForward, Inputs, LogitStore, bucket_widths
 from trbert_jax.model.heads import Logits
-from trbert_jax.model.model import Params, forward
+from trbert_jax.model.model import Params
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
+from trbert_jax.reduction.rules import RULES, RuleSpec
 from trbert_jax.tasks.batching import batch_rows
 
 Announce = Callable[[str], Any]
@@ -30,26 +30,27 @@ class Way:
     """A way to run the batches of a workload.
 
     Attributes:
-      execution: what runs.
+      rule, backend: what runs.
       selects: `each` (every text by itself), `batch_max` or None: what decides about tokens, for actions that
         are given.
       full_length: whether batches are padded to the longest length that the model takes.
       padded: whether padding and dropped tokens are computed.
     """
 
-    execution: Execution
+    rule: str
+    backend: str
     selects: str | None
     full_length: bool = False
     padded: bool = False
 
 
 WAYS = {
-    "packed": Way(EXECUTIONS["packed"], "each"),
-    "masked": Way(EXECUTIONS["masked"], "each", padded=True),
-    "masked_full": Way(EXECUTIONS["masked"], "each", full_length=True, padded=True),
-    "batch_max": Way(EXECUTIONS["batch_max"], "batch_max"),
-    "dense": Way(EXECUTIONS["dense"], None),
-    "dense_full": Way(Execution(forward, lambda batch: None), None, full_length=True, padded=True),
+    "packed": Way("threshold", "packed", "each"),
+    "masked": Way("threshold", "masked", "each", padded=True),
+    "masked_full": Way("threshold", "masked", "each", full_length=True, padded=True),
+    "batch_max": Way("batch_max", "packed", "batch_max"),
+    "dense": Way("dense", "packed", None),
+    "dense_full": Way("dense", "masked", None, full_length=True, padded=True),
 }
 
 
@@ -95,10 +96,12 @@ def prepare(
       batch_size: texts of a batch.
     """
     way = WAYS[name]
-    execution = way.execution if workload.actions is None else _with_actions(way)
+    rule = RULES[way.rule] if workload.actions is None else _with_actions(way)
     longest = workload.max_length
-    batches = workload.batches(batch_size, (longest,) if way.full_length else execution.widths(longest))
-    compiled = [programs.get(name, params, batch, execution) for batch in batches]
+    batches = workload.batches(
+        batch_size, (longest,) if way.full_length else bucket_widths(way.backend, longest)
+    )
+    compiled = [programs.get(params, batch, rule, way.backend) for batch in batches]
 
     def run_batch(number: int) -> Any:
         return jax.block_until_ready(compiled[number](params, batches[number]))
@@ -116,7 +119,7 @@ def prepare(
         if way.selects:
             there = np.flatnonzero(rows >= 0)
             keep[rows[there], :, : kept.shape[-1]] = np.asarray(kept).swapaxes(0, 1)[there]
-    keys = {(name, *batch["input_ids"].shape) for batch in batches}
+    keys = {(rule.name, way.backend, *batch["input_ids"].shape) for batch in batches}
     if way.padded:
         shapes = [batch["input_ids"].shape for batch in batches]
         computed = np.concatenate([np.full(count, width) for count, width in shapes])
@@ -174,8 +177,8 @@ def time_runs(
     return seconds
 
 
-def _with_actions(way: Way) -> Execution:
-    """The execution with the selections of `batch["actions"]` in place of the model's."""
+def _with_actions(way: Way) -> RuleSpec:
+    """The rule with the selections of `batch["actions"]` in place of the model's."""
 
     def given(batch: Inputs) -> tokens.Rule:
         actions = jnp.swapaxes(batch["actions"], 0, 1)  # [stages, B, S]
@@ -192,4 +195,6 @@ def _with_actions(way: Way) -> Execution:
         return rule
 
     rules = {"each": given, "batch_max": given_batch_max}
-    return dataclasses.replace(way.execution, rule=rules[way.selects]) if way.selects else way.execution
+    if not way.selects:
+        return RULES[way.rule]
+    return dataclasses.replace(RULES[way.rule], name=f"given {way.rule}", build=rules[way.selects])

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trbert_jax.inference.engine import Outputs
-from trbert_jax.inference.execution import Inputs, with_threshold
+from trbert_jax.inference.engine import Inputs, Outputs
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.tasks.batching import pad_batch
 from trbert_jax.tasks.examples import Examples
@@ -61,7 +60,8 @@ class Workload:
             longest = self.features.lengths[index].max()
             width = next(width for width in widths if width >= longest)
             padded = pad_batch(self.features, index, batch_size, width)
-            batch = dict(with_threshold({key: padded[key] for key in _READ if key in padded}))
+            batch = {key: padded[key] for key in _READ if key in padded}
+            batch["min_logit"] = np.zeros(len(batch["input_ids"]), np.float32)
             if self.actions is not None:
                 batch["actions"] = self.actions[index, :, :width]
             found.append(batch)
