@@ -1,14 +1,14 @@
-"""Everything that is measured on an accelerator, in one command of less than eight minutes.
+"""Measures inference and training on an accelerator, in one command of less than eight minutes.
 
     python benchmarks/accelerator.py --json benchmarks/accelerator.json
 
-Needs no network, no data and no trained model: random weights of the sizes of MiniLM and BERT-base, random
-token ids with lengths like those of film reviews (203 tokens on average, 256 at most), and random tokens to
-keep, 98 and 51 on average, as many as a model trained on such reviews keeps.
+Needs no network, data or trained model: it uses random weights of MiniLM's and BERT-base's size, random
+token ids with the lengths of film reviews (203 tokens on average, 256 at most), and random tokens to keep,
+98 and 51 on average, as many as a model trained on such reviews keeps.
 
-First come checks, packed against masked in float32: logits, kept tokens and the gradients of a joint step.
-Then, in bfloat16, the ways to run a model side by side and the training steps. What does not fit into
---minutes is left out, and said to be. `--tiny` shows on any machine that it runs.
+Checks packed against masked in float32 first: logits, kept tokens and the gradients of a joint step. Then
+times, in bfloat16, the variants of a model side by side and the training steps. Skips and reports what does
+not fit into --minutes. `--tiny` is a test run for any machine.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ LOGITS_TOLERANCE, GRADIENTS_TOLERANCE = 1e-5, 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How much is run: sizes with their longest text, batch sizes, texts, repeats and a training step."""
+    """Sizes, longest text, batch sizes, texts, repeats and training step of a session."""
 
     sizes: tuple[str, ...] = ("minilm", "bert-base")
     max_length: int = 256
-    batch_sizes: tuple[int, ...] = (32, 128, 8, 1)  # in the order of their worth, should time run out
+    batch_sizes: tuple[int, ...] = (32, 128, 8, 1)  # most important first, in case time runs out
     num_texts: int = 256
     repeats: int = 5
     setting: Setting = dataclasses.field(
@@ -60,7 +60,7 @@ TINY = Plan(("tiny",), 64, (4,), 8, 2, Setting(2, 2, SHARES, 1, 2))
 
 
 def make_workload(config: ModelConfig, num_texts: int) -> Workload:
-    """Random texts, and what to keep of them."""
+    """Makes random texts and random tokens to keep."""
     rng = np.random.default_rng(0)
     lengths = review_lengths(num_texts, rng, config.max_length)
     features = random_features(config, lengths, rng)
@@ -68,7 +68,7 @@ def make_workload(config: ModelConfig, num_texts: int) -> Workload:
 
 
 def check(config: ModelConfig, params: Params, plan: Plan, *, thorough: bool) -> list[dict[str, Any]]:
-    """Packed against masked in float32: with kept tokens that are given and, if thorough, more than that."""
+    """Compares packed with masked in float32, with given kept tokens and, if thorough, with chosen ones."""
     model, given = TokenReducingModel(config), make_workload(config, plan.batch_sizes[0])
     found = [check_logits("logits, kept tokens given", model, params, given)]
     if thorough:
@@ -81,7 +81,7 @@ def check(config: ModelConfig, params: Params, plan: Plan, *, thorough: bool) ->
 
 
 def check_logits(what: str, model: TokenReducingModel, params: Params, workload: Workload) -> dict[str, Any]:
-    """Logits and kept tokens of one batch."""
+    """Compares logits and kept tokens of one batch."""
     programs, batch_size = CompiledForward(model), len(workload.features)
     packed = runs.prepare("packed", programs, params, workload, batch_size)
     masked = runs.prepare("masked", programs, params, workload, batch_size)
@@ -99,7 +99,7 @@ def check_logits(what: str, model: TokenReducingModel, params: Params, workload:
 
 
 def check_gradients(model: TokenReducingModel, params: Params, plan: Plan) -> dict[str, Any]:
-    """Gradients of a joint step by all parameters."""
+    """Compares the gradients of a joint step for all parameters."""
     packed, masked = (
         jax.tree.leaves(joint_gradients(model, params, plan, name)) for name in ("packed", "masked")
     )
@@ -114,7 +114,7 @@ def check_gradients(model: TokenReducingModel, params: Params, plan: Plan) -> di
 
 
 def decided(params: Params) -> Params:
-    """The parameters with larger selectors: of fresh ones, which say one half, the last digit decides."""
+    """Scales the selectors up: new ones give probabilities so close to one half that rounding decides."""
     encoder = dict(params["encoder"])
     for name in encoder:
         if name.startswith("selector_"):
@@ -123,7 +123,7 @@ def decided(params: Params) -> Params:
 
 
 def joint_gradients(model: TokenReducingModel, params: Params, plan: Plan, execution: str) -> Params:
-    """Gradients of the mean loss of a joint step without dropout, by all parameters."""
+    """Returns the gradients of the mean loss of a joint step without dropout, for all parameters."""
     setting = dataclasses.replace(plan.setting, batch_size=min(8, plan.setting.batch_size), num_batches=1)
     (batch,) = make_batches(model.config, setting)
     objective = make_objective("joint", model, execution, setting.num_samples, dropout=False)
@@ -141,7 +141,7 @@ def joint_gradients(model: TokenReducingModel, params: Params, plan: Plan, execu
 
 
 def inference(config: ModelConfig, params: Params, plan: Plan, batch_size: int) -> list[dict[str, Any]]:
-    """The ways to run the model in bfloat16, side by side, at one batch size."""
+    """Times the variants of a model in bfloat16, side by side, at one batch size."""
     programs = CompiledForward(TokenReducingModel(config, jnp.bfloat16))
     workload = make_workload(config, plan.num_texts)
     prepared = [runs.prepare(way, programs, params, workload, batch_size) for way in WAYS]
@@ -155,15 +155,15 @@ def inference(config: ModelConfig, params: Params, plan: Plan, batch_size: int) 
 
 
 def training(config: ModelConfig, plan: Plan, stage: str) -> list[dict[str, Any]]:
-    """The steps of one stage in bfloat16, packed (by jit and by pmap) and masked."""
+    """Times the steps of one stage in bfloat16, packed (by jit and by pmap) and masked."""
     return measure(config, plan.setting, stages=[stage], strategies=("jit", "pmap"), dtype=jnp.bfloat16)
 
 
 class Session:
-    """Runs tasks as long as there is time for them, and keeps what they find.
+    """Runs tasks while time remains and collects their records.
 
-    A task is left out where the longest one of its kind so far would not fit any more, or where the device
-    gives up on it. After each task the file is written, so that a session that is cut off leaves what it has.
+    Skips a task if the longest one of its kind so far would exceed the time left, or if the device fails on
+    it. Writes the file after each task, so that an interrupted session keeps its records.
 
     Attributes:
       result: section -> records of all tasks so far, and `left_out`.
@@ -176,9 +176,9 @@ class Session:
         self.result |= {"left_out": [], "seconds": 0.0, "finished": False}
 
     def run(self, section: str, size: str, what: str, task: Callable[[], list[dict[str, Any]]]) -> None:
-        """Runs a task, unless there is no time, and adds its records to a section."""
+        """Runs a task if time remains, and adds its records to a section."""
         name, start = f"{section}: {size}, {what}", time.monotonic() - self._start
-        kind = f"{section}, {what}"  # the sizes are in ascending order
+        kind = f"{section}, {what}"  # sizes are in ascending order
         if start + self._longest.get(kind, 0.0) > self._limit:
             self.result["left_out"].append(name)
             print(f"--- {name}: left out, no time", flush=True)
@@ -186,7 +186,7 @@ class Session:
         print(f"--- {name} ({start:.0f} s)", flush=True)
         try:
             found = task()
-        except jax.errors.JaxRuntimeError as error:  # as a rule: out of memory
+        except jax.errors.JaxRuntimeError as error:  # usually out of memory
             if section == "checks":
                 raise
             reason = str(error).partition("\n")[0]
@@ -200,13 +200,13 @@ class Session:
         self.save()
 
     def save(self) -> None:
-        """Writes the file, if there is to be one."""
+        """Writes the file, if one was asked for."""
         if self._path:
             write_json(self._path, self.result)
 
 
 def run_all(plan: Plan, session: Session) -> None:
-    """All checks and measurements, in the order of their worth."""
+    """Runs all checks and measurements, most important first."""
     configs = {size: dataclasses.replace(SIZES[size], max_length=plan.max_length) for size in plan.sizes}
     models = {size: init_params(config, jax.random.key(0)) for size, config in configs.items()}
     for size, config in configs.items():
@@ -229,7 +229,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--minutes", type=float, default=7.0, help="start nothing that would take longer")
+    parser.add_argument("--minutes", type=float, default=7.0, help="start no task that would exceed this")
     parser.add_argument("--peak-tflops", type=float, help="of the device in bfloat16, for the utilization")
     parser.add_argument("--tiny", action="store_true", help="a minute on any machine; times mean nothing")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""How long a model waits for its programs: compiled for the first time, and read from the cache on disk.
+"""Times the compilation of a model's programs, and reading them from the cache on disk.
 
     python benchmarks/compile_time.py --json benchmarks/compile_time.json
 
-`trbert compile` on random weights, with a cache that is empty at first, in a new process each time: once to
-compile, then to read. The seconds are those that the command itself reports.
+Runs `trbert compile` on random weights in new processes with an empty cache: the first compiles, the others
+read. The seconds are those that the command reports.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROGRAM = re.compile(r"^(?P<name>\w+, \w+, \d+ x \d+ tokens) +(?P<seconds>[\d.]+
 
 
 def compile_once(model: Path, cache: Path, options: list[str]) -> dict[str, float]:
-    """Program -> seconds, in a process of its own."""
+    """Runs `trbert compile` in a new process; returns program -> seconds."""
     command = [sys.executable, "-m", "trbert_jax", "compile", "--model", str(model), *options]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -40,7 +40,7 @@ def compile_once(model: Path, cache: Path, options: list[str]) -> dict[str, floa
 
 
 def measure(size: str, config: ModelConfig, batch_size: int, repeats: int) -> list[dict[str, Any]]:
-    """A record a program of `trbert compile`: first of all, and the median of `repeats` later processes."""
+    """Returns a record for each program: the first process, and the median of `repeats` later ones."""
     options = ["--batch-size", str(batch_size), "--backend", "packed"]
     with tempfile.TemporaryDirectory() as folder:
         model, cache = Path(folder) / "model", Path(folder) / "programs"

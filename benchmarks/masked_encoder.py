@@ -1,9 +1,9 @@
-"""Times one forward pass: masked reduction against the dense encoder, and Hugging Face's in PyTorch.
+"""Times one forward pass of the masked, the dense and the Hugging Face encoder.
 
     python benchmarks/masked_encoder.py --json benchmarks/masked_encoder.json
 
-The same random weights and inputs for all, one padded shape, interleaved runs, medians. Masking
-saves nothing by itself; it must only not cost. PyTorch is left out where it is not installed.
+All run the same random weights and inputs at one padded shape, interleaved; the medians are reported.
+Masking saves no time, but must not cost any. PyTorch is skipped if it is not installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trbert_jax.model.model import TokenReducingModel, forward, init_params
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction.selection import Rule, keep_probable
 
-# MiniLM's shape.
+# The shape of MiniLM.
 CONFIG = ModelConfig(hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536)
 
 
@@ -43,7 +43,7 @@ def _await(step: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
 
 
 def jax_runs(params: Any, ids: np.ndarray, mask: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """The compiled dense and masked forward passes, results awaited."""
+    """Returns the compiled dense and masked forward passes, which wait for their results."""
     model, batch = TokenReducingModel(CONFIG), {"input_ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
     runs: dict[str, Callable[[], Any]] = {}
     for name, rule in (("dense", None), ("masked", keep_probable)):
@@ -53,7 +53,7 @@ def jax_runs(params: Any, ids: np.ndarray, mask: np.ndarray) -> dict[str, Callab
 
 
 def torch_run(params: Any, ids: np.ndarray, mask: np.ndarray, threads: int) -> Callable[[], Any]:
-    """Hugging Face's BERT with the same weights, in inference mode."""
+    """Returns Hugging Face's BERT with the same weights, in inference mode."""
     import torch
     from transformers import BertForSequenceClassification
 

@@ -1,11 +1,10 @@
-"""Data in shards: how fast it is written and in how much memory, and how fast it is read.
+"""Measures prepared data: seconds and memory to write the shards, examples a second to read them.
 
     python benchmarks/prepared_data.py --config configs/imdb_bert.yaml --json benchmarks/prepared_data.json \
         data.path=data/imdb model.init=models/minilm
 
-`trbert prepare-data` runs in a process of its own, once to its end and once killed when half of its shards
-are there and started again; both must write the same files. Then the batches of training are read, the way
-training reads them, as fast as they come.
+Runs `trbert prepare-data` in a new process, once undisturbed and once killed after half of its shards and
+started again; both must write the same files. Then reads the batches as training does, as fast as possible.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ COMMAND = [sys.executable, "-c", "import sys; from trbert_jax.cli import main; s
 
 
 def prepare(arguments: list[str], output: Path, kill_at: int | None = None) -> dict[str, float]:
-    """Runs the command; with `kill_at` only until so many shards are there. Seconds and peak memory."""
+    """Runs the command, or kills it after `kill_at` shards; returns seconds and peak memory."""
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen(
         [*COMMAND, "prepare-data", "--output", str(output), *arguments], stdout=subprocess.DEVNULL
@@ -50,7 +49,7 @@ def prepare(arguments: list[str], output: Path, kill_at: int | None = None) -> d
 
 
 def _resident(pid: int) -> int:
-    """The most memory that a process has had so far, bytes; Linux only, 0 elsewhere."""
+    """Returns the peak memory of a process so far, bytes; Linux only, 0 elsewhere."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -59,7 +58,7 @@ def _resident(pid: int) -> int:
 
 
 def read_speed(config: RunConfig, folder: Path, seconds: float) -> dict[str, float]:
-    """Examples a second of training's batches, read and put together but not computed on."""
+    """Returns examples a second of training batches, read and padded but not computed on."""
     run = Experiment(config, announce=lambda line: None)
     training = stages.prepare(run, "finetune").training
     width = loop.training_width(training)
@@ -78,15 +77,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="settings of the run")
-    parser.add_argument("--json", type=Path, required=True, help="where the result is written")
+    parser.add_argument("--json", type=Path, required=True, help="result file")
     parser.add_argument("--shard-size", type=int, default=1024, help="examples of a shard (default 1024)")
-    parser.add_argument("--seconds", type=float, default=10, help="of reading (default 10)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win")
+    parser.add_argument("--seconds", type=float, default=10, help="time to read (default 10)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
     args = parser.parse_args()
     check_writable(args.json)
     with tempfile.TemporaryDirectory(prefix="trbert-prepared-") as name:
         folder = Path(name)
-        # Tokenized anew each time: the cache is not what is measured.
+        # Each run tokenizes: the cache is not measured.
         common = ["--config", args.config, "--shard-size", str(args.shard_size), *args.overrides]
         whole = prepare([*common, f"workdir={folder / 'work1'}"], folder / "whole")
         shards = len(list((folder / "whole").glob("*.array_record-*")))

@@ -1,12 +1,12 @@
-"""Weak scaling on paper: what a training step costs on 8, 64 and 256 devices; docs/scaling.md explains it.
+"""Estimates the weak scaling of a training step to 8, 64 and 256 devices; docs/scaling.md explains it.
 
     python benchmarks/scaling.py --json benchmarks/scaling.json
 
-No device but this CPU is at hand. Measured here are the seconds a FLOP of each stage's packed step
-(training_steps.json), the optimizer's update and a copy of memory (this script; CPU seconds, so that what
-else the machine does counts little), and reading (prepared_data.json). Assumed is how much faster a device is
-in each of them, and what adding up gradients over devices takes. Waiting for the device whose rows have the
-most tokens is simulated with lengths like those of film reviews.
+Measured on this CPU: seconds for each FLOP of a stage's packed step (training_steps.json), the optimizer's
+update and a copy of memory (this script, in CPU seconds, which other work on the machine hardly affects),
+and reading (prepared_data.json). Assumed: how much faster a device is in each, and the time to add
+gradients over devices. The wait for the device whose rows have the most tokens is simulated with the
+lengths of film reviews.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ DEVICES = (8, 64, 256)
 STAGES = ("finetune", "policy", "joint")
 MEASURED_WITH = "minilm"  # the model of training_steps.json
 # Assumptions, not measurements.
-FLOPS_PER_SECOND = 3e14  # of a device in a step of finetune: 30 % of 1e15 in bfloat16
-MEMORY_BYTES_PER_SECOND = 2e12  # that a device copies
-BYTES_PER_SECOND = 5e10  # of a device's links in an all-reduce
-LATENCY = 2e-5  # seconds of an all-reduce of nothing, per doubling of the devices
+FLOPS_PER_SECOND = 3e14  # a device in a step of finetune: 30 % of 1e15 in bfloat16
+MEMORY_BYTES_PER_SECOND = 2e12  # a copy in the memory of a device
+BYTES_PER_SECOND = 5e10  # the links of a device in an all-reduce
+LATENCY = 2e-5  # seconds of an empty all-reduce, for each doubling of the devices
 DRAWS = 200
 REPEATS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What this machine does.
+    """Measurements of this machine.
 
     Attributes:
-      seconds_per_step: of each stage's packed step.
-      update_seconds: of it, the optimizer's; too many where several cores share an update.
-      compute_flops_per_second: of what is left of it.
-      update_seconds_per_parameter: of each stage's optimizer.
-      copy_bytes_per_second: of a copy of memory, read and written.
+      seconds_per_step: the packed step of each stage.
+      update_seconds: the optimizer's part of it; an overestimate if several cores share an update.
+      compute_flops_per_second: rate of the rest of it.
+      update_seconds_per_parameter: the optimizer of each stage.
+      copy_bytes_per_second: a copy of memory, read and written.
       read_examples_per_second: from shards, in the background.
     """
 
@@ -67,7 +67,7 @@ class Measured:
 
 
 def measure(steps_file: Path, prepared_file: Path) -> Measured:
-    """Reads what was measured, and measures the rest."""
+    """Reads the measurements of the other scripts and measures the rest."""
     records = [r for r in read_json(steps_file)["steps"] if r["execution"] == "packed"]
     seconds, update, rate, each = {}, {}, {}, {}
     for stage in STAGES:
@@ -83,7 +83,7 @@ def measure(steps_file: Path, prepared_file: Path) -> Measured:
 
 
 def update_seconds(stage: str, model: ModelConfig) -> float:
-    """Of an update of AdamW, clipping included, by itself."""
+    """Times an update of AdamW alone, with clipping."""
     trained, _ = optimizer.split_params(init_params(model, jax.random.key(0)), TRAINS[stage](model))
     adamw = optimizer.adamw(optimizer.linear_schedule(3e-5, 1000, 0), model)
 
@@ -97,13 +97,13 @@ def update_seconds(stage: str, model: ModelConfig) -> float:
 
 
 def copy_speed() -> float:
-    """Bytes a second, read and written, of a copy too large for a cache."""
+    """Returns bytes a second, read and written, of a copy too large for a cache."""
     array, copy = jnp.zeros(2**26, jnp.float32), jax.jit(lambda x: x + 1)
     return 2 * array.nbytes / least_seconds(lambda: copy(array))
 
 
 def least_seconds(run: Callable[[], Any]) -> float:
-    """CPU seconds, the least of a few repeats after the first."""
+    """Returns the minimum CPU seconds of a few repeats after the first."""
     jax.block_until_ready(run())
     found = []
     for _ in range(REPEATS):
@@ -114,7 +114,7 @@ def least_seconds(run: Callable[[], Any]) -> float:
 
 
 def num_trained(stage: str, model: ModelConfig) -> int:
-    """Parameters that a stage trains."""
+    """Returns the number of parameters that a stage trains."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     trained, _ = optimizer.split_params(shapes, TRAINS[stage](model))
     return sum(x.size for x in jax.tree.leaves(trained))
@@ -123,11 +123,11 @@ def num_trained(stage: str, model: ModelConfig) -> int:
 def estimate(
     config: RunConfig, stage: str, model: ModelConfig, measured: Measured, rows: int, passes: int
 ) -> list[dict[str, Any]]:
-    """One record a number of devices: seconds of the parts of an update, and its efficiency."""
+    """Returns a record for each number of devices: seconds of each part of an update, and its efficiency."""
     rng = np.random.default_rng(0)
     parameters = num_trained(stage, model)
-    size = 4 * parameters  # of gradients in float32
-    # A stage that makes less of this CPU than finetune makes less of a device.
+    size = 4 * parameters  # bytes of gradients in float32
+    # A stage that uses this CPU less well than finetune uses a device less well.
     relative = measured.compute_flops_per_second[stage] / measured.compute_flops_per_second["finetune"]
     rate = FLOPS_PER_SECOND * relative
     slower = measured.copy_bytes_per_second / MEMORY_BYTES_PER_SECOND
@@ -138,12 +138,12 @@ def estimate(
         lengths = review_lengths(DRAWS * devices * passes * rows, rng, model.max_length)
         flops = stage_flops(config, stage, model, lengths).reshape(DRAWS, devices, passes * rows).sum(-1)
         mean = float(flops.mean())
-        # A device goes from pass to pass without waiting; all meet once an update.
+        # A device runs its passes without waiting; all devices meet once an update.
         slowest = float(flops.max(1).mean())
         reduction = float(2 * (devices - 1) / devices * size / BYTES_PER_SECOND + LATENCY * np.log2(devices))
         compute, waiting = mean / rate, (slowest - mean) / rate
         busy = compute + waiting + reduction + update
-        total = max(busy, reading)  # the next examples are read meanwhile
+        total = max(busy, reading)  # reading overlaps with computation
         records.append(
             {
                 "stage": stage,
@@ -156,7 +156,7 @@ def estimate(
                 "update_seconds": update,
                 "input_seconds": total - busy,
                 "gradient_bytes": size,
-                # What one device alone needs for its rows: neither waiting nor adding up.
+                # One device alone with its rows: no waiting, no adding.
                 "efficiency": max(compute + update, reading) / total,
             }
         )
@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, required=True, help="where the numbers are written")
+    parser.add_argument("--json", type=Path, required=True, help="result file")
     parser.add_argument("--steps", type=Path, default=HERE / "training_steps.json", help="measured steps")
     parser.add_argument("--prepared", type=Path, default=HERE / "prepared_data.json", help="measured reading")
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Trains one configuration with several seeds: shows what the luck of one run hides.
+"""Trains one configuration with several seeds, and reports mean and standard deviation.
 
     python benchmarks/seeds.py --config configs/quickstart.yaml --seeds 11,12,13 --json FILE [key=value ...]
 
-Every seed is a whole run of `trbert train` in its own process and work directory (under --workdir;
-finished ones are not run again). FILE gets the numbers of each seed, and their mean and standard
-deviation; the table on the screen says the same.
+Each seed is a run of `trbert train` in its own process and work directory under --workdir; finished runs
+are not repeated. FILE gets the numbers of each seed with mean and standard deviation, which are printed
+too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run(config: Path, seed: int, workdir: Path, overrides: list[str]) -> dict[st
 
 
 def numbers(results: dict[str, Any]) -> dict[str, float]:
-    """The numbers of one run that are worth a mean."""
+    """Returns the numbers of one run to average."""
     found = {
         "dense.accuracy": results["dense"]["accuracy"],
         "policy.accuracy": results["policy"]["accuracy"],
@@ -51,7 +51,7 @@ def numbers(results: dict[str, Any]) -> dict[str, float]:
 
 
 def table(seeds: dict[str, dict[str, float]], spread: dict[str, dict[str, float]]) -> Iterator[str]:
-    """Lines for people: a row a number, a column a seed."""
+    """Yields the lines of a table: one row for each number, one column for each seed."""
     yield f"{'':<34}" + "".join(f"{'seed ' + seed:>10}" for seed in seeds) + f"{'mean':>10}{'std':>8}"
     for name, values in spread.items():
         row = "".join(f"{one[name]:>10.3f}" for one in seeds.values())

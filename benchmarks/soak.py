@@ -1,14 +1,13 @@
-"""A run that is killed again and again must end as one that was left alone, bit for bit.
+"""Checks that a run killed many times ends with the same bits as an undisturbed one.
 
     python benchmarks/soak.py --json benchmarks/soak.json
 
-A tiny model goes through all stages on the standard library's source texts: twice undisturbed, the second
-time to see how long each stage takes once its programs are compiled, and then with a process that is ended
-and started again with the same command, by SIGKILL, which leaves it no time, or SIGTERM, at which it saves.
-For each signal a stage is drawn, among the next ones that were not hit more than others, and a moment of
-it; where a stage was over before its moment came, the next moment in it is drawn from a shorter time. When a
-disturbed run ends before all signals are spent, another one begins. Compared are metrics, models, residual
-scores, teacher logits and predictions.
+A tiny model goes through all stages on the source texts of the standard library: twice undisturbed (the
+second time to learn how long each stage takes with compiled programs), then with a process that is ended
+and started again with the same command. SIGKILL gives it no time; at SIGTERM it saves. Each signal has a
+random stage, among the next ones that were hit least, and a random moment in it; if the stage ends before
+that moment, the next moment in it comes from a shorter time. A new run begins if one ends before all
+signals are sent. The comparison covers metrics, models, residual scores, teacher logits and predictions.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ import yaml
 from trbert_jax.inference.benchmark.records import machine
 from trbert_jax.io import check_writable, write_json
 
-NEXT = 3  # stages that a signal is drawn for: a run is hit again and again on its way
-EARLIER = 0.7  # share of the time that is left to draw from in a stage that was over too soon
+NEXT = 3  # stages to choose from for a signal, so that one run is hit several times
+EARLIER = 0.7  # factor of the time to draw from, after a stage that ended too early
 STAGES = ("finetune", "score", "init", "policy", "teacher", "joint", "evaluate")
 TRAINED = {"batch_size": 8, "accumulation_steps": 1, "learning_rate": 1e-3, "save_steps": 2, "eval_steps": 8}
 COMMAND = [sys.executable, "-c", "import sys; from trbert_jax.cli import main; sys.exit(main())"]
 
 
 def write_config(folder: Path, steps: int) -> Path:
-    """A configuration of all stages with its work directory in `folder`."""
+    """Writes a configuration of all stages with its work directory in `folder`."""
     settings: dict[str, Any] = {
         "workdir": str(folder / "work"),
         "stages": list(STAGES),
@@ -70,12 +69,12 @@ def write_config(folder: Path, steps: int) -> Path:
 
 
 def start(config: Path, log: Path, cache: Path) -> subprocess.Popen[bytes]:
-    """The run, or the rest of it, in a process of its own."""
+    """Starts or resumes the run in a new process."""
     environment = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONUNBUFFERED": "1",  # the log says at once which stage is running
+        "PYTHONUNBUFFERED": "1",  # the log names the running stage at once
     }
     with log.open("ab") as stream:
         return subprocess.Popen(
@@ -84,7 +83,7 @@ def start(config: Path, log: Path, cache: Path) -> subprocess.Popen[bytes]:
 
 
 def digests(work: Path) -> dict[str, str]:
-    """File -> digest, of those that a repeated run writes again bit for bit."""
+    """Returns file -> digest for the files that a repeated run reproduces bit by bit."""
     found = {}
     for path in sorted(work.rglob("*")):
         name = path.relative_to(work).as_posix()
@@ -98,23 +97,23 @@ def _digest(content: bytes) -> str:
 
 
 def unfinished(work: Path) -> list[str]:
-    """The stages that are still to be done, in order."""
+    """Returns the unfinished stages, in order."""
     return [stage for stage in STAGES if not (work / stage / "done.json").exists()]
 
 
 @dataclasses.dataclass
 class Soak:
-    """Runs, and what became of them.
+    """Disturbed and undisturbed runs, and their endings.
 
     Attributes:
-      folder: of everything that is written.
-      steps: updates a stage.
+      folder: holds all files.
+      steps: updates of each stage.
       rng: draws stages and moments.
-      seconds: what each stage takes undisturbed.
-      within: the seconds of each stage that moments are drawn from: less where it was over before they came,
-        as the rest of one that was interrupted is.
-      endings: a record a signal.
-      saved: how often a run said that it saved before it stopped.
+      seconds: duration of each stage, undisturbed.
+      within: seconds of each stage to draw moments from; shorter after a stage that ended before its moment,
+        such as the rest of an interrupted one.
+      endings: one record for each signal.
+      saved: number of runs that reported saving before they stopped.
     """
 
     folder: Path
@@ -127,20 +126,20 @@ class Soak:
 
     @property
     def log(self) -> Path:
-        """What all processes print."""
+        """Log of all processes."""
         return self.folder / "log.txt"
 
     @property
     def hits(self) -> Counter[str]:
-        """Signals that came while the stage that they were drawn for was running, by stage."""
+        """Number of signals that arrived while their stage was running, by stage."""
         return Counter(e["stage"] for e in self.endings if e["when"] == "within")
 
     def start(self, config: Path) -> subprocess.Popen[bytes]:
-        """The run, or the rest of it."""
+        """Starts or resumes the run."""
         return start(config, self.log, self.folder / "programs")
 
     def undisturbed(self, name: str) -> dict[str, str]:
-        """Digests of a run that is left alone."""
+        """Returns the digests of an undisturbed run."""
         config = write_config(self.folder / name, self.steps)
         if self.start(config).wait() != 0:
             raise SystemExit(f"an undisturbed run failed: {self.log.read_text(encoding='utf-8')[-2000:]}")
@@ -151,7 +150,7 @@ class Soak:
         return digests(work)
 
     def disturbed(self, name: str, signals: list[signal.Signals]) -> dict[str, str]:
-        """Digests of a run that is hit by signals, which are taken off the list, until it has ended."""
+        """Returns the digests of a run disturbed until it ends; removes the signals it used from the list."""
         config = write_config(self.folder / name, self.steps)
         work = config.parent / "work"
         while True:
@@ -178,8 +177,8 @@ class Soak:
         work: Path,
         size: int,
     ) -> None:
-        """Draws a stage, waits until it is running and a while longer, and ends the process."""
-        # So that no stage is missed, none gets far ahead; a run with no other left is not disturbed any more.
+        """Draws a stage, waits until it runs and a while longer, and ends the process."""
+        # No stage gets far ahead of the others; a run with no stage left to hit is not disturbed.
         most = min(self.hits[stage] for stage in STAGES) + 1
         candidates = [stage for stage in left if self.hits[stage] <= most][:NEXT]
         if not candidates:
@@ -215,20 +214,20 @@ class Soak:
         print(f"{sent.name} {self.endings[-1]['when']} {stage}; {len(signals)} signals left", flush=True)
 
     def _said(self, size: int) -> str:
-        """What was printed after the log had this size."""
+        """Returns the text of the log after this size."""
         with self.log.open("rb") as stream:
             stream.seek(size)
             return stream.read().decode("utf-8", "replace")
 
 
 def _latest_checkpoint(stage: Path) -> int | None:
-    """Its update; None in a stage that has none."""
+    """Returns the update of the last checkpoint; None for a stage without any."""
     names = [re.fullmatch(r"step_(\d+)", path.name) for path in (stage / "checkpoints").glob("step_*")]
     return max((int(match[1]) for match in names if match), default=None)
 
 
 def soak(kills: int, terminations: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
-    """All runs; the record of what they showed."""
+    """Runs everything and returns the record."""
     began = time.perf_counter()
     runs = Soak(folder, steps, random.Random(seed))
     expected = runs.undisturbed("whole")
@@ -266,11 +265,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, required=True, help="where the result is written")
-    parser.add_argument("--kills", type=int, default=30, help="times SIGKILL (default 30)")
-    parser.add_argument("--terms", type=int, default=5, help="times SIGTERM (default 5)")
-    parser.add_argument("--steps", type=int, default=40, help="updates a stage (default 40)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--json", type=Path, required=True, help="result file")
+    parser.add_argument("--kills", type=int, default=30, help="number of SIGKILLs (default 30)")
+    parser.add_argument("--terms", type=int, default=5, help="number of SIGTERMs (default 5)")
+    parser.add_argument("--steps", type=int, default=40, help="updates of each stage (default 40)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
     args = parser.parse_args()
     check_writable(args.json)
     with tempfile.TemporaryDirectory(prefix="trbert-soak-") as folder:

@@ -1,11 +1,10 @@
-"""Time against kept tokens: what a packed run costs should follow the tokens it goes on with.
+"""Times packed runs against the number of kept tokens, and fits a line.
 
     python benchmarks/token_cost.py --json benchmarks/token_cost.json --plot benchmarks/token_cost.png
 
-Random weights of MiniLM's size, texts with lengths like those of film reviews, and random tokens to keep,
-from a tenth of them to all of them, the same at both points of reduction. A line is fitted through the times.
-Where it meets zero tokens stands what every text costs whatever is kept: embeddings and layer 0, which
-are timed by themselves, alone and with the first selector.
+Uses random weights of MiniLM's size, texts with the lengths of film reviews, and random tokens to keep,
+from a tenth to all of them, the same at both points of reduction. The intercept of the line is the fixed
+cost of a text: embeddings and layer 0, which are also timed alone, with and without the first selector.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ PREFIX = "embeddings_and_layer_0"
 def prepare_prefix(
     model: TokenReducingModel, params: Params, workload: Workload, batch_size: int, selector: bool
 ) -> PreparedRun:
-    """The part of a packed run before anything is dropped, with or without the first selector."""
+    """Compiles the part of a packed run before the first reduction, with or without the first selector."""
     encoder = PackedEncoder.of(model, batch_size)
 
     @jax.jit
@@ -98,7 +97,7 @@ def measure(config: ModelConfig, num_texts: int, batch_size: int, repeats: int) 
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """The points, the line through them, and what is paid before anything is dropped."""
+    """Draws the points, the line through them and the cost before the first reduction."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

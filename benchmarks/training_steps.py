@@ -1,10 +1,10 @@
-"""Training steps, packed against masked: examples a second of finetune, policy and joint.
+"""Times training steps of finetune, policy and joint, packed against masked.
 
     python benchmarks/training_steps.py --json benchmarks/training_steps.json
 
-Random weights, texts with lengths like those of film reviews, dropout as the stages have it by default. What
-the K samples of an example keep is given, at random and as much as --share says, so that both ways do the
-same. Interleaved runs, medians.
+Uses random weights, texts with the lengths of film reviews, and the default dropout of each stage. The K
+samples of an example keep given random tokens, as many as --share sets, so that both backends do the same
+work. Runs are interleaved; the medians are reported.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ TRAINS = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What the steps work on.
+    """Work of a step.
 
     Attributes:
       batch_size: examples of a step, B.
       num_samples: selections of an example, K.
-      shares: of an example's tokens, what each point of reduction goes on with.
-      num_batches: different batches.
-      repeats: how often each is timed.
+      shares: share of an example's tokens that each point of reduction keeps.
+      num_batches: number of batches.
+      repeats: timings of each batch.
     """
 
     batch_size: int = 8
@@ -70,7 +70,7 @@ class Setting:
 
 
 def make_batches(config: ModelConfig, setting: Setting) -> list[dict[str, np.ndarray]]:
-    """Batches with all that a stage reads, and `actions` bool [K * B, stages, S]."""
+    """Makes batches with all inputs of a stage, and `actions` bool [K * B, stages, S]."""
     rng = np.random.default_rng(0)
     lengths = review_lengths(setting.num_batches * setting.batch_size, rng, config.max_length)
     features = random_features(config, lengths, rng)
@@ -88,7 +88,7 @@ def make_batches(config: ModelConfig, setting: Setting) -> list[dict[str, np.nda
 def make_objective(
     stage: str, model: TokenReducingModel, execution: str, num_samples: int, *, dropout: bool
 ) -> ObjectiveFn:
-    """The objective of a stage with the selections of `batch["actions"]` in place of sampled ones."""
+    """Returns the objective of a stage with the selections `batch["actions"]` instead of sampled ones."""
     execute, alpha = FORWARD[execution], PolicyConfig().alpha
 
     def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
@@ -116,7 +116,7 @@ def make_objective(
 def model_flops(
     stage: str, config: ModelConfig, batches: Sequence[dict[str, np.ndarray]], num_samples: int
 ) -> float:
-    """FLOPs of a step that the method asks for, padding and recomputing not counted.
+    """Returns the FLOPs that the method needs for a step, without padding and recomputation.
 
     A backward pass counts as two forward passes. The layers before the first point of reduction count once
     for the K samples; `policy` runs the encoder forward only.
@@ -135,7 +135,7 @@ def model_flops(
 
 
 class Step:
-    """A compiled training step and its state, which moves on with every call."""
+    """A compiled training step and its state, which each call advances."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Step:
         num_samples: int,
         strategy: str = "jit",
     ) -> None:
-        # pmap runs on all devices, jit on one or all, whichever the batch can be shared by.
+        # pmap runs on all devices; jit on all that the batch can be divided over, or on one.
         rows = len(batches[0]["input_ids"])
         shared = rows % jax.device_count() == 0
         layout = make_mesh(strategy) if shared else make_mesh(strategy, devices=jax.devices()[:1])
@@ -156,9 +156,9 @@ class Step:
         # Copies: the step donates its state.
         state = init_state(jax.tree.map(jnp.copy, trained), adamw)
         self._state, self._frozen = steps.place_state(state, layout), steps.place_frozen(frozen, layout)
-        rng = jax.random.key(0, impl="rbg")  # the kind that the stages use for dropout
+        rng = jax.random.key(0, impl="rbg")  # the generator of the stages for dropout
         self._rng = rng if strategy == "pmap" else layout.replicate(rng)
-        # [accumulation steps, B, ...], on the device: loading is not what is measured.
+        # [accumulation steps, B, ...], on the device: loading is not measured.
         placed = [steps.place_batches({k: v[None] for k, v in b.items()}, layout) for b in batches]
         self._batches = [jax.device_put(b) if layout.is_single and strategy == "jit" else b for b in placed]
         dropout = DEFAULTS[stage].dropout
@@ -171,7 +171,7 @@ class Step:
         self.devices = layout.num_devices
 
     def run(self) -> dict[str, Any]:
-        """A step on each batch; the metrics of the last one."""
+        """Runs a step on each batch; returns the metrics of the last."""
         metrics: dict[str, Any] = {}
         for batch in self._batches:
             self._state, metrics = self._step(self._state, self._frozen, batch, self._rng)
@@ -187,10 +187,10 @@ def measure(
     strategies: Sequence[str] = ("jit",),
     dtype: Any = jnp.float32,
 ) -> list[dict[str, Any]]:
-    """One record a stage, execution and strategy.
+    """Returns one record for each stage, backend and strategy.
 
-    `faster` is the ratio to the masked step of the strategy jit, where that was timed. The other strategies
-    are timed packed only.
+    `faster` is the ratio to the masked step of strategy jit, if that was timed. The other strategies are
+    timed packed only.
     """
     model, batches = TokenReducingModel(config, dtype), make_batches(config, setting)
     params = init_params(config, jax.random.key(0))
@@ -241,7 +241,7 @@ def measure(
 
 
 def line_of(record: dict[str, Any]) -> str:
-    """A record for people."""
+    """Formats a record as a line of text."""
     faster = "" if record["faster"] is None else f"  {record['faster']:5.2f} x masked"
     return (
         f"{record['stage']:<9} {record['execution']:<7} {record['strategy']:<5} "
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--size", choices=tuple(SIZES), default="minilm")
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--share", type=float, default=0.3, help="of the tokens, to keep (default 0.3)")
+    parser.add_argument("--share", type=float, default=0.3, help="share of the tokens to keep (default 0.3)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--stages", default=",".join(DEFAULTS), help="default all three")
