@@ -1,18 +1,22 @@
-"""What the documentation names exists, and what the code cites of it too."""
+"""The documentation: links, paths, commands, citations in the code, and tables that repeat a registry."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from trbert_jax.config import RunConfig
+from trbert_jax.arguments import parse_arguments
+from trbert_jax.config import STAGES, RunConfig
 from trbert_jax.config_schema import BackboneConfig, DataConfig
+from trbert_jax.datasets import dataset_names
+from trbert_jax.reduction.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.is_file()]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = sorted(
     p
     for folder, suffix in (("trbert_jax", "py"), ("tests", "py"), ("configs", "yaml"))
@@ -102,15 +106,45 @@ def test_broken_things_are_found(tmp_path: Path) -> None:
     assert missing_paths(page) == ["trbert_jax/gone.py"]
 
 
+def code_blocks(page: Path) -> str:
+    """The code blocks of a page, a command with continued lines as one line."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return "\n".join(blocks).replace("\\\n", " ")
+
+
+def test_commands_of_the_pages_are_accepted() -> None:
+    commands = [
+        line for page in PAGES for line in code_blocks(page).splitlines() if line.startswith("trbert ")
+    ]
+    assert len(commands) > 10
+    for command in commands:
+        parse_arguments(shlex.split(command, comments=True)[1:])  # exits if an option is unknown
+
+
+def table(page: str, first_column: str) -> list[list[str]]:
+    """Cells of the table of a page whose first column has this title."""
+    text = text_of(ROOT / page)
+    lines = re.findall(rf"^\| {re.escape(first_column)} \|.*?(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines() if line][2:]
+
+
+def names(page: str, first_column: str) -> list[str]:
+    """The `code` in the first column."""
+    return [name for row in table(page, first_column) for name in re.findall(r"`([^`]+)`", row[0])]
+
+
+def test_tables_list_what_is_registered() -> None:
+    assert sorted(names("docs/data.md", "`data.name`")) == sorted(dataset_names())
+    assert sorted(names("docs/method.md", "rule")) == sorted(RULES)
+    assert names("README.md", "stage") == list(STAGES)
+    assert [row[0] for row in table("docs/method.md", "stage")] == list(STAGES)
+
+
 def test_hyper_parameters_are_the_defaults() -> None:
     """The table of docs/method.md agrees with the schema, cell by cell."""
     defaults = RunConfig(workdir="x", data=DataConfig(name="stdlib"), model=BackboneConfig(init="scratch"))
-    text = text_of(ROOT / "docs/method.md")
-    header, _, *rows = re.findall(r"^\| key \|.*?\n\n", text, re.MULTILINE | re.DOTALL)[0].splitlines()
-    stages = [cell.strip() for cell in header.strip("|").split("|")][1:]
-    compared = 0
-    for row in filter(None, rows):
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
+    stages, compared = ("finetune", "init", "policy", "joint"), 0
+    for cells in table("docs/method.md", "key"):
         key = re.findall(r"`(\w+)`", cells[0])[0]
         for stage, cell in zip(stages, cells[1:], strict=True):
             default = getattr(getattr(defaults, stage), key, "–")
