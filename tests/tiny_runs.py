@@ -89,6 +89,12 @@ def read_results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "work" / "results.json").read_text(encoding="utf-8"))
 
 
+def checkpoints(stage: Path) -> dict[str, Any]:
+    """Folder name -> what the checkpoint of a stage says of itself, but for the files it has."""
+    manifests = {p.parent.name: json.loads(p.read_text()) for p in stage.glob("checkpoints/step_*/*.json")}
+    return {k: {**m, "files": None, "digest": None} for k, m in sorted(manifests.items())}
+
+
 def without_times(value: Any) -> Any:
     """Results without what differs from run to run and from folder to folder."""
     if isinstance(value, dict):

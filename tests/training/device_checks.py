@@ -135,10 +135,11 @@ def restored() -> dict[str, Any]:
     saved = steps.fetch(state, layout)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        store = CheckpointStore(Path(folder), keep=1, fingerprint={}, announce=lambda line: None)
+        store = CheckpointStore(Path(folder), keep=1, fingerprint={})
         position = dict.fromkeys(("seed", "epoch", "position"), np.asarray(0, np.int64))
         arrays = {"trained": saved.trained, "opt_state": saved.opt_state, "step": saved.step}
         store.save(8, {**arrays, **position})
+        store.wait()
         expected = go_on(step, layout, state, frozen, rng, range(8, UPDATES))[1]
         for name in ("pmap", "one", "jit", "fsdp"):
             other = LAYOUTS[name]()

@@ -312,8 +312,8 @@ def test_all_checkpoints(copy: Path, finished: Finished) -> None:
         folder = finished.work / stage / "checkpoints"
         kept = {int(path.name.removeprefix("step_")) for path in folder.glob("step_*")}
         assert set(entry) == {"best", "last", *(f"step_{step}" for step in kept)}
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        assert index["best"] == f"step_{entry['best']:08d}"
+        done = json.loads((finished.work / stage / "done.json").read_text(encoding="utf-8"))
+        assert entry["best"] == done["best_step"]
         assert entry["last"] == STEPS
         assert len(kept) >= 2
     # The last ones are those that the run went on with.

@@ -1,100 +1,95 @@
-"""The checkpoints of a training stage.
+"""Save and restore the checkpoints of a training stage, with a hash of every file.
 
     directory/
-      index.json        which checkpoints there are, their metrics, which is `best` and which `last`
-      step_00000040/    one checkpoint, see training/checkpoint_folder.py
-      step_00000060/
+      step_00000040/manifest.json   settings, metrics, shape of every array, hash of every file
+      step_00000040/arrays/         an orbax PyTree: {"trained/head/classifier/bias": array, ...}
 
-A checkpoint is written under a temporary name and renamed when complete, so that a process killed
-at any instant leaves the previous set of checkpoints or the new one. The folders are the truth:
-`index.json` follows from them, is there for people and scripts to read, and is rewritten at every
-save.
+Orbax writes checkpoints in the background and renames them when they are complete, so that a process killed
+at any moment leaves whole checkpoints. The hashes reveal files that are changed later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 
-from trbert_jax.config import upgrade_fingerprint
+from trbert_jax.config import diff_configs, upgrade_fingerprint
 from trbert_jax.errors import UserError
-from trbert_jax.io import make_directory, write_json
-from trbert_jax.training import checkpoint_folder
-from trbert_jax.training.checkpoint_folder import DamagedError
+from trbert_jax.io import make_directory, read_json, write_json
 
+FORMAT = 1  # of manifest.json
+MANIFEST, ARRAYS = "manifest.json", "arrays"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
-_PARTIAL = ".partial-"  # in the names of what is not finished, see io.py
+_DELETED = "deleted"  # folder that checkpoints are moved to before they are deleted
 _MOST_LINES = 12  # of a list of differences
+
+# Orbax logs every step of its work. Its errors arrive as exceptions.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint is not as it was written.
+    """A checkpoint whose files changed since they were written.
 
     Attributes:
-      step: which one.
-      finding: its folder and what is wrong with it.
+      step: its step.
+      finding: its folder and the damage.
     """
 
-    def __init__(self, step: int, finding: str, advice: str) -> None:
-        super().__init__(f"{finding}; {advice}")
+    def __init__(self, step: int, finding: str) -> None:
+        super().__init__(f"{finding}; delete this folder to resume from the checkpoint before it")
         self.step, self.finding = step, finding
 
 
 class CheckpointStore:
-    """The checkpoints in one directory, which need not exist yet.
+    """The checkpoints in one directory; a context manager that waits for unfinished writes.
 
-    One process writes; others may read meanwhile.
+    One process writes; others may read at the same time.
 
     Args:
-      directory: where the checkpoints are.
-      keep: how many of the last checkpoints stay on disk (>= 1); the best one stays in any case.
-      fingerprint: JSON-like values that a checkpoint must agree with to be restored, for example
-        the parts of the configuration that it depends on.
-      announce: prints a line for the user.
+      directory: the folder of the checkpoints; it need not exist.
+      keep: number of latest checkpoints to keep (>= 1); the best one is kept as well.
+      fingerprint: JSON-like values that must equal those saved with a checkpoint to restore it.
     """
 
-    def __init__(
-        self,
-        directory: str | Path,
-        keep: int,
-        fingerprint: Mapping[str, Any],
-        announce: Callable[[str], None] = print,
-    ) -> None:
+    def __init__(self, directory: str | Path, keep: int, fingerprint: Mapping[str, Any]) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        self.directory = Path(directory)
-        self._keep = keep
-        self._fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as it will be read back
-        self._announce = announce
-        self._announced: set[str] = set()
+        self.directory, self._keep = Path(directory), keep
+        self._fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as read back
+        self._handler = _HashingHandler(multiprocessing_options=_this_process())
+        self._manager: _Manager | None = None
 
     def folder(self, step: int) -> Path:
-        """The folder of a step's checkpoint, whether or not it exists."""
+        """Returns the folder of a step's checkpoint, which need not exist."""
         return self.directory / f"step_{step:08d}"
 
     def steps(self) -> tuple[int, ...]:
-        """The steps that have a checkpoint, ascending. Raises `UserError` on a damaged manifest."""
+        """Returns the steps of all checkpoints, ascending. Raises `UserError` on a damaged manifest."""
         return tuple(self._manifests())
 
     def latest_step(self) -> int | None:
-        """The last step that has a checkpoint. Raises `UserError` on a damaged manifest."""
+        """Returns the last step with a checkpoint. Raises `UserError` on a damaged manifest."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step of the largest `metric`, the earliest of equals; None where no step has one."""
+        """Returns the step with the largest `metric`, the first of equals; None without metrics."""
         return _best(self._manifests())
 
     def metrics(self, step: int) -> dict[str, float | None]:
-        """The metrics saved with a step; None stands for a value that was not finite."""
+        """Returns the metrics saved with a step; None for a value that was not finite."""
         return dict(self._manifest(step)["metrics"])
 
     def save(
@@ -103,187 +98,280 @@ class CheckpointStore:
         state: Any,
         metrics: Mapping[str, float] | None = None,
         metric: float | None = None,
-    ) -> Path:
-        """Saves a checkpoint, then deletes those that are neither the best nor among the last `keep`.
+    ) -> None:
+        """Starts to write a checkpoint; afterwards old ones are deleted, except the best.
+
+        The write continues in the background: call `wait` to be sure that it is complete, and do not change
+        `state` until then.
 
         Args:
-          step: updates done; larger than that of any checkpoint there is.
-          state: any pytree of jax or numpy arrays (PRNG keys too) and Python numbers.
-          metrics: scalars to keep with it.
-          metric: what decides which checkpoint is best; larger is better. None, or a value that is
-            not finite: never the best.
-
-        Returns:
-          The checkpoint's folder.
+          step: updates done; larger than the step of every checkpoint.
+          state: pytree of arrays.
+          metrics: scalars to save with it.
+          metric: score that selects the best checkpoint, the larger the better; None or a value that is not
+            finite is never the best.
 
         Raises:
-          UserError: the directory cannot be written to, or holds a damaged checkpoint.
+          UserError: this write or the one before it failed, or the directory has a damaged checkpoint.
           ValueError: `step` is not larger than the latest one.
-          TypeError: `state` has a leaf that is neither an array nor a number.
         """
-        latest = self.latest_step()
-        if latest is not None and step <= latest:
-            raise ValueError(f"{self.directory}: step {step} is not after the latest one, {latest}")
-        make_directory(self.directory)
-        self._remove_unfinished()
-        about = {
+        self.wait()
+        manifests = self._manifests()
+        if manifests and step <= max(manifests):
+            raise ValueError(f"{self.directory}: step {step} is not after the latest one, {max(manifests)}")
+        leaves = _named_leaves(state)
+        manifest = {
             "step": step,
             "metric": None if metric is None else _finite(metric),
             "metrics": {name: _finite(value) for name, value in (metrics or {}).items()},
             "fingerprint": self._fingerprint,
+            "arrays": _describe(leaves),
         }
-        checkpoint_folder.write_folder(self.folder(step), checkpoint_folder.named_leaves(state), about)
-        self._retire_old()
-        return self.folder(step)
+        manifests[step] = manifest
+        self._handler.manifest = manifest
+        # Orbax refuses empty arrays; the manifest has their shapes.
+        arrays = {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf.size}
+        with self._failing(step):
+            if self._manager is None:
+                self._manager = _Manager(make_directory(self.directory).absolute(), self._handler)
+            self._manager.kept = {*list(manifests)[-self._keep :], _best(manifests)}
+            self._manager.save(step, args=ocp.args.Composite(**{ARRAYS: ocp.args.PyTreeSave(arrays)}))
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is written. Raises `UserError` if that failed."""
+        if self._manager is not None:
+            with self._failing(self._handler.manifest["step"]):
+                self._manager.wait_until_finished()
+            shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
     def restore(self, step: int, like: Any) -> Any:
-        """Reads a step's checkpoint, every byte of it checked.
+        """Reads a checkpoint after checking every byte of it.
 
         Args:
-          step: which one.
-          like: a pytree of the structure, shapes and dtypes that were saved. Where it has a jax
-            array (or a ShapeDtypeStruct) the result has a jax array of the same sharding, where it
-            has a numpy array or a Python number, that.
+          step: its step.
+          like: pytree of arrays or `ShapeDtypeStruct`s with the saved structure, shapes and dtypes.
 
         Returns:
-          A tree like `like` with the saved values.
+          A pytree of NumPy arrays like `like`.
 
         Raises:
-          UserError: no such checkpoint, damaged, of another fingerprint, or of other arrays.
+          DamagedCheckpointError: a file is missing or changed.
+          UserError: it does not exist, or has another fingerprint or other arrays.
         """
         folder, manifest = self.folder(step), self._manifest(step)
-        then, now = _flatten(upgrade_fingerprint(manifest["fingerprint"])), _flatten(self._fingerprint)
-        if then != now:
+        lines = diff_configs(upgrade_fingerprint(manifest["fingerprint"]), self._fingerprint)
+        if lines:
             raise UserError(
-                f"{folder}: saved by a run with other settings:\n{_differences(then, now, 'then', 'now')}\n"
-                "set them back, choose another work directory, or delete "
-                f"{self.directory} to train this stage again"
+                f"{folder}: saved with other settings (then -> now):\n{_cut(lines)}\nset them back, choose "
+                f"another work directory, or delete {self.directory} to train this stage again"
             )
-        leaves = checkpoint_folder.named_leaves(like)
-        saved, wanted = manifest["arrays"], checkpoint_folder.describe(leaves)
-        if saved != wanted:
+        leaves = _named_leaves(like)
+        if lines := diff_configs(manifest["arrays"], _describe(leaves)):
             raise UserError(
-                f"{folder}: holds other arrays than this run has:\n"
-                f"{_differences(saved, wanted, 'in the checkpoint', 'expected')}\n"
+                f"{folder}: has other arrays than this run (saved -> expected):\n{_cut(lines)}\n"
                 "use the model and optimizer settings it was saved with, or another work directory"
             )
         try:
-            checkpoint_folder.check_files(folder, manifest["files"])
-        except DamagedError as error:
+            _check_files(folder, manifest["files"])
+        except ValueError as error:
             raise self._damaged(step, error) from error
-        values = checkpoint_folder.read_arrays(folder, leaves)
-        return jax.tree.unflatten(jax.tree.structure(like), [values[name] for name in leaves])
+        wanted = {name: leaf for name, leaf in leaves.items() if leaf.size}
+        request = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray)),
+        )
+        options = _this_process()
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+        with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
+            arrays = reader.restore((folder / ARRAYS).absolute(), args=request)
+        values = [np.asarray(arrays.get(k, np.zeros(leaf.shape, leaf.dtype))) for k, leaf in leaves.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), values)
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that it is ignored, and returns its new path."""
+        target = self.directory / f"damaged_{self.folder(step).name}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(self.folder(step), target)
+        self._close()
+        return target
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if exc_type is None:
+                self.wait()
+        finally:
+            self._close()  # finishes the write; an error under way goes first
+
+    def _close(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with contextlib.suppress(Exception):
+                manager.close()
+
+    @contextlib.contextmanager
+    def _failing(self, step: int) -> Iterator[None]:
+        """Turns errors of a write into a UserError."""
+        try:
+            yield
+        except Exception as error:
+            self._close()
+            # TensorStore reports errors of the file system as "CODE: what: how: why [details]".
+            text = str(error).split(" [", maxsplit=1)[0]
+            if isinstance(error, UserError) or not (
+                isinstance(error, OSError) or re.match("[A-Z_]+: ", text)
+            ):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else text.rsplit(": ", maxsplit=1)[-1]
+            raise UserError(
+                f"{self.folder(step)}: cannot be written ({reason}); free some space or choose another work "
+                "directory"
+            ) from error
 
     def _manifest(self, step: int) -> dict[str, Any]:
         manifests = self._manifests()
         if step not in manifests:
-            there = ", ".join(map(str, manifests)) or "none"
-            raise UserError(f"{self.folder(step)}: no such checkpoint; steps there are: {there}")
+            steps = ", ".join(map(str, manifests)) or "none"
+            raise UserError(f"{self.folder(step)}: no such checkpoint; existing steps: {steps}")
         return manifests[step]
 
     def _manifests(self) -> dict[int, dict[str, Any]]:
-        """Step -> manifest, ascending; announces what is unfinished."""
-        for name in self._names():
-            if name.startswith("step_") and _PARTIAL in name and name not in self._announced:
-                self._announced.add(name)
-                self._announce(
-                    f"{self.directory / name}: unfinished checkpoint of a run that was stopped while saving; "
-                    "ignored, and removed at the next save"
-                )
+        """Step -> manifest, ascending."""
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            names = []
+        except OSError as error:  # do not take it for an empty directory and train from the start
+            raise UserError(f"{self.directory}: checkpoints cannot be listed, {error.strerror}") from error
         manifests = {}
-        for step in self._step_folders():
+        for step in sorted(int(match[1]) for name in names if (match := _STEP_NAME.fullmatch(name))):
             try:
-                manifests[step] = checkpoint_folder.read_manifest(self.folder(step))
-            except DamagedError as error:
-                if self.folder(step).exists():  # else retired by the writer since it was listed
+                manifests[step] = _read_manifest(self.folder(step))
+            except ValueError as error:
+                if self.folder(step).exists():  # else deleted by the writer in the meantime
                     raise self._damaged(step, error) from error
         return manifests
 
-    def _names(self) -> list[str]:
-        try:
-            return sorted(os.listdir(self.directory))
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            # Not to be taken for an empty directory: training would start from the beginning.
-            raise UserError(f"{self.directory}: checkpoints cannot be listed, {error.strerror}") from error
+    def _damaged(self, step: int, error: Exception) -> DamagedCheckpointError:
+        return DamagedCheckpointError(step, f"{self.folder(step)}: damaged checkpoint ({error})")
 
-    def _step_folders(self) -> list[int]:
-        return sorted(int(match[1]) for name in self._names() if (match := _STEP_NAME.fullmatch(name)))
 
-    def _damaged(self, step: int, what: Exception) -> DamagedCheckpointError:
-        others = [other for other in self._step_folders() if other != step]
-        then = f"the run then goes on from step {max(others)}" if others else "the stage then starts again"
-        finding = f"{self.folder(step)}: damaged checkpoint ({what})"
-        return DamagedCheckpointError(step, finding, f"delete this folder, {then}")
+class _HashingHandler(ocp.PyTreeCheckpointHandler):
+    """Adds `manifest`, with the hash of every file, before orbax completes a checkpoint."""
 
-    def set_aside(self, step: int) -> Path:
-        """Renames a damaged checkpoint, so that it is no longer one; returns where it is now."""
-        target = self.directory / f"damaged_{self.folder(step).name}"
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(self.folder(step), target)
-        return target
+    manifest: dict[str, Any]
 
-    def _retire_old(self) -> None:
-        """Writes the index, and only then deletes what it no longer names."""
-        manifests = self._manifests()
-        best, last = _best(manifests), max(manifests)
-        kept = {*list(manifests)[-self._keep :], last if best is None else best}
-        write_json(
-            self.directory / "index.json",
-            {
-                "best": None if best is None else self.folder(best).name,
-                "last": self.folder(last).name,
-                "checkpoints": {
-                    self.folder(step).name: {
-                        key: manifests[step][key] for key in ("step", "metric", "metrics")
-                    }
-                    for step in sorted(kept)
-                },
-            },
+    def finalize(self, directory: Any) -> None:
+        super().finalize(directory)
+        folder = Path(directory)
+        files = {f"{ARRAYS}/{p.relative_to(folder).as_posix()}": p for p in sorted(folder.rglob("*"))}
+        hashes = {name: hash_file(path) for name, path in files.items() if path.is_file()}
+        manifest = {"format": FORMAT, **self.manifest, "files": hashes}
+        write_json(folder.parent / MANIFEST, {**manifest, "digest": _digest(manifest)})
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, used by one process alone; keeps the steps in `kept`."""
+
+    kept: set[int | None]
+
+    def __init__(self, directory: Path, handler: _HashingHandler) -> None:
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            step_prefix="step",
+            step_format_fixed_length=8,
+            preservation_policy=self,
+            todelete_subdir=_DELETED,  # a half-deleted folder must not look like a damaged checkpoint
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,
+            save_root_metadata=False,
+            multiprocessing_options=_this_process(),
         )
-        for step in manifests.keys() - kept:
-            # Renamed first: a folder half deleted must not look like a damaged checkpoint.
-            doomed = self.directory / f"deleted{_PARTIAL}{self.folder(step).name}"
-            os.replace(self.folder(step), doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add(ARRAYS, ocp.args.PyTreeSave, handler)
+        super().__init__(directory, options=options, handler_registry=registry)
 
-    def _remove_unfinished(self) -> None:
-        for path in (self.directory / name for name in self._names() if _PARTIAL in name):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Answers as orbax's preservation policy."""
+        return [checkpoint.step in self.kept for checkpoint in checkpoints]
+
+    def reached_preemption(self, step: int) -> bool:
+        """Returns False: JAX answers that question once, and training asks it (`training.preemption`)."""
+        return False
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """Returns the size and hash of a file."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
+        return {"bytes": stream.tell(), "blake2b": digest.hexdigest()}
+
+
+def _this_process() -> Any:
+    """Orbax's options for a process that reads or writes without the others."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads manifest.json; raises ValueError if it is missing or changed."""
+    path = folder / MANIFEST
+    try:
+        manifest = read_json(path)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
+        raise UserError(
+            f"{path}: has format {manifest['format']}, expected {FORMAT}; use the version of trbert_jax that "
+            "wrote it, or delete the folder"
+        )
+    if not isinstance(manifest, dict) or manifest.pop("digest", None) != _digest(manifest):
+        raise ValueError(f"{MANIFEST} is not as it was written")
+    return manifest
+
+
+def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError if a file is missing or changed."""
+    for name, saved in files.items():
+        try:
+            found = hash_file(folder / name)
+        except FileNotFoundError:
+            raise ValueError(f"{name} is missing") from None
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read, {error.strerror}") from error
+        if found != saved:
+            raise ValueError(f"{name} is not as it was written")
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Path -> leaf, in the order of the tree: `opt_state/1/0/mu/head/classifier/bias`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _describe(leaves: Mapping[str, Any]) -> dict[str, str]:
+    """Path -> dtype and shape: `float32[128,4]`."""
+    return {name: f"{x.dtype}[{','.join(map(str, x.shape))}]" for name, x in leaves.items()}
 
 
 def _best(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
-    judged = [step for step, manifest in manifests.items() if manifest["metric"] is not None]
-    return max(judged, key=lambda step: (manifests[step]["metric"], -step), default=None)
+    scored = {step: m["metric"] for step, m in manifests.items() if m["metric"] is not None}
+    return max(scored, key=lambda step: (scored[step], -step), default=None)
 
 
 def _finite(value: float) -> float | None:
-    """The number, or None for NaN and infinities, which JSON does not have."""
+    """Returns None for NaN and infinity, which JSON does not have."""
     return float(value) if math.isfinite(value) else None
 
 
-def _flatten(value: Any, name: str = "") -> dict[str, str]:
-    """Nested JSON -> dotted key -> text of the value."""
-    if not isinstance(value, Mapping) or (name and not value):
-        return {name: json.dumps(value, ensure_ascii=False, sort_keys=True)}
-    joined: dict[str, str] = {}
-    for key, item in value.items():
-        joined |= _flatten(item, f"{name}.{key}" if name else key)
-    return joined
+def _cut(lines: Sequence[str]) -> str:
+    more = [f"... and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+    return "\n".join(f"  {line}" for line in [*lines[:_MOST_LINES], *more])
 
 
-def _differences(left: Mapping[str, str], right: Mapping[str, str], here: str, there: str) -> str:
-    """One indented line for every name that the two sides do not agree on."""
-    lines = [
-        f"  {name}: {left.get(name, 'nothing')} {here}, {right.get(name, 'nothing')} {there}"
-        for name in [*left, *(name for name in right if name not in left)]
-        if left.get(name) != right.get(name)
-    ]
-    if len(lines) > _MOST_LINES:
-        lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} more"]
-    return "\n".join(lines)
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -179,7 +179,7 @@ def evaluate_all_checkpoints(config: RunConfig, announce: Announce = print) -> d
             continue
         prepared = stages.prepare(run, stage)
         training, model_config = prepared.training, prepared.start.config
-        store = training.checkpoints(announce)
+        store = training.checkpoints()
         features = run.features(config.evaluate.split, prepared.start)
         runner = run.runner(model_config, config.evaluate.batch_size)
         how = stages.rule_and_backend(config, stage)

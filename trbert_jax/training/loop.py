@@ -28,7 +28,7 @@ from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import step as updates
 from trbert_jax.training.checkpoints import CheckpointStore, DamagedCheckpointError
 from trbert_jax.training.logging import StageReport
-from trbert_jax.training.preemption import Background, Profile, StepClock, StopRequest
+from trbert_jax.training.preemption import Profile, StepClock, StopRequest
 from trbert_jax.training.prepared import PreparedFeatures
 from trbert_jax.training.stage_inputs import StageInput
 from trbert_jax.training.step import ObjectiveFn, TrainState, init_state
@@ -57,7 +57,7 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
     adamw, schedule = training.optimizer()
     # On the host until each array goes where it belongs: a device may be too small for all of them.
     trained, frozen = updates.split_params(jax.tree.map(np.asarray, params), training.trains)
-    store = training.checkpoints(announce)
+    store = training.checkpoints()
     like = jax.eval_shape(functools.partial(init_state, optimizer=adamw), trained)
     start, restored = _latest_state(training, store, like, announce)
     total = training.total_steps
@@ -81,7 +81,7 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
     with contextlib.ExitStack() as stack:
         report = stack.enter_context(_open_report(training, start))
         stop = stack.enter_context(StopRequest())
-        writer = stack.enter_context(Background())
+        stack.enter_context(store)
         profile = stack.enter_context(
             Profile(training.directory / "profile", training.profile_steps, announce)
         )
@@ -97,8 +97,7 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
             with clock.part("checkpoint"):
                 saved = _checkpoint(training, updates.fetch(state, layout))
                 metric = None if evaluated is None else evaluated.get(training.metric)
-                write = functools.partial(store.save, done, saved, metrics=evaluated, metric=metric)
-                layout.on_main(lambda: writer.submit(write))
+                layout.on_main(functools.partial(store.save, done, saved, metrics=evaluated, metric=metric))
 
         batches = read_ahead(training, start, width)
         for step in range(start, total):
@@ -128,9 +127,9 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
             if evaluated is not None or done % config.save_steps == 0 or stopping:
                 save(done, evaluated)
             if stopping:
-                layout.on_main(writer.wait)
+                layout.on_main(store.wait)
                 raise PreemptedError(f"{training.name}: told to stop; saved at step {done} of {total}")
-        layout.on_main(writer.wait)
+        layout.on_main(store.wait)
 
     chosen = total
     if config.output == "best":
@@ -219,11 +218,10 @@ def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainS
     Raises:
       DamagedCheckpointError: a file of it is not as it was written.
     """
-    host = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (like.trained, like.opt_state))
-    template = {"trained": host[0], "opt_state": host[1], "step": np.asarray(0, np.int32)}
+    template = {"trained": like.trained, "opt_state": like.opt_state, "step": np.asarray(0, np.int32)}
     template |= {name: np.asarray(0, np.int64) for name in ("seed", "epoch", "position")}
     saved = store.restore(step, template)
-    return TrainState(*(jax.tree.map(np.asarray, saved[k]) for k in ("step", "trained", "opt_state")))
+    return TrainState(saved["step"], saved["trained"], saved["opt_state"])
 
 
 def _stage_number(name: str) -> int:
@@ -300,13 +298,12 @@ class Training:
         """Updates in all."""
         return self.config.max_steps or self.steps_per_epoch * self.config.epochs
 
-    def checkpoints(self, announce: Announce = print) -> CheckpointStore:
+    def checkpoints(self) -> CheckpointStore:
         """The stage's checkpoints."""
         return CheckpointStore(
             self.directory / "checkpoints",
             keep=self.config.keep_checkpoints,
             fingerprint=self.fingerprint,
-            announce=announce,
         )
 
     def optimizer(self) -> tuple[Any, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import itertools
 import signal
@@ -20,37 +19,6 @@ from trbert_jax.errors import PreemptedError
 from trbert_jax.parallel import DeviceMesh
 
 Announce = Callable[[str], None]
-
-
-class Background:
-    """Runs jobs one after another on a thread of its own; what one raises, the next call here raises."""
-
-    def __init__(self) -> None:
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._job: concurrent.futures.Future[Any] | None = None
-
-    def submit(self, job: Callable[[], Any]) -> None:
-        """Starts a job once the one before it has ended."""
-        self.wait()
-        self._job = self._pool.submit(job)
-
-    def wait(self) -> None:
-        """Waits for the job that runs, if one does."""
-        job, self._job = self._job, None
-        if job is not None:
-            job.result()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        try:
-            if exc_type is None:
-                self.wait()
-            elif self._job is not None:  # finish the writing; the error under way goes first
-                concurrent.futures.wait([self._job])
-        finally:
-            self._pool.shutdown()
 
 
 # How often this process has asked JAX whether to stop. JAX answers yes at one number only, one above the
