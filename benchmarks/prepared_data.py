@@ -1,4 +1,4 @@
-"""Measures prepared data: seconds and memory to write the shards, examples a second to read them.
+"""Measures prepared data: seconds and memory to write the shards, examples per second to read them.
 
     python benchmarks/prepared_data.py --config configs/imdb_bert.yaml --json benchmarks/prepared_data.json \
         data.path=data/imdb model.init=models/minilm
@@ -58,7 +58,7 @@ def _resident(pid: int) -> int:
 
 
 def read_speed(config: RunConfig, folder: Path, seconds: float) -> dict[str, float]:
-    """Returns examples a second of training batches, read and padded but not computed on."""
+    """Returns examples per second of training batches, read and padded but not computed on."""
     run = Experiment(config, announce=lambda line: None)
     training = stages.prepare(run, "finetune").training
     width = loop.training_width(training)

@@ -97,7 +97,7 @@ def update_seconds(stage: str, model: ModelConfig) -> float:
 
 
 def copy_speed() -> float:
-    """Returns bytes a second, read and written, of a copy too large for a cache."""
+    """Returns bytes per second, read and written, of a copy too large for a cache."""
     array, copy = jnp.zeros(2**26, jnp.float32), jax.jit(lambda x: x + 1)
     return 2 * array.nbytes / least_seconds(lambda: copy(array))
 
@@ -138,7 +138,7 @@ def estimate(
         lengths = review_lengths(DRAWS * devices * passes * rows, rng, model.max_length)
         flops = stage_flops(config, stage, model, lengths).reshape(DRAWS, devices, passes * rows).sum(-1)
         mean = float(flops.mean())
-        # A device runs its passes without waiting; all devices meet once an update.
+        # A device runs its passes without waiting; all devices meet once per update.
         slowest = float(flops.max(1).mean())
         reduction = float(2 * (devices - 1) / devices * size / BYTES_PER_SECOND + LATENCY * np.log2(devices))
         compute, waiting = mean / rate, (slowest - mean) / rate
