@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,14 @@ def test_tables_list_what_is_registered() -> None:
     assert sorted(names("docs/method.md", "rule")) == sorted(RULES)
     assert names("README.md", "stage") == list(STAGES)
     assert [row[0] for row in table("docs/method.md", "stage")] == list(STAGES)
+
+
+def test_modules_of_the_changelog_exist() -> None:
+    modules = [
+        name for row in table("CHANGELOG.md", "old module") for name in re.findall(r"`([^`]+)`", row[1])
+    ]
+    assert len(modules) > 10
+    assert [name for name in modules if find_spec(name) is None] == []
 
 
 def test_hyper_parameters_are_the_defaults() -> None:
