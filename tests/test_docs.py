@@ -7,13 +7,15 @@ import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from trbert_jax.arguments import parse_arguments
 from trbert_jax.config import STAGES, RunConfig
 from trbert_jax.config_schema import BackboneConfig, DataConfig
-from trbert_jax.datasets import dataset_names
+from trbert_jax.datasets import DATASETS, dataset_names
 from trbert_jax.reduction.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,6 +149,17 @@ def test_modules_of_the_changelog_exist() -> None:
     ]
     assert len(modules) > 10
     assert [name for name in modules if find_spec(name) is None] == []
+
+
+def test_examples_of_contributing_register_their_part() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    registries: list[dict[str, Any]] = [RULES, DATASETS]
+    for registry, example in zip(registries, examples, strict=True):
+        with patch.dict(registry):
+            before = len(registry)
+            exec(example, {})
+            assert len(registry) == before + 1
 
 
 def test_hyper_parameters_are_the_defaults() -> None:
