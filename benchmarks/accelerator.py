@@ -25,11 +25,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import random_actions, random_examples, review_lengths
 from training_steps import Setting, make_batches, make_objective, measure
 
-from trbert_jax.inference.benchmark import huggingface, records, runs
-from trbert_jax.inference.benchmark.sizes import SIZES
-from trbert_jax.inference.benchmark.workload import Workload, random_actions, random_features, review_lengths
+from trbert_jax.inference.benchmark import (
+    SIZES,
+    Workload,
+    prepare,
+    prepare_huggingface,
+    time_runs,
+    torch_available,
+)
+from trbert_jax.inference.benchmark_report import machine, make_records, table
 from trbert_jax.inference.engine import CompiledForward
 from trbert_jax.io import check_writable, write_json
 from trbert_jax.model.config import ModelConfig
@@ -37,7 +44,7 @@ from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.reduction.flops import known_peak
 from trbert_jax.training import step as optimizer
 
-WAYS = ("packed", "masked_full", "batch_max", "dense", "dense_full")
+VARIANTS = ("packed", "masked_full", "batch_max", "dense", "dense_full")
 SHARES = (98 / 203, 51 / 203)
 LOGITS_TOLERANCE, GRADIENTS_TOLERANCE = 1e-5, 1e-4
 
@@ -63,7 +70,7 @@ def make_workload(config: ModelConfig, num_texts: int) -> Workload:
     """Makes random texts and random tokens to keep."""
     rng = np.random.default_rng(0)
     lengths = review_lengths(num_texts, rng, config.max_length)
-    features = random_features(config, lengths, rng)
+    features = random_examples(config, lengths, rng)
     return Workload(features, config.max_length, random_actions(lengths, config.max_length, SHARES, rng))
 
 
@@ -82,9 +89,9 @@ def check(config: ModelConfig, params: Params, plan: Plan, *, thorough: bool) ->
 
 def check_logits(what: str, model: TokenReducingModel, params: Params, workload: Workload) -> dict[str, Any]:
     """Compares logits and kept tokens of one batch."""
-    programs, batch_size = CompiledForward(model), len(workload.features)
-    packed = runs.prepare("packed", programs, params, workload, batch_size)
-    masked = runs.prepare("masked", programs, params, workload, batch_size)
+    programs, batch_size = CompiledForward(model), len(workload.examples)
+    packed = prepare("packed", programs, params, workload, batch_size)
+    masked = prepare("masked", programs, params, workload, batch_size)
     difference = float(np.abs(packed.logits - masked.logits).max())
     changed = int(np.sum(packed.keep != masked.keep))
     return {
@@ -92,7 +99,7 @@ def check_logits(what: str, model: TokenReducingModel, params: Params, workload:
         "largest_difference": difference,
         "largest": float(np.abs(masked.logits).max()),
         "kept_tokens": np.sum(masked.keep, axis=(0, 2)).tolist() if masked.keep is not None else None,
-        "tokens": int(workload.features.lengths.sum()),
+        "tokens": int(workload.examples.lengths.sum()),
         "kept_tokens_that_differ": changed,
         "ok": difference <= LOGITS_TOLERANCE and changed == 0,
     }
@@ -122,11 +129,11 @@ def decided(params: Params) -> Params:
     return {**params, "encoder": encoder}
 
 
-def joint_gradients(model: TokenReducingModel, params: Params, plan: Plan, execution: str) -> Params:
+def joint_gradients(model: TokenReducingModel, params: Params, plan: Plan, backend: str) -> Params:
     """Returns the gradients of the mean loss of a joint step without dropout, for all parameters."""
     setting = dataclasses.replace(plan.setting, batch_size=min(8, plan.setting.batch_size), num_batches=1)
     (batch,) = make_batches(model.config, setting)
-    objective = make_objective("joint", model, execution, setting.num_samples, dropout=False)
+    objective = make_objective("joint", model, backend, setting.num_samples, dropout=False)
     trained, frozen = optimizer.split_params(params, optimizer.trains_all(model.config))
 
     @jax.jit
@@ -144,13 +151,13 @@ def inference(config: ModelConfig, params: Params, plan: Plan, batch_size: int) 
     """Times the variants of a model in bfloat16, side by side, at one batch size."""
     programs = CompiledForward(TokenReducingModel(config, jnp.bfloat16))
     workload = make_workload(config, plan.num_texts)
-    prepared = [runs.prepare(way, programs, params, workload, batch_size) for way in WAYS]
-    if jax.default_backend() != "cpu" and huggingface.available():
-        prepared.append(huggingface.prepare_huggingface(config, params, workload, batch_size, "bfloat16"))
-    seconds = runs.time_runs(prepared, plan.repeats)
-    found = records.make_records(prepared, seconds, batch_size)
-    print("\n".join(records.table(found)), flush=True)
-    tokens = float(workload.features.lengths.mean())
+    prepared = [prepare(name, programs, params, workload, batch_size) for name in VARIANTS]
+    if jax.default_backend() != "cpu" and torch_available():
+        prepared.append(prepare_huggingface(config, params, workload, batch_size, "bfloat16"))
+    seconds = time_runs({run.name: run.calls for run in prepared}, plan.repeats)
+    found = make_records(prepared, seconds, batch_size)
+    print("\n".join(table(found)), flush=True)
+    tokens = float(workload.examples.lengths.mean())
     return [{**record, "dtype": "bfloat16", "tokens": tokens} for record in found]
 
 
@@ -237,7 +244,7 @@ def main() -> int:
         check_writable(args.json)
     device = jax.devices()[0]
     about = {
-        **records.machine(),
+        **machine(),
         "devices": len(jax.devices()),
         "runtime": device.client.platform_version,
         "device_memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
@@ -256,7 +263,7 @@ def main() -> int:
     for record in result["training"]:
         if record["flop_utilization"] is not None:
             share = 100 * record["flop_utilization"]
-            what = " ".join(record[key] for key in ("size", "stage", "execution", "strategy"))
+            what = " ".join(record[key] for key in ("size", "stage", "backend", "strategy"))
             print(f"{what}: {share:.1f} % of the peak")
     failed = [f"{line['size']}, {line['what']}" for line in result["checks"] if not line["ok"]]
     print(f"{result['seconds']:.0f} s; checks: {'NOT OK: ' + '; '.join(failed) if failed else 'ok'}")

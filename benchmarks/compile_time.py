@@ -21,8 +21,8 @@ from typing import Any
 
 import jax
 
-from trbert_jax.inference.benchmark.records import machine
-from trbert_jax.inference.benchmark.sizes import SIZES
+from trbert_jax.inference.benchmark import SIZES
+from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.io import check_writable, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params

@@ -13,9 +13,7 @@ import functools
 import importlib.util
 import os
 import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trbert_jax.inference.benchmark import time_runs
 from trbert_jax.io import write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import TokenReducingModel, forward, init_params
@@ -87,16 +86,10 @@ def main() -> None:
     if importlib.util.find_spec("torch"):
         runs["huggingface"] = torch_run(params, ids, mask, threads)
 
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()  # compiles, warms up
-    for _ in range(args.repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    seconds = time_runs({name: [run] for name, run in runs.items()}, args.repeats)
+    median = {name: float(np.median(times)) for name, times in seconds.items()}
     result = {
         "median_seconds": median,
         "ratio_to_dense": {name: value / median["dense"] for name, value in median.items()},

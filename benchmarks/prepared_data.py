@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from trbert_jax.config import RunConfig, load_config
-from trbert_jax.inference.benchmark.records import machine
+from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.io import check_writable, write_json
 from trbert_jax.training import loop, stages
 from trbert_jax.training.experiment import Experiment

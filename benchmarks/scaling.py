@@ -21,11 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import review_lengths
 
 from trbert_jax.config import RunConfig, load_config
-from trbert_jax.inference.benchmark.records import machine
-from trbert_jax.inference.benchmark.sizes import SIZES
-from trbert_jax.inference.benchmark.workload import review_lengths
+from trbert_jax.inference.benchmark import SIZES
+from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.io import check_writable, read_json, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
@@ -68,7 +68,7 @@ class Measured:
 
 def measure(steps_file: Path, prepared_file: Path) -> Measured:
     """Reads the measurements of the other scripts and measures the rest."""
-    records = [r for r in read_json(steps_file)["steps"] if r["execution"] == "packed"]
+    records = [r for r in read_json(steps_file)["steps"] if r["backend"] == "packed"]
     seconds, update, rate, each = {}, {}, {}, {}
     for stage in STAGES:
         record = next(r for r in records if r["stage"] == stage)

@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from trbert_jax.inference.benchmark.records import machine
+from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.io import check_writable, write_json
 
 NEXT = 3  # stages to choose from for a signal, so that one run is hit several times

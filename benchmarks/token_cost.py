@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from common import random_actions, random_examples, review_lengths
 
-from trbert_jax.inference.benchmark.records import machine
-from trbert_jax.inference.benchmark.runs import PreparedRun, prepare, time_runs
-from trbert_jax.inference.benchmark.sizes import SIZES
-from trbert_jax.inference.benchmark.workload import Workload, random_actions, random_features, review_lengths
+from trbert_jax.inference.benchmark import SIZES, Workload, prepare, time_runs
+from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.inference.engine import CompiledForward, Inputs
 from trbert_jax.io import atomic_file, check_writable, write_json
 from trbert_jax.model.config import ModelConfig
@@ -33,7 +35,7 @@ PREFIX = "embeddings_and_layer_0"
 
 def prepare_prefix(
     model: TokenReducingModel, params: Params, workload: Workload, batch_size: int, selector: bool
-) -> PreparedRun:
+) -> Sequence[Callable[[], Any]]:
     """Compiles the part of a packed run before the first reduction, with or without the first selector."""
     encoder = PackedEncoder.of(model, batch_size)
 
@@ -44,38 +46,36 @@ def prepare_prefix(
         first = packed.states[packed.start]
         return (first, encoder.selector_logits(params, packed, 0)) if selector else (first,)
 
+    def run(batch: Inputs) -> Any:
+        return jax.block_until_ready(program(params, batch))
+
     batches = workload.batches(batch_size, (workload.max_length,))
-
-    def run_batch(number: int) -> Any:
-        return jax.block_until_ready(program(params, batches[number]))
-
-    for number in range(len(batches)):
-        run_batch(number)
-    name = PREFIX + ("_and_selector" if selector else "")
-    return PreparedRun(name, run_batch, len(batches), 0, 0.0, None, None, None, None)
+    calls = [functools.partial(run, batch) for _, batch in batches]
+    for call in calls:
+        call()  # compiles
+    return calls
 
 
 def measure(config: ModelConfig, num_texts: int, batch_size: int, repeats: int) -> dict[str, Any]:
     """Times all shares, interleaved, and fits the line."""
     rng = np.random.default_rng(0)
     lengths = review_lengths(num_texts, rng, config.max_length)
-    features = random_features(config, lengths, rng)
+    features = random_examples(config, lengths, rng)
     params = init_params(config, jax.random.key(0))
     model = TokenReducingModel(config)
     programs, runs = CompiledForward(model), []
     for share in SHARES:
         actions = random_actions(lengths, config.max_length, (share, share), rng)
         workload = Workload(features, config.max_length, actions)
-        run = prepare("packed", programs, params, workload, batch_size)
-        runs.append(dataclasses.replace(run, name=str(share)))
+        runs.append(prepare("packed", programs, params, workload, batch_size))
     plain = Workload(features, config.max_length)
-    prefixes = [prepare_prefix(model, params, plain, batch_size, selector) for selector in (False, True)]
-    seconds = {
-        name: float(np.median(times.sum(-1)))
-        for name, times in time_runs([*runs, *prefixes], repeats, announce=print).items()
-    }
+    calls = {str(share): run.calls for share, run in zip(SHARES, runs, strict=True)}
+    prefixes = {PREFIX: False, f"{PREFIX}_and_selector": True}
+    calls |= {name: prepare_prefix(model, params, plain, batch_size, x) for name, x in prefixes.items()}
+    timed = time_runs(calls, repeats)
+    seconds = {name: float(np.median(times.sum(-1))) for name, times in timed.items()}
     kept = np.array([run.keep.sum(-1)[:, 0].sum() for run in runs if run.keep is not None])
-    times = np.array([seconds[run.name] for run in runs])
+    times = np.array([seconds[str(share)] for share in SHARES])
     slope, intercept = np.polyfit(kept, times, 1)
     residual = times - (slope * kept + intercept)
     return {
@@ -83,7 +83,7 @@ def measure(config: ModelConfig, num_texts: int, batch_size: int, repeats: int) 
         "seconds_per_kept_token": float(slope),
         "intercept_seconds": float(intercept),
         "r_squared": float(1 - (residual**2).sum() / ((times - times.mean()) ** 2).sum()),
-        **{f"{run.name}_seconds": seconds[run.name] for run in prefixes},
+        **{f"{name}_seconds": seconds[name] for name in prefixes},
         "intercept_over_embeddings_and_layer_0": float(intercept / seconds[PREFIX]),
         "texts": runs[0].num_texts,
         "tokens": int(lengths[: runs[0].num_texts].sum()),
@@ -146,6 +146,7 @@ def main() -> None:
     args = parser.parse_args()
     for path in filter(None, (args.json, args.plot)):
         check_writable(path)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = dataclasses.replace(SIZES[args.size], max_length=args.max_length)
     result = measure(config, args.texts, args.batch_size, args.repeats)
     for point in result["points"]:

@@ -19,12 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import random_actions, random_examples, review_lengths
 
 from trbert_jax.config import FinetuneConfig, JointConfig, PolicyConfig, TrainingConfig
-from trbert_jax.inference.benchmark.records import machine
-from trbert_jax.inference.benchmark.runs import memory_bytes
-from trbert_jax.inference.benchmark.sizes import SIZES
-from trbert_jax.inference.benchmark.workload import random_actions, random_features, review_lengths
+from trbert_jax.inference.benchmark import SIZES, memory_bytes, time_runs
+from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.io import check_writable, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params, TokenReducingModel, init_params
@@ -73,7 +72,7 @@ def make_batches(config: ModelConfig, setting: Setting) -> list[dict[str, np.nda
     """Makes batches with all inputs of a stage, and `actions` bool [K * B, stages, S]."""
     rng = np.random.default_rng(0)
     lengths = review_lengths(setting.num_batches * setting.batch_size, rng, config.max_length)
-    features = random_features(config, lengths, rng)
+    features = random_examples(config, lengths, rng)
     batches = []
     for index in np.split(np.arange(len(features)), setting.num_batches):
         batch = pad_batch(features, index, setting.batch_size, config.max_length)
@@ -86,10 +85,10 @@ def make_batches(config: ModelConfig, setting: Setting) -> list[dict[str, np.nda
 
 
 def make_objective(
-    stage: str, model: TokenReducingModel, execution: str, num_samples: int, *, dropout: bool
+    stage: str, model: TokenReducingModel, backend: str, num_samples: int, *, dropout: bool
 ) -> ObjectiveFn:
     """Returns the objective of a stage with the selections `batch["actions"]` instead of sampled ones."""
-    execute, alpha = FORWARD[execution], PolicyConfig().alpha
+    execute, alpha = FORWARD[backend], PolicyConfig().alpha
 
     def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
         dropout_rng = rng if dropout else None
@@ -141,7 +140,7 @@ class Step:
         self,
         stage: str,
         model: TokenReducingModel,
-        execution: str,
+        backend: str,
         params: Params,
         batches: Sequence[dict[str, np.ndarray]],
         num_samples: int,
@@ -162,7 +161,7 @@ class Step:
         placed = [steps.place_batches({k: v[None] for k, v in b.items()}, layout) for b in batches]
         self._batches = [jax.device_put(b) if layout.is_single and strategy == "jit" else b for b in placed]
         dropout = DEFAULTS[stage].dropout
-        objective = make_objective(stage, model, execution, num_samples, dropout=dropout)
+        objective = make_objective(stage, model, backend, num_samples, dropout=dropout)
         step = steps.update_step(objective, adamw, layout)
         start = time.perf_counter()
         self._step = step.lower(self._state, self._frozen, self._batches[0], self._rng).compile()
@@ -183,7 +182,7 @@ def measure(
     setting: Setting,
     *,
     stages: Sequence[str] = tuple(DEFAULTS),
-    executions: Sequence[str] = tuple(FORWARD),
+    backends: Sequence[str] = tuple(FORWARD),
     strategies: Sequence[str] = ("jit",),
     dtype: Any = jnp.float32,
 ) -> list[dict[str, Any]]:
@@ -196,26 +195,21 @@ def measure(
     params = init_params(config, jax.random.key(0))
     records = []
     for stage in stages:
-        ways = [(name, "jit") for name in executions]
+        ways = [(name, "jit") for name in backends]
         ways += [("packed", strategy) for strategy in strategies if strategy != "jit"]
         timed = {
             way: Step(stage, model, way[0], params, batches, setting.num_samples, way[1]) for way in ways
         }
         losses = {way: float(np.ravel(step.run()["loss"])[0]) for way, step in timed.items()}
-        seconds: dict[tuple[str, str], list[float]] = {way: [] for way in timed}
-        for _ in range(setting.repeats):
-            for way, step in timed.items():
-                start = time.perf_counter()
-                step.run()
-                seconds[way].append((time.perf_counter() - start) / len(batches))
-        median = {way: float(np.median(times)) for way, times in seconds.items()}
+        seconds = time_runs({way: [step.run] for way, step in timed.items()}, setting.repeats)
+        median = {way: float(np.median(times)) / len(batches) for way, times in seconds.items()}
         masked = median.get(("masked", "jit"))
         flops = model_flops(stage, config, batches, setting.num_samples)
         for way, step in timed.items():
             records.append(
                 {
                     "stage": stage,
-                    "execution": way[0],
+                    "backend": way[0],
                     "strategy": way[1],
                     "devices": step.devices,
                     "examples_per_second": setting.batch_size / median[way],
@@ -244,7 +238,7 @@ def line_of(record: dict[str, Any]) -> str:
     """Formats a record as a line of text."""
     faster = "" if record["faster"] is None else f"  {record['faster']:5.2f} x masked"
     return (
-        f"{record['stage']:<9} {record['execution']:<7} {record['strategy']:<5} "
+        f"{record['stage']:<9} {record['backend']:<7} {record['strategy']:<5} "
         f"{record['examples_per_second']:8.2f} examples/s{faster}"
         f"  compiled in {record['compile_seconds']:.1f} s"
     )

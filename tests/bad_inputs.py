@@ -423,7 +423,7 @@ BENCHMARK_CASES = [
         (
             "unknown execution",
             BENCHMARK.replace("packed", "packed,warp"),
-            ("--executions: there is no 'warp'; expected some of packed, masked, masked_full",),
+            ("--variants", "'warp'", "masked_full"),
             lambda: None,
         ),
         (

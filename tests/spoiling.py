@@ -44,7 +44,7 @@ EVALUATE = (
 )
 PREDICT = "predict --model model --output out/lines.jsonl good"
 BENCHMARK = (
-    "benchmark --model model --data data/test.jsonl --batch-sizes 1 --executions packed"
+    "benchmark --model model --data data/test.jsonl --batch-sizes 1 --variants packed"
     " --json out/speed.json --plot out/speed.png"
 )
 CONVERT = "convert --input model --output out/model"

@@ -47,8 +47,8 @@ def test_compile_time(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_training_steps(tmp_path: Path) -> None:
     steps = run("training_steps", *TINY, target=tmp_path / "r.json")["steps"]
-    assert [(step["stage"], step["execution"]) for step in steps] == [
-        (stage, execution) for stage in ("finetune", "policy", "joint") for execution in ("packed", "masked")
+    assert [(step["stage"], step["backend"]) for step in steps] == [
+        (stage, backend) for stage in ("finetune", "policy", "joint") for backend in ("packed", "masked")
     ]
     for packed, masked in zip(steps[::2], steps[1::2], strict=True):
         assert packed["model_flops_per_step"] == masked["model_flops_per_step"] > 0
@@ -63,7 +63,7 @@ def test_accelerator(tmp_path: Path) -> None:
     assert result["finished"]
     assert result["left_out"] == []
     assert [check["ok"] for check in result["checks"]] == [True] * 3
-    assert [record["execution"] for record in result["inference"]] == [
+    assert [record["variant"] for record in result["inference"]] == [
         "packed",
         "masked_full",
         "batch_max",
@@ -71,7 +71,7 @@ def test_accelerator(tmp_path: Path) -> None:
         "dense_full",
     ]
     assert {record["dtype"] for record in result["inference"] + result["training"]} == {"bfloat16"}
-    assert [(r["execution"], r["strategy"]) for r in result["training"]] == 3 * [
+    assert [(r["backend"], r["strategy"]) for r in result["training"]] == 3 * [
         ("packed", "jit"),
         ("masked", "jit"),
         ("packed", "pmap"),

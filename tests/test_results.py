@@ -79,7 +79,7 @@ def test_speeds_of_readme() -> None:
     for (name, *cells), variant in zip(
         rows("Speed"), ("packed", "dense", "dense_full", "huggingface"), strict=True
     ):
-        speeds = {r["batch_size"]: r["examples_per_second"] for r in records if r["execution"] == variant}
+        speeds = {r["batch_size"]: r["examples_per_second"] for r in records if r["variant"] == variant}
         assert cells == [f"{speeds[size]:.1f}" for size in (1, 8, 32, 128)], name
 
 

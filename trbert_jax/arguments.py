@@ -264,7 +264,8 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-sizes", metavar="N,N", type=_counts, help="default 1,8,32,128, as far as there are texts"
     )
-    parser.add_argument("--executions", metavar="A,B", type=_names, help="what to time; default all")
+    parser.add_argument("--variants", metavar="A,B", type=_names, help="what to time; default all")
+    parser.add_argument("--executions", type=_renamed_executions, help=argparse.SUPPRESS)
     parser.add_argument("--max-texts", metavar="N", type=_count, help="only the first N texts of the file")
     _add_skip(parser)
     parser.add_argument(
@@ -316,6 +317,10 @@ def _add_rule(parser: _Parser) -> None:
 
 def _renamed_execution(text: str) -> str:
     raise argparse.ArgumentTypeError("was divided into --rule and --backend")
+
+
+def _renamed_executions(text: str) -> str:
+    raise argparse.ArgumentTypeError("is named --variants now")
 
 
 def _add_threshold(parser: argparse.ArgumentParser) -> None:

@@ -202,9 +202,8 @@ def _compile(args: argparse.Namespace) -> None:
 
 def _benchmark(args: argparse.Namespace) -> None:
     _check_outputs(args.json, args.plot)
-    from trbert_jax.inference.benchmark.command import benchmark_file
-    from trbert_jax.inference.benchmark.plot import plot_benchmark
-    from trbert_jax.inference.benchmark.records import table
+    from trbert_jax.inference.benchmark import benchmark_file
+    from trbert_jax.inference.benchmark_report import plot_benchmark, table
 
     records = benchmark_file(
         args.data,
@@ -212,14 +211,13 @@ def _benchmark(args: argparse.Namespace) -> None:
         random=args.random,
         replay_dir=args.replay,
         batch_sizes=args.batch_sizes,
-        executions=args.executions,
+        variants=args.variants,
         max_texts=args.max_texts,
         max_length=args.max_length,
         repeats=args.repeats,
         dtype=args.dtype,
         command=args.command_line,
         skip_bad_records=args.skip_bad_records,
-        announce=_say,
     )
     print("\n".join(table(records)))
     if args.json:

@@ -65,11 +65,10 @@ examples:
   trbert convert --input distilbert-base-uncased --output models/distil3 --keep-layers 0,2,4
 """
 BENCHMARK_EXAMPLES = """\
-Times the ways to run a model side by side, on the same texts in the same batches: packed (what is kept
-and nothing else), masked (everything is computed), masked_full (all texts padded to the model's longest),
-batch_max (the published evaluation), dense and dense_full (nothing is dropped) and, where PyTorch is
-installed, huggingface. "realised" in the table is how much faster than masked_full a way is, as a share
-of how many fewer FLOPs it needs: 1 where every FLOP saved saves its time.
+Times the variants of running a model on the same texts in the same batches: packed (computes the kept tokens
+only), masked (computes all), masked_full (pads all texts to the model's longest), batch_max (the published
+evaluation), dense and dense_full (drop nothing) and, if PyTorch is installed, huggingface. "realized" in the
+table is the speed-up over masked_full divided by the ratio of FLOPs: 1 if each FLOP saved saves its time.
 
 examples:
   trbert benchmark --model work/imdb/model --data test.jsonl --max-texts 256 --json speed.json

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,23 +16,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from common import random_actions, random_examples, review_lengths
 
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
-from trbert_jax.inference.benchmark import records, runs
-from trbert_jax.inference.benchmark.command import benchmark_file
-from trbert_jax.inference.benchmark.huggingface import prepare_huggingface
-from trbert_jax.inference.benchmark.plot import plot_benchmark
-from trbert_jax.inference.benchmark.records import drift, make_records
-from trbert_jax.inference.benchmark.runs import WAYS, PreparedRun, prepare, time_runs
-from trbert_jax.inference.benchmark.workload import (
+from trbert_jax.inference.benchmark import (
+    VARIANTS,
     Workload,
-    kept_masks,
-    random_actions,
-    random_features,
-    review_lengths,
+    benchmark_file,
+    memory_bytes,
+    prepare,
+    prepare_huggingface,
+    time_runs,
 )
-from trbert_jax.inference.engine import CompiledForward, InferenceEngine
+from trbert_jax.inference.benchmark_report import (
+    PreparedRun,
+    Record,
+    described,
+    drift,
+    machine,
+    make_records,
+    plot_benchmark,
+    table,
+)
+from trbert_jax.inference.engine import CompiledForward
 from trbert_jax.model.model import TokenReducingModel
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
 
@@ -41,16 +50,16 @@ PARAMS = jax.tree.map(jnp.asarray, tiny_models.tiny_params(CONFIG, seed=38, scal
 LENGTHS = np.array([5, 40, 20, 11, 30, 9, 12])  # the last one has no whole batch
 BATCH = 2
 RUN = LENGTHS[:6]
-FEATURES = random_features(CONFIG, LENGTHS, np.random.default_rng(0))
-OWN = Workload(FEATURES, LENGTH)
-GIVEN = Workload(FEATURES, LENGTH, random_actions(LENGTHS, LENGTH, (0.6, 0.3), np.random.default_rng(1)))
+EXAMPLES = random_examples(CONFIG, LENGTHS, np.random.default_rng(0))
+OWN = Workload(EXAMPLES, LENGTH)
+GIVEN = Workload(EXAMPLES, LENGTH, random_actions(LENGTHS, LENGTH, (0.6, 0.3), np.random.default_rng(1)))
 
 
 @pytest.fixture(scope="module")
 def own() -> dict[str, PreparedRun]:
     """All ways, the model choosing."""
     programs = CompiledForward(TokenReducingModel(CONFIG))
-    return {name: prepare(name, programs, PARAMS, OWN, BATCH) for name in WAYS}
+    return {name: prepare(name, programs, PARAMS, OWN, BATCH) for name in VARIANTS}
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +78,13 @@ def keep_of(run: PreparedRun) -> np.ndarray:
 
 
 def test_batches_are_whole_in_order_and_as_wide_as_needed() -> None:
-    batches = GIVEN.batches(BATCH, (16, 32, LENGTH))
+    numbered = GIVEN.batches(BATCH, (16, 32, LENGTH))
+    batches = [batch for _, batch in numbered]
+    np.testing.assert_array_equal([index for index, _ in numbered], [[0, 1], [2, 3], [4, 5]])
     assert [batch["input_ids"].shape for batch in batches] == [(2, 48), (2, 32), (2, 32)]
     np.testing.assert_array_equal(np.concatenate([batch["mask"].sum(-1) for batch in batches]), RUN)
     ids = np.concatenate([batch["input_ids"][batch["mask"]] for batch in batches])
-    np.testing.assert_array_equal(ids, FEATURES.tokens[: RUN.sum()])
+    np.testing.assert_array_equal(ids, EXAMPLES.tokens[: RUN.sum()])
     assert GIVEN.actions is not None
     for number, batch in enumerate(batches):
         width = batch["input_ids"].shape[1]
@@ -101,17 +112,7 @@ def test_random_actions_keep_the_shares() -> None:
     assert (counts / lengths[:, None])[:, 0].std() > 0.03, "texts differ"
 
 
-def test_all_tokens_can_be_kept() -> None:
-    actions = random_actions(LENGTHS, LENGTH, (1.0, 1.0), np.random.default_rng(0))
-    np.testing.assert_array_equal(actions.sum(-1), np.stack([LENGTHS, LENGTHS], axis=1))
-
-
-def test_kept_masks_are_what_was_kept(own: dict[str, PreparedRun]) -> None:
-    outputs = InferenceEngine(TokenReducingModel(CONFIG), 7).run(PARAMS, FEATURES)
-    np.testing.assert_array_equal(kept_masks(outputs, LENGTH)[:6], keep_of(own["packed"]))
-
-
-# Ways to run --------------------------------------------------------------------------------------
+# Variants -----------------------------------------------------------------------------------------
 
 
 def test_all_ways_give_one_answer(own: dict[str, PreparedRun], given: dict[str, PreparedRun]) -> None:
@@ -173,14 +174,8 @@ def test_hugging_face_is_the_dense_model(own: dict[str, PreparedRun]) -> None:
 
 def test_timing_takes_turns() -> None:
     order: list[str] = []
-
-    def run_of(name: str, num_batches: int) -> PreparedRun:
-        def run_batch(number: int) -> None:
-            order.append(f"{name}{number}")
-
-        return PreparedRun(name, run_batch, num_batches, 0, 1.0, 0.0, 0, np.zeros((0, 2)), None)
-
-    seconds = time_runs([run_of("a", 2), run_of("b", 1)], repeats=2)
+    calls = {name: functools.partial(order.append, name) for name in ("a0", "a1", "b0")}
+    seconds = time_runs({"a": [calls["a0"], calls["a1"]], "b": [calls["b0"]]}, repeats=2)
     assert order == ["a0", "a1", "b0"] * 2
     assert {name: times.shape for name, times in seconds.items()} == {"a": (2, 2), "b": (2, 1)}
     assert all((times > 0).all() for times in seconds.values())
@@ -190,11 +185,11 @@ def test_timing_takes_turns() -> None:
 
 
 def fake_run(name: str, flops: float, **changes: Any) -> PreparedRun:
-    run = PreparedRun(name, lambda number: None, 2, 4, flops, 1.5, 2_000_000, np.zeros((4, 2)), None)
+    run = PreparedRun(name, [], 4, flops, 1.5, 2_000_000, np.zeros((4, 2)), None)
     return dataclasses.replace(run, **changes)
 
 
-def fake_records(batch_size: int = 2) -> list[records.Record]:
+def fake_records(batch_size: int = 2) -> list[Record]:
     keep = np.zeros((4, 2, 8), bool)
     keep[:, 0, :3], keep[:, 1, :2] = True, True
     fakes = [
@@ -216,12 +211,12 @@ def test_records_hold_medians_and_ratios() -> None:
     assert packed["flops_per_second"] == pytest.approx(12e9)
     assert packed["p50_ms"] == pytest.approx(550)
     assert packed["p99_ms"] == pytest.approx(9000)
-    assert packed["realised_over_promised"] == pytest.approx(3 / 4)  # 3 x faster of 4 x fewer FLOPs
+    assert packed["speedup_per_flop_saved"] == pytest.approx(3 / 4)  # 3 x faster of 4 x fewer FLOPs
     assert packed["kept"] == [3, 2]
-    assert full["realised_over_promised"] is None
-    assert peer["realised_over_promised"] is None
+    assert full["speedup_per_flop_saved"] is None
+    assert peer["speedup_per_flop_saved"] is None
     assert peer["compile_seconds"] is None
-    assert [r["execution"] for r in (full, packed, peer)] == ["masked_full", "packed", "huggingface"]
+    assert [r["variant"] for r in (full, packed, peer)] == ["masked_full", "packed", "huggingface"]
 
 
 def test_records_say_which_data(tmp_path: Path) -> None:
@@ -229,20 +224,20 @@ def test_records_say_which_data(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
     file.write_bytes(b"good\n")
     digest = hashlib.sha256(b"good\n").hexdigest()
-    assert records.described(file) == {"data": "texts.txt", "data_sha256": digest}
+    assert described(file) == {"data": "texts.txt", "data_sha256": digest}
     folders = [tmp_path / name for name in ("one", "two")]
     for folder, names in zip(folders, ("ab", "ba"), strict=True):
         (folder / "inner").mkdir(parents=True)
         for name in names:
             (folder / "inner" / name).write_bytes(b"good\n")
-    one, two = (records.described(folder)["data_sha256"] for folder in folders)
+    one, two = (described(folder)["data_sha256"] for folder in folders)
     assert one == two == hashlib.sha256(f"{digest}  inner/a\n{digest}  inner/b\n".encode()).hexdigest()
     (folders[1] / "inner/a").write_bytes(b"bad\n")
-    assert records.described(folders[1])["data_sha256"] != one
+    assert described(folders[1])["data_sha256"] != one
 
 
 def test_table_has_a_row_a_record() -> None:
-    lines = list(records.table([*fake_records(), *fake_records(4)]))
+    lines = list(table([*fake_records(), *fake_records(4)]))
     assert len(lines) == 1 + 3 + 1 + 3
     assert lines[2].split() == ["2", "packed", "4.0", "550.00", "9000.00", "3", "12", "0.75", "1.5", "2"]
     assert lines[3].split()[-3:] == ["–", "–", "–"]
@@ -272,7 +267,7 @@ def test_drift_counts_tokens_texts_and_labels() -> None:
 
 def test_plot_is_a_png(tmp_path: Path) -> None:
     about = {"model": "a/b", "replay": None, "dtype": "float32", "tokens": 9.5, "max_length": 18}
-    found = [{**record, **about, **records.machine()} for record in fake_records()]
+    found = [{**record, **about, **machine()} for record in fake_records()]
     for name, some in (("both", found), ("speed", found[1:])):
         plot_benchmark(some, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -292,23 +287,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quiet(line: str) -> None:
-    pass
-
-
-def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--max-texts 3 --batch-sizes 1,2 --executions packed,masked_full --repeats 2"
+def test_command(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trbert_jax")
+    options = "--max-texts 3 --batch-sizes 1,2 --variants packed,masked_full --repeats 2"
     files = f"--model {folder}/model --data {folder}/texts.jsonl"
     outputs = f"--json {tmp_path}/r.json --plot {tmp_path}/plot/r.png"
     command = f"benchmark {files} {options} {outputs}"
     assert main(command.split()) == 0
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     assert [line.split()[:2] for line in out.splitlines() if line] == [
-        ["batch", "execution"],
+        ["batch", "variant"],
         *([str(size), name] for size in (1, 2) for name in ("packed", "masked_full")),
     ]
-    assert "trbert: batch size 2: preparing masked_full\n" in err
-    assert "trbert: batch size 2: repeat 2 of 2\n" in err
+    assert {"batch size 2: preparing masked_full", "batch size 2: repeat 2 of 2"} <= set(caplog.messages)
     found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert [(r["batch_size"], r["texts"]) for r in found] == [(1, 3), (1, 3), (2, 2), (2, 2)]
     for record in found:
@@ -320,7 +313,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert record["data"] == "texts.jsonl"
         assert record["data_sha256"] == hashlib.sha256((folder / "texts.jsonl").read_bytes()).hexdigest()
         assert {"device", "cpus", "jax", "compile_seconds", "flops", "p50_ms", "p99_ms"} <= record.keys()
-    assert found[0]["realised_over_promised"] > 0
+    assert found[0]["speedup_per_flop_saved"] > 0
     assert (tmp_path / "plot" / "r.png").exists()
 
 
@@ -329,11 +322,10 @@ def test_bfloat16_is_compared_with_float32(folder: Path) -> None:
     packed, dense, batch_max = benchmark_file(
         folder / "texts.txt",
         model_dir=folder / "model",
-        executions=("packed", "dense", "batch_max"),
+        variants=("packed", "dense", "batch_max"),
         batch_sizes=(4,),
         repeats=1,
         dtype="bfloat16",
-        announce=quiet,
     )
     assert 0 <= packed["kept_changed_tokens"] <= packed["kept_changed_texts"] <= 1
     assert packed["labels_changed"] is not None
@@ -344,13 +336,13 @@ def test_bfloat16_is_compared_with_float32(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_replayed_tokens_are_kept_by_random_weights(folder: Path) -> None:
-    settings: dict[str, Any] = {"batch_sizes": (2,), "repeats": 1, "announce": quiet}
-    own = benchmark_file(folder / "texts.txt", model_dir=folder / "model", executions=("packed",), **settings)
+    settings: dict[str, Any] = {"batch_sizes": (2,), "repeats": 1}
+    own = benchmark_file(folder / "texts.txt", model_dir=folder / "model", variants=("packed",), **settings)
     (random,) = benchmark_file(
         folder / "texts.txt",
         random="tiny",
         replay_dir=folder / "model",
-        executions=("packed",),
+        variants=("packed",),
         **settings,
     )
     assert random["kept"] == own[0]["kept"]
@@ -370,8 +362,8 @@ def other_tokenizer(folder: Path) -> None:
         (
             None,
             None,
-            {"executions": ("warp",)},
-            "--executions: there is no 'warp'; expected some of packed, ",
+            {"variants": ("warp",)},
+            "--variants: unknown variant 'warp'; expected some of packed, ",
         ),
         (None, None, {"batch_sizes": (1, 5)}, "--batch-sizes: 5 is more than the 4 texts of"),
         (None, None, {"model_dir": None, "random": "tiny"}, "name it with --replay DIR"),
@@ -379,25 +371,25 @@ def other_tokenizer(folder: Path) -> None:
             tiny_models.BERT,
             None,
             {"model_dir": None, "random": "huge", "replay_dir": "other"},
-            "--random: there is no 'huge'; expected one of bert-base, minilm",
+            "--random: unknown size 'huge'; expected one of bert-base, minilm",
         ),
         (
             dataclasses.replace(tiny_models.BERT, num_layers=2),
             None,
             {"replay_dir": "other"},
-            "other drops tokens at 1 points, the model under test at 2",
+            "other has 1 points of reduction, the model under test 2",
         ),
         (
             dataclasses.replace(tiny_models.BERT, max_length=12),
             None,
             {"replay_dir": "other"},
-            "other reads up to 12 tokens, the model under test up to 18; give both the same",
+            "other has 12 tokens of a text at most, the model under test 18",
         ),
         (
             tiny_models.BERT,
             other_tokenizer,
             {"replay_dir": "other"},
-            "other reads the texts as other tokens than the model under test",
+            "other splits the texts into other tokens",
         ),
     ],
 )
@@ -416,16 +408,16 @@ def test_mistakes(
     if "replay_dir" in options:
         options = {**options, "replay_dir": tmp_path / options["replay_dir"]}
     with pytest.raises(UserError) as caught:
-        benchmark_file(folder / "texts.txt", **{"model_dir": folder / "model", "announce": quiet, **options})
+        benchmark_file(folder / "texts.txt", **{"model_dir": folder / "model", **options})
     assert message in str(caught.value)
 
 
 def test_hugging_face_asked_for_where_it_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trbert_jax.inference.benchmark.huggingface.available", lambda: False)
+    monkeypatch.setattr("trbert_jax.inference.benchmark.torch_available", lambda: False)
     with pytest.raises(UserError, match="huggingface needs PyTorch"):
-        benchmark_file(folder / "texts.txt", model_dir=folder / "model", executions=("huggingface",))
+        benchmark_file(folder / "texts.txt", model_dir=folder / "model", variants=("huggingface",))
 
 
 def test_memory_is_what_the_compiler_planned() -> None:
     program = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile()
-    assert runs.memory_bytes(program) >= 2 * 64 * 64 * 4
+    assert memory_bytes(program) >= 2 * 64 * 64 * 4

@@ -424,7 +424,7 @@ def test_published_model_packed(published: tuple[TRBert, dict[str, np.ndarray]])
         digest="",
     )
     packed, masked = (
-        model.runner(32).run(model.params, features, backend=name) for name in ("packed", "masked")
+        model.engine(32).run(model.params, features, backend=name) for name in ("packed", "masked")
     )
     np.testing.assert_allclose(packed.logits, masked.logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(packed.logits, recorded["logits"], rtol=1e-5, atol=1e-5)

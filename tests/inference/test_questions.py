@@ -186,7 +186,7 @@ def test_benchmark_runs_questions(models: dict[str, Path], tmp_path: Path) -> No
     form, out = SAMPLES["race"], tmp_path / "speed.json"
     data = form.write(tmp_path / form.path, form.fresh())
     options = [
-        "--executions",
+        "--variants",
         "masked_full,dense",
         "--batch-sizes",
         "2",

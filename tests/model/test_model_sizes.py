@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from trbert_jax.inference.benchmark.sizes import SIZES
+from trbert_jax.inference.benchmark import SIZES
 from trbert_jax.inference.engine import CompiledForward
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import TokenReducingModel, forward, init_params

@@ -182,7 +182,7 @@ def _answer(
     announce: Announce,
 ) -> Iterator[dict[str, Any]]:
     questions = Questions(model, records, announce)
-    outputs = model.runner(batch_size).run(model.params, questions.features, **options)
+    outputs = model.engine(batch_size).run(model.params, questions.features, **options)
     found = questions.score(outputs).files["predictions.json"]
     answers = found["answer"] if model.config.task == "multi_hop" else found
     tokens, kept = _counts(questions.features, outputs, questions.in_pairs)
@@ -213,7 +213,7 @@ def compile_questions(
     features = Questions(
         model, parse_requests(kind, [("example", SHORTEST[kind])], set()), _say_nothing
     ).features
-    yield from model.runner(batch_size).compile(model.params, features, rule or model.default_rule, backend)
+    yield from model.engine(batch_size).compile(model.params, features, rule or model.default_rule, backend)
 
 
 def read_questions(model: TRBert, path: Path, skip_bad: bool, announce: Announce) -> Questions:

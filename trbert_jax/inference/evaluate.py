@@ -62,7 +62,7 @@ def evaluate_file(
     rule = rule or model.default_rule
     if model.tokenizer is None:
         raise UserError(f"{model_dir}: has no tokenizer files; put those of the model it was made of there")
-    runner = model.runner(batch_size)
+    runner = model.engine(batch_size)
     questions: Questions | None = None
     if model.config.inputs.data:
         questions = read_questions(model, Path(data_file), skip_bad_records, to_stderr)

@@ -109,7 +109,7 @@ class TRBert:
         self.fresh = tuple(fresh)
         self._model = TokenReducingModel(config, _DTYPES[dtype])
         self.programs = CompiledForward(self._model)
-        self._runners: dict[int, InferenceEngine] = {}
+        self._engines: dict[int, InferenceEngine] = {}
 
     @classmethod
     def from_pretrained(
@@ -227,7 +227,7 @@ class TRBert:
                 num_read += len(window)
                 if following := read():
                     encoding = pool.submit(self._encode, following, num_read)
-                output = self.runner(rows).run(self.params, features, **options)
+                output = self.engine(rows).run(self.params, features, **options)
                 yield from self._predictions(window, features, truncated, output)
                 window = following
 
@@ -279,13 +279,13 @@ class TRBert:
             digest="",
         )
         for rows in sorted({_num_rows(n, batch_size) for n in (*SMALL, batch_size)}):
-            yield from self.runner(rows).compile(self.params, example, rule or self.default_rule, backend)
+            yield from self.engine(rows).compile(self.params, example, rule or self.default_rule, backend)
 
-    def runner(self, batch_size: int) -> InferenceEngine:
+    def engine(self, batch_size: int) -> InferenceEngine:
         """What runs the model in batches of this many rows; kept, because it holds compiled programs."""
-        if batch_size not in self._runners:
-            self._runners[batch_size] = InferenceEngine(self._model, batch_size, self.programs)
-        return self._runners[batch_size]
+        if batch_size not in self._engines:
+            self._engines[batch_size] = InferenceEngine(self._model, batch_size, self.programs)
+        return self._engines[batch_size]
 
     def _encode(self, texts: Sequence[str], first: int) -> tuple[Examples, list[bool]]:
         _check_texts(texts, first)

@@ -1,0 +1,463 @@
+"""Time the variants of running one model, side by side on the same texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trbert_jax.datasets.dataset import Dataset, Example
+from trbert_jax.errors import UserError
+from trbert_jax.inference.answering import read_questions
+from trbert_jax.inference.benchmark_report import (
+    PreparedRun,
+    Record,
+    described,
+    drift,
+    machine,
+    make_records,
+    num_cores,
+)
+from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Inputs, bucket_widths
+from trbert_jax.inference.predictor import TRBert
+from trbert_jax.inference.text_input import read_texts
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import Params, init_params
+from trbert_jax.model.pretrained import save_pretrained
+from trbert_jax.reduction import selection
+from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
+from trbert_jax.reduction.rules import RULES, RuleSpec
+from trbert_jax.tasks.batching import pad_batch
+from trbert_jax.tasks.examples import Examples, build_features
+
+logger = logging.getLogger(__name__)
+
+Name = TypeVar("Name")
+
+BATCH_SIZES = (1, 8, 32, 128)
+HUGGINGFACE = "huggingface"
+SIZES = {
+    "bert-base": ModelConfig(),
+    "minilm": ModelConfig(hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536),
+    # Too small to measure speed; shows that a benchmark runs.
+    "tiny": ModelConfig(
+        vocab_size=100,
+        hidden_size=16,
+        num_layers=4,
+        num_heads=2,
+        intermediate_size=32,
+        max_positions=256,
+        max_length=256,
+    ),
+}
+_REFERENCE_BATCH = 32
+_SETTLE_SECONDS = 0.02  # threads of one library may spin for a while after their work
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to run the batches of a workload: a rule, a backend, and whether all batches have full length."""
+
+    rule: str
+    backend: str
+    full_length: bool = False
+
+
+VARIANTS = {
+    "packed": Variant("threshold", "packed"),
+    "masked": Variant("threshold", "masked"),
+    "masked_full": Variant("threshold", "masked", full_length=True),
+    "batch_max": Variant("batch_max", "packed"),
+    "dense": Variant("dense", "packed"),
+    "dense_full": Variant("dense", "masked", full_length=True),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Workload:
+    """Texts or questions in the order of their arrival.
+
+    Attributes:
+      examples: n tokenized texts, or questions of R rows.
+      max_length: width of the full-length variants.
+      actions: bool [n, stages, max_length], the tokens to keep at each point of reduction; None lets the
+        model decide.
+    """
+
+    examples: Examples
+    max_length: int
+    actions: np.ndarray | None = None
+
+    def whole_batches(self, batch_size: int) -> Examples:
+        """The examples of whole batches; the remaining ones are not run, so that every batch is full."""
+        return self.examples.take(np.arange(len(self.examples) // batch_size * batch_size))
+
+    def batches(self, batch_size: int, widths: Sequence[int]) -> list[tuple[np.ndarray, Inputs]]:
+        """Pads the whole batches, in order.
+
+        Args:
+          batch_size: B, texts of a batch.
+          widths: padded lengths to choose from, ascending, the last one `max_length`.
+
+        Returns:
+          Positions of each batch's texts, int [B], and its arrays: those of `pad_batch`, `min_logit` float32
+          [B * G] and, if actions are given, `actions` bool [B, stages, W].
+        """
+        result: list[tuple[np.ndarray, Inputs]] = []
+        for index in np.arange(len(self.whole_batches(batch_size))).reshape(-1, batch_size):
+            longest = self.examples.lengths[index].max()
+            width = next(width for width in widths if width >= longest)
+            batch = pad_batch(self.examples, index, batch_size, width)
+            batch["min_logit"] = np.zeros(len(batch["input_ids"]), np.float32)
+            if self.actions is not None:
+                batch["actions"] = self.actions[index, :, :width]
+            result.append((index, batch))
+        return result
+
+
+def prepare(
+    name: str, programs: CompiledForward, params: Params, workload: Workload, batch_size: int
+) -> PreparedRun:
+    """Compiles a variant for all batches of a workload and runs each batch once.
+
+    Args:
+      name: key of `VARIANTS`.
+      programs: compiled passes of the model, which are reused.
+      params: the model's parameters, on the device.
+      workload: the texts.
+      batch_size: texts of a batch.
+    """
+    variant, config = VARIANTS[name], programs.model.config
+    rule = RULES[variant.rule]
+    if workload.actions is not None:
+        rule = _GIVEN.get(variant.rule, rule)
+    longest = workload.max_length
+    widths = (longest,) if variant.full_length else bucket_widths(variant.backend, longest)
+    numbered = workload.batches(batch_size, widths)
+    examples, batches = workload.whole_batches(batch_size), [batch for _, batch in numbered]
+    engine = InferenceEngine(programs.model, batch_size, programs)
+    outputs = engine.run_batches(params, examples, numbered, rule, variant.backend)
+    compiled = [programs.get(params, batch, rule, variant.backend) for batch in batches]
+    keep = outputs.kept_masks(longest) if rule.drops else None
+
+    def run(program: Any, batch: Inputs) -> Any:
+        return jax.block_until_ready(program(params, batch))
+
+    shapes = [batch["input_ids"].shape for batch in batches]
+    lengths, shape = examples.row_lengths, EncoderShape.of(config)
+    padded = variant.backend == "masked"
+    computed = np.concatenate([np.full(rows, width) for rows, width in shapes]) if padded else lengths
+    if keep is None:
+        flops = dense_flops(shape, computed)
+    elif padded:  # the selectors judge every token, and every token goes on
+        flops = reduced_flops(shape, computed, np.repeat(computed[:, None], config.num_reductions, axis=1))
+    else:
+        flops = reduced_flops(shape, computed, keep.sum(-1))
+    return PreparedRun(
+        name=name,
+        calls=[functools.partial(run, *pair) for pair in zip(compiled, batches, strict=True)],
+        num_texts=len(examples),
+        flops=float(flops.sum() / len(examples)),
+        compile_seconds=sum(
+            programs.compile_seconds[rule.name, variant.backend, *shape] for shape in set(shapes)
+        ),
+        peak_memory_bytes=max(memory_bytes(program) for program in compiled),
+        logits=outputs.logits,
+        keep=keep,
+    )
+
+
+def _given(batch: Inputs) -> selection.Rule:
+    """Keeps the tokens of `batch["actions"]`."""
+    actions = jnp.swapaxes(batch["actions"], 0, 1)  # [stages, B, S]
+    # Reads the logits too: the compiler would remove selectors whose result is not used.
+    return lambda stage, logits, valid: actions[stage] & (logits > -jnp.inf) & valid
+
+
+def _given_batch_max(batch: Inputs) -> selection.Rule:
+    given = _given(batch)
+
+    def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
+        return selection.keep_batch_max(stage, jnp.where(given(stage, logits, valid), 1.0, -1.0), valid)
+
+    return rule
+
+
+_GIVEN = {
+    "threshold": RuleSpec("given", "keep given tokens", _given),
+    "batch_max": RuleSpec("given_batch_max", "fill rows of given tokens up", _given_batch_max, exact=False),
+}
+
+
+def memory_bytes(program: Any) -> int:
+    """Returns a compiled program's peak memory by the compiler's plan: arguments, outputs, temporaries."""
+    plan = program.memory_analysis()
+    total = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
+    return int(total - plan.alias_size_in_bytes)
+
+
+def time_runs(
+    runs: Mapping[Name, Sequence[Callable[[], Any]]], repeats: int, label: str = ""
+) -> dict[Name, np.ndarray]:
+    """Times functions in turns: all calls of one run, then of the next, and again.
+
+    Args:
+      runs: name -> functions that wait for their result.
+      repeats: passes over all runs.
+      label: prefix of the progress messages.
+
+    Returns:
+      Name -> seconds of each call, float64 [repeats, calls].
+    """
+    seconds = {name: np.zeros((repeats, len(calls))) for name, calls in runs.items()}
+    for repeat in range(repeats):
+        logger.info("%srepeat %d of %d", label, repeat + 1, repeats)
+        for name, calls in runs.items():
+            time.sleep(_SETTLE_SECONDS)
+            for number, call in enumerate(calls):
+                start = time.perf_counter()
+                call()
+                seconds[name][repeat, number] = time.perf_counter() - start
+    return seconds
+
+
+# Hugging Face's model in PyTorch, for comparison -------------------------------------------------------
+
+
+def torch_available() -> bool:
+    """Whether PyTorch is installed for the kind of device that JAX runs on."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    if jax.default_backend() == "cpu":
+        return True
+    import torch
+
+    return jax.default_backend() == "gpu" and bool(torch.cuda.is_available())
+
+
+def prepare_huggingface(
+    config: ModelConfig, params: Params, workload: Workload, batch_size: int, dtype: str
+) -> PreparedRun:
+    """Prepares the dense model in PyTorch, each batch padded to its longest text."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"  # without the selectors, which it does not know
+        save_pretrained(path, config, jax.device_get(params), None, exclude=("selectors",))
+        model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    model = model.to("cpu" if jax.default_backend() == "cpu" else "cuda", getattr(torch, dtype))
+    torch.set_num_threads(num_cores())
+
+    def run(inputs: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            placed = {key: value.to(model.device) for key, value in inputs.items()}
+            return model(**placed).logits.float().cpu().numpy()
+
+    calls, widths = [], []
+    for _, batch in workload.batches(batch_size, (workload.max_length,)):
+        widths.append(batch["mask"].sum(-1).max())
+        names = {"input_ids": "input_ids", "attention_mask": "mask"}
+        inputs = {name: torch.tensor(batch[key][:, : widths[-1]]).long() for name, key in names.items()}
+        calls.append(functools.partial(run, inputs))
+    logits = np.concatenate([call() for call in calls])
+    flops = float(dense_flops(EncoderShape.of(config), np.repeat(widths, batch_size)).mean())
+    return PreparedRun(HUGGINGFACE, calls, len(logits), flops, None, None, logits, None)
+
+
+# The command --------------------------------------------------------------------------------------------
+
+
+def benchmark_file(
+    data: str | Path,
+    *,
+    model_dir: str | Path | None = None,
+    random: str | None = None,
+    replay_dir: str | Path | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    variants: Sequence[str] | None = None,
+    max_texts: int | None = None,
+    max_length: int | None = None,
+    repeats: int = 5,
+    dtype: str = "float32",
+    command: str | None = None,
+    skip_bad_records: bool = False,
+) -> list[Record]:
+    """Times the variants of running a model on the same texts, in the order of the file.
+
+    Args:
+      data: `.jsonl` with `text`, or one text per line; for a model that answers questions a file in the
+        published format of its data set.
+      model_dir: see `TRBert.from_pretrained`.
+      random: in place of a model, a key of `SIZES`: random weights, tokenizer and labels of `replay_dir`.
+      replay_dir: a model whose kept tokens the model under test keeps.
+      batch_sizes: None takes those of `BATCH_SIZES` that the texts are enough for.
+      variants: keys of `VARIANTS`, and `huggingface`; None takes all that can run.
+      max_texts: number of texts (of questions: inputs) to read; None reads all.
+      max_length: tokens after which a text is cut, and width of full-length batches; None takes the model's.
+      repeats: passes over all variants.
+      dtype: `float32` or `bfloat16`.
+      command: what the user typed, for the records.
+      skip_bad_records: skip malformed questions, instead of raising an error.
+
+    Returns:
+      The records of `make_records`, with `dtype`, `model`, `replay`, `max_length`, `tokens` (mean of a text),
+      `repeats`, `command`, the values of `described` and `machine`, and for bfloat16 those of `drift`.
+
+    Raises:
+      UserError: a model or file that cannot be read, an unknown variant, too few texts, a replayed model
+        that does not fit.
+    """
+    names = _check_variants(variants)
+    replayed = None if replay_dir is None else TRBert.from_pretrained(replay_dir, max_length=max_length)
+    if random is not None:
+        model = _random_model(random, replayed, dtype)
+    elif model_dir is not None:
+        model = TRBert.from_pretrained(model_dir, max_length=max_length, dtype=dtype)
+    else:
+        raise ValueError("model_dir or random is needed")
+    if model.config.inputs.data:
+        if replayed is not None:
+            raise UserError("--replay: kept tokens are replayed for models that label texts only")
+        if HUGGINGFACE in names and variants is not None:
+            raise UserError("--variants: huggingface is compared for models that label texts only")
+        names = [name for name in names if name != HUGGINGFACE]
+        examples = read_questions(model, Path(data), skip_bad_records, logger.info).features
+        examples = examples.take(np.arange(min(len(examples), max_texts or len(examples))))
+        workload = Workload(examples, model.config.max_length)
+    else:
+        texts = list(itertools.islice(read_texts(Path(data)), max_texts))
+        workload = Workload(
+            _encode(texts, model, str(random or model_dir), str(data)), model.config.max_length
+        )
+        if replayed is not None:
+            logger.info("computing the tokens that %s keeps", replay_dir)
+            actions = _actions_of(replayed, str(replay_dir), texts, model, workload)
+            workload = dataclasses.replace(workload, actions=actions)
+    count = len(workload.examples)
+    sizes = list(dict.fromkeys(batch_sizes or [size for size in BATCH_SIZES if size <= count]))
+    if max(sizes) > count:
+        raise UserError(
+            f"--batch-sizes: {max(sizes)} is more than the {count} texts of {data}; give more texts or "
+            "smaller batches"
+        )
+    about = {
+        "dtype": dtype,
+        "model": str(random or model_dir),
+        "replay": None if replay_dir is None else str(replay_dir),
+        "max_length": model.config.max_length,
+        "repeats": repeats,
+        "command": command,
+        **described(Path(data)),
+        **machine(),
+    }
+    return [
+        {**record, **about}
+        for size in sizes
+        for record in _benchmark(model, workload, names, size, repeats, dtype)
+    ]
+
+
+def _benchmark(
+    model: TRBert, workload: Workload, names: Sequence[str], batch_size: int, repeats: int, dtype: str
+) -> Iterator[Record]:
+    """Times all variants at one batch size."""
+    runs = []
+    for name in names:
+        logger.info("batch size %d: preparing %s", batch_size, name)
+        if name == HUGGINGFACE:
+            runs.append(prepare_huggingface(model.config, model.params, workload, batch_size, dtype))
+        else:
+            runs.append(prepare(name, model.programs, model.params, workload, batch_size))
+    calls = {run.name: run.calls for run in runs}
+    seconds = time_runs(calls, repeats, label=f"batch size {batch_size}: ")
+    lengths = workload.whole_batches(batch_size).row_lengths
+    for run, record in zip(runs, make_records(runs, seconds, batch_size), strict=True):
+        changes = {} if dtype == "float32" else _drift_from_float32(run, model, workload)
+        yield {**record, **changes, "tokens": float(lengths.mean())}
+
+
+def _drift_from_float32(run: PreparedRun, model: TRBert, workload: Workload) -> dict[str, float | None]:
+    if run.name == "batch_max":  # its results depend on the batches, which would have to be the same
+        return dict.fromkeys(("kept_changed_tokens", "kept_changed_texts", "labels_changed"))
+    reference = _float32_run("dense" if run.keep is None else "packed", model, workload)
+    keep = None if workload.actions is not None else reference.keep
+    return drift(run, reference.logits, keep, workload.examples.row_lengths)
+
+
+@functools.lru_cache(maxsize=2)
+def _float32_run(name: str, model: TRBert, workload: Workload) -> PreparedRun:
+    exact = TRBert(model.config, model.params)
+    return prepare(
+        name, exact.programs, exact.params, workload, min(_REFERENCE_BATCH, len(workload.examples))
+    )
+
+
+def _check_variants(names: Sequence[str] | None) -> list[str]:
+    known = (*VARIANTS, HUGGINGFACE)
+    if names is None:
+        return [name for name in known if name != HUGGINGFACE or torch_available()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--variants: unknown variant {name!r}; expected some of {', '.join(known)}")
+    if HUGGINGFACE in names and not torch_available():
+        raise UserError(
+            "--variants: huggingface needs PyTorch for the device that JAX runs on; install it:"
+            " pip install 'trbert-jax[torch]'"
+        )
+    return list(dict.fromkeys(names))
+
+
+def _random_model(size: str, replayed: TRBert | None, dtype: str) -> TRBert:
+    if size not in SIZES:
+        raise UserError(f"--random: unknown size {size!r}; expected one of {', '.join(SIZES)}")
+    if replayed is None:
+        raise UserError(
+            "--random takes tokenizer and kept tokens from another model; name it with --replay DIR"
+        )
+    fields = ("vocab_size", "max_positions", "max_length", "labels")
+    config = dataclasses.replace(SIZES[size], **{name: getattr(replayed.config, name) for name in fields})
+    return TRBert(config, init_params(config, jax.random.key(0)), replayed.tokenizer, dtype=dtype)
+
+
+def _encode(texts: Sequence[str], model: TRBert, name: str, source: str) -> Examples:
+    if model.tokenizer is None:
+        raise UserError(f"{name}: has no tokenizer files; add those of the model it was made of")
+    examples = tuple(Example(f"{source}: text {number}", text, 0) for number, text in enumerate(texts, 1))
+    return build_features(Dataset(examples, model.config.labels), model.tokenizer, model.config.max_length)
+
+
+def _actions_of(
+    replayed: TRBert, name: str, texts: Sequence[str], model: TRBert, workload: Workload
+) -> np.ndarray:
+    """Returns what the replayed model keeps, bool [n, stages, max_length]."""
+    for field, words in (
+        ("num_reductions", "points of reduction"),
+        ("max_length", "tokens of a text at most"),
+    ):
+        theirs, ours = getattr(replayed.config, field), getattr(model.config, field)
+        if theirs != ours:
+            raise UserError(
+                f"--replay: {name} has {theirs} {words}, the model under test {ours}; they must agree"
+            )
+    examples = _encode(texts, replayed, name, name)
+    if not np.array_equal(examples.tokens, workload.examples.tokens):
+        raise UserError(
+            f"--replay: {name} splits the texts into other tokens; the models must share a tokenizer"
+        )
+    engine = replayed.engine(min(_REFERENCE_BATCH, len(examples)))
+    outputs = engine.run(replayed.params, examples, rule=replayed.default_rule)
+    return outputs.kept_masks(workload.max_length)

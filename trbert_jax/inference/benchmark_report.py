@@ -1,0 +1,278 @@
+"""Turn timed runs into records, a table and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from trbert_jax import compilation_cache
+from trbert_jax.io import atomic_file
+from trbert_jax.model.heads import Logits
+
+Record = dict[str, Any]
+
+REFERENCE = "masked_full"  # the variant that speed-ups are measured against
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedRun:
+    """A variant that is compiled and has run every batch of a workload once.
+
+    Attributes:
+      name: the variant.
+      calls: for each batch a function that runs it and waits for its logits.
+      num_texts: n, in whole batches.
+      flops: mean of a text, by the published count; padding counts if it is computed.
+      compile_seconds: of all shapes; None if nothing is compiled.
+      peak_memory_bytes: parameters, inputs, outputs and temporaries of the largest program; None if unknown.
+        From the compiler: a device's own counter cannot be reset between programs.
+      logits: float32 [n, C], or those of another head, see `inference.engine.Outputs`.
+      keep: bool [rows, stages, max_length], the kept tokens; None if nothing is dropped.
+    """
+
+    name: str
+    calls: Sequence[Callable[[], Any]]
+    num_texts: int
+    flops: float
+    compile_seconds: float | None
+    peak_memory_bytes: int | None
+    logits: Logits
+    keep: np.ndarray | None
+
+
+def make_records(
+    runs: Sequence[PreparedRun], seconds: Mapping[str, np.ndarray], batch_size: int
+) -> list[Record]:
+    """Makes one record per run.
+
+    Args:
+      runs: of one workload.
+      seconds: name -> seconds of each batch, [repeats, num_batches].
+      batch_size: texts of a batch.
+
+    Returns:
+      Records with `variant`, `batch_size`, `texts` (how many were run), `examples_per_second` (median of the
+      repeats), `p50_ms` and `p99_ms` (of a batch), `flops` (of a text), `flops_per_second`,
+      `speedup_per_flop_saved` (speed-up over `masked_full` divided by the ratio of FLOPs; None for that
+      variant, for Hugging Face's, and if it was not run), `compile_seconds`, `peak_memory_bytes` and `kept`
+      (tokens of a text after each point of reduction, None for dense runs).
+    """
+    total = {run.name: float(np.median(seconds[run.name].sum(-1))) for run in runs}
+    flops = {run.name: run.flops for run in runs}
+    records = []
+    for run in runs:
+        rate, ratio = run.num_texts / total[run.name], None
+        if REFERENCE in total and run.name != REFERENCE and run.compile_seconds is not None:
+            ratio = (total[REFERENCE] / total[run.name]) / (flops[REFERENCE] / run.flops)
+        milliseconds = 1000 * seconds[run.name].ravel()
+        records.append(
+            {
+                "variant": run.name,
+                "batch_size": batch_size,
+                "texts": run.num_texts,
+                "examples_per_second": rate,
+                "p50_ms": float(np.percentile(milliseconds, 50)),
+                "p99_ms": float(np.percentile(milliseconds, 99)),
+                "flops": run.flops,
+                "flops_per_second": run.flops * rate,
+                "speedup_per_flop_saved": ratio,
+                "compile_seconds": run.compile_seconds,
+                "peak_memory_bytes": run.peak_memory_bytes,
+                "kept": None if run.keep is None else run.keep.sum(-1).mean(0).tolist(),
+            }
+        )
+    return records
+
+
+def drift(
+    run: PreparedRun, logits: Logits, keep: np.ndarray | None, lengths: np.ndarray
+) -> dict[str, float | None]:
+    """Compares a run with the same in float32, on the texts that both have run.
+
+    Args:
+      run: n texts.
+      logits: of the float32 run of m texts.
+      keep: bool [rows, stages, max_length] of that run; None leaves the selections out.
+      lengths: int [rows], tokens of each row.
+
+    Returns:
+      `kept_changed_tokens`, the share of tokens decided differently at any point of reduction;
+      `kept_changed_texts`, the share of rows with such a token; `labels_changed`, the share of texts with
+      another label (of spans: of rows with another likeliest token).
+    """
+    result: dict[str, float | None] = {"kept_changed_tokens": None, "kept_changed_texts": None}
+    if run.keep is not None and keep is not None:
+        count = min(len(run.keep), len(keep))
+        changed = (run.keep[:count] != keep[:count]).any(1)  # [rows, max_length]
+        result["kept_changed_tokens"] = float(changed.sum() / lengths[:count].sum())
+        result["kept_changed_texts"] = float(changed.any(-1).mean())
+    others = []
+    for ours, theirs in zip(jax.tree.leaves(run.logits), jax.tree.leaves(logits), strict=True):
+        count = min(len(ours), len(theirs))
+        other = ours[:count].argmax(-1) != theirs[:count].argmax(-1)
+        others.append(other.reshape(count, -1).any(-1))
+    return {**result, "labels_changed": float(np.any(others, axis=0).mean())}
+
+
+def described(data: Path) -> Record:
+    """Identifies the data: name of the file or folder, and its SHA-256.
+
+    A folder's is that of one line per file, `SHA-256  path inside the folder`, sorted by path.
+    """
+    if not data.is_dir():
+        return {"data": data.name, "data_sha256": _sha256(data)}
+    names = sorted(path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file())
+    lines = "".join(f"{_sha256(data / name)}  {name}\n" for name in names)
+    return {"data": data.name, "data_sha256": hashlib.sha256(lines.encode()).hexdigest()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def machine() -> Record:
+    """Describes the machine and the versions of the libraries."""
+    versions = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "torch", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "cpus": num_cores(),
+        "platform": platform.platform(),
+        # On a CPU, speed depends on how the allocator hands out XLA's buffers.
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
+        # With a cache on disk, compile times may be read times.
+        "compilation_cache": compilation_cache.directory() is not None,
+        **versions,
+    }
+
+
+def _processor() -> str:
+    """The processor's name if the system tells it, otherwise its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def table(records: Sequence[Record]) -> Iterator[str]:
+    """Formats records as lines of text, one row each."""
+    columns = (
+        ("texts/s", "examples_per_second", 1, "9.1f"),
+        ("p50 ms", "p50_ms", 1, "9.2f"),
+        ("p99 ms", "p99_ms", 1, "9.2f"),
+        ("GFLOPs", "flops", 1e-9, "8.3g"),
+        ("GFLOP/s", "flops_per_second", 1e-9, "9.3g"),
+        ("realized", "speedup_per_flop_saved", 1, "8.2f"),
+        ("compile s", "compile_seconds", 1, "9.1f"),
+        ("MB", "peak_memory_bytes", 1e-6, "7.0f"),
+    )
+    yield f"batch  {'variant':<12} " + " ".join(f"{title:>{form[0]}}" for title, *_, form in columns)
+    last = None
+    for record in records:
+        if last not in (None, record["batch_size"]):
+            yield ""
+        last = record["batch_size"]
+        cells = (
+            f"{'–':>{form[0]}}" if record[key] is None else f"{record[key] * scale:{form}}"
+            for _, key, scale, form in columns
+        )
+        yield f"{last:>5}  {record['variant']:<12} {' '.join(cells)}"
+
+
+# The picture --------------------------------------------------------------------------------------------
+
+# Variants of one rule share a color; the markers are for those who cannot tell colors.
+_STYLES: dict[str, dict[str, Any]] = {
+    "packed": {"color": "#0b6e4f", "marker": "o", "linewidth": 2.4},
+    "batch_max": {"color": "#6bb392", "marker": "s"},
+    "masked": {"color": "#d9822b", "marker": "^"},
+    "masked_full": {"color": "#d9822b", "marker": "v", "linestyle": "--"},
+    "dense": {"color": "#3b6fb6", "marker": "D"},
+    "dense_full": {"color": "#3b6fb6", "marker": "d", "linestyle": "--"},
+    "huggingface": {"color": "#777777", "marker": "x", "linestyle": ":"},
+}
+
+
+def plot_benchmark(records: Sequence[Record], png_path: str | Path) -> None:
+    """Draws texts per second over the batch size, and the speed-up of packed beside its saving of FLOPs.
+
+    The second panel needs the variants `packed` and `masked_full`.
+
+    Args:
+      records: of one benchmark.
+      png_path: the image, written atomically.
+
+    Raises:
+      UserError: the image cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
+    by = {(record["batch_size"], record["variant"]): record for record in records}
+    sizes = sorted({size for size, _ in by})
+    ratios = [size for size in sizes if {(size, "packed"), (size, REFERENCE)} <= by.keys()]
+    shape: dict[str, Any] = {"ncols": 2, "width_ratios": [1.5, 1]} if ratios else {}
+    figure = Figure(figsize=(10.5 if ratios else 6.5, 4.4), dpi=150, layout="constrained")
+    canvas, panels = FigureCanvasAgg(figure), figure.subplots(squeeze=False, **shape)[0]
+    first = records[0]
+    replayed = f" keeping what {Path(first['replay']).name} keeps" if first["replay"] else ""
+    device = "" if first["device"] == "cpu" else f", {first['device']}"
+    figure.suptitle(
+        f"{Path(first['model']).name}{replayed}\n"
+        f"{first['dtype']}, {first['tokens']:.0f} tokens a text (at most {first['max_length']}); "
+        f"{first['processor']}, {first['cpus']} cores{device}",
+        fontsize=11,
+        x=0.01,
+        ha="left",
+    )
+    # The legend lists the lines as they end, the fastest first.
+    fastest = sorted(records, key=lambda record: (-record["batch_size"], -record["examples_per_second"]))
+    for name in dict.fromkeys(record["variant"] for record in fastest):
+        xs = [place for place, size in enumerate(sizes) if (size, name) in by]
+        speeds = [by[sizes[x], name]["examples_per_second"] for x in xs]
+        style = {"linewidth": 1.4, "markersize": 6, **_STYLES.get(name, {})}
+        panels[0].plot(xs, speeds, label=name.replace("_", " "), **style)
+    panels[0].set(ylim=(0, None), xticks=range(len(sizes)), xticklabels=sizes)
+    panels[0].set_title("texts per second", loc="left", fontsize=10)
+    panels[0].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axes in panels:
+        axes.set_xlabel("batch size")
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="y", alpha=0.25)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    if ratios:
+        pairs = [(by[size, "packed"], by[size, REFERENCE]) for size in ratios]
+        fewer = [full["flops"] / packed["flops"] for packed, full in pairs]
+        faster = [packed["examples_per_second"] / full["examples_per_second"] for packed, full in pairs]
+        bars = ((-0.2, fewer, "fewer FLOPs", "#b9c7c0"), (0.2, faster, "faster", "#0b6e4f"))
+        for shift, heights, label, color in bars:
+            drawn = panels[1].bar(np.arange(len(ratios)) + shift, heights, 0.38, label=label, color=color)
+            panels[1].bar_label(drawn, fmt="{:.2f}", fontsize=8, padding=2)
+        panels[1].set(ylim=(0, 1.28 * max(fewer + faster)), xticks=range(len(ratios)), xticklabels=ratios)
+        panels[1].set_title("packed against masked at full length: times ...", loc="left", fontsize=10)
+        panels[1].legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
+    with atomic_file(png_path, "wb") as stream:
+        canvas.print_png(stream)
