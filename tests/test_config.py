@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from trbert_jax import config
 from trbert_jax.config import (
     RunConfig,
+    ScoreConfig,
     diff_configs,
     load_config,
     load_stored,
     to_dict,
     upgrade,
-    upgrade_fingerprint,
 )
 from trbert_jax.errors import UserError
 
@@ -63,6 +63,13 @@ def test_base_is_relative_to_its_file_and_weaker_than_it(tmp_path: Path) -> None
     assert config.seed == 7
 
 
+def test_of_several_bases_the_later_wins(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("policy: {alpha: 2, num_samples: 4}\nseed: 1\n")
+    (tmp_path / "b.yaml").write_text("policy: {alpha: 3}\n")
+    config = load_text(tmp_path, MINIMAL + "base: [a.yaml, b.yaml]\n")
+    assert (config.policy.alpha, config.policy.num_samples, config.seed) == (3, 4, 1)
+
+
 @pytest.mark.parametrize("dump", [yaml.safe_dump, json.dumps])
 def test_to_dict_is_read_back(tmp_path: Path, dump) -> None:  # type: ignore[no-untyped-def]
     config = load_config(ROOT / "configs/imdb_distilbert3.yaml", ["finetune.learning_rate=1e-5"])
@@ -88,153 +95,163 @@ def test_diff_names_each_key_that_differs(tmp_path: Path) -> None:
 
 
 def test_old_names_of_keys_are_refused_and_stored_ones_upgraded(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run.yaml:4: finetune.execution: .* finetune.backend: masked"):
+    with pytest.raises(UserError, match=r"run.yaml:4: finetune.execution: .* backend: masked"):
         load_text(tmp_path, MINIMAL + "finetune: {execution: masked}\n")
-    with pytest.raises(UserError, match=r"command line: evaluate.execution: .* evaluate.rule: batch_max"):
+    with pytest.raises(UserError, match=r"command line: evaluate.execution: .* rule: batch_max"):
         load_text(tmp_path, MINIMAL, "evaluate.execution=batch_max")
     new = to_dict(load_text(tmp_path, MINIMAL, "evaluate.rule=dense", "joint.backend=masked"))
     old = json.loads(json.dumps(new))
     del old["evaluate"]["rule"], old["evaluate"]["backend"], old["joint"]["backend"]
     old["evaluate"]["execution"], old["joint"]["execution"] = "dense", "masked"
-    assert upgrade(old) == upgrade(new) == new
-    assert upgrade_fingerprint({"stage": "joint", "settings": old["joint"], "seed": 1}) == {
-        "stage": "joint",
-        "settings": new["joint"],
-        "seed": 1,
-    }
+    assert upgrade(new) == new
+    fingerprint = {"stage": "joint", "settings": old["joint"], "seed": 1}
+    assert upgrade(fingerprint) == {"stage": "joint", "settings": new["joint"], "seed": 1}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert to_dict(load_stored(tmp_path / "config.json")) == new
 
 
-# Mistakes: the file and the line, the key, what was expected
+def test_a_new_stage_has_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "STAGES", list(config.STAGES))
+    monkeypatch.setattr(config, "_run_class", RunConfig)
+    config.add_section("polish", ScoreConfig)
+    new = load_text(tmp_path, MINIMAL, "stages=[joint, polish, evaluate]", "polish.batch_size=3")
+    assert to_dict(new)["polish"] == {"batch_size": 3}
+    with pytest.raises(UserError, match=r"command line: stages: "):
+        load_text(tmp_path, MINIMAL, "stages=[polish, joint]")
+
+
+# Mistakes: line, key and hint ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "line", "key", "hint"),
     [
-        ("polcy: {alpha: 1}", ":4: polcy: unknown key; did you mean policy?"),
-        ("policy:\n  aplha: 1", ":5: policy.aplha: unknown key; did you mean policy.alpha?"),
-        ("guide_rate: 1", ":4: guide_rate: unknown key; did you mean policy.guide_rate?"),
-        ("score: {qqq: 1}", ":4: score.qqq: unknown key; known here: batch_size"),
-        ("1: 2", ":4: 1: unknown key"),
-        ("policy:\n\n  epochs: many", ":6: policy.epochs: expected a whole number of at least 1, got 'many'"),
-        ("policy: {epochs: 1.5}", "policy.epochs: expected a whole number of at least 1, got 1.5"),
-        ("policy: {epochs: true}", "policy.epochs: expected a whole number of at least 1, got true"),
-        ("policy: {epochs: null}", "policy.epochs: expected a whole number of at least 1, got null"),
-        ("policy: {alpha: '1'}", "policy.alpha: expected a number of at least 0, got '1' (text)"),
-        ("policy: {alpha: .inf}", "policy.alpha: expected a number of at least 0, got '.inf'"),
-        ("policy: {alpha: 1e999}", "policy.alpha: expected a number of at least 0, got inf"),
-        ("policy: {alpha: {a: 1}}", "policy.alpha: expected a number of at least 0, got a section"),
-        ("joint: {distill: yes}", "joint.distill: expected true or false, got 'yes' (text)"),
-        ("joint: {num_samples: x}", "joint.num_samples: expected a whole number of at least 2 or null, got"),
-        ("policy: 3", ":4: policy: expected a section with keys such as batch_size"),
-        ("stages: finetune", ":4: stages: expected a list in brackets, each item one of finetune, score"),
-        ("stages: [finetuen]", ":4: stages: expected one of finetune, score"),
-        ("stages: [finetuen]", "got 'finetuen' (text); did you mean finetune?"),
-        ("stages: []", ":4: stages: is empty"),
-        ("stages: [policy, score]", ":4: stages: expected each stage once, in this order: finetune, score"),
-        ("stages: [score, score]", ":4: stages: expected each stage once"),
+        ("polcy: {alpha: 1}", 4, "polcy", "did you mean policy?"),
+        ("policy:\n  aplha: 1", 5, "policy.aplha", "did you mean policy.alpha?"),
+        ("guide_rate: 1", 4, "guide_rate", "did you mean policy.guide_rate?"),
+        ("score: {qqq: 1}", 4, "score.qqq", "known here: batch_size"),
+        ("1: 2", 4, "1", "unknown key"),
+        ("policy:\n\n  epochs: many", 6, "policy.epochs", 'integer, got "many"'),
+        ("policy: {epochs: 1.5}", 4, "policy.epochs", "1.5"),
+        ("policy: {epochs: true}", 4, "policy.epochs", "true"),
+        ("policy: {epochs: null}", 4, "policy.epochs", "null"),
+        ("policy: {alpha: '1'}", 4, "policy.alpha", 'number, got "1"'),
+        ("policy: {alpha: .inf}", 4, "policy.alpha", ".inf"),
+        ("policy: {alpha: 1e999}", 4, "policy.alpha", "finite"),
+        ("policy: {alpha: {a: 1}}", 4, "policy.alpha", '{"a": 1}'),
+        ("joint: {distill: yes}", 4, "joint.distill", '"yes"'),
+        ("joint: {num_samples: x}", 4, "joint.num_samples", '"x"'),
+        ("policy: 3", 4, "policy", "section"),
+        ("stages: finetune", 4, "stages", "list"),
+        ("stages: [finetuen]", 4, "stages", "did you mean finetune?"),
+        ("stages: []", 4, "stages", "finetune, score"),
+        ("stages: [policy, score]", 4, "stages", "in this order"),
+        ("stages: [score, score]", 4, "stages", "once"),
         (
             "evaluate: {rule: dens}",
-            "rule: expected one of threshold, batch_max, dense, got 'dens'; did you mean dense?",
+            4,
+            "evaluate.rule",
+            'threshold, batch_max, dense, got "dens"; did you mean',
         ),
-        (
-            "finetune: {learning_rate: -1e-5}",
-            "-1e-05 is out of range, expected a number above 0",
-        ),
-        ("finetune: {batch_size: 0}", "batch_size: 0 is out of range, expected a whole number of at least 1"),
-        ("policy: {num_samples: 1}", "num_samples: 1 is out of range, expected a whole number of at least 2"),
-        ("policy: {guide_rate: 1.1}", "guide_rate: 1.1 is out of range, expected a number from 0 to 1"),
-        ("seed: -1", ":4: seed: -1 is out of range, expected a whole number from 0 to 2147483647"),
-        ("policy: {epochs: 1, epochs: 2}", ":4: policy.epochs: given twice (first on line 4); keep one"),
-        ("seed: 1\nseed: 1", ":5: seed: given twice (first on line 4)"),
-        ("seed: [1", ":5: not valid YAML ("),
-        ("seed: 1\n\tx: 1", ":5: not valid YAML ("),
-        ("a: *b", ":4: not valid YAML (found undefined alias 'b')"),
-        ("seed: \x00", ": not valid YAML (special characters are not allowed)"),
-        ("seed: !!python/name:os.system", ":4: seed: the YAML tag"),
-        ("seed: !!int x", ":4: seed: 'x' cannot be read as int"),
-        ("a: &a\n  b: *a", ": nested too deeply"),
-        ("? [1]\n: 2", ":4: a key must be text"),
-        ("base: 3", ":4: base: expected the path of a YAML file, got 3"),
-        ("base: nowhere.yaml", ":4: base: "),
-        ("base: run.yaml", "run.yaml:4: base: files build on each other in a circle"),
+        ("evaluate: {baselines: [sample]}", 4, "evaluate.baselines", "random, first_k"),
+        ("evaluate: {rule: dense, baselines: [random]}", 4, "evaluate.baselines", "dense"),
+        ("evaluate: {rule: batch_max, thresholds: [0.3]}", 4, "evaluate.thresholds", "batch_max"),
+        ("joint: {backend: mask}", 4, "joint.backend", "did you mean masked?"),
+        ("joint: {published_padding: true}", 4, "joint.published_padding", "stdlib"),
+        ("finetune: {learning_rate: -1e-5}", 4, "finetune.learning_rate", "greater than 0"),
+        ("finetune: {batch_size: 0}", 4, "finetune.batch_size", "at least 1|or equal to 1"),
+        ("policy: {num_samples: 1}", 4, "policy.num_samples", "or equal to 2"),
+        ("policy: {guide_rate: 1.1}", 4, "policy.guide_rate", "or equal to 1"),
+        ("seed: -1", 4, "seed", "or equal to 0"),
+        ("policy: {epochs: 1, epochs: 2}", 4, "epochs", "twice"),
+        ("seed: 1\nseed: 1", 5, "seed", "run.yaml:4"),
+        ("seed: [1", 5, "", "YAML"),
+        ("seed: 1\n\tx: 1", 5, "", "YAML"),
+        ("a: *b", 4, "", "aliases"),
+        ("seed: &a 1", 4, "", "anchors"),
+        ("seed: !!python/name:os.system", 4, "", "tags"),
+        ("seed: !!int 1", 4, "", "tags"),
+        ("? [1]\n: 2", 4, "", "text"),
+        ("base: 3", 4, "base", "path"),
+        ("base: nowhere.yaml", 4, "base", "nowhere.yaml"),
+        ("base: run.yaml", 4, "base", "circle"),
     ],
 )
-def test_mistake_in_a_file(tmp_path: Path, text: str, message: str) -> None:
+def test_mistake_in_a_file(tmp_path: Path, text: str, line: int, key: str, hint: str) -> None:
     with pytest.raises(UserError) as error:
         load_text(tmp_path, MINIMAL + text + "\n")
-    assert str(error.value).startswith(str(tmp_path / "run.yaml") + ":")
-    assert message in str(error.value)
+    place = f"{tmp_path / 'run.yaml'}:{line}: " + (f"{key}: " if key else "")
+    assert str(error.value).startswith(place)
+    assert re.search(hint if "|" in hint else re.escape(hint), str(error.value))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "place"),
     [
-        ("", ": is empty, settings were expected"),
-        ("# nothing\n", ": is empty, settings were expected"),
-        ("- 1\n", ": expected `key: value` lines, got a list"),
-        ("seed: 1\n---\nseed: 2\n", ":2: not valid YAML"),
-        ("seed: 1\n", ": workdir: missing, expected text"),
-        ("workdir: ''\n", ":1: workdir: expected text, got ''"),
-        ("workdir: 12\n", ':1: workdir: expected text, got 12; quote it to have it as text: "12"'),
-        ("workdir: x\ndata: {path: d}\n", ":2: data.name: missing, expected text"),
+        ("", ": "),
+        ("# nothing\n", ": "),
+        ("- 1\n", ": "),
+        ("seed: 1\n---\nseed: 2\n", ":2: "),
+        ("seed: \x00\n", ": "),
+        ("seed: " + "[" * 10_000, ": "),
+        ("seed: " + "1" * 10_000, ": "),
+        ("seed: 1\n", ": workdir: "),
+        ("workdir: ''\n", ":1: workdir: "),
+        ("workdir: 12\n", ":1: workdir: "),
+        ("workdir: x\ndata: {path: d}\n", ":2: data.name: "),
     ],
 )
-def test_file_that_is_no_configuration(tmp_path: Path, text: str, message: str) -> None:
+def test_file_that_is_no_configuration(tmp_path: Path, text: str, place: str) -> None:
     with pytest.raises(UserError) as error:
         load_text(tmp_path, text)
-    assert f"{tmp_path / 'run.yaml'}{message}" in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / 'run.yaml'}{place}")
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "key", "hint"),
     [
-        ("policy.aplha=1", "policy.aplha: unknown key; did you mean policy.alpha?"),
-        ("policy.alpha=x", "policy.alpha: expected a number of at least 0, got 'x' (text)"),
-        ("policy.alpha.x=1", "policy.alpha: expected a number of at least 0, got a section of keys"),
-        ("policy=3", "policy: expected a section"),
-        ("policy.alpha", "'policy.alpha' is not a setting; write section.key=value"),
-        ("policy.alpha=", "'policy.alpha=' is not a setting"),
-        ("=1", "'=1' is not a setting"),
-        ("policy..alpha=1", "'policy..alpha=1' is not a setting"),
-        ("stages=[score", "not valid YAML ("),
-        ("base=x.yaml", "base: can only be set in a file"),
-        (
-            "data.name=imbd",
-            "data.name: expected imdb, yelp_f, yelp_polarity, 20news, hyperpartisan",
-        ),
-        ("data.name=imbd", "got 'imbd'; did you mean imdb?"),
-        ("data.name='tfds:'", "data.name: expected imdb"),
-        ("data.text_field=body", "data.text_field: is for tfds:NAME only"),
-        ("data.label_field=y", "data.label_field: is for tfds:NAME only"),
-        ("model.max_positions=511", "model.max_positions: 511 is less than model.max_length 512"),
-        ("model.keep_layers=[0, 2]", "model.keep_layers: is for a pretrained model"),
-        ("model.scratch.hidden_size=100", "model.scratch.hidden_size: 100 is not a multiple of"),
+        ("policy.aplha=1", "policy.aplha", "policy.alpha"),
+        ("policy.alpha=x", "policy.alpha", '"x"'),
+        ("policy.alpha.x=1", "policy.alpha", '{"x": 1}'),
+        ("modle.init=scratch", "modle", "did you mean model?"),
+        ("policy=3", "policy", "section"),
+        ("policy.alpha", "'policy.alpha' ", "section.key=value"),
+        ("policy.alpha=", "'policy.alpha=' ", "section.key=value"),
+        ("=1", "'=1' ", "section.key=value"),
+        ("policy..alpha=1", "'policy..alpha=1' ", "section.key=value"),
+        ("stages=[score", "not valid YAML", ""),
+        ("base=x.yaml", "base", "file"),
+        ("data.name=imbd", "data.name", "did you mean imdb?"),
+        ("data.name='tfds:'", "data.name", "tfds:NAME"),
+        ("data.text_field=body", "data.text_field", "tfds:NAME"),
+        ("data.label_field=y", "data.label_field", "tfds:NAME"),
+        ("model.max_positions=511", "model.max_positions", "512"),
+        ("model.keep_layers=[0, 2]", "model.keep_layers", "pretrained"),
+        ("model.scratch.hidden_size=100", "model.scratch.hidden_size", "12"),
     ],
 )
-def test_mistake_on_the_command_line(tmp_path: Path, override: str, message: str) -> None:
+def test_mistake_on_the_command_line(tmp_path: Path, override: str, key: str, hint: str) -> None:
     with pytest.raises(UserError) as error:
         load_text(tmp_path, MINIMAL, override)
-    assert str(error.value).startswith("command line: ")
-    assert message in str(error.value)
+    assert str(error.value).startswith(f"command line: {key}")
+    assert hint in str(error.value)
 
 
 @pytest.mark.parametrize("layers", ["[]", "[2, 0]", "[0, 0]"])
 def test_kept_layers_rise(tmp_path: Path, layers: str) -> None:
-    with pytest.raises(UserError, match=r"^command line: model.keep_layers: expected rising layer numbers"):
+    with pytest.raises(UserError, match=r"^command line: model.keep_layers: "):
         load_text(tmp_path, MINIMAL, "model.init=models/x", f"model.keep_layers={layers}")
 
 
 def test_path_is_needed_where_there_are_files(tmp_path: Path) -> None:
     assert load_text(tmp_path, MINIMAL, "data.name=tfds:ag_news", "data.text_field=description")
-    with pytest.raises(UserError, match=r"run.yaml:2: data.path: missing, expected the folder .* of imdb"):
+    with pytest.raises(UserError, match=r"run.yaml:2: data.path: "):
         load_text(tmp_path, MINIMAL.replace("stdlib", "imdb"))
 
 
 def test_mistake_in_a_base_names_the_base(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("seed: 1\npolicy:\n  epochs: 0\n")
-    with pytest.raises(UserError, match=r"base.yaml:3: policy.epochs: 0 is out of range"):
+    with pytest.raises(UserError, match=r"base.yaml:3: policy.epochs: "):
         load_text(tmp_path, MINIMAL + "base: base.yaml\n", "policy.alpha=2")
 
 
@@ -246,11 +263,3 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("workdir: é\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin.yaml: not UTF-8"):
         load_config(tmp_path / "latin.yaml")
-
-
-def test_import_is_light() -> None:
-    code = (
-        "import sys, trbert_jax.config; print(*sorted({'jax', 'numpy', 'transformers'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.split() == []

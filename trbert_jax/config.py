@@ -1,183 +1,463 @@
-"""One YAML file, plus `key=value` overrides, becomes one frozen `RunConfig`.
+"""Define the settings of a run and load them from YAML files and `key=value` overrides.
 
-What can be set is in `trbert_jax.config_schema`. Every mistake in a file or an override is a
-`UserError` that names its place.
+The defaults are the hyper-parameters published for classification (docs/method.md, "Hyper-parameters").
+YAML is read strictly: `3e-5` is a number, `no` and `2024-01-01` are text, a key given twice is an error, and
+tags and anchors are refused. A file may build on others: `base: OTHER.yaml` or `base: [A.yaml, B.yaml]`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import json
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
-from trbert_jax.config_schema import (
-    DATA_NAMES,
-    STAGES,
-    TEXT_DATA,
-    TFDS_PREFIX,
-    BackboneConfig,
-    DataConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    InitConfig,
-    JointConfig,
-    ParallelConfig,
-    PolicyConfig,
-    RunConfig,
-    ScoreConfig,
-    ScratchConfig,
-    StageName,
-    TeacherConfig,
-    TrainingConfig,
-)
-from trbert_jax.config_tree import Node, merge, origin_of, parse_override, read_tree
-from trbert_jax.config_typing import build
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+from trbert_jax.datasets import find_dataset
 from trbert_jax.errors import UserError
-from trbert_jax.io import read_json
+from trbert_jax.io import YamlKey, parse_yaml, read_json, read_text
 from trbert_jax.reduction.rules import DEFAULT_RULE, RULES, rule_names
 
-__all__ = [
-    "DATA_NAMES",
-    "RENAMED",
-    "STAGES",
-    "TFDS_PREFIX",
-    "BackboneConfig",
-    "DataConfig",
-    "EvaluateConfig",
-    "FinetuneConfig",
-    "InitConfig",
-    "JointConfig",
-    "ParallelConfig",
-    "PolicyConfig",
-    "RunConfig",
-    "ScoreConfig",
-    "ScratchConfig",
-    "StageName",
-    "TeacherConfig",
-    "TrainingConfig",
-    "diff_configs",
-    "load_config",
-    "load_stored",
-    "to_dict",
-    "upgrade",
-    "upgrade_fingerprint",
-]
+COMMAND_LINE = "command line"
+
+# Types of values ----------------------------------------------------------------------------------
+
+
+def _name_from(names: Callable[[], Sequence[str]]) -> AfterValidator:
+    """Restricts a text to the names of a registry, as they are when the settings are loaded."""
+
+    def check(value: str) -> str:
+        if value not in names():
+            expected = {"expected": ", ".join(names())}
+            raise PydanticCustomError("name", "should be one of {expected}", expected)
+        return value
+
+    return AfterValidator(check)
+
+
+# Strict: a quoted "8" is not a number, 1 is not true.
+Text = Annotated[str, Field(strict=True, min_length=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Index = Annotated[int, Field(strict=True, ge=0)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Threshold = Annotated[Number, Field(gt=0, lt=1)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+# The baseline of a sample is the mean over all samples of its example: with one, every advantage is 0.
+NumSamples = Annotated[int, Field(strict=True, ge=2)]
+MaxLength = Annotated[int, Field(strict=True, ge=3)]  # [CLS], one token, [SEP]
+Backend = Literal["packed", "masked"]
+StageName = Annotated[Text, _name_from(lambda: STAGES)]
+RuleName = Annotated[Text, _name_from(rule_names)]
+BaselineName = Annotated[Text, _name_from(lambda: rule_names("baseline"))]
+
+# Sections -----------------------------------------------------------------------------------------
+
+
+class Section:
+    """A group of settings. A comment explains each field: on its line, or on the lines before it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """The examples."""
+
+    name: Text  # a registered data set, or tfds:NAME for a data set of TensorFlow Datasets
+    # Folder of the files, relative to the current directory. For tfds the data folder (null: the library's
+    # own), for stdlib the library's folder (null: that of the running Python).
+    path: Text | None = None
+    max_train_examples: Count | None = None  # largest number of training examples; null for all
+    max_eval_examples: Count | None = None  # the same for the dev split and for the test split
+    cache_dir: Text | None = None  # folder for tokenized examples; null for WORKDIR/cache
+    # Folder written by `trbert prepare-data`: training reads its examples from there in the background and
+    # never loads all of them at once. null to read the files in `path`.
+    prepared: Text | None = None
+    text_field: Text = "text"  # field that holds the text; tfds only
+    label_field: Text = "label"  # field that holds the label; tfds only
+    # Skip invalid records of question answering and report how many and why; otherwise the first is an error.
+    skip_bad_records: Flag = False
+    # Form of a multiple choice, race only. pairs: each option is an example, right or wrong; independent: a
+    # softmax over the options, each of which selects tokens by itself; shared: a softmax, and one selection
+    # for the tokens that the options share.
+    choices: Literal["pairs", "independent", "shared"] = "pairs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScratchConfig(Section):
+    """The shape of a model with random weights; used only if model.init is scratch."""
+
+    model_type: Literal["bert", "distilbert"] = "bert"  # the architecture
+    vocab_size: Count = 30522  # entries of the vocabulary; an upper limit if the tokenizer is trained
+    hidden_size: Count = 768  # width, a multiple of num_heads
+    num_layers: Count = 12  # encoder layers
+    num_heads: Count = 12  # attention heads
+    intermediate_size: Count = 3072  # width of the feed-forward layers
+    # Standard deviation of the random weights. A narrow model learns faster with more than BERT's 0.02.
+    initializer_range: Positive = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig(Section):
+    """The model before training."""
+
+    init: Text  # folder or hub id of a Hugging Face BERT or DistilBERT, or scratch for random weights
+    # Longest input in tokens, special tokens included; longer texts are cut. Unit of the length penalty.
+    max_length: MaxLength = 512
+    # Rows of the position table; if more than the checkpoint has, its rows are repeated. null for the
+    # checkpoint's number, or max_length from scratch.
+    max_positions: Count | None = None
+    keep_layers: tuple[Index, ...] | None = None  # layers to take from the checkpoint, 0-based; null for all
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and losses are float32
+    # Folder or hub id; null for the tokenizer stored with the weights, or from scratch a WordPiece vocabulary
+    # trained on the training texts.
+    tokenizer: Text | None = None
+    # Read HTML line breaks, `<br />`, as one space rather than four tokens. Saved with the tokenizer, so that
+    # the trained model reads every text this way.
+    line_breaks_as_spaces: Flag = False
+    # Longest question in word pieces (with its options for race), longer ones are cut; null for the data
+    # set's default.
+    max_question_length: Count | None = None
+    # Word pieces between the starts of the windows over a long context; null for the data set's default.
+    window_step: Count | None = None
+    max_segments: Count = 1  # largest number of segments of a long document; triviaqa and wikihop only
+    scratch: ScratchConfig = ScratchConfig()  # the shape if init is scratch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """How the devices share the work; affects no result but dropout's masks.
+
+    Batches are divided over all devices of all processes: batch_size is the size over all of them.
+    """
+
+    strategy: Literal["jit", "pmap"] = "jit"  # one program over a mesh of all devices, or one per device
+    fsdp: Count = 1  # devices that share one copy of parameters and optimizer state; more than 1 needs jit
+    remat: Flag = False  # recompute activations in the backward pass: less memory, more time
+
+
+class StageConfig(Section):
+    """The settings of a stage. Each field of `RunConfig` of such a type is a stage of that name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(StageConfig):
+    """The settings that all trained stages share. A step is one update of the parameters."""
+
+    batch_size: Count = 8  # examples per forward and backward pass
+    accumulation_steps: Count = 4  # passes per update, of batch_size x accumulation_steps examples
+    learning_rate: Positive = 3e-5  # the peak; the rate rises linearly from 0, then falls linearly to 0
+    epochs: Count = 3  # passes over the training examples
+    max_steps: Count | None = None  # number of steps in place of epochs
+    warmup_fraction: Fraction = 0.1  # share of the steps in which the learning rate rises
+    warmup_steps: Count | None = None  # number of these steps, in place of the share
+    weight_decay: NonNegative = 0.0  # of AdamW, on everything except biases and LayerNorm weights
+    clip_norm: Positive = 1.0  # largest global L2 norm of a gradient; larger ones are scaled down to it
+    adam_epsilon: Positive = 1e-8  # of AdamW
+    eval_steps: Count | None = None  # steps between evaluations on the dev split; null for once per epoch
+    # Steps between checkpoints. An interruption loses at most this many, and those taken while the latest
+    # checkpoint was being written.
+    save_steps: Count = 2000
+    keep_checkpoints: Count = 2  # number of latest checkpoints to keep, in addition to the best one
+    output: Literal["last", "best"] = "last"  # the checkpoint that the next stage starts from, best on dev
+    dropout: Flag = True  # whether dropout is on
+    # Let padding take part as in the published code, as states of zeros: in the softmax over positions, in
+    # distillation, and in the maximum over positions. Not for classification.
+    published_padding: Flag = False
+    # packed computes only the kept tokens; masked computes every position of the padded batch and masks the
+    # dropped ones. Both give the same numbers except for dropout's masks.
+    backend: Backend = "packed"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Stage finetune: train the dense model on the task."""
+
+    epochs: Count = 5  # as in TrainingConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig(StageConfig):
+    """Stage score: compute the residual score of every training token."""
+
+    batch_size: Count = 8  # examples per forward and backward pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig(TrainingConfig):
+    """Stage init: train the selectors to rank tokens like the residual scores."""
+
+    dropout: Flag = False  # as in TrainingConfig
+    # Multiply the loss by the batch's mean of 1 / length, as in the published code (docs/method.md,
+    # "Selector initialization").
+    per_length_scale: Flag = False
+    # Share of the tokens that each point of reduction, in order, keeps after this stage; null for one half
+    # everywhere, as published.
+    keep: tuple[Threshold, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig(TrainingConfig):
+    """Stage policy: train the selectors with REINFORCE; everything else is frozen."""
+
+    dropout: Flag = False  # as in TrainingConfig
+    num_samples: NumSamples = 8  # selections drawn per example, K in the paper
+    # Weight of the length penalty, the harmonic coefficient of the paper; a larger one drops more tokens.
+    alpha: NonNegative = 1.0
+    # Share of the steps in which one sample of each example imitates the residual scores.
+    guide_rate: Fraction = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig(StageConfig):
+    """Stage teacher: store the fine-tuned model's logits for the training examples."""
+
+    batch_size: Count = 32  # examples per forward pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JointConfig(TrainingConfig):
+    """Stage joint: train selectors and encoder together."""
+
+    num_samples: NumSamples | None = None  # selections drawn per example; null for policy.num_samples
+    alpha: NonNegative = 1.0  # weight of the length penalty, as in PolicyConfig
+    distill: Flag = True  # learn from the fine-tuned model's logits (stage teacher), not from the labels
+    temperature: Positive = 1.0  # divides teacher and student logits in distillation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(StageConfig):
+    """Stage evaluate, and the evaluations during training."""
+
+    batch_size: Count = 32  # examples per forward pass; affects predictions only under rule batch_max
+    split: Literal["test", "dev"] = "test"  # evaluations during training always use dev
+    rule: RuleName = DEFAULT_RULE  # how tokens are selected, see `reduction.rules`
+    backend: Backend = "packed"  # as in TrainingConfig
+    baselines: tuple[BaselineName, ...] = ()  # untrained selections to evaluate at the same kept counts
+    # Keep probabilities at which the final model is evaluated as well; a lower one keeps more tokens.
+    # Everything else uses 0.5.
+    thresholds: tuple[Threshold, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """A whole run, from raw text to results, with a section for each stage."""
+
+    workdir: Text  # folder for all outputs of the run, relative to the current directory
+    data: DataConfig
+    model: BackboneConfig
+    seed: Seed = 42  # of data order, new weights, dropout and sampled selections
+    # The stages to run, in the order of their sections; init is optional.
+    stages: tuple[StageName, ...] = ("finetune", "score", "policy", "teacher", "joint", "evaluate")
+    finetune: FinetuneConfig = FinetuneConfig()
+    score: ScoreConfig = ScoreConfig()
+    init: InitConfig = InitConfig()
+    policy: PolicyConfig = PolicyConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    joint: JointConfig = JointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    parallel: ParallelConfig = ParallelConfig()  # may change between calls of one run
+
+
+def _sections(cls: type) -> dict[str, type | None]:
+    """Maps each field to the class of its section, None for a value."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: hints[name] if dataclasses.is_dataclass(hints[name]) else None for name in names}
+
+
+STAGES = [name for name, cls in _sections(RunConfig).items() if cls and issubclass(cls, StageConfig)]
+_run_class: type[RunConfig] = RunConfig
+
+
+def add_section(name: str, settings: type[StageConfig]) -> None:
+    """Adds the section of a new stage, before that of stage evaluate; all its fields need defaults."""
+    global _run_class
+    fields = [(name, settings, settings())]
+    _run_class = dataclasses.make_dataclass(
+        "RunConfig", fields, bases=(_run_class,), frozen=True, kw_only=True
+    )
+    STAGES.insert(STAGES.index("evaluate"), name)
+
+
+# Loading ------------------------------------------------------------------------------------------
+
+# Former name of a key, in any section -> its former value -> the key and value of today.
+RENAMED: dict[str, dict[str, tuple[str, str]]] = {
+    "execution": {
+        "packed": ("backend", "packed"),
+        "masked": ("backend", "masked"),
+        "batch_max": ("rule", "batch_max"),
+        "dense": ("rule", "dense"),
+    }
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a configuration file.
 
     Args:
-      path: a YAML file; with `base: OTHER.yaml` (relative to it) it builds on that file.
-      overrides: `section.key=value` settings that win over the file's; of two for one key the
-        later.
+      path: a YAML file. Its values win over those of its `base` files, of which later ones win.
+      overrides: `section.key=value` settings that win over the file's; of two for one key the later one wins.
 
     Raises:
-      UserError: the file cannot be read, or a key or value is wrong; the message names file and
-        line (or the command line), key, value, and what was expected.
+      UserError: the file cannot be read, or a key or value is wrong. The message names file and line (or
+        the command line), the key, and what is expected.
     """
-    tree = read_tree(path)
+    values = _read_file(Path(path), ())
     for override in overrides:
-        tree = merge(tree, parse_override(override))
-    for key, new in RENAMED.items():
-        section, _, name = key.partition(".")
-        settings = tree.value[section].value if section in tree.value else None
-        if isinstance(settings, dict) and name in settings:
-            value = settings[name].value
-            now = new.get(value, {}) if isinstance(value, str) else {}
-            hint = ", ".join(f"{section}.{name}: {setting}" for name, setting in now.items())
-            raise UserError(f"{origin_of(tree, key)}: {key}: renamed, write {hint or f'{section}.backend'}")
-    config = build(RunConfig, tree)
-    for key, problem in _conflicts(config):
-        raise UserError(f"{origin_of(tree, key)}: {key}: {problem}")
-    return config
+        values = _merged(values, _parse_override(override))
+    return _build(values, str(path))
 
 
 def load_stored(path: str | Path) -> RunConfig:
-    """Reads the settings that a run wrote as JSON (`to_dict`), in today's keys and with today's defaults.
+    """Reads the settings that a run stored as JSON; keys that are missing get their defaults.
 
     Raises:
-      UserError: the file cannot be read, or holds a key or value that is not known.
+      UserError: the file cannot be read, or has an unknown key or a wrong value.
     """
-
-    def tree(value: Any) -> Node:
-        if isinstance(value, dict):
-            return Node({key: tree(item) for key, item in value.items()}, str(path))
-        return Node(value, str(path))
-
     values = read_json(path)
-    return build(RunConfig, tree(upgrade(values) if isinstance(values, dict) else values))
+    return _build(upgrade(values) if isinstance(values, dict) else {}, str(path))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The settings as nested dicts and lists that JSON and YAML can hold; `load_config` reads them back."""
-    return _plain(dataclasses.asdict(config))
-
-
-# Keys that have another name now: the old dotted key -> for each old value the new keys of the section and
-# their values.
-_BACKENDS = {name: {"backend": name} for name in ("packed", "masked")}
-RENAMED: dict[str, dict[str, dict[str, str]]] = {
-    **{f"{stage}.execution": _BACKENDS for stage in ("finetune", "init", "policy", "joint")},
-    "evaluate.execution": {
-        "packed": {"rule": "threshold", "backend": "packed"},
-        "masked": {"rule": "threshold", "backend": "masked"},
-        "batch_max": {"rule": "batch_max", "backend": "packed"},
-        "dense": {"rule": "dense", "backend": "packed"},
-    },
-}
-
-
-def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Rewrites stored settings, nested as by `to_dict`, to the keys of today. Leaves others as they are."""
-    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
-    for key, new in RENAMED.items():
-        section, _, name = key.partition(".")
-        values = result.get(section)
-        if isinstance(values, dict) and values.get(name) in new:
-            values |= new[values.pop(name)]
+    """Returns the settings as nested dicts and lists, for JSON and YAML; `load_config` reads them back."""
+    result: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return result
 
 
-def upgrade_fingerprint(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Rewrites a stored fingerprint of a stage (`stage`, `settings`, ...) to the keys of today."""
-    stage, settings = fingerprint.get("stage"), fingerprint.get("settings")
-    if not isinstance(stage, str) or not isinstance(settings, Mapping):
-        return dict(fingerprint)
-    return {**fingerprint, "settings": upgrade({stage: settings})[stage]}
+def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns stored settings, or a fingerprint that contains some, with the keys of today."""
+    result = {key: upgrade(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+    for old, values in RENAMED.items():
+        if str(result.get(old)) in values:
+            key, value = values[str(result.pop(old))]
+            result[key] = value
+    return result
 
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two results of `to_dict`, a `key: old -> new` line for each key."""
-    before, after = dict(_flatten(old)), dict(_flatten(new))
-    keys = [*before, *(key for key in after if key not in before)]
-    absent = "(absent)"
+    """Compares two results of `to_dict`; returns a line `key: old -> new` for each difference."""
+    before, after, absent = _flat(old), _flat(new), "(absent)"
     return [
         f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
-        for key in keys
+        for key in before | after
         if before.get(key, absent) != after.get(key, absent)
     ]
 
 
-def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Settings that are fine alone but not together: (dotted key, what is wrong)."""
-    order = [STAGES.index(stage) for stage in config.stages]
-    if not order:
-        yield "stages", f"is empty, expected some of {', '.join(STAGES)}"
-    elif order != sorted(set(order)):
-        yield "stages", f"expected each stage once, in this order: {', '.join(STAGES)}"
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return result
 
-    data, is_tfds = config.data, config.data.name.startswith(TFDS_PREFIX)
-    if data.name not in DATA_NAMES and (not is_tfds or data.name == TFDS_PREFIX):
-        close = difflib.get_close_matches(data.name, DATA_NAMES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        yield "data.name", f"expected {', '.join(DATA_NAMES)} or tfds:NAME, got {data.name!r}{hint}"
-    if data.path is None and data.name != "stdlib" and not is_tfds:
+
+def dotted_keys(cls: type) -> list[str]:
+    """Lists the keys of a section and of the sections in it: `policy.alpha`, ..."""
+    return [
+        key
+        for name, section in _sections(cls).items()
+        for key in ([f"{name}.{inner}" for inner in dotted_keys(section)] if section else [name])
+    ]
+
+
+def _build(values: Mapping[str, Any], path: str) -> RunConfig:
+    """Checks the values of a file, whose keys know their origin."""
+
+    def problem(key: str, text: str) -> UserError:
+        origin, inner = path, values
+        for name in key.split("."):
+            written = next((k for k in inner if k == name), "") if isinstance(inner, Mapping) else ""
+            if not written:
+                break
+            origin, inner = getattr(written, "origin", path), inner[written]
+        return UserError(f"{origin}: {key}: {text}")
+
+    given = {key: value for key, value in values.items() if value is not None}  # null: a section left empty
+    try:
+        config = TypeAdapter(_run_class).validate_python(given)
+    except ValidationError as error:
+        # An unknown key first: a misspelled one is the reason why another is missing.
+        first = min(error.errors(), key=lambda e: e["type"] != _UNKNOWN)
+        key = ".".join(part for part in first["loc"] if isinstance(part, str))
+        raise problem(key, _explain(key, dict(first))) from None
+    for key, text in _conflicts(config):
+        raise problem(key, text)
+    return config
+
+
+_UNKNOWN = "unexpected_keyword_argument"  # pydantic's name of this mistake
+
+
+def _explain(key: str, error: Mapping[str, Any]) -> str:
+    """Words an error of pydantic."""
+    kind, value = error["type"], error["input"]
+    if kind == _UNKNOWN:
+        return f"unknown key{_suggest(key, value)}"
+    if kind == "missing":
+        return "missing, a value is required"
+    text = "Input should be a section of keys" if kind == "dataclass_type" else error["msg"]
+    for pydantics, ours in (
+        ("Input ", ""),
+        ("String ", ""),
+        ("valid tuple", "list"),
+        ("valid boolean", "flag"),
+    ):
+        text = text.replace(pydantics, ours)
+    known = re.findall(r"[\w:]+", error.get("ctx", {}).get("expected", ""))
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    quote = f"; quote it: '{shown}'" if kind == "string_type" and not isinstance(value, (dict, list)) else ""
+    return f"{text}, got {shown[:60]}{quote}{_did_you_mean(value, known)}"
+
+
+def _did_you_mean(name: Any, known: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _suggest(key: str, value: Any) -> str:
+    """Names the key that was meant by an unknown one."""
+    *sections, name = key.split(".")
+    if name in RENAMED:
+        new = RENAMED[name].get(str(value)) if isinstance(value, str) else None
+        return f"; it is now {': '.join(new) if new else 'rule and backend'}"
+    cls: type = _run_class
+    for section in sections:
+        cls = _sections(cls)[section] or cls
+    here = list(_sections(cls))
+    elsewhere = [other for other in dotted_keys(_run_class) if other.split(".")[-1] == name.lower()]
+    return _did_you_mean(name, here, "".join(f"{section}." for section in sections)) or (
+        f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else f"; known here: {', '.join(here)}"
+    )
+
+
+def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Finds settings that are valid alone but not together; yields dotted key and problem."""
+    if list(config.stages) != [stage for stage in STAGES if stage in config.stages] or not config.stages:
+        yield "stages", f"expected some of {', '.join(STAGES)}, each once and in this order"
+
+    data = config.data
+    try:
+        dataset = find_dataset(data.name)
+    except UserError as error:
+        yield "data.name", str(error)
+        return
+    if data.path is None and dataset.needs_path:
         yield "data.path", f"missing, expected the folder that holds the files of {data.name}"
     for key in ("text_field", "label_field"):
-        if not is_tfds and getattr(data, key) != getattr(DataConfig, key):
+        if not dataset.has_fields and getattr(data, key) != getattr(DataConfig, key):
             yield f"data.{key}", f"is for tfds:NAME only; the fields of {data.name} are fixed, remove it"
 
     model, scratch = config.model, config.model.scratch
@@ -189,36 +469,62 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
         if not model.keep_layers or list(model.keep_layers) != sorted(set(model.keep_layers)):
             yield "model.keep_layers", f"expected rising layer numbers, got {list(model.keep_layers)}"
     if model.init == "scratch" and scratch.hidden_size % scratch.num_heads:
-        yield (
-            "model.scratch.hidden_size",
-            f"{scratch.hidden_size} is not a multiple of model.scratch.num_heads {scratch.num_heads}",
-        )
+        size, heads = scratch.hidden_size, scratch.num_heads
+        yield "model.scratch.hidden_size", f"{size} is not a multiple of model.scratch.num_heads {heads}"
 
-    if data.name in TEXT_DATA:
-        for stage in ("finetune", "init", "policy", "joint"):
-            if getattr(config, stage).published_padding:
-                yield f"{stage}.published_padding", f"padding takes no part for {data.name}, remove it"
-    evaluate, rules = config.evaluate, rule_names("evaluate")
-    if evaluate.rule not in rules:
-        close = difflib.get_close_matches(evaluate.rule, rules, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        yield "evaluate.rule", f"expected one of {', '.join(rules)}, got {evaluate.rule!r}{hint}"
-    rule = RULES.get(evaluate.rule)
-    if rule and evaluate.thresholds and not rule.has_threshold:
+    for stage in STAGES if dataset.task == "classification" else ():
+        if getattr(getattr(config, stage), "published_padding", False):
+            yield f"{stage}.published_padding", f"padding takes no part for {data.name}, remove it"
+    evaluate, rule = config.evaluate, RULES[config.evaluate.rule]
+    if evaluate.thresholds and not rule.has_threshold:
         yield "evaluate.thresholds", f"rule {rule.name} has none; use {DEFAULT_RULE}, or remove them"
-    if rule and evaluate.baselines and not rule.drops:
+    if evaluate.baselines and not rule.drops:
         yield "evaluate.baselines", f"rule {rule.name} drops nothing to compare with, remove them"
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+# Files and overrides ------------------------------------------------------------------------------
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+def _read_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    """Reads a file and the files that it names as `base`."""
+    values = parse_yaml(read_text(path), str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines (start from a file in configs/)")
+    origin = next((key.origin for key in values if key == "base"), "")
+    bases, chain = values.pop("base", None), (*parents, path)
+    result: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [] if bases is None else [bases]:
+        if not isinstance(base, str) or not base:
+            raise UserError(f"{origin}: base: expected the path of a YAML file, or a list of them")
+        target = path.parent / base
+        if target.resolve() in [p.resolve() for p in chain]:
+            circle = " -> ".join(map(str, (*chain, target)))
+            raise UserError(f"{origin}: base: files build on each other in a circle ({circle})")
+        if not target.is_file():
+            raise UserError(f"{origin}: base: {target}: no such file (paths are relative to {path.parent})")
+        result = _merged(result, _read_file(target, chain))
+    return _merged(result, values)
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    """Reads `section.key=value` into nested settings."""
+    key, equals, value = text.partition("=")
+    names = [name.strip() for name in key.split(".")]
+    if not equals or not all(names) or not value.strip():
+        example = "policy.alpha=0.5 for example (null for no value)"
+        raise UserError(f"{COMMAND_LINE}: {text!r} is not a setting; write section.key=value, {example}")
+    if names[0] == "base":
+        raise UserError(f"{COMMAND_LINE}: base: can only be set in a file; give that file to --config")
+    return functools.reduce(lambda inner, name: {YamlKey(name): inner}, reversed(names), parse_yaml(value))
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Joins nested settings; those of `new` win, but an empty section changes nothing."""
+    result = dict(old)
+    for key, value in new.items():
+        if isinstance(old.get(key), dict) and (value is None or isinstance(value, dict)):
+            result[key] = _merged(old[key], value or {})
         else:
-            yield prefix + key, value
+            result.pop(key, None)  # with the origin of the old value
+            result[key] = value
+    return result

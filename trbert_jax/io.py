@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+import yaml
 
 from trbert_jax.errors import UserError
 
@@ -169,6 +173,84 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path}: no permission to read it") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8 first") from error
+
+
+class YamlKey(str):
+    """A key that knows where it was written: `origin` is `FILE:LINE`, or `command line`."""
+
+    origin = "command line"
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Reads plain text as null, bool, int or float like YAML 1.2's core schema, and keys as `YamlKey`."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - overrides the class variable of PyYAML
+    source: str | None = None
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor or getattr(event, "tag", None):
+            problem = "tags, anchors and aliases are not supported, remove them"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        result: dict[Any, Any] = {}
+        for name, value in node.value:
+            key = YamlKey(name.value) if isinstance(name.value, str) else YamlKey("")
+            if self.source:
+                key.origin = f"{self.source}:{name.start_mark.line + 1}"
+            if not key:
+                raise UserError(f"{key.origin}: a key must be text")
+            if key in result:
+                first = next(k for k in result if k == key)
+                raise UserError(f"{key.origin}: {key}: given twice (first in {first.origin}); keep one")
+            result[key] = self.construct_object(value, deep=True)
+        return result
+
+
+# Plain text -> value as in YAML 1.2's core schema: type, pattern, first letters, conversion.
+_SCALARS: tuple[tuple[str, str, str, Callable[[str], Any]], ...] = (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
+    ("int", "[-+]?[0-9]+", "-+0123456789", int),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789", float),
+    ("null", "null|Null|NULL|~|", "nN~", lambda text: None),
+)
+
+
+def _construct_scalar(convert: Callable[[str], Any], loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    return convert(node.value)
+
+
+for _kind, _pattern, _letters, _value in _SCALARS:
+    _tag = f"tag:yaml.org,2002:{_kind}"
+    _first = [*_letters, ""] if _kind == "null" else list(_letters)
+    _YamlLoader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
+    _YamlLoader.add_constructor(_tag, functools.partial(_construct_scalar, _value))
+
+
+def parse_yaml(text: str, source: str | None = None) -> Any:
+    """Parses strict YAML, whose keys become `YamlKey`.
+
+    Strict: `3e-5` is a number, `no` and `2024-01-01` are text; a key given twice is an error, as are tags,
+    anchors and aliases.
+
+    Args:
+      text: the YAML.
+      source: name of the file; None for text of the command line.
+
+    Raises:
+      UserError: the text is not strict YAML. The message names the line.
+    """
+    try:
+        loader = _YamlLoader(text)
+        loader.source = source
+        return loader.get_single_data()
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of too many digits
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f"{source}:{mark.line + 1}" if mark and source else source or "command line"
+        problem = problem or getattr(error, "reason", None) or "cannot be read"
+        raise UserError(f"{place}: not valid YAML ({problem})") from error
 
 
 def _umask() -> int:

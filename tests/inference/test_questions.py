@@ -18,7 +18,7 @@ from tiny_qa_files import SAMPLES
 
 from trbert_jax import TRBert, answer_questions
 from trbert_jax.cli import main
-from trbert_jax.config_schema import BackboneConfig, DataConfig, RunConfig
+from trbert_jax.config import BackboneConfig, DataConfig, RunConfig
 from trbert_jax.errors import UserError
 from trbert_jax.inference.answering import answer_stream
 from trbert_jax.model.config import InputConfig, ModelConfig

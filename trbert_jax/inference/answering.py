@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.config_schema import BackboneConfig, DataConfig, RunConfig
+from trbert_jax.config import BackboneConfig, DataConfig, RunConfig
 from trbert_jax.datasets import BadRecords, find_dataset
 from trbert_jax.errors import UserError
 from trbert_jax.inference.engine import Outputs

@@ -6,7 +6,7 @@ data set by name.
 
 from __future__ import annotations
 
-from trbert_jax.config_schema import BackboneConfig, DataConfig, RunConfig
+from trbert_jax.config import BackboneConfig, DataConfig, RunConfig
 from trbert_jax.datasets import find_dataset
 from trbert_jax.datasets.dataset import Announce
 from trbert_jax.errors import UserError

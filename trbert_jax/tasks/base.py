@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.config_schema import RunConfig
+from trbert_jax.config import RunConfig
 from trbert_jax.datasets import BadRecord, BadRecords, find_dataset
 from trbert_jax.datasets.bad_records import UnusableRecords
 from trbert_jax.datasets.dataset import Announce

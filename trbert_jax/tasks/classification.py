@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from trbert_jax.config_schema import RunConfig
+from trbert_jax.config import RunConfig
 from trbert_jax.datasets import find_dataset
 from trbert_jax.datasets.dataset import Announce, Dataset
 from trbert_jax.tasks.base import Score, TaskData

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.config_schema import RunConfig
+from trbert_jax.config import RunConfig
 from trbert_jax.datasets.dataset import Announce
 from trbert_jax.tasks.base import QuestionData, Score, feature_set
 from trbert_jax.tasks.choice_answers import choose_by_pairs, choose_option

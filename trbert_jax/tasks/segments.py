@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.config_schema import RunConfig
+from trbert_jax.config import RunConfig
 from trbert_jax.datasets.dataset import Announce
 from trbert_jax.tasks import score_triviaqa as triviaqa
 from trbert_jax.tasks.base import QuestionData, Score, at_tokens, feature_set, padded

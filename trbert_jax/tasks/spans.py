@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.config_schema import RunConfig
+from trbert_jax.config import RunConfig
 from trbert_jax.datasets import find_dataset
 from trbert_jax.datasets.dataset import Announce
 from trbert_jax.tasks import score_mrqa as mrqa

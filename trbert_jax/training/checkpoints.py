@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from trbert_jax.config import diff_configs, upgrade_fingerprint
+from trbert_jax.config import diff_configs, upgrade
 from trbert_jax.errors import UserError
 from trbert_jax.io import make_directory, read_json, write_json
 
@@ -159,7 +159,7 @@ class CheckpointStore:
           UserError: it does not exist, or has another fingerprint or other arrays.
         """
         folder, manifest = self.folder(step), self._manifest(step)
-        lines = diff_configs(upgrade_fingerprint(manifest["fingerprint"]), self._fingerprint)
+        lines = diff_configs(upgrade(manifest["fingerprint"]), self._fingerprint)
         if lines:
             raise UserError(
                 f"{folder}: saved with other settings (then -> now):\n{_cut(lines)}\nset them back, choose "
