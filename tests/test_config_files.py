@@ -109,7 +109,12 @@ def test_every_field_is_explained() -> None:
     lines = Path(config_module.__file__).read_text(encoding="utf-8").splitlines()
     fields = {key.rpartition(".")[2] for key in dotted_keys(RunConfig)} - {"stages"}
     for number, line in enumerate(lines):
-        if line.startswith("    ") and line.strip().partition(":")[0] in fields and " = " in line and "Config()" not in line:
+        if (
+            line.startswith("    ")
+            and line.strip().partition(":")[0] in fields
+            and " = " in line
+            and "Config()" not in line
+        ):
             assert "  # " in line or lines[number - 1].startswith("    # "), line
 
 

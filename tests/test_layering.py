@@ -20,20 +20,16 @@ PACKAGE = Path(trbert_jax.__file__).parent
 ROOT = PACKAGE.parent
 
 BASE = {"errors", "io"}
-CONFIG = {"config", "config_schema", "config_tree", "config_typing"}
-LEAVES = BASE | CONFIG | {"reduction", "parallel"}
+LEAVES = BASE | {"config", "reduction", "parallel"}
 # Each part of the package (a module or a folder) and the parts it may import. A new part needs a line.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "io": {"errors"},
     "parallel": BASE,
     "compilation_cache": set(),
-    "config_tree": BASE,
-    "config_typing": BASE | {"config_tree"},
-    "config_schema": BASE | {"config_typing", "reduction"},
-    "config": BASE | (CONFIG - {"config"}) | {"reduction"},
+    "config": BASE | {"datasets", "reduction"},
     "reduction": BASE | {"model", "tasks"},
-    "datasets": BASE | CONFIG,
+    "datasets": BASE,
     "model": LEAVES,
     "tasks": LEAVES | {"model", "datasets"},
     "inference": LEAVES | {"model", "datasets", "tasks", "compilation_cache"},
@@ -51,7 +47,8 @@ WITHOUT_JAX = {
     "compilation_cache",
     "arguments",
     "cli",
-} | CONFIG
+    "config",
+}
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 # Slow to import, or not always installed: imported where they are used, never with the module.
 LAZY = {"tensorflow_datasets", "grain", "array_record", "torch", "matplotlib"}
@@ -165,7 +162,7 @@ def test_dependencies_are_those_declared() -> None:
     used = {name.lower().replace("_", "-") for module in outside for name in distributions[module]}
     assert outside <= distributions.keys()
     # What jax, flax and the like bring along, so not worth a line of its own.
-    assert used - required <= {"ml-dtypes", "jaxlib", "etils"}
+    assert used - required <= {"ml-dtypes", "jaxlib", "etils", "pydantic-core"}
     # tensorflow-datasets imports importlib_resources to prepare a data set, and does not declare it.
     assert required - used == {"importlib-resources"}, "declared, but nothing imports it"
     assert optional == {"torch"}
