@@ -104,7 +104,7 @@ def _train(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """Ends what needs no saving; in updates `training.watch.StopRequest` takes over."""
+    """Ends what needs no saving; in updates `training.preemption.StopRequest` takes over."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise PreemptedError("told to stop")

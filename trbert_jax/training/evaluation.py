@@ -24,8 +24,8 @@ from trbert_jax.tasks.base import QuestionData
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import loop, stages
 from trbert_jax.training.experiment import Announce, Experiment
+from trbert_jax.training.logging import Progress
 from trbert_jax.training.preemption import stop_here
-from trbert_jax.training.progress import Progress
 from trbert_jax.training.step import init_state, merge_params, split_params
 
 

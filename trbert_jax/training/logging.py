@@ -1,60 +1,120 @@
-"""What a training stage reports: metrics on disk, progress on the terminal, curves to look at.
+"""Write metrics, speed, progress and training curves of a stage.
 
-`STAGE/metrics.jsonl` has one JSON object a line, {"step": 40, "loss": 0.31, ...}, the same whenever the
-run is repeated; `STAGE/speed.jsonl` where the time went, which is not;
-`STAGE/tensorboard/` the same as TensorBoard events.
+STAGE/metrics.jsonl   one JSON object per line, {"step": 40, "loss": 0.31, ...}, equal in repeated runs
+STAGE/speed.jsonl     times and rates, which are not
+STAGE/tensorboard/    both as TensorBoard events
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self
+
+import numpy as np
 
 from trbert_jax.errors import UserError
 from trbert_jax.io import atomic_file, make_directory, read_text
-from trbert_jax.training.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME, SPEED_NAME = "metrics.jsonl", "speed.jsonl"
-# Shown beside the progress, and what the development set says of them.
-_SHOWN = (
-    "loss",
-    "task_loss",
-    "policy_loss",
-    "accuracy",
-    "exact",
-    "exact_match",
-    "f1",
-    "joint_f1",
-    "reward",
-    "kept_ratio",
-)
-
-# Panels of the training curves, left to right: title, and which scalars are drawn in it.
-_PANELS = (
+LINE_SECONDS = 10.0  # between lines of progress if stderr is not a terminal
+# Scalars shown beside the progress, as are those of the development set.
+_SHOWN = {"loss", "task_loss", "policy_loss", "reward", "kept_ratio"}
+_SHOWN |= {"accuracy", "exact", "exact_match", "f1", "joint_f1"}
+# Panels of the training curves, left to right: title, and which scalars it shows.
+_PANELS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("loss", lambda name: "loss" in name),
     ("accuracy", lambda name: any(x in name for x in ("accuracy", "exact", "f1")) and "thresh" not in name),
     ("reward", lambda name: "reward" in name),
     ("tokens kept", lambda name: "kept" in name and "ratio" not in name),
     ("learning rate", lambda name: name == "learning_rate"),
 )
+Curves = dict[str, tuple[list[int], list[float]]]  # name of a scalar -> steps, values
+
+
+class Progress:
+    """Progress of a stage on stderr: a bar on a terminal, else a line every 10 seconds.
+
+    The first update, which compiles the program, counts neither in the rate nor in the time left.
+
+    Args:
+      name: name of the stage.
+      total: updates in all.
+    """
+
+    def __init__(self, name: str, total: int) -> None:
+        self._name, self._total = name, total
+        self._scalars: dict[str, float] = {}
+        self._bar: Any = None
+
+    def update(self, step: int, num_examples: int) -> None:
+        """Moves to `step`, whose update took `num_examples` examples."""
+        rate = self._bar and self._bar.format_dict["rate"]
+        parts = [f"{rate * num_examples:.3g} examples/s"] if rate else []
+        text = ", ".join([*parts, *(f"{name} {value:.3g}" for name, value in self._scalars.items())])
+        if self._bar is None:
+            self._bar = self._open(step, text)
+        else:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def show(self, scalars: Mapping[str, float]) -> None:
+        """Shows these scalars from now on."""
+        self._scalars.update(scalars)
+
+    def close(self) -> None:
+        """Leaves the last state on the screen. Does nothing the second time."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _open(self, step: int, text: str) -> Any:
+        from tqdm import tqdm
+
+        terminal = sys.stderr.isatty()
+        bar = "|{bar}|" if terminal else "step"
+        return tqdm(
+            desc=self._name,
+            total=self._total,
+            initial=step,
+            postfix=text,
+            file=sys.stderr if terminal else _Lines(),
+            dynamic_ncols=terminal,
+            mininterval=0.1 if terminal else LINE_SECONDS,
+            miniters=1,
+            bar_format=f"{{desc}}: {bar} {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}{{postfix}}]",
+        )
+
+
+class _Lines:
+    """A file for tqdm that writes lines where it would overwrite one."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 class StageReport:
-    """Metrics and progress of one stage, a context manager.
+    """Metrics and progress of one stage; a context manager.
 
-    A stage that goes on from `start_step` loses what a killed run had written about later steps,
-    so that no step is told twice.
+    A stage that resumes from `start_step` loses the metrics of later steps, which it will write again.
 
     Args:
-      stage_dir: the stage's folder; made if needed.
-      stage_name: what the progress display begins with.
+      stage_dir: the stage's folder.
+      stage_name: name shown beside the progress.
       total_steps: updates in all.
-      start_step: updates already done.
-      silent: write and show nothing, in a process that is not the one to do so.
+      start_step: updates done before.
+      silent: write and show nothing, in processes other than the first.
 
     Raises:
       UserError: the folder cannot be written to, or its metrics.jsonl is malformed.
@@ -68,28 +128,30 @@ class StageReport:
         start_step: int = 0,
         silent: bool = False,
     ) -> None:
-        self._silent = silent
+        self._silent, self._files = silent, contextlib.ExitStack()
         if silent:
             return
-        self._path = Path(stage_dir) / METRICS_NAME
-        _drop_after(self._path, start_step)
-        self._writer = _open_tensorboard(Path(stage_dir) / "tensorboard", start_step)
-        self._stream = self._path.open("a", encoding="utf-8")
-        self._speed = self._path.with_name(SPEED_NAME).open("a", encoding="utf-8")
-        self._progress = Progress(stage_name, total_steps, start_step)
+        folder = make_directory(stage_dir)
+        path = folder / METRICS_NAME
+        _drop_after(path, start_step)
+        self._metrics = self._files.enter_context(path.open("a", encoding="utf-8"))
+        self._speed = self._files.enter_context((folder / SPEED_NAME).open("a", encoding="utf-8"))
+        self._tensorboard = _open_tensorboard(folder / "tensorboard", start_step)
+        self._progress = Progress(stage_name, total_steps)
+        for item in (self._tensorboard, self._progress):
+            self._files.callback(item.close)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes scalars of a step at once, as one line; a value that is not finite as null.
+        """Writes scalars of a step as one line; values that are not finite become null.
 
-        A step may be logged more than once, its training metrics and its evaluation for example.
+        A step may be logged more than once, for example its training metrics and its evaluation.
         """
-        if self._silent:
-            return
-        self._write(self._stream, step, scalars)
-        self._progress.show({k: float(v) for k, v in scalars.items() if k.removeprefix("dev_") in _SHOWN})
+        if not self._silent:
+            self._write(self._metrics, step, scalars)
+            self._progress.show({k: float(v) for k, v in scalars.items() if k.removeprefix("dev_") in _SHOWN})
 
     def log_speed(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes times and rates up to a step, apart from the metrics, which they would make unrepeatable."""
+        """Writes times and rates up to a step."""
         if not self._silent:
             self._write(self._speed, step, scalars)
 
@@ -101,38 +163,148 @@ class StageReport:
         except OSError as error:
             raise UserError(f"{stream.name}: cannot be written, {error.strerror}") from error
         for name, value in values.items():
-            self._writer.add_scalar(name, value, int(step))
+            self._tensorboard.add_scalar(name, value, int(step))
 
     def progress(self, step: int, num_examples: int) -> None:
-        """Moves the progress display to `step`, whose update took `num_examples` examples."""
+        """Shows that the update of `step`, of `num_examples` examples, is done."""
         if not self._silent:
             self._progress.update(step, num_examples)
 
     def close(self) -> None:
-        """Ends the display and closes the files. Does nothing the second time."""
-        if self._silent:
-            return
-        self._progress.close()
-        self._stream.close()
-        self._speed.close()
-        self._writer.close()
+        """Ends the progress and closes the files. Does nothing the second time."""
+        self._files.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """Reads a metrics.jsonl: one dict a line, `step` an int, null as NaN.
+def _to_line(row: Mapping[str, float]) -> str:
+    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(finite, ensure_ascii=False) + "\n"
 
-    A last line without its end, which a killed run may leave, is left out.
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keeps only whole lines of steps up to `step` in metrics.jsonl; creates it if needed."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
+    with atomic_file(path) as stream:
+        stream.writelines(map(_to_line, rows))
+
+
+def _open_tensorboard(directory: Path, start_step: int) -> Any:
+    """Opens TensorBoard events; TensorBoard hides older events of steps after `start_step`."""
+    from tensorboardX import SummaryWriter  # slow to import
+
+    # Files are named by the second; the suffix keeps a quick restart from overwriting the last one.
+    suffix = f".step_{start_step:08d}"
+    return SummaryWriter(str(directory), purge_step=start_step + 1, flush_secs=10, filename_suffix=suffix)
+
+
+# Speed --------------------------------------------------------------------------------------------
+
+
+class StepClock:
+    """Measures where the time since the last report went, and the work done in it."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._began = time.perf_counter()
+        self._seconds = {"input": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
+        self._examples = 0
+        self._lengths: list[np.ndarray] = []  # of each update
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts the block as `input`, `checkpoint` or `evaluation`; everything else is computation."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def count(self, examples: int, lengths: np.ndarray) -> None:
+        """Counts one update of `examples` examples, whose rows have `lengths` tokens, int [R]."""
+        self._examples += examples
+        self._lengths.append(lengths)
+
+    def rates(
+        self,
+        metrics: Mapping[str, float],
+        flops: Callable[..., np.ndarray] | None = None,
+        peak: float | None = None,
+    ) -> dict[str, float]:
+        """Returns seconds per update by part, and examples and tokens per second, since the last call.
+
+        Evaluation is not counted. Compilation is: the first report of a stage is slow.
+
+        Args:
+          metrics: of an update; `kept_tokens_N` (tokens of an example after a point of reduction) add kept
+            tokens per second.
+          flops: FLOPs of rows (see `loop.Training.flops`); adds `flops_per_second`, of the method itself
+            without padding and recomputation.
+          peak: FLOP/s of all devices; adds the share `flop_utilization` of it.
+        """
+        seconds = dict(self._seconds)
+        total = time.perf_counter() - self._began - seconds.pop("evaluation")
+        parts = {"compute": max(total - sum(seconds.values()), 0.0), **seconds}
+        rates = {f"seconds_{name}": value / len(self._lengths) for name, value in parts.items()}
+        lengths, total = np.concatenate(self._lengths), max(total, 1e-9)
+        rates |= {"examples_per_second": self._examples / total, "tokens_per_second": lengths.sum() / total}
+        # `kept_tokens` are means over the rows of an example.
+        kept = {name: x for name, x in sorted(metrics.items()) if name.startswith("kept_tokens_")}
+        rates |= {f"{name}_per_second": x * len(lengths) / total for name, x in kept.items()}
+        if flops is not None:
+            shares = [x / lengths.mean() for x in kept.values()]
+            rates["flops_per_second"] = flops(lengths, shares=shares or None).sum() / total
+            if peak is not None:
+                rates["flop_utilization"] = rates["flops_per_second"] / peak
+        self._start()
+        return rates
+
+
+class Profile:
+    """Records a profile of some updates for TensorBoard or Perfetto; a context manager."""
+
+    def __init__(self, directory: Path, steps: tuple[int, int] | None) -> None:
+        self._directory, self._steps, self._runs = directory, steps or (0, 0), False
+
+    def at(self, step: int) -> None:
+        """Starts or stops at the beginning of this update, 0-based."""
+        import jax
+
+        first, end = self._steps
+        if self._runs and step >= end:
+            self._stop()
+        elif not self._runs and first <= step < end:
+            jax.profiler.start_trace(str(self._directory))
+            self._runs = True
+
+    def _stop(self) -> None:
+        import jax
+
+        jax.profiler.stop_trace()
+        self._runs = False
+        logger.info("profile of updates %s: %s", self._steps, self._directory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._runs:
+            self._stop()
+
+
+# Reading and drawing ------------------------------------------------------------------------------
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """Reads a metrics.jsonl: one dict per line, `step` an int, null as NaN.
+
+    Ignores an incomplete last line, which a killed run may leave.
 
     Raises:
       UserError: the file is missing, or a line is not a JSON object with a step and numbers.
@@ -140,40 +312,37 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     rows = []
     for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error.msg}); delete the line") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f'{path}:{number}: expected an object with an integer "step"; delete the line')
-        row = {name: math.nan if value is None else value for name, value in row.items()}
-        for name, value in row.items():
-            if not isinstance(value, (int, float)):
-                raise UserError(f"{path}:{number}: {name!r} is not a number; delete the line")
+            row = {k: math.nan if value is None else value for k, value in json.loads(line).items()}
+            if not isinstance(row["step"], int):
+                raise TypeError("step is not an integer")
+            math.fsum(row.values())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f'{path}:{number}: expected a JSON object with an integer "step" and numbers ({error}); '
+                "delete the line"
+            ) from error
         rows.append(row)
     return rows
 
 
 def plot_metrics(stage_dirs: Sequence[str | Path], png_path: str | Path) -> None:
-    """Draws the training curves of all stages: a row a stage, a panel a kind of metric.
+    """Draws the training curves of all stages: a row per stage, a panel per kind of metric.
 
-    Training metrics, which are noisy, are drawn faint with their running mean over them;
-    evaluations (`dev_*`) as points.
+    Training metrics, which are noisy, are drawn faint below their running mean; evaluations (`dev_*`) as
+    points.
 
     Args:
-      stage_dirs: folders of stages; those without metrics are left out.
+      stage_dirs: folders of stages; those without metrics are skipped.
       png_path: the image, written atomically.
 
     Raises:
-      UserError: no stage has metrics, one's are malformed, or the image cannot be written.
+      UserError: no stage has metrics, a metrics.jsonl is malformed, or the image cannot be written.
     """
-    stages = {}
-    for path in (Path(directory) / METRICS_NAME for directory in stage_dirs):
-        curves = _curves(read_metrics(path)) if path.exists() else {}
-        if any(shows(name) for name in curves for _, shows in _PANELS):
-            stages[path.parent.name] = curves
+    paths = [Path(directory) / METRICS_NAME for directory in stage_dirs]
+    stages = {path.parent.name: _curves(read_metrics(path)) for path in paths if path.exists()}
+    stages = {stage: c for stage, c in stages.items() if any(shows(n) for n in c for _, shows in _PANELS)}
     if not stages:
-        looked = ", ".join(str(Path(directory) / METRICS_NAME) for directory in stage_dirs)
-        raise UserError(f"no metrics to draw, looked for {looked}; train a stage first")
+        raise UserError(f"no metrics to draw in {', '.join(map(str, paths))}; train a stage first")
     names = {name for curves in stages.values() for name in curves}
     panels = [(title, shows) for title, shows in _PANELS if any(map(shows, names))]
 
@@ -183,21 +352,19 @@ def plot_metrics(stage_dirs: Sequence[str | Path], png_path: str | Path) -> None
     figure = Figure(figsize=(3.4 * len(panels), 2.5 * len(stages) + 0.3), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(len(stages), len(panels), sharex="row", squeeze=False)
-    for axes_row, (stage, curves) in zip(grid, stages.items(), strict=True):
-        labeled = False
-        for axes, (title, shows) in zip(axes_row, panels, strict=True):
+    for row, (stage, curves) in zip(grid, stages.items(), strict=True):
+        for axes, (title, shows) in zip(row, panels, strict=True):
             shown = {name: curve for name, curve in curves.items() if shows(name)}
-            if not shown:
+            if shown:
+                axes.set_title(f"{stage}: {title}", loc="left", fontsize=10)
+                _draw(axes, shown)
+            else:
                 axes.set_axis_off()
-                continue
-            axes.set_title(title if labeled else f"{stage}: {title}", loc="left", fontsize=10)
-            labeled = True
-            _draw(axes, shown)
     with atomic_file(png_path, "wb") as stream:
         canvas.print_png(stream)
 
 
-def _draw(axes: Any, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
+def _draw(axes: Any, curves: Curves) -> None:
     for name, (steps, values) in curves.items():
         label = name.replace("_", " ")
         if name.startswith("dev_"):
@@ -216,48 +383,20 @@ def _draw(axes: Any, curves: Mapping[str, tuple[list[int], list[float]]]) -> Non
         axes.legend(fontsize=7, frameon=False)
 
 
-def _curves(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Name of a scalar -> (steps, values)."""
-    curves: dict[str, tuple[list[int], list[float]]] = {}
+def _curves(rows: Sequence[Mapping[str, float]]) -> Curves:
+    curves: Curves = {}
     for row in rows:
-        for name, value in row.items():
-            if name != "step":
-                steps, values = curves.setdefault(name, ([], []))
-                steps.append(int(row["step"]))
-                values.append(value)
+        for name in filter("step".__ne__, row):
+            steps, values = curves.setdefault(name, ([], []))
+            steps.append(int(row["step"]))
+            values.append(row[name])
     return curves
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over a window around each point, a tenth of the curve wide; NaN where a value is."""
-    half = len(values) // 20
-    means = []
+    """Averages over a window around each point, a tenth of the curve wide; NaN where a value is."""
+    half, means = len(values) // 20, []
     for i in range(len(values)):
         reach = min(half, i, len(values) - 1 - i)  # the window stays symmetric at the ends
-        window = values[i - reach : i + reach + 1]
-        means.append(sum(window) / len(window))
+        means.append(float(np.mean(values[i - reach : i + reach + 1])))
     return means
-
-
-def _to_line(row: Mapping[str, float]) -> str:
-    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-    return json.dumps(finite, ensure_ascii=False) + "\n"
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Leaves in metrics.jsonl only whole lines of steps up to `step`; makes the file if needed."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
-    with atomic_file(path) as stream:
-        stream.writelines(map(_to_line, rows))
-
-
-def _open_tensorboard(directory: Path, start_step: int) -> Any:
-    """A writer of TensorBoard events; TensorBoard hides older events of steps after `start_step`."""
-    from tensorboardX import SummaryWriter  # without TensorFlow; slow to import
-
-    make_directory(directory)
-    # Files are named by the second; the suffix keeps a quick restart from writing over the last one.
-    suffix = f".step_{start_step:08d}"
-    return SummaryWriter(
-        logdir=str(directory), purge_step=start_step + 1, flush_secs=10, filename_suffix=suffix
-    )

@@ -27,8 +27,8 @@ from trbert_jax.tasks.batching import batch_rows, epoch_order, pad_batch, width_
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import step as updates
 from trbert_jax.training.checkpoints import CheckpointStore, DamagedCheckpointError
-from trbert_jax.training.logging import StageReport
-from trbert_jax.training.preemption import Profile, StepClock, StopRequest
+from trbert_jax.training.logging import Profile, StageReport, StepClock
+from trbert_jax.training.preemption import StopRequest
 from trbert_jax.training.prepared import PreparedFeatures
 from trbert_jax.training.stage_inputs import StageInput
 from trbert_jax.training.step import ObjectiveFn, TrainState, init_state
@@ -82,9 +82,7 @@ def run(training: Training, params: Params, announce: Announce = print) -> tuple
         report = stack.enter_context(_open_report(training, start))
         stop = stack.enter_context(StopRequest())
         stack.enter_context(store)
-        profile = stack.enter_context(
-            Profile(training.directory / "profile", training.profile_steps, announce)
-        )
+        profile = stack.enter_context(Profile(training.directory / "profile", training.profile_steps))
         clock = StepClock()
         unchecked: list[tuple[int, dict[str, jax.Array]]] = []
 
