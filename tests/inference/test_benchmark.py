@@ -78,7 +78,7 @@ def keep_of(run: PreparedRun) -> np.ndarray:
 
 
 def test_batches_are_whole_in_order_and_as_wide_as_needed() -> None:
-    numbered = GIVEN.batches(BATCH, (16, 32, LENGTH))
+    numbered = list(GIVEN.batches(BATCH, (16, 32, LENGTH)))
     batches = [batch for _, batch in numbered]
     np.testing.assert_array_equal([index for index, _ in numbered], [[0, 1], [2, 3], [4, 5]])
     assert [batch["input_ids"].shape for batch in batches] == [(2, 48), (2, 32), (2, 32)]

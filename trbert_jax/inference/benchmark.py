@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -65,13 +65,12 @@ _REFERENCE_BATCH = 32
 _SETTLE_SECONDS = 0.02  # threads of one library may spin for a while after their work
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A way to run the batches of a workload: a rule, a backend, and whether all batches have full length."""
+class Variant(NamedTuple):
+    """A way to run the batches of a workload."""
 
     rule: str
     backend: str
-    full_length: bool = False
+    full_length: bool = False  # whether all batches are padded to the longest length
 
 
 VARIANTS = {
@@ -86,13 +85,12 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
-    """Texts or questions in the order of their arrival.
+    """Texts, or questions, in the order of their arrival.
 
     Attributes:
       examples: n tokenized texts, or questions of R rows.
       max_length: width of the full-length variants.
-      actions: bool [n, stages, max_length], the tokens to keep at each point of reduction; None lets the
-        model decide.
+      actions: bool [n, stages, max_length], the tokens to keep; None lets the model decide.
     """
 
     examples: Examples
@@ -100,21 +98,20 @@ class Workload:
     actions: np.ndarray | None = None
 
     def whole_batches(self, batch_size: int) -> Examples:
-        """The examples of whole batches; the remaining ones are not run, so that every batch is full."""
+        """Returns the examples of full batches; the remaining ones are not run."""
         return self.examples.take(np.arange(len(self.examples) // batch_size * batch_size))
 
-    def batches(self, batch_size: int, widths: Sequence[int]) -> list[tuple[np.ndarray, Inputs]]:
-        """Pads the whole batches, in order.
+    def batches(self, batch_size: int, widths: Sequence[int]) -> Iterator[tuple[np.ndarray, Inputs]]:
+        """Pads the full batches, in order.
 
         Args:
           batch_size: B, texts of a batch.
           widths: padded lengths to choose from, ascending, the last one `max_length`.
 
-        Returns:
-          Positions of each batch's texts, int [B], and its arrays: those of `pad_batch`, `min_logit` float32
+        Yields:
+          Positions of the batch's texts, int [B], and its arrays with the rule's inputs `min_logit` float32
           [B * G] and, if actions are given, `actions` bool [B, stages, W].
         """
-        result: list[tuple[np.ndarray, Inputs]] = []
         for index in np.arange(len(self.whole_batches(batch_size))).reshape(-1, batch_size):
             longest = self.examples.lengths[index].max()
             width = next(width for width in widths if width >= longest)
@@ -122,8 +119,7 @@ class Workload:
             batch["min_logit"] = np.zeros(len(batch["input_ids"]), np.float32)
             if self.actions is not None:
                 batch["actions"] = self.actions[index, :, :width]
-            result.append((index, batch))
-        return result
+            yield index, batch
 
 
 def prepare(
@@ -144,7 +140,7 @@ def prepare(
         rule = _GIVEN.get(variant.rule, rule)
     longest = workload.max_length
     widths = (longest,) if variant.full_length else bucket_widths(variant.backend, longest)
-    numbered = workload.batches(batch_size, widths)
+    numbered = list(workload.batches(batch_size, widths))
     examples, batches = workload.whole_batches(batch_size), [batch for _, batch in numbered]
     engine = InferenceEngine(programs.model, batch_size, programs)
     outputs = engine.run_batches(params, examples, numbered, rule, variant.backend)
@@ -169,9 +165,7 @@ def prepare(
         calls=[functools.partial(run, *pair) for pair in zip(compiled, batches, strict=True)],
         num_texts=len(examples),
         flops=float(flops.sum() / len(examples)),
-        compile_seconds=sum(
-            programs.compile_seconds[rule.name, variant.backend, *shape] for shape in set(shapes)
-        ),
+        compile_seconds=sum(programs.compile_seconds[rule.name, variant.backend, *x] for x in set(shapes)),
         peak_memory_bytes=max(memory_bytes(program) for program in compiled),
         logits=outputs.logits,
         keep=keep,
