@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from trbert_jax.errors import UserError
 from trbert_jax.io import read_json, write_json
 from trbert_jax.tasks.batching import pad_batch
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.training import prepared_writer
+from trbert_jax.training import prepared as prepared_module
 from trbert_jax.training.experiment import Experiment
-from trbert_jax.training.prepared import load_prepared, shard_paths
-from trbert_jax.training.prepared_writer import write_prepared
+from trbert_jax.training.prepared import load_prepared, shard_paths, write_prepared
 
 SETTINGS = {"model.max_length": 9}
 
@@ -54,9 +52,7 @@ def make_features(seed: int = 0, grouped: bool = False, types: bool = False) -> 
 
 
 def write(folder: Path, features: Examples, **options: int) -> Path:
-    return write_prepared(
-        folder, {"train": features}, SETTINGS, announce=lambda line: None, **{"shard_size": 4, **options}
-    )
+    return write_prepared(folder, {"train": features}, SETTINGS, **{"shard_size": 4, **options})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -99,84 +95,57 @@ def test_tensorflow_datasets_reads_it(tmp_path: Path) -> None:
     assert example["label"] == features.labels[7]
 
 
-def test_what_was_interrupted_ends_with_the_same_files(tmp_path: Path) -> None:
-    features = make_features()
-    whole = contents(write(tmp_path / "whole", features))
-    assert sum("array_record" in name for name in whole) == 3
-    parts, said = tmp_path / "parts", list[str]()
-    write(parts, features)
-    first, second, _ = shard_paths(parts, "train", 11, 4)
-    first.unlink()
-    os.truncate(second, 10)
-    second.rename(f"{second}.partial")  # as a killed run leaves it
-    (parts / "index-train.npz").unlink()
-    (parts / "dataset_info.json").unlink()
-    write_prepared(parts, {"train": features}, SETTINGS, shard_size=4, announce=said.append)
-    assert "train: 1 of 3 shards are there already" in said
-    assert contents(parts) == whole
-    assert contents(write(tmp_path / "one at a time", features, workers=1)) == whole
-
-
-def test_a_killed_call_leaves_shards_that_the_next_one_can_trust(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of three shards the first is good, the second damaged after it was written, the third not there."""
-    features, parts, said = make_features(), tmp_path / "parts", list[str]()
+def test_a_killed_call_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three shards the first is good, the second damaged after it was written, the third half written."""
+    features, parts = make_features(), tmp_path / "parts"
     whole = contents(write(tmp_path / "whole", features))
     first, second, third = shard_paths(parts, "train", 11, 4)
-    original = prepared_writer._write_shard
+    original = prepared_module._write_shard
 
-    def killed_at_third(path: Path, *arguments: Any) -> dict[str, Any]:
+    def killed_at_third(schema: Any, path: Path, *arguments: Any) -> dict[str, Any]:
         if path == third:
+            path.with_name(f"{path.name}.partial").write_bytes(b"half")
             raise KeyboardInterrupt
-        return original(path, *arguments)
+        return original(schema, path, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepared_writer, "_write_shard", killed_at_third)
+        patch.setattr(prepared_module, "_write_shard", killed_at_third)
         with pytest.raises(KeyboardInterrupt):
             write(parts, features, workers=1)
-    assert second.exists()
+    with pytest.raises(UserError, match="not finished"):
+        load_prepared(parts, "train", SETTINGS)
     os.truncate(second, 10)
-    with (parts / prepared_writer.NOTES).open("a", encoding="utf-8") as stream:
-        stream.write('["half a li')
     before = first.stat().st_mtime_ns
-    write_prepared(parts, {"train": features}, SETTINGS, shard_size=4, announce=said.append)
-    assert said[:2] == [
-        f"{second}: is not as it was written; written again",
-        "train: 1 of 3 shards are there already",
-    ]
+    write(parts, features)
     assert first.stat().st_mtime_ns == before
     assert contents(parts) == whole
 
 
+@pytest.mark.parametrize("action", ["truncate", "flip", "remove"])
 @pytest.mark.parametrize("name", ["trbert-train.array_record-00001-of-00003", "index-train.npz"])
-def test_damage_is_mended_and_never_blessed(tmp_path: Path, name: str) -> None:
-    features, said = make_features(), list[str]()
-    folder = write(tmp_path / "p", features)
+def test_damage_is_named_and_mended(tmp_path: Path, name: str, action: str) -> None:
+    folder = write(tmp_path / "p", make_features())
     whole = contents(folder)
     path = folder / name
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{name} is not as it was written"):
+    path.write_bytes(content if action == "flip" else content[:9])
+    if action == "remove":
+        path.unlink()
+    with pytest.raises(UserError, match=f"{name} is (not as it was written|missing)"):
         load_prepared(folder, "train", SETTINGS)
-    write_prepared(folder, {"train": features}, SETTINGS, shard_size=4, announce=said.append)
-    assert f"{path}: is not as it was written; written again" in said
-    assert contents(folder) == whole
+    assert contents(write(folder, make_features())) == whole
     assert len(load_prepared(folder, "train", SETTINGS)) == 11
 
 
-def test_shards_without_a_hash_are_written_again(tmp_path: Path) -> None:
-    features, said = make_features(), list[str]()
-    folder = write(tmp_path / "p", features)
+def test_shards_without_a_recorded_hash_are_rewritten(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p", make_features())
     whole = contents(folder)
     about = read_json(folder / "provenance.json")
     del about["files"]
     write_json(folder / "provenance.json", about)
     os.truncate(shard_paths(folder, "train", 11, 4)[0], 10)
-    write_prepared(folder, {"train": features}, SETTINGS, shard_size=4, announce=said.append)
-    assert sum("has no hash on record; written again" in line for line in said) == 3
-    assert contents(folder) == whole
+    assert contents(write(folder, make_features(), workers=1)) == whole
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +177,7 @@ def test_splits_whose_targets_differ_in_width(tmp_path: Path) -> None:
     wide = np.arange(4 * len(dev.row_lengths), dtype=np.int32).reshape(-1, 4)
     dev = dataclasses.replace(dev, row_targets={"starts": wide}, targets={})
     splits = {"train": train, "dev": dev}
-    write_prepared(tmp_path / "p", splits, SETTINGS, shard_size=4, announce=lambda line: None)
+    write_prepared(tmp_path / "p", splits, SETTINGS, shard_size=4)
     builder = tfds.builder_from_directory(str(tmp_path / "p"))
     for split, features in splits.items():
         assert features.first_row is not None
@@ -224,47 +193,12 @@ def test_splits_whose_targets_differ_in_width(tmp_path: Path) -> None:
         np.testing.assert_array_equal(there.row_targets["starts"], features.row_targets["starts"])
 
 
-def damage(name: str, action: Callable[[Path], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        action(folder / name)
-
-    return apply
-
-
-SHARD = "trbert-train.array_record-00001-of-00003"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (damage(SHARD, Path.unlink), f"{SHARD} is missing; run `trbert prepare-data` again"),
-        (
-            damage(SHARD, lambda p: os.truncate(p, 9)),
-            f"{SHARD} is not as it was written; run `trbert prepare-data` again",
-        ),
-        (
-            damage("index-train.npz", lambda p: p.write_bytes(b"x")),
-            "index-train.npz is not as it was written",
-        ),
-        (
-            damage("provenance.json", Path.unlink),
-            "has no provenance.json; make it with `trbert prepare-data`",
-        ),
-    ],
-)
-def test_damage_is_named_before_training(
-    tmp_path: Path, change: Callable[[Path], None], message: str
-) -> None:
-    folder = write(tmp_path / "p", make_features())
-    change(folder)
-    with pytest.raises(UserError, match=message):
-        load_prepared(folder, "train", SETTINGS)
-
-
 def test_other_settings_other_data_other_folders(tmp_path: Path) -> None:
     folder = write(tmp_path / "p", make_features())
-    with pytest.raises(UserError, match=r"made with other settings:\n  model.max_length: 9 then, 12 now"):
+    with pytest.raises(UserError, match=r"model\.max_length: 9 -> 12"):
         load_prepared(folder, "train", {"model.max_length": 12})
+    with pytest.raises(UserError, match=r"no-data/provenance\.json"):
+        load_prepared(tmp_path / "no-data", "train", SETTINGS)
     with pytest.raises(UserError, match="has no split dev"):
         load_prepared(folder, "dev", SETTINGS)
     with pytest.raises(UserError, match="prepared otherwise"):
@@ -276,17 +210,6 @@ def test_other_settings_other_data_other_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not empty and not prepared data"):
         write(tmp_path / "full", make_features())
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
-
-
-def test_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepared_writer, "_write_index", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "p", make_features())
-    with pytest.raises(UserError, match="is not finished; run `trbert prepare-data` again, it goes on"):
-        load_prepared(tmp_path / "p", "train", SETTINGS)
 
 
 def test_training_from_shards_is_training_from_files(
@@ -302,7 +225,7 @@ def test_training_from_shards_is_training_from_files(
     with tiny_runs.compilation_cache(tmp_path / "programs"):
         assert main(["train", "--config", config]) == 0
         assert main(["prepare-data", "--config", config, "--output", shards, "--shard-size", "10"]) == 0
-        assert "70 examples in 12 files" in capsys.readouterr().out
+        assert len(list((tmp_path / "shards").iterdir())) == 12 + 3  # and the descriptions
         other = [f"data.prepared={shards}", f"workdir={tmp_path / 'other'}"]
         assert main(["train", "--config", config, *other]) == 0
     for name in ("metrics.jsonl", "model/model.safetensors"):
@@ -312,7 +235,7 @@ def test_training_from_shards_is_training_from_files(
         main(["train", "--config", config, *other[:1], f"workdir={tmp_path / 'x'}", "model.max_length=12"])
         == 2
     )
-    assert "was made with other settings:\n  model.max_length: 16 then, 12 now" in capsys.readouterr().err
+    assert "model.max_length: 16 -> 12" in capsys.readouterr().err
 
 
 def test_what_the_settings_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +245,7 @@ def test_what_the_settings_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def settings(**data: Any) -> dict[str, Any]:
         seed = data.pop("seed", 3)
         changes = {"data": {"name": "imdb", "path": str(tmp_path / "data"), **data}, "seed": seed}
-        run = Experiment(load_config(tiny_runs.write_config(tmp_path, **changes)), announce=lambda line: None)
+        run = Experiment(load_config(tiny_runs.write_config(tmp_path, **changes)))
         return run.preparation(tiny_models.tiny_tokenizer())
 
     plain = settings()
@@ -335,16 +258,16 @@ def test_what_the_settings_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_only_a_split_that_does_not_exist_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said, config = list[str](), load_config(tiny_runs.write_config(tmp_path))
+    config = load_config(tiny_runs.write_config(tmp_path))
     model = types.SimpleNamespace(tokenizer=tiny_models.tiny_tokenizer())
     monkeypatch.setattr(Experiment, "base_model", lambda run: model)
     test = tmp_path / "data" / "test.jsonl"
     test.unlink()
-    Experiment(config, said.append).prepare_data(tmp_path / "shards", 50, 1)
-    assert any(line.startswith(f"test: left out, {test}: no such file") for line in said)
+    Experiment(config).prepare_data(tmp_path / "shards", 50, 1)
+    assert list(read_json(tmp_path / "shards" / "provenance.json")["splits"]) == ["train", "dev"]
     test.write_text('{"text": "cut sho', encoding="utf-8")
     with pytest.raises(UserError, match=r"test\.jsonl:1"):
-        Experiment(config, said.append).prepare_data(tmp_path / "other", 50, 1)
+        Experiment(config).prepare_data(tmp_path / "other", 50, 1)
     assert not (tmp_path / "other").exists()
 
 

@@ -36,8 +36,7 @@ from trbert_jax.parallel import DeviceMesh, make_mesh
 from trbert_jax.tasks import Score, TaskData, load_task_data
 from trbert_jax.tasks.base import QuestionData
 from trbert_jax.tasks.examples import Examples, prepare_tokenizer
-from trbert_jax.training.prepared import load_prepared, read_provenance
-from trbert_jax.training.prepared_writer import write_prepared
+from trbert_jax.training.prepared import load_prepared, read_provenance, write_prepared
 
 Announce = Callable[[str], None]
 
@@ -360,9 +359,7 @@ class Experiment:
                     raise
                 self.announce(f"{split}: left out, {error}")
         settings = self.preparation(model.tokenizer)
-        return write_prepared(
-            directory, splits, settings, shard_size=shard_size, workers=workers, announce=self.announce
-        )
+        return write_prepared(directory, splits, settings, shard_size=shard_size, workers=workers)
 
     def score(self, split: str, model: Pretrained, outputs: Outputs) -> Score:
         """Judges a model's outputs for the examples of a split."""
