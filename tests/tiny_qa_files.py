@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trbert_jax.datasets import BadRecords, hotpotqa, hotpotqa_graph, mrqa, race, squad, triviaqa, wikihop
+from trbert_jax.datasets import DATASETS, BadRecords
 
 MOUNTAIN = "Mont\u00a0Blanc rises to 4,808 m.\u2028The Élysée in  Paris is lower; 東京 is far."
 
@@ -297,37 +297,39 @@ def write_triviaqa(path: Path, document: Any) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A good file of a format, and its reader."""
+    """A good file in the format of a data set."""
 
+    dataset: str
     document: Callable[[], Any]
     write: Callable[[Path, Any], Path]
     path: str
-    read: Callable[[Path, BadRecords], Any]
 
     def fresh(self) -> Any:
-        """The document, in which no two parts are the same object."""
+        """Returns the document, in which no two parts are the same object."""
         return json.loads(json.dumps(self.document()))
 
+    def read(self, path: Path, bad: BadRecords | None = None) -> Any:
+        return DATASETS[self.dataset].read_file(path, bad)
 
+
+_FULLWIKI = "hotpot_dev_fullwiki_v1.json"
 SAMPLES = {
-    "squad": Sample(squad_document, write_json, "dev-v2.0.json", squad.read),
-    "mrqa": Sample(mrqa_document, write_lines, "dev.jsonl", mrqa.read),
-    "mrqa_gz": Sample(mrqa_document, write_lines, "dev.jsonl.gz", mrqa.read),
-    "race": Sample(race_document, write_race, "dev", race.read),
-    "hotpotqa": Sample(hotpotqa_document, write_json, "hotpot_dev_distractor_v1.json", hotpotqa.read),
-    "hotpotqa_fullwiki": Sample(
-        hotpotqa_document, write_json, "hotpot_dev_fullwiki_v1.json", hotpotqa.read_fullwiki
-    ),
+    "squad": Sample("squad", squad_document, write_json, "dev-v2.0.json"),
+    "mrqa": Sample("newsqa", mrqa_document, write_lines, "dev.jsonl"),
+    "mrqa_gz": Sample("newsqa", mrqa_document, write_lines, "dev.jsonl.gz"),
+    "race": Sample("race", race_document, write_race, "dev"),
+    "hotpotqa": Sample("hotpotqa", hotpotqa_document, write_json, "hotpot_dev_distractor_v1.json"),
+    "hotpotqa_fullwiki": Sample("hotpotqa_fullwiki", hotpotqa_document, write_json, _FULLWIKI),
     "hotpotqa_graph": Sample(
-        hotpotqa_graph_document, write_lines, "hotpot_train_graph.json", hotpotqa_graph.read
+        "hotpotqa_graph", hotpotqa_graph_document, write_lines, "hotpot_train_graph.json"
     ),
     "hotpotqa_graph_dev": Sample(
-        hotpotqa_graph_dev_document, write_lines, "rerank_dev_tok.json", hotpotqa_graph.read
+        "hotpotqa_graph", hotpotqa_graph_dev_document, write_lines, "rerank_dev_tok.json"
     ),
-    "triviaqa": Sample(triviaqa_document, write_triviaqa, "qa/wikipedia-dev.json", triviaqa.read),
-    "triviaqa_web": Sample(triviaqa_web_document, write_triviaqa, "qa/web-dev.json", triviaqa.read),
-    "triviaqa_list": Sample(triviaqa_list_document, write_json, "dev.json", triviaqa.read),
-    "wikihop": Sample(wikihop_document, write_json, "dev.json", wikihop.read),
+    "triviaqa": Sample("triviaqa", triviaqa_document, write_triviaqa, "qa/wikipedia-dev.json"),
+    "triviaqa_web": Sample("triviaqa_web", triviaqa_web_document, write_triviaqa, "qa/web-dev.json"),
+    "triviaqa_list": Sample("triviaqa", triviaqa_list_document, write_json, "dev.json"),
+    "wikihop": Sample("wikihop", wikihop_document, write_json, "dev.json"),
 }
 
 
@@ -335,4 +337,4 @@ def read_sample(name: str, folder: Path, document: Any = None, bad: BadRecords |
     """Writes a sample, or a document in its format, and reads it."""
     sample = SAMPLES[name]
     path = sample.write(folder / sample.path, sample.fresh() if document is None else document)
-    return sample.read(path, BadRecords() if bad is None else bad)
+    return sample.read(path, bad)

@@ -156,23 +156,56 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Reads a JSON file. Raises `UserError` where it is missing, unreadable or malformed."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON. Raises `ValueError`, with a message for users, where it is malformed."""
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise ValueError(f"not valid JSON ({error.msg} at {place})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise ValueError(f"not valid JSON ({error})") from error
+
+
+def check_unicode(text: str) -> None:
+    """Raises `ValueError` where a text has half of a surrogate pair: JSON allows it, Unicode does not."""
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"is not valid Unicode (half of a surrogate pair at character {error.start})"
+        ) from error
 
 
 def read_text(path: str | Path) -> str:
     """Reads a UTF-8 text file. Raises `UserError` where it is missing or unreadable."""
+    with readable(path):
+        try:
+            return Path(path).read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8 first"
+            ) from error
+
+
+@contextlib.contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Turns errors of opening a file for reading into `UserError`s that name the file."""
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        yield
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except IsADirectoryError as error:
         raise UserError(f"{path}: is a directory, a file was expected") from error
     except PermissionError as error:
         raise UserError(f"{path}: no permission to read it") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8 first") from error
 
 
 class YamlKey(str):

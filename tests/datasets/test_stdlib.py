@@ -6,27 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from trbert_jax.datasets import DATASETS
-from trbert_jax.datasets import python_source as stdlib
+from trbert_jax.datasets import DATASETS, python_source
+from trbert_jax.datasets.records import Example
 from trbert_jax.errors import UserError
 
+STDLIB = DATASETS["stdlib"]
 SPLITS = ("train", "dev", "test")
 
 
-def test_the_library_of_this_python() -> None:
-    data = {split: stdlib.read_stdlib(split) for split in SPLITS}
-    names = data["train"].label_names
-    assert len(names) == len(set(names)) == stdlib.NUM_CLASSES
-    assert all(data[split].label_names == names for split in SPLITS)
+def everything(folder: Path | None = None) -> list[Example]:
+    return [example for split in SPLITS for example in STDLIB.read_split(folder, split)]
+
+
+def test_classes_are_balanced() -> None:
+    names = STDLIB.read_labels(None)
+    assert len(names) == len(set(names)) == python_source.NUM_CLASSES
     for split, share in zip(SPLITS, (8 / 16, 3 / 16, 5 / 16), strict=True):
-        counts = Counter(e.label for e in data[split].examples)
-        assert counts == dict.fromkeys(range(len(names)), round(share * stdlib.CHUNKS_PER_CLASS))
+        counts = Counter(e.label for e in STDLIB.read_split(None, split))
+        assert counts == dict.fromkeys(range(len(names)), round(share * python_source.CHUNKS_PER_CLASS))
 
 
 def test_no_chunk_overlaps_or_repeats_another() -> None:
-    root = Path(sysconfig.get_path("stdlib"))
-    examples = [e for split in SPLITS for e in stdlib.read_stdlib(split).examples]
-    names = stdlib.read_stdlib("train").label_names
+    root, names, examples = Path(sysconfig.get_path("stdlib")), STDLIB.read_labels(None), everything()
     assert len({e.text for e in examples}) == len(examples)
     taken = set[tuple[str, int]]()
     sources = dict[str, list[str]]()
@@ -57,26 +58,25 @@ def test_which_files_count(tmp_path: Path) -> None:
     write_library(tmp_path, ["small.py"], lines=100)
     (tmp_path / "p1" / "latin.py").write_bytes("# café\n".encode("latin-1") * 5000)
     (tmp_path / "p1" / "notes.txt").write_text("not source " * 5000)
-    data = [stdlib.read_stdlib(split, tmp_path) for split in SPLITS]
-    assert data[0].label_names == tuple(sorted(name.split(".")[0].split("/")[0] for name in modules))
-    files = {e.id.rpartition(":")[0] for part in data for e in part.examples}
+    names = tuple(sorted(name.split(".")[0].split("/")[0] for name in modules))
+    assert STDLIB.read_labels(tmp_path) == names
+    files = {e.id.rpartition(":")[0] for e in everything(tmp_path)}
     assert files == {m if m.endswith(".py") else f"{m}/part.py" for m in modules}
 
 
-def test_same_text_whenever_it_is_read(tmp_path: Path) -> None:
+def test_same_text_at_every_reading(tmp_path: Path) -> None:
     write_library(tmp_path, [f"m{i:02d}.py" for i in range(20)])
-    first = stdlib.read_stdlib("train", tmp_path)
-    stdlib._read_all.cache_clear()
-    assert stdlib.read_stdlib("train", tmp_path) == first
-    assert len(first.label_names) == stdlib.NUM_CLASSES
-    limited = DATASETS["stdlib"].read_split(tmp_path, "train", limit=50)
+    first = STDLIB.read_split(tmp_path, "train")
+    python_source._read_all.cache_clear()
+    assert STDLIB.read_split(tmp_path, "train") == first
+    limited = STDLIB.read_split(tmp_path, "train", limit=50)
     assert len(limited) == 50
-    assert set(limited) < set(first.examples)
+    assert set(limited) < set(first)
 
 
 def test_too_little_text(tmp_path: Path) -> None:
     write_library(tmp_path, [f"m{i}.py" for i in range(11)])
-    with pytest.raises(UserError, match=r"11 modules .* expected at least 12. Set data.path"):
-        stdlib.read_stdlib("train", tmp_path)
-    with pytest.raises(UserError, match="0 modules"):
-        stdlib.read_stdlib("train", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"{tmp_path}: 11 .*data.path"):
+        everything(tmp_path)
+    with pytest.raises(UserError, match="nowhere: 0 "):
+        everything(tmp_path / "nowhere")

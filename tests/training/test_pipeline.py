@@ -20,8 +20,7 @@ from safetensors.numpy import load_file
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
-from trbert_jax.datasets.dataset import Dataset
-from trbert_jax.datasets.text_files import read_dataset
+from trbert_jax.datasets.dataset import Dataset, read_dataset
 from trbert_jax.reduction import flops
 from trbert_jax.training import stages
 from trbert_jax.training.logging import read_metrics

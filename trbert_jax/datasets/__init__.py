@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from trbert_jax.datasets import (  # noqa: F401 - each registers its data sets
     hotpotqa,
-    hotpotqa_graph,
+    hyperpartisan,
     mrqa,
     python_source,
     race,
@@ -18,7 +18,7 @@ from trbert_jax.datasets import (  # noqa: F401 - each registers its data sets
     triviaqa,
     wikihop,
 )
-from trbert_jax.datasets.bad_records import BadRecord, BadRecords
+from trbert_jax.datasets.reading import BadRecord, BadRecords
 from trbert_jax.datasets.registry import (
     DATASETS,
     FAMILIES,

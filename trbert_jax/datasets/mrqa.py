@@ -1,115 +1,117 @@
-"""The format of the MRQA 2019 shared task: JSON lines, plain or gzip-compressed.
+"""Reads the format of the MRQA 2019 shared task: JSON lines, plain or gzip-compressed.
 
-A header line, then a line a context: `{"context", "qas": [{"qid", "question", "answers": [str],
-"detected_answers": [{"text", "char_spans": [[first, last]]}]}]}`, where the last character belongs
-to the answer. Published at https://github.com/mrqa/MRQA-Shared-Task-2019; NewsQA and
-NaturalQuestions are read in this form.
+A header line, then one line a context: `{"context", "qas": [{"qid", "question", "answers": [str],
+"detected_answers": [{"text", "char_spans": [[first, last]]}]}]}`, where the last character belongs to
+the answer. Published at https://github.com/mrqa/MRQA-Shared-Task-2019. NewsQA and NaturalQuestions are
+read in this form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from trbert_jax.datasets.bad_records import BadRecords
-from trbert_jax.datasets.json_files import load_json_lines
-from trbert_jax.datasets.json_values import JsonValue
-from trbert_jax.datasets.record_list import RecordList
-from trbert_jax.datasets.records import Span, SpanQuestion
+from trbert_jax.datasets import reading
+from trbert_jax.datasets.reading import BadRecords
+from trbert_jax.datasets.records import Span, SpanQuestion, trim_span
 from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
-from trbert_jax.datasets.spans import same_answer, span_of_ends
+from trbert_jax.datasets.squad import check_impossible
 
-_FORMAT = 'a header line, then {"context": ..., "qas": [...]} a line'
+_ARTICLES = frozenset(("a", "an", "the"))
 
 
-def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> list[SpanQuestion]:
-    """Reads an MRQA file.
-
-    `spans` are all `char_spans` of all detected answers, in order. The first line is taken for a
-    header unless it has `context` or `qas`.
-
-    Args:
-      path: `.jsonl`, or `.jsonl.gz`.
-      bad: what to do about bad records: a line that is not JSON, a missing or repeated id, an empty
-        context, offsets outside the context or of another text, ...
-
-    Raises:
-      UserError: the file cannot be read (a `.gz` cut short included), has no question, or has a bad
-        record that is not skipped.
-    """
-    records = RecordList[SpanQuestion](path, bad)
-    for number, line in enumerate(load_json_lines(path, bad)):
-        if number == 0 and not line.has("context") and not line.has("qas"):
+def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[SpanQuestion]:
+    """Yields the questions of a file. The first line is a header unless it has `context` or `qas`."""
+    for i, (number, value) in enumerate(reading.load_json_lines(path, bad)):
+        if i == 0 and not reading.has(value, "context") and not reading.has(value, "qas"):
             continue
-        with bad.record():
-            context = line["context"].text()
-            for value in line["qas"].items():
-                with bad.record():
-                    question = make_question(value, context)
-                    records.add(question, value)
-    return records.finish(_FORMAT)
+        with bad.record(f"{path}:{number}"):
+            context = reading.text(value, "context")
+            for k, item in enumerate(reading.items(value, "qas")):
+                where = f"{path}:{number}: qas[{k}]"
+                with bad.record(where, item, id_field(item)):
+                    yield make_question(item, context, where)
 
 
-def make_question(value: JsonValue, context: str) -> SpanQuestion:
-    """A question from an item of `qas`.
-
-    Raises:
-      BadRecord: a field is missing or wrong.
-    """
-    question_id = published_id(value)
-    value = value.named(f"question {question_id!r}")
-    answers = value["answers"].texts()
-    impossible = value.has("is_impossible") and value["is_impossible"].flag()
-    if impossible and answers:
-        raise value["answers"].bad("is_impossible is true, but there are answers; expected none")
-    if not impossible and not answers:
-        raise value["answers"].bad("is empty; expected at least one answer")
-    return SpanQuestion(
-        id=question_id,
-        question=value["question"].text(),
-        context=context,
-        spans=() if impossible else detected_spans(value["detected_answers"], context, answers),
-        answers=answers,
-        impossible=impossible,
-        where=value.where,
-    )
+def make_question(item: Any, context: str, where: str) -> SpanQuestion:
+    """Returns the question of an item of `qas`. Raises `ValueError` if a field is missing or wrong."""
+    question_id, answers = reading.text(item, id_field(item)), reading.texts(item, "answers")
+    impossible = reading.has(item, "is_impossible") and reading.flag(item, "is_impossible")
+    check_impossible(impossible, answers)
+    question = reading.text(item, "question")
+    spans = () if impossible else detected_spans(item, context, answers)
+    return SpanQuestion(question_id, question, context, spans, answers, impossible, where)
 
 
-def published_id(value: JsonValue) -> str:
-    """The `qid`, by which the official scorer looks predictions up, or else the `id` of a question."""
-    return value["qid" if value.has("qid") or not value.has("id") else "id"].text()
+def id_field(item: Any) -> str:
+    """Returns the field of the id: `qid`, by which the official scorer finds predictions, or else `id`."""
+    return "qid" if reading.has(item, "qid") or not reading.has(item, "id") else "id"
 
 
-def detected_spans(value: JsonValue, context: str, answers: Sequence[str]) -> tuple[Span, ...]:
-    """All `char_spans` of `detected_answers`.
+def detected_spans(item: Any, context: str, answers: Sequence[str]) -> tuple[Span, ...]:
+    """Returns all `char_spans` of `detected_answers`, in order.
 
-    Where the answer's `text` is given too, the context must have it there or one of the `answers`,
-    case, accents, punctuation, articles and white space apart: detection ignored these.
+    If the answer's `text` is given too, the context must have it there, or one of `answers`. Case, accents,
+    punctuation, articles and white space may differ: the detection ignored them.
 
     Raises:
-      BadRecord: a span is outside the context, or of another text.
+      ValueError: a span is outside the context, or of another text.
     """
     spans = []
-    for answer in value.items():
-        texts = (answer["text"].text(), *answers) if answer.has("text") else ()
-        for ends in answer["char_spans"].items():
-            span = span_of_ends(ends, context)
-            found = context[span.start : span.end]
-            if texts and not any(same_answer(found, text) for text in texts):
-                raise ends.bad(f"the context has {found!r} there; expected the answer {texts[0]!r}")
-            spans.append(span)
+    for i, answer in enumerate(reading.items(item, "detected_answers")):
+        with reading.within(f"detected_answers[{i}]"):
+            expected = (reading.text(answer, "text"), *answers) if reading.has(answer, "text") else ()
+            for k, ends in enumerate(reading.items(answer, "char_spans")):
+                with reading.within(f"char_spans[{k}]"):
+                    spans.append(_span(ends, context, expected))
     return tuple(spans)
 
 
-for _name, _published in (("newsqa", "NewsQA"), ("naturalqa", "NaturalQuestionsShort")):
-    _files = ("{split}.jsonl", f"{{split}}/{_published}.jsonl")
+def _span(ends: Any, context: str, expected: Sequence[str]) -> Span:
+    reading.items(ends, count=2)
+    start = reading.integer(ends, 0, 0, len(context) - 1)
+    span = trim_span(context, start, reading.integer(ends, 1, start, len(context) - 1) + 1)
+    if span is None:
+        raise ValueError("is nothing but white space of the context; expected the answer")
+    found = context[span.start : span.end]
+    if expected and not any(same_answer(found, answer) for answer in expected):
+        raise ValueError(f"the context has {found!r} there; expected the answer {expected[0]!r}")
+    return span
+
+
+def same_answer(one: str, other: str) -> bool:
+    """Returns whether two texts differ at most in case, accents, punctuation, articles and white space."""
+    return _essence(one) == _essence(other)
+
+
+def _essence(answer: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", answer.casefold())
+    plain = "".join(c for c in decomposed if not unicodedata.combining(c))
+    return "".join(word for word in re.findall(r"\w+", plain) if word not in _ARTICLES)
+
+
+def _register(name: str, published: str) -> None:
+    files = (
+        "{split}.jsonl",
+        "{split}.jsonl.gz",
+        f"{{split}}/{published}.jsonl",
+        f"{{split}}/{published}.jsonl.gz",
+    )
     register_dataset(
         DataSet(
-            name=_name,
+            name=name,
             task="span",
             style="mrqa",
             read=read,
-            files=each_split(*(name for file in _files for name in (file, f"{file}.gz"))),
+            format='a header line, then {"context": ..., "qas": [...]} a line',
+            files=each_split(*files),
             dev_as_test=True,
         )
     )
+
+
+_register("newsqa", "NewsQA")
+_register("naturalqa", "NaturalQuestionsShort")

@@ -1,8 +1,8 @@
-"""Text that every machine has: the source code of Python's standard library.
+"""Reads text that every machine has: the source code of Python's standard library.
 
-Pieces of source text, comments and documentation included, labeled by the top-level module or
-package they come from. Made for a first run without a download; not a benchmark, the texts depend
-on the version of Python.
+Chunks of source text, comments and documentation included, labeled by the top-level module or package
+they come from. Made for a first run without a download. It is no benchmark: the texts depend on the
+version of Python.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trbert_jax.datasets import text_files
-from trbert_jax.datasets.bad_records import BadRecords
-from trbert_jax.datasets.dataset import Dataset, Example
+from trbert_jax.datasets.reading import BadRecords
+from trbert_jax.datasets.records import Example
 from trbert_jax.datasets.registry import DataSet, register_dataset, sample
 from trbert_jax.errors import UserError
 
 NUM_CLASSES = 12
-CHUNKS_PER_CLASS = 320  # 1,920 texts to train on, 720 and 1,200 to choose settings and to report by
-# Of 16 chunks in a row so many go to each split: dev and test get every part of a module.
+CHUNKS_PER_CLASS = 320  # in all: 1,920 texts for train, 720 for dev, 1,200 for test
+# The split of 16 chunks in a row: dev and test get every part of a module.
 _PATTERN = ("train",) * 8 + ("dev",) * 3 + ("test",) * 5
 # Fills 96 tokens of a vocabulary that was trained on such text.
 _WORDS_PER_CHUNK = 84
@@ -34,29 +34,44 @@ _SKIPPED_CLASSES = {
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
 
 
-def read_stdlib(split: str, folder: str | Path | None = None) -> Dataset:
-    """Reads one split of the standard library's source text.
+class _StandardLibrary(DataSet):
+    """`CHUNKS_PER_CLASS` chunks for each of `NUM_CLASSES` classes over all splits.
 
-    Args:
-      split: `train` (8 of 16 chunks), `dev` (3) or `test` (5).
-      folder: the library's folder; by default that of the running Python.
-
-    Returns:
-      `CHUNKS_PER_CLASS` chunks for each of `NUM_CLASSES` classes over all splits, no two of them alike
-      or overlapping. An id is the file and the number of the chunk's first line.
-
-    Raises:
-      UserError: the folder holds less than that.
+    No two chunks are alike or overlap. An id is the file and the number of the chunk's first line.
     """
-    root = Path(folder).expanduser() if folder else Path(sysconfig.get_path("stdlib"))
-    label_names, examples = _read_all(root)
-    members = [e for i, e in enumerate(examples) if _PATTERN[i % CHUNKS_PER_CLASS % len(_PATTERN)] == split]
-    return Dataset(tuple(members), label_names)
+
+    def read_labels(self, path: str | Path | None, label_field: str = "label") -> tuple[str, ...]:
+        return _read_all(_root(path))[0]
+
+    def read_split(
+        self,
+        path: str | Path | None,
+        split: str,
+        bad: BadRecords | None = None,
+        *,
+        limit: int | None = None,
+        seed: int = 42,
+        text_field: str = "text",
+        label_field: str = "label",
+    ) -> list[Example]:
+        _, examples = _read_all(_root(path))
+        positions = [i % CHUNKS_PER_CLASS % len(_PATTERN) for i in range(len(examples))]
+        members = [e for e, i in zip(examples, positions, strict=True) if _PATTERN[i] == split]
+        return sample(members, limit, seed, split)
+
+
+register_dataset(
+    _StandardLibrary(name="stdlib", task="classification", read=text_files.read, needs_path=False)
+)
+
+
+def _root(path: str | Path | None) -> Path:
+    return Path(path).expanduser() if path else Path(sysconfig.get_path("stdlib"))
 
 
 @functools.lru_cache(maxsize=1)
 def _read_all(root: Path) -> tuple[tuple[str, ...], tuple[Example, ...]]:
-    chunks: dict[str, dict[str, str]] = {}  # class -> text -> id; a text that repeats counts once
+    chunks: dict[str, dict[str, str]] = {}  # class -> text -> id; a repeated text counts once
     seen: set[str] = set()
     for name, path in _source_files(root):
         for line, text in _chunks(path):
@@ -109,26 +124,3 @@ def _chunks(path: Path) -> Iterator[tuple[int, str]]:
             collected, words, first = [], 0, number
         collected.append(line)
         words += count
-
-
-class _StandardLibrary(DataSet):
-    def read_labels(self, path: str | Path | None, label_field: str = "label") -> tuple[str, ...]:
-        return read_stdlib("train", path).label_names
-
-    def read_split(
-        self,
-        path: str | Path | None,
-        split: str,
-        bad: BadRecords | None = None,
-        *,
-        limit: int | None = None,
-        seed: int = 42,
-        text_field: str = "text",
-        label_field: str = "label",
-    ) -> list[Example]:
-        return sample(read_stdlib(split, path).examples, limit, seed, split)
-
-
-register_dataset(
-    _StandardLibrary(name="stdlib", task="classification", read=text_files.read, needs_path=False)
-)

@@ -1,19 +1,18 @@
-"""RACE as published: a folder a split with `high` and `middle`, a text file of JSON an article.
+"""Reads RACE as published: a folder a split with `high` and `middle`, a text file of JSON an article.
 
-`{"article", "questions": [str], "options": [[str, str, str, str]], "answers": ["A".."D"]}`; published
+`{"article", "questions": [str], "options": [[str, str, str, str]], "answers": ["A".."D"]}`. Published
 at https://www.cs.cmu.edu/~glai1/data/race/.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from trbert_jax.datasets.bad_records import BadRecords
-from trbert_jax.datasets.json_files import load_json
-from trbert_jax.datasets.json_values import JsonValue, any_has
-from trbert_jax.datasets.record_list import RecordList
+from trbert_jax.datasets import reading
+from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import ChoiceQuestion
 from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
@@ -24,94 +23,67 @@ _FORMAT = f"files *.txt in the folders {' and '.join(LEVELS)}, a JSON object wit
 
 
 def read(
-    path: Path, bad: BadRecords, labels: Sequence[str] = (), *, levels: tuple[str, ...] = LEVELS
-) -> list[ChoiceQuestion]:
-    """Reads a split of RACE, `high` before `middle`, each by file name.
-
-    Args:
-      path: the folder of the split.
-      labels: not used.
-      levels: the folders to read in it.
-      bad: what to do about bad records: other than four options, a letter outside A to D, an empty
-        article, lists of different lengths, ...
-
-    Raises:
-      UserError: a folder is missing, a file cannot be read, there is no question, or there is a bad
-        record that is not skipped.
-    """
+    path: Path, bad: BadRecords, labels: Sequence[str] = (), *, levels: Sequence[str] = LEVELS
+) -> Iterator[ChoiceQuestion]:
+    """Yields the questions in the folder of a split, `high` before `middle`, each by file name."""
     files = [file for level in levels for file in _files(path / level)]
-    articles = [load_json(file) for file in files]
-    with_answers = any_has(articles, "answers")
-    records = RecordList[ChoiceQuestion](path, bad)
+    articles = [reading.load_json(file) for file in files]
+    with_answers = reading.any_has(articles, "answers")
     for file, article in zip(files, articles, strict=True):
-        with bad.record():
-            for question in make_questions(article, f"{file.parent.name}/{file.name}", with_answers, bad):
-                records.add(question, article)
-    return records.finish(_FORMAT)
+        with bad.record(str(file)):
+            name = f"{file.parent.name}/{file.name}"
+            yield from make_questions(article, name, str(file), bad, with_answers=with_answers)
 
 
-def make_questions(value: JsonValue, name: str, with_answers: bool, bad: BadRecords) -> list[ChoiceQuestion]:
-    """The questions of an article.
+def make_questions(
+    item: Any, name: str, where: str, bad: BadRecords, *, with_answers: bool = True
+) -> Iterator[ChoiceQuestion]:
+    """Yields the questions of an article.
 
     Args:
-      value: the object of the file.
+      item: the object of the file.
       name: of the article, the first part of the questions' ids.
-      with_answers: False where the source withholds the answers.
-      bad: what to do about bad questions.
+      where: of the article, for messages.
+      bad: how to handle bad questions.
+      with_answers: False if the source withholds the answers.
 
     Raises:
-      BadRecord: the article as a whole is bad.
-      UserError: a question is bad, and not skipped.
+      ValueError: the article as a whole is bad.
     """
-    article, questions = value["article"].text(), value["questions"].items()
-    options = value["options"].items(len(questions))
-    answers = value["answers"].items(len(questions)) if with_answers else []
-    found = []
-    for number, question in enumerate(questions):
-        record = f"question {number}"
-        with bad.record():
-            found.append(
-                ChoiceQuestion(
-                    id=f"{name}:{number}",
-                    article=article,
-                    question=question.named(record).text(may_be_empty=True),
-                    options=_options(options[number].named(record)),
-                    answer=_letter(answers[number].named(record)) if with_answers else None,
-                    where=question.where,
-                )
-            )
-    return found
+    article, questions = reading.text(item, "article"), reading.items(item, "questions")
+    options = reading.items(item, "options", len(questions))
+    answers = reading.items(item, "answers", len(questions)) if with_answers else []
+    for i in range(len(questions)):
+        with bad.record(f"{where}: question {i}"):
+            with reading.within("questions"):
+                question = reading.text(questions, i, may_be_empty=True)
+            with reading.within("options"):
+                choices = reading.texts(options, i, count=len(LETTERS))
+            with reading.within("answers"):
+                answer = _letter(answers, i) if with_answers else None
+            place = f"{where}: questions[{i}]"
+            yield ChoiceQuestion(f"{name}:{i}", article, question, choices, answer, place)
 
 
-def _options(value: JsonValue) -> tuple[str, ...]:
-    value.items(len(LETTERS))
-    return value.texts()
-
-
-def _letter(value: JsonValue) -> int:
-    letter = value.text()
+def _letter(answers: list[Any], i: int) -> int:
+    letter = reading.text(answers, i)
     if len(letter) != 1 or letter not in LETTERS:
-        raise value.bad(f"is {letter!r}; expected a letter from {LETTERS[0]} to {LETTERS[-1]}")
+        raise ValueError(f"[{i}]: is {letter!r}; expected a letter from {LETTERS[0]} to {LETTERS[-1]}")
     return LETTERS.index(letter)
 
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected {_FORMAT}")
-    # In the order of names, since a directory has none of its own. A name with a dot in front is none
-    # of the published files.
+    # By name, since a directory has no order. A name that begins with a dot is none of the published files.
     files = sorted(file for file in folder.glob("*.txt") if not file.name.startswith("."))
     if not files:
         raise UserError(f"{folder}: has no *.txt; expected {_FORMAT}")
     return files
 
 
-for _name, _levels in (("race", LEVELS), ("race_high", ("high",)), ("race_middle", ("middle",))):
+for _name, _levels in (("race", LEVELS), ("race_high", ["high"]), ("race_middle", ["middle"])):
+    _read, _files_by_split = partial(read, levels=_levels), each_split("{split}")
     register_dataset(
-        DataSet(
-            name=_name,
-            task="multiple_choice",
-            read=partial(read, levels=_levels),
-            files=each_split("{split}"),
-        )
+        DataSet(name=_name, task="multiple_choice", read=_read, format=_FORMAT, files=_files_by_split)
     )

@@ -1,4 +1,4 @@
-"""What the readers of question answering and multiple choice return: one question, checked.
+"""Defines the records: labeled texts, and questions of each kind.
 
 Text is kept as published. Offsets are character offsets into it, `start` inclusive, `end` exclusive.
 """
@@ -6,11 +6,41 @@ Text is kept as published. Offsets are character offsets into it, `start` inclus
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
+
+
+class Identified(Protocol):
+    """A record with an id and a place for messages (file and line, or path in the file)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def where(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """One labeled text.
+
+    Attributes:
+      id: `train.jsonl:17` (the line) for files.
+      text: never empty.
+      label: class index, 0-based.
+    """
+
+    id: str
+    text: str
+    label: int
+
+    @property
+    def where(self) -> str:
+        """Place for messages."""
+        return self.id
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
-    """Characters `[start, end)` of a context; never empty, always inside it."""
+    """Characters `[start, end)` of a context, never empty; or wordpieces of a paragraph."""
 
     start: int
     end: int
@@ -18,20 +48,20 @@ class Span:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SpanQuestion:
-    """A question whose answer is a stretch of a text: SQuAD, MRQA, TriviaQA.
+    """A question whose answer is a span of a context: SQuAD, MRQA, TriviaQA.
 
     Attributes:
-      id: of the data set, unique.
+      id: unique.
       question: never empty.
       context: never empty.
-      spans: where answers stand in the context, in the order of the source; empty where the question
-        has none there, and always where `impossible`.
-      answers: strings that the official scorer accepts, in the order of the source; empty where
-        `impossible` or where the source gives none.
+      spans: the answers in the context, in the order of the source; empty if the context has none, and
+        always if `impossible`.
+      answers: strings that the official scorer accepts, in the order of the source; empty if `impossible`
+        or if the source withholds them.
       impossible: whether the source says that the context holds no answer.
       where: file and line or field, for messages.
-      scored_as: the id by which the official scorer looks the prediction up where that is another one,
-        since several records (a question with each of its documents) have one answer together.
+      scored_as: id by which the official scorer looks up the prediction, if several records (a question
+        with each of its documents) share one answer.
     """
 
     id: str
@@ -40,24 +70,25 @@ class SpanQuestion:
     spans: tuple[Span, ...]
     answers: tuple[str, ...]
     impossible: bool
-    where: str
+    where: str = dataclasses.field(compare=False)
     scored_as: str | None = None
 
     @property
     def scored_id(self) -> str:
-        """The id that predictions go by."""
+        """Id of the prediction."""
         return self.id if self.scored_as is None else self.scored_as
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChoiceQuestion:
-    """A question about an article with options of which one is right: RACE.
+    """A question about an article with options, one of which is right: RACE.
 
     Attributes:
-      id: unique, `high/1.txt:0` (file and number of the question) for RACE.
-      article, question: the article is never empty; the question may be.
-      options: four.
-      answer: index of the right option; None where the source withholds it.
+      id: unique; file and number of the question for RACE, `high/1.txt:0`.
+      article: never empty.
+      question: may be empty.
+      options: four texts.
+      answer: index of the right option; None if the source withholds it.
       where: file and field, for messages.
     """
 
@@ -66,7 +97,28 @@ class ChoiceQuestion:
     question: str
     options: tuple[str, ...]
     answer: int | None
-    where: str
+    where: str = dataclasses.field(compare=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CandidateQuestion:
+    """A query over documents with candidate answers, one of which is right: WikiHop.
+
+    Attributes:
+      id: unique.
+      query: never empty, as published (`relation subject`).
+      candidates: at least one, each different.
+      supports: the documents.
+      answer: index of the right candidate; None if the source withholds it.
+      where: file and record, for messages.
+    """
+
+    id: str
+    query: str
+    candidates: tuple[str, ...]
+    supports: tuple[str, ...]
+    answer: int | None
+    where: str = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +127,7 @@ class Paragraph:
 
     Attributes:
       title: as published.
-      sentences: in order; joined without anything between them they are the paragraph.
+      sentences: in order; concatenated they are the paragraph.
     """
 
     title: str
@@ -89,9 +141,9 @@ class MultiHopQuestion:
     Attributes:
       id: unique.
       question: never empty.
-      answer: `yes`, `no` or a stretch of a paragraph; None where the source withholds it.
+      answer: `yes`, `no` or a span of a paragraph; None if the source withholds it.
       paragraphs: in the order of the source.
-      supporting: (title, number of the sentence) of each supporting sentence; empty where withheld.
+      supporting: (title, sentence number) of each supporting sentence; empty if withheld.
       where: file and record, for messages.
     """
 
@@ -100,25 +152,53 @@ class MultiHopQuestion:
     answer: str | None
     paragraphs: tuple[Paragraph, ...]
     supporting: tuple[tuple[str, int], ...]
-    where: str
+    where: str = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class CandidateQuestion:
-    """A query over several documents with candidate answers of which one is right: WikiHop.
+class GraphParagraph:
+    """A paragraph in wordpieces.
 
     Attributes:
-      id: unique.
-      query: never empty, as published (`relation subject`).
-      candidates: at least one, each different.
-      supports: the documents.
-      answer: index of the right candidate; None where the source withholds it.
-      where: file and record, for messages.
+      title: as published, with underscores for spaces.
+      wordpieces: of the paragraph without its title; never empty.
+      sentences: the wordpieces of each sentence, in order; empty for a sentence without wordpieces.
+      supporting: whether each sentence supports the answer; empty if withheld.
+      answers: where the answer is; empty if it is not in the paragraph, and always in dev files.
+      words: of the original text; empty in training files.
+      word_of: index into `words` of the word of each wordpiece, -1 for none; empty in training files.
+    """
+
+    title: str
+    wordpieces: tuple[str, ...]
+    sentences: tuple[Span, ...]
+    supporting: tuple[bool, ...]
+    answers: tuple[Span, ...]
+    words: tuple[str, ...]
+    word_of: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GraphQuestion:
+    """A question over paragraphs in wordpieces: HotpotQA in the graph format.
+
+    Attributes:
+      id: `qid`, or file and line (`hotpot_train_graph.json:17`) without one; unique.
+      question: never empty.
+      answer: `yes`, `no` or a text.
+      paragraphs: in the order of the file; in a training file the first two are the gold ones.
+      where: file and line, for messages.
     """
 
     id: str
-    query: str
-    candidates: tuple[str, ...]
-    supports: tuple[str, ...]
-    answer: int | None
-    where: str
+    question: str
+    answer: str
+    paragraphs: tuple[GraphParagraph, ...]
+    where: str = dataclasses.field(compare=False)
+
+
+def trim_span(context: str, start: int, end: int) -> Span | None:
+    """Returns the span without white space at its ends; None if nothing remains."""
+    text = context[start:end]
+    left, right = len(text) - len(text.lstrip()), len(text) - len(text.rstrip())
+    return Span(start + left, end - right) if left < len(text) else None

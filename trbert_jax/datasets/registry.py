@@ -5,18 +5,29 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from trbert_jax.datasets.bad_records import BadRecords
-from trbert_jax.datasets.dataset import SPLITS, hold_out, sample_indices
+import numpy as np
+
+from trbert_jax.datasets import reading
+from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.io import read_json
 
 logger = logging.getLogger(__name__)
 
-Reader = Callable[[Path, BadRecords, Sequence[str]], Sequence[Any]]
+SPLITS = ("train", "dev", "test")
+# The held-out part of a training set depends on its size alone, so that runs with different seeds are
+# measured on the same examples.
+_HOLD_OUT_SEED = 42
+_HOLD_OUT_SHARE = 10  # one in ten
+
+T = TypeVar("T")
+# Yields the records of a file, in its order, from its path, the handling of bad records and the class names.
+# Raises `UserError` if the file cannot be read.
+Reader = Callable[[Path, BadRecords, Sequence[str]], Iterable[Any]]
 
 
 def each_split(*names: str) -> dict[str, tuple[str, ...]]:
@@ -33,17 +44,16 @@ class DataSet:
     Attributes:
       name: value of `data.name`.
       task: key of `trbert_jax.tasks.TASKS`.
-      read: reads one file. Takes its path, the handling of bad records and the class names; returns
-        records of `trbert_jax.datasets.records` in the order of the file.
+      read: yields the records of one file, see `Reader`.
+      format: what a file holds, for the message about one without records.
       files: split -> file names relative to `data.path`, in order of preference.
       labels: class names of a text data set; empty for questions.
       labels_file: JSON list beside the files that replaces `labels`; optional.
       style: settings and official scorer of span questions, `squad`, `mrqa` or `triviaqa`.
-      dev_from_train: hold out a tenth of the training examples where the folder has no dev set.
-      dev_as_test: read the dev set as test where the folder has no test set, since none with answers
-        is published.
-      hints: (glob, advice) for a folder that holds such a file but no split. `{found}` in the advice
-        becomes the file.
+      dev_from_train: hold out a tenth of the training examples if the folder has no dev set.
+      dev_as_test: read the dev set as test if the folder has no test set, since none with answers is
+        published.
+      hints: (glob, advice) for a folder that holds such a file but no split. `{found}` becomes the file.
       needs_path: whether `data.path` has to be set.
       has_fields: whether `data.text_field` and `data.label_field` choose the fields.
     """
@@ -51,6 +61,7 @@ class DataSet:
     name: str
     task: str
     read: Reader
+    format: str = "records"
     files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     labels: tuple[str, ...] = ()
     labels_file: str | None = None
@@ -71,12 +82,12 @@ class DataSet:
         Raises:
           UserError: `labels_file` does not hold one name for each class.
         """
-        if self.labels_file is None or path is None:
+        file = (
+            None if path is None or self.labels_file is None else Path(path).expanduser() / self.labels_file
+        )
+        if file is None or not file.exists():
             return self.labels
-        file, count = Path(path).expanduser() / self.labels_file, len(self.labels)
-        if not file.exists():
-            return self.labels
-        names = read_json(file)
+        names, count = read_json(file), len(self.labels)
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise UserError(f"{file}: expected a list of {count} names")
         if len(names) != count or len(set(names)) != count:
@@ -102,77 +113,62 @@ class DataSet:
           bad: how to handle bad records; by default the first one raises.
           limit: number of records at most, a random sample; None for all.
           seed: of the sample.
-          text_field, label_field: fields of the source, where `has_fields`.
+          text_field: field of the text, if `has_fields`.
+          label_field: field of the label, if `has_fields`.
 
         Raises:
           MissingSplitError: the folder has no file for the split.
           UserError: a file cannot be read or has a bad record; the message names file and record.
         """
-        bad = bad or BadRecords()
-        folder = self._folder(path, split)
-        file, indices = self.find_file(folder, split), None
-        if file is None and self.dev_as_test and split == "test":
-            file = self.find_file(folder, "dev")
-            if file is not None:
-                logger.warning(
-                    "%s: no test set with answers is published; %s serves as test", self.name, file.name
-                )
-        from_train = self.dev_from_train and split != "test" and self.find_file(folder, "dev") is None
-        if from_train:
-            file = self.find_file(folder, "train")
+        check_split(split)
+        expected = " or ".join(self.files[split])
+        if path is None:
+            raise UserError(f"data.path: missing; expected the folder of {self.name} with {expected}")
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"data.path: {folder}: no such folder; expected one with {expected}")
+        found = {part: self._find(folder, part) for part in SPLITS}
+        file = found[split]
+        if file is None and split == "test" and self.dev_as_test and found["dev"]:
+            file = found["dev"]
+            logger.warning(
+                "%s: no test set with answers is published; %s serves as test", self.name, file.name
+            )
+        hold_out_dev = self.dev_from_train and split != "test" and not found["dev"]
+        file = found["train"] if hold_out_dev else file
         if file is None:
             raise MissingSplitError(
-                f"{folder}: has no {split} split of {self.name}; expected "
-                f"{' or '.join(self.files[split])} in it{self._hint(folder)}"
+                f"{folder}: has no {split} split of {self.name}; expected {expected}{self._hint(folder)}"
             )
         records = self.read_file(file, bad, self.read_labels(folder))
-        if from_train:
-            train, dev = hold_out(len(records), str(file))
-            logger.info(
-                "%s: has no dev split; %d of %d training examples serve as dev",
-                folder,
-                len(dev),
-                len(records),
-            )
-            indices = train if split == "train" else dev
-            records = [records[i] for i in indices]
+        if hold_out_dev:
+            records = [records[i] for i in hold_out(len(records), str(file), split)]
         return sample(records, limit, seed, split)
 
     def read_file(
         self, path: str | Path, bad: BadRecords | None = None, labels: Sequence[str] = ()
     ) -> list[Any]:
-        """Reads one file in the format of this data set, and logs how many records were skipped.
+        """Reads one file in the format of this data set, and logs what was skipped.
 
         Args:
           path: the file (RACE: the folder).
           bad: how to handle bad records; by default the first one raises.
-          labels: class names; empty for `self.labels`.
+          labels: class names; by default `self.labels`.
 
         Raises:
-          UserError: the file cannot be read or has a bad record.
+          UserError: the file cannot be read, has a bad record or no record.
         """
         bad = bad or BadRecords()
-        before = len(bad.skipped)
-        records = list(self.read(Path(path).expanduser(), bad, tuple(labels) or self.labels))
-        summary = bad.summary(len(records), before)
+        before, file = len(bad.skipped), Path(path).expanduser()
+        records = self.read(file, bad, tuple(labels) or self.labels)
+        result = reading.collect(records, file, bad, self.format)
+        summary = bad.summary(len(result), before)
         if summary:
-            logger.warning("%s: %s", path, summary)
-        return records
+            logger.warning("%s: %s", file, summary)
+        return result
 
-    def find_file(self, folder: Path, split: str) -> Path | None:
-        """Returns the first of the file names of a split that exists; None if none does."""
+    def _find(self, folder: Path, split: str) -> Path | None:
         return next((folder / name for name in self.files[split] if (folder / name).exists()), None)
-
-    def _folder(self, path: str | Path | None, split: str) -> Path:
-        if split not in SPLITS:
-            raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
-        expected = f"expected the folder that holds {' or '.join(self.files[split])} of {self.name}"
-        if path is None:
-            raise UserError(f"data.path: missing; {expected}")
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"data.path: {folder}: no such folder; {expected}")
-        return folder
 
     def _hint(self, folder: Path) -> str:
         for pattern, advice in self.hints:
@@ -212,6 +208,33 @@ def find_dataset(name: str) -> DataSet:
     return DATASETS[name]
 
 
-def sample(records: Sequence[Any], limit: int | None, seed: int, split: str) -> list[Any]:
-    """Returns at most `limit` records; see `sample_indices`."""
-    return [records[i] for i in sample_indices(len(records), limit, seed, split)]
+def check_split(split: str) -> None:
+    """Raises `UserError` unless this is the name of a split."""
+    if split not in SPLITS:
+        raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+
+
+def sample(records: Sequence[T], limit: int | None, seed: int, split: str) -> list[T]:
+    """Returns a random sample of at most `limit` records, in their order.
+
+    A source may be sorted by label, so its first records would not do. The sample for a smaller limit is
+    part of the one for a larger limit; each split draws by itself.
+    """
+    if limit is None or limit >= len(records):
+        return list(records)
+    rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index(split)]))
+    return [records[i] for i in sorted(rng.permutation(len(records))[:limit].tolist())]
+
+
+def hold_out(num: int, source: str, split: str) -> list[int]:
+    """Returns the positions of `train` (9 of 10) or `dev` (1 of 10) in a training set without a dev set.
+
+    Raises:
+      UserError: the training set has one example only.
+    """
+    if num < 2:
+        raise UserError(f"{source}: one example cannot be divided into train and dev; give a dev set")
+    size = max(1, num // _HOLD_OUT_SHARE)
+    logger.info("%s: has no dev split; %d of %d training examples serve as dev", source, size, num)
+    order = np.random.Generator(np.random.PCG64(_HOLD_OUT_SEED)).permutation(num)
+    return sorted((order[:size] if split == "dev" else order[size:]).tolist())

@@ -1,4 +1,4 @@
-"""SQuAD 1.1 and 2.0 as published: one JSON file a split.
+"""Reads SQuAD 1.1 and 2.0 as published: one JSON file a split.
 
 `{"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers": [{"text",
 "answer_start"}], "is_impossible"}]}]}]}`; version 1.1 has no `is_impossible`. Published at
@@ -7,83 +7,77 @@ https://rajpurkar.github.io/SQuAD-explorer/.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from trbert_jax.datasets.bad_records import BadRecords
-from trbert_jax.datasets.json_files import load_json
-from trbert_jax.datasets.json_values import JsonValue
-from trbert_jax.datasets.record_list import RecordList
-from trbert_jax.datasets.records import Span, SpanQuestion
+from trbert_jax.datasets import reading
+from trbert_jax.datasets.reading import BadRecords
+from trbert_jax.datasets.records import Span, SpanQuestion, trim_span
 from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
-from trbert_jax.datasets.spans import excerpt, span_of_text
-
-_FORMAT = '{"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}'
 
 
-def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> list[SpanQuestion]:
-    """Reads a file of SQuAD 1.1 or 2.0.
+def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[SpanQuestion]:
+    """Yields the questions of a file.
 
-    Every answer of a question is kept, in order and with repetitions, as the official scorer wants
-    them; `spans` and `answers` correspond. `plausible_answers` are ignored.
-
-    Args:
-      path: the JSON file.
-      bad: what to do about bad records: an answer that is not at its offset (white space apart), a
-        missing or repeated id, an empty context, no answer though not impossible, ...
-
-    Raises:
-      UserError: the file cannot be read, has no question, or has a bad record that is not skipped.
+    Keeps every answer of a question, in order and with repetitions, as the official scorer expects them;
+    `spans` and `answers` correspond. Ignores `plausible_answers`.
     """
-    records = RecordList[SpanQuestion](path, bad)
-    for article in load_json(path)["data"].items():
-        with bad.record():
-            for paragraph in article["paragraphs"].items():
-                with bad.record():
-                    context = paragraph["context"].text()
-                    for value in paragraph["qas"].items():
-                        with bad.record():
-                            question = make_question(value, context)
-                            records.add(question, value)
-    return records.finish(_FORMAT)
+    with reading.record(str(path)):
+        articles = reading.items(reading.load_json(path), "data")
+    for i, article in enumerate(articles):
+        with bad.record(f"{path}: data[{i}]"):
+            for j, paragraph in enumerate(reading.items(article, "paragraphs")):
+                place = f"{path}: data[{i}].paragraphs[{j}]"
+                with bad.record(place):
+                    context = reading.text(paragraph, "context")
+                    for k, item in enumerate(reading.items(paragraph, "qas")):
+                        with bad.record(f"{place}.qas[{k}]", item):
+                            yield make_question(item, context, f"{place}.qas[{k}]")
 
 
-def make_question(value: JsonValue, context: str) -> SpanQuestion:
-    """A question from an item of `qas`.
+def make_question(item: Any, context: str, where: str) -> SpanQuestion:
+    """Returns the question of an item of `qas`. Raises `ValueError` if a field is missing or wrong."""
+    question_id = reading.text(item, "id")
+    impossible = reading.has(item, "is_impossible") and reading.flag(item, "is_impossible")
+    spans, answers = [], []
+    for i, answer in enumerate(reading.items(item, "answers")):
+        with reading.within(f"answers[{i}]"):
+            answers.append(reading.text(answer, "text"))
+            start = reading.integer(answer, "answer_start", 0, len(context) - 1)
+            spans.append(_find(answers[-1], start, context))
+    check_impossible(impossible, answers)
+    question = reading.text(item, "question")
+    return SpanQuestion(question_id, question, context, tuple(spans), tuple(answers), impossible, where)
 
-    Raises:
-      BadRecord: a field is missing or wrong.
-    """
-    question_id = value["id"].text()
-    value = value.named(f"question {question_id!r}")
-    impossible = value.has("is_impossible") and value["is_impossible"].flag()
-    published = value["answers"]
-    answers = [_answer(item, context) for item in published.items()]
+
+def check_impossible(impossible: bool, answers: Sequence[str]) -> None:
+    """Raises `ValueError` unless exactly the impossible questions have no answer."""
     if impossible and answers:
-        raise published.bad("is_impossible is true, but there are answers; expected none")
+        raise ValueError("answers: is_impossible is true, but the list is not empty")
     if not impossible and not answers:
-        raise published.bad("is empty; expected at least one answer, or is_impossible: true")
-    return SpanQuestion(
-        id=question_id,
-        question=value["question"].text(),
-        context=context,
-        spans=tuple(span for span, _ in answers),
-        answers=tuple(text for _, text in answers),
-        impossible=impossible,
-        where=value.where,
-    )
+        raise ValueError("answers: is empty; expected at least one answer, or is_impossible: true")
 
 
-def _answer(value: JsonValue, context: str) -> tuple[Span, str]:
-    text = value["text"].text()
-    offset = value["answer_start"]
-    start = offset.integer(0, len(context) - 1)
-    span = span_of_text(context, start, text)
+def _find(answer: str, start: int, context: str) -> Span:
+    """Returns the span of an answer without white space at its ends.
+
+    White space may differ in kind and length: a context loses or gains some when it is copied.
+    """
+    if context.startswith(answer, start):
+        end = start + len(answer)
+    else:
+        words = r"\s+".join(map(re.escape, answer.split()))
+        match = re.compile(rf"\s*{words}").match(context, start)
+        end = match.end() if match else start
+    span = trim_span(context, start, end)
     if span is None:
-        raise offset.bad(
-            f"the context has {excerpt(context, start)} at character {start}; expected the answer {text!r}"
+        found = reading.shorten(context[start : start + 60])
+        raise ValueError(
+            f"answer_start: the context has {found!r} at character {start}; expected the answer {answer!r}"
         )
-    return span, text
+    return span
 
 
 register_dataset(
@@ -92,6 +86,7 @@ register_dataset(
         task="span",
         style="squad",
         read=read,
+        format='{"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}',
         files=each_split("{split}-v2.0.json", "{split}-v1.1.json"),
         dev_as_test=True,
     )

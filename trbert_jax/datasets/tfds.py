@@ -1,19 +1,31 @@
 """Reads data sets of TensorFlow Datasets as NumPy; TensorFlow itself is not needed.
 
-The library prepares a data set (downloads it, writes array_record files) or finds it prepared.
+The library prepares a data set (downloads it, writes array_record files) or finds it prepared. Its catalog
+has some of the published questions:
+
+| catalog | record | questions |
+|---|---|---|
+| `squad/v1.1`, `squad/v2.0` | a question | as published |
+| `mrqa/news_qa`, `mrqa/natural_questions`, ... | a question | as published for the MRQA 2019 shared task |
+| `race/high`, `race/middle` | an article | as published |
+| `trivia_qa/rc` | a question and its documents | web and Wikipedia together |
+
+All others are texts with a label. `natural_questions` is another format: whole web pages with token
+offsets. WikiHop, and HotpotQA with its paragraphs and supporting facts, are not in the catalog.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trbert_jax.datasets import mrqa, race, squad, text_files, tfds_records, triviaqa
-from trbert_jax.datasets.bad_records import BadRecords
-from trbert_jax.datasets.dataset import Example, hold_out, make_example, sample_indices
-from trbert_jax.datasets.registry import FAMILIES, DataSet, sample
+from trbert_jax.datasets import mrqa, race, reading, squad, text_files, triviaqa
+from trbert_jax.datasets.reading import BadRecords
+from trbert_jax.datasets.records import ChoiceQuestion, Example, SpanQuestion
+from trbert_jax.datasets.registry import FAMILIES, DataSet, Reader, check_split, hold_out, sample
 from trbert_jax.errors import MissingSplitError, UserError
 
 logger = logging.getLogger(__name__)
@@ -22,15 +34,27 @@ logger = logging.getLogger(__name__)
 _SPLITS = {"train": ("train",), "dev": ("validation", "dev"), "test": ("test",)}
 _PREPARED = 'with file_format="array_record" and set data.path to the data_dir it was written to'
 
+Converter = Callable[[Any, str, BadRecords], Iterator[SpanQuestion | ChoiceQuestion]]
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TfdsDataSet(DataSet):
-    """A data set of the catalog, `tfds:NAME`; texts with a label unless the catalog's name is known."""
+    """A data set of the catalog, `tfds:NAME`.
+
+    Attributes:
+      convert: yields the questions of a record of the catalog, given its place for messages and the handling
+        of bad records; None for texts with a label.
+      id_field: field of a record's id.
+    """
+
+    convert: Converter | None = None
+    id_field: str = "id"
+    needs_path: bool = False
 
     def read_labels(self, path: str | Path | None, label_field: str = "label") -> tuple[str, ...]:
-        if self.task != "classification":
+        if self.convert is not None:
             return ()
-        source = next(iter(_open(self.name, path).values()))
-        return _label_names(self.name, source, label_field)
+        return _label_names(self.name, next(iter(_open(self.name, path).values())), label_field)
 
     def read_split(
         self,
@@ -43,58 +67,136 @@ class TfdsDataSet(DataSet):
         text_field: str = "text",
         label_field: str = "label",
     ) -> list[Any]:
-        if split not in _SPLITS:
-            raise UserError(f"split is {split!r}; expected one of {', '.join(_SPLITS)}")
+        check_split(split)
         bad = bad or BadRecords()
-        sources = _open(self.name, path)
-        if self.task == "classification":
-            source, indices = _find_split(self.name, sources, split)
-            chosen = [indices[i] for i in sample_indices(len(indices), limit, seed, split)]
-            return _examples(self.name, split, source, chosen, text_field, label_field)
-        # The catalog's test sets of these come without answers, where there are any.
+        # The catalog's test sets of questions come without answers.
         published = "dev" if split == "test" and self.dev_as_test else split
-        source, indices = _find_split(self.name, sources, published)
-        name = self.name.removeprefix("tfds:")
-        records = tfds_records.convert(name, split, (source[i] for i in indices), bad)
+        source, indices = _find_split(self.name, _open(self.name, path), published)
+        place = f"{self.name}: {split}"
+        if self.convert is None:
+            chosen = sample(indices, limit, seed, split)
+            return list(_examples(self.name, split, source, chosen, text_field, label_field))
+        questions = _questions(place, (source[i] for i in indices), bad, self.convert, self.id_field)
+        # trivia_qa lists a document of a question twice if both of its parts have it.
+        records = reading.collect(questions, place, bad, "questions", repeats=self.style == "triviaqa")
         if bad.skipped:
             logger.warning("%s: %s", self.name, bad.summary(len(records)))
         return sample(records, limit, seed, split)
 
 
+def _questions(
+    place: str, source: Iterator[Any], bad: BadRecords, convert: Converter, id_field: str
+) -> Iterator[SpanQuestion | ChoiceQuestion]:
+    for number, raw in enumerate(source):
+        where = f"{place} example {number}"
+        with bad.record(where):
+            item = _plain(raw)
+            with bad.record(where, item, id_field):
+                yield from convert(item, where, bad)
+
+
+def _squad(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]:
+    answers = _rows(item, "answers", ("text", "answer_start"))
+    yield squad.make_question({**item, "answers": answers}, reading.text(item, "context"), where)
+
+
+def _mrqa(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]:
+    detected = item["detected_answers"]
+    columns = {"text": detected["text"], **detected["char_spans"]}
+    answers = []
+    for row in _rows({"detected_answers": columns}, "detected_answers", ("text", "start", "end")):
+        pairs = _rows({"char_spans": row}, "char_spans", ("start", "end"))
+        answers.append({"text": row["text"], "char_spans": [[pair["start"], pair["end"]] for pair in pairs]})
+    context = reading.text(item, "context")
+    yield mrqa.make_question({**item, "detected_answers": answers}, context, where)
+
+
+def _race(item: Any, where: str, bad: BadRecords) -> Iterator[ChoiceQuestion]:
+    name = reading.text(item, "example_id")
+    for level in race.LEVELS:  # high10194.txt is the published high/10194.txt
+        if name.startswith(level):
+            name = f"{level}/{name.removeprefix(level)}"
+    return race.make_questions(item, name, where, bad)
+
+
+def _trivia_qa(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]:
+    question_id, question = reading.text(item, "question_id"), reading.text(item, "question")
+    # What the catalog writes for the test set, which has no answers.
+    withheld = item["answer"]["value"] == "<unk>" and not item["answer"]["normalized_aliases"]
+    answers = () if withheld else triviaqa.accepted_answers(item, "answer", "normalized_aliases")
+    for pages, document in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
+        for i, page in enumerate(_rows(item, pages, ("filename", document))):
+            with bad.record(f"{where}: {pages}[{i}]", item, "question_id"):
+                name = reading.text(page, "filename")
+                context = triviaqa.first_words(reading.text(page, document), triviaqa.MAX_WORDS)
+                yield triviaqa.make_question(question_id, question, answers, name, context, where)
+
+
 def _make(name: str) -> DataSet:
-    """Returns the entry of `tfds:NAME`. A file of a question data set is read in its published format."""
+    """Returns the entry of `tfds:NAME`; its `read_file` reads the published format of questions."""
     catalog = name.partition("/")[0].partition(":")[0]
-    facts = _QUESTIONS.get(catalog, {"task": "classification", "read": text_files.read, "has_fields": True})
-    return TfdsDataSet(name=f"tfds:{name}", needs_path=False, **facts)
+    entry = _CATALOG.get(catalog) or TfdsDataSet(
+        name="", task="classification", read=text_files.read, has_fields=True
+    )
+    return dataclasses.replace(entry, name=f"tfds:{name}")
 
 
-_QUESTIONS: dict[str, dict[str, Any]] = {
-    "squad": {"task": "span", "style": "squad", "read": squad.read, "dev_as_test": True},
-    "mrqa": {"task": "span", "style": "mrqa", "read": mrqa.read, "dev_as_test": True},
-    "race": {"task": "multiple_choice", "read": race.read},
-    "trivia_qa": {"task": "span", "style": "triviaqa", "read": triviaqa.read, "dev_as_test": True},
-}
+def _span(convert: Converter, style: str, id_field: str, read: Reader) -> TfdsDataSet:
+    return TfdsDataSet(
+        name="", task="span", style=style, read=read, convert=convert, id_field=id_field, dev_as_test=True
+    )
+
+
 FAMILIES["tfds"] = _make
+_CATALOG = {
+    "squad": _span(_squad, "squad", "id", squad.read),
+    "mrqa": _span(_mrqa, "mrqa", "qid", mrqa.read),
+    "trivia_qa": _span(_trivia_qa, "triviaqa", "question_id", triviaqa.read),
+    "race": TfdsDataSet(name="", task="multiple_choice", read=race.read, convert=_race),
+}
 
 
 def _examples(
     name: str, split: str, source: Any, chosen: list[int], text_field: str, label_field: str
-) -> list[Example]:
+) -> Iterator[Example]:
     _check_field(name, source, "text_field", text_field)
-    label_names = _label_names(name, source, label_field)
+    labels = _label_names(name, source, label_field)
     if not chosen:
         raise UserError(f"{name}: the split for {split} has no examples")
-    examples = []
     for i in chosen:
-        where, record = f"{name}: {split} example {i}", source[i]
-        text, label = record[text_field], record[label_field]
-        if isinstance(text, bytes):
-            try:
-                text = text.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: {text_field} is not UTF-8 text") from error
-        examples.append(make_example(where, f"{split}:{i}", text, int(label), label_names))
-    return examples
+        with reading.record(f"{name}: {split} example {i}"):
+            example = source[i]
+            item = {"text": _plain(example[text_field]), "label": _plain(example[label_field])}
+            yield text_files.make_example(f"{split}:{i}", item, labels)
+
+
+def _plain(value: Any) -> Any:
+    """Returns NumPy's arrays and numbers, and texts in bytes, as JSON has them."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"is not UTF-8 (byte {error.start}); expected a text") from error
+    if isinstance(value, Mapping):
+        plain = {}
+        for key, item in value.items():
+            with reading.within(key):
+                plain[key] = _plain(item)
+        return plain
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _rows(item: Any, key: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Returns a sequence of records, which the library gives as a record of sequences."""
+    value = reading.field(item, key)
+    with reading.within(key):
+        columns = [reading.items(value, name) for name in fields]
+        lengths = sorted({len(column) for column in columns})
+        if len(lengths) > 1:
+            raise ValueError(f"has {' and '.join(map(str, lengths))} items; expected as many in each field")
+    return [dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _open(name: str, data_dir: str | Path | None) -> Mapping[str, Any]:
@@ -121,14 +223,7 @@ def _find_split(name: str, sources: Mapping[str, Any], split: str) -> tuple[Any,
     keys = {part: next((n for n in names if n in sources), None) for part, names in _SPLITS.items()}
     if keys["dev"] is None and split != "test" and keys["train"] is not None:
         source = sources[keys["train"]]
-        train, dev = hold_out(len(source), name)
-        logger.info(
-            "%s: has no validation split; %d of %d training examples serve as dev",
-            name,
-            len(dev),
-            len(source),
-        )
-        return source, train if split == "train" else dev
+        return source, hold_out(len(source), name, split)
     key = keys[split]
     if key is None:
         there = ", ".join(sources) or "none"

@@ -1,11 +1,11 @@
-"""TriviaQA: as published (questions and evidence documents), or as a list in the manner of SQuAD.
+"""Reads TriviaQA: as published (questions and evidence documents), or as a list like that of SQuAD.
 
 Published at https://nlp.cs.washington.edu/triviaqa/ as `triviaqa-rc.tar.gz`: questions in
 `qa/wikipedia-*.json` and `qa/web-*.json`, `{"Data": [{"QuestionId", "Question", "Answer":
 {"Aliases", "NormalizedAliases"}, "EntityPages": [{"Filename"}], "SearchResults": [{"Filename"}]}]}`,
-documents in `evidence/wikipedia` and `evidence/web`. Each pair of a question and a document is a
-question of its own, and the answer is looked for in the document. The official scorer judges these
-pairs, except where the file says `"Domain": "Wikipedia"`: there a question has one answer.
+documents in `evidence/wikipedia` and `evidence/web`. Each pair of a question and a document becomes a
+record, and the answer is searched in the document. The official scorer judges these pairs, except for
+files with `"Domain": "Wikipedia"`: there a question has one answer.
 
 The list is `[{"context", "qas": [{"qid", "question", "answers": {"Aliases"}, "detected_answers":
 [{"char_spans": [[first, last]]}]}]}]`, where the last character belongs to the answer.
@@ -16,199 +16,142 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+import string
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from trbert_jax.datasets.aliases import find_aliases
-from trbert_jax.datasets.bad_records import BadRecords
-from trbert_jax.datasets.json_files import load_json
-from trbert_jax.datasets.json_values import JsonValue, any_has
-from trbert_jax.datasets.mrqa import detected_spans, published_id
-from trbert_jax.datasets.record_list import RecordList
-from trbert_jax.datasets.records import SpanQuestion
+from trbert_jax.datasets import reading
+from trbert_jax.datasets.mrqa import detected_spans, id_field
+from trbert_jax.datasets.reading import BadRecords
+from trbert_jax.datasets.records import Span, SpanQuestion
 from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
 from trbert_jax.io import read_text
 
-# What the authors' own conversion to the format of SQuAD takes of a document by default.
-MAX_WORDS = 800
-# Which documents of a question there are, and the folder of the evidence that holds them.
+MAX_WORDS = 800  # of a document, the default of the authors' own conversion to the format of SQuAD
+# Lists of documents of a question, and the folder of the evidence that holds them.
 _SOURCES = {"EntityPages": "wikipedia", "SearchResults": "web"}
-_FORMAT = '{"Data": [...]} with folder evidence, or [{"context": ..., "qas": [...]}]'
 
 
-def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> list[SpanQuestion]:
-    """Reads either format; an object at the top is the published one, a list the other.
-
-    Of the published one all documents of a question are taken, each cut to `MAX_WORDS` words, and
-    the evidence is looked for where the archive has it; see `read_published` for more.
-
-    Args:
-      path: the JSON file.
-      bad: what to do about bad records: an evidence file that is missing or empty, a missing or
-        repeated id, no alias, ...
-
-    Raises:
-      UserError: the file cannot be read, has no question, or has a bad record that is not skipped;
-        no evidence folder.
-    """
-    document = load_json(path)
-    if isinstance(document.data, list):
-        return _read_list(document, path, bad)
-    return _read_published(document, path, bad, _find_evidence(path), None, MAX_WORDS)
-
-
-def read_published(
+def read(
     path: Path,
     bad: BadRecords,
+    labels: Sequence[str] = (),
+    *,
     evidence: Path | None = None,
     max_documents: int | None = None,
     max_words: int = MAX_WORDS,
-) -> list[SpanQuestion]:
-    """Reads the published format.
+) -> Iterator[SpanQuestion]:
+    """Yields the questions of either format; an object at the top is the published one, a list the other.
 
     Args:
-      path: `wikipedia-train.json` or the like.
-      bad: see `read`.
-      evidence: folder that holds `wikipedia` and `web`; by default `evidence` beside the folder of
-        `path`, or in it.
-      max_documents: how many documents of a question are taken, in their order, entity pages first.
-      max_words: how many words of a document are taken; the answer is looked for in these only.
+      path: the JSON file, `qa/wikipedia-train.json` or the like.
+      bad: how to handle bad records: an evidence file that is missing or empty, no alias, ...
+      labels: ignored.
+      evidence: folder that holds `wikipedia` and `web`; by default `evidence` beside the folder of `path`,
+        or in it.
+      max_documents: number of documents to read of each question, entity pages first; None for all.
+      max_words: number of words to keep of a document; the answer is searched in these only.
 
     Raises:
-      UserError: see `read`.
+      UserError: no evidence folder.
     """
+    document = reading.load_json(path)
+    if isinstance(document, list):
+        yield from _listed(document, path, bad)
+        return
     evidence = _find_evidence(path) if evidence is None else evidence
-    return _read_published(load_json(path), path, bad, evidence, max_documents, max_words)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Document:
-    """A document that belongs to a question.
-
-    Attributes:
-      name: of its file, as published.
-      text: all of it, and the place to name in messages.
-    """
-
-    name: str
-    text: JsonValue
+    with reading.record(str(path)):
+        questions = reading.items(document, "Data")
+    with_answer = reading.any_has(questions, "Answer")
+    one_answer = document.get("Domain") == "Wikipedia"
+    for i, item in enumerate(questions):
+        place = f"{path}: Data[{i}]"
+        with bad.record(place, item, "QuestionId"):
+            question_id, question = reading.text(item, "QuestionId"), reading.text(item, "Question")
+            answers: tuple[str, ...] = ()
+            if with_answer:
+                answers = accepted_answers(item, "Answer", "NormalizedAliases", "HumanAnswers")
+            pages = [
+                (page, evidence / folder, f"{place}.{field}[{k}]")
+                for field, folder in _SOURCES.items()
+                if field in item
+                for k, page in enumerate(reading.items(item, field))
+            ]
+            for page, folder, where in pages[:max_documents]:
+                with bad.record(where, item, "QuestionId"):
+                    name = reading.text(page, "Filename")
+                    context = first_words(_read_evidence(name, folder), max_words)
+                    made = make_question(question_id, question, answers, name, context, where)
+                    yield dataclasses.replace(made, scored_as=question_id) if one_answer else made
 
 
 def make_question(
-    question_id: str,
-    question: str,
-    answers: tuple[str, ...],
-    document: Document,
-    max_words: int = MAX_WORDS,
-    *,
-    one_answer: bool = False,
+    question_id: str, question: str, answers: tuple[str, ...], name: str, context: str, where: str
 ) -> SpanQuestion:
-    """The question that a published question and one of its documents make.
+    """Returns the record of a published question and one of its documents.
 
     Args:
-      question_id: the published id; with the name of the document it is the id of the new question,
+      question_id: the published id; with the name of the document it is the id of the record,
         `tc_33--Andrew_Lloyd_Webber.txt`.
       question: its text.
-      answers: strings that the official scorer accepts; empty where they are withheld.
-      document: where the answer is looked for.
-      max_words: see `read_published`.
-      one_answer: whether the official scorer looks predictions up by the published id, one for all
-        documents, in place of the new one.
-
-    Raises:
-      BadRecord: the document is empty.
+      answers: strings that the official scorer accepts; empty if they are withheld.
+      name: of the document's file, as published.
+      context: beginning of the document, in which the answer is searched.
+      where: for messages.
     """
-    context = first_words(document.text.text(), max_words)
-    return SpanQuestion(
-        id=f"{question_id}--{document.name}",
-        question=question,
-        context=context,
-        spans=find_aliases(context, answers),
-        answers=answers,
-        impossible=False,
-        where=document.text.where,
-        scored_as=question_id if one_answer else None,
-    )
+    spans = find_aliases(context, answers)
+    return SpanQuestion(f"{question_id}--{name}", question, context, spans, answers, False, where)
 
 
-def accepted_answers(value: JsonValue, field: str = "NormalizedAliases") -> tuple[str, ...]:
-    """What the official scorer compares with: normalized aliases, and human answers if there are.
+def accepted_answers(item: Any, key: str, aliases: str, *others: str) -> tuple[str, ...]:
+    """Returns what the official scorer compares with.
 
     Args:
-      value: the field `Answer`.
-      field: the name of the normalized aliases.
+      item: the question.
+      key: its field with the answer.
+      aliases: field of the answer with the aliases.
+      others: fields with more strings, if the answer has them.
 
     Raises:
-      BadRecord: no alias.
+      ValueError: no string.
     """
-    # Signs are normalized to nothing (the band "!!!"), so an alias may be empty.
-    answers = value[field].texts(may_be_empty=True)
-    if value.has("HumanAnswers"):
-        answers += value["HumanAnswers"].texts(may_be_empty=True)
-    if not answers:
-        raise value[field].bad("is empty; expected at least one alias")
-    return answers
+    answer = reading.field(item, key)
+    with reading.within(key):
+        # The normalization drops signs (the band "!!!"), so an alias may be empty.
+        accepted = reading.texts(answer, aliases, may_be_empty=True)
+        for field in others:
+            if field in answer:
+                accepted += reading.texts(answer, field, may_be_empty=True)
+        if not accepted:
+            raise ValueError(f"{aliases}: is empty; expected at least one alias")
+    return accepted
 
 
-def first_words(text: str, count: int) -> str:
-    """The beginning of a text with so many words, divided at white space, and all that is between."""
+def first_words(document: str, count: int) -> str:
+    """Returns the first `count` words of a text, divided at white space, with all that is between them."""
     end = 0
-    for word in itertools.islice(re.finditer(r"\S+", text), count):
+    for word in itertools.islice(re.finditer(r"\S+", document), count):
         end = word.end()
-    return text[:end]
+    return document[:end]
 
 
-def _read_published(
-    document: JsonValue,
-    path: Path,
-    bad: BadRecords,
-    evidence: Path,
-    max_documents: int | None,
-    max_words: int,
-) -> list[SpanQuestion]:
-    questions = document["Data"].items()
-    with_answer = any_has(questions, "Answer")
-    one_answer = document.has("Domain") and document["Domain"].data == "Wikipedia"
-    records = RecordList[SpanQuestion](path, bad)
-    for value in questions:
-        with bad.record():
-            question_id = value["QuestionId"].text()
-            value = value.named(f"question {question_id!r}")
-            question = value["Question"].text()
-            answers = accepted_answers(value["Answer"]) if with_answer else ()
-            pages = [
-                (page, evidence / folder)
-                for field, folder in _SOURCES.items()
-                if value.has(field)
-                for page in value[field].items()
-            ]
-            for page, folder in pages[:max_documents]:
-                with bad.record():
-                    found = _read_evidence(page["Filename"], folder)
-                    made = make_question(
-                        question_id, question, answers, found, max_words, one_answer=one_answer
-                    )
-                    records.add(made, page)
-    return records.finish(_FORMAT)
-
-
-def _read_evidence(value: JsonValue, folder: Path) -> Document:
-    """The document that `Filename` names."""
-    name = value.text()
+def _read_evidence(name: str, folder: Path) -> str:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise value.bad(f"is {name!r}; expected a file inside {folder}")
+        raise ValueError(f"Filename: is {name!r}; expected a file inside {folder}")
     try:
-        text = read_text(folder / name).removeprefix("\ufeff")  # a byte order mark
+        document = read_text(folder / name).removeprefix("\ufeff")  # a byte order mark
     except (UserError, OSError, ValueError) as error:  # the last two for names that no file can have
-        raise value.bad(f"the evidence cannot be read ({error}); expected a text file there") from error
-    if not text.strip():
-        raise value.bad(f"the evidence {folder / name} is empty; expected a text")
-    return Document(name, dataclasses.replace(value, data=text))
+        raise ValueError(f"Filename: the evidence cannot be read ({error}); expected a text file") from error
+    if not document.strip():
+        raise ValueError(f"Filename: the evidence {folder / name} is empty; expected a text")
+    return document
 
 
 def _find_evidence(path: Path) -> Path:
-    """The evidence folder of the published archive, in which `path` stands in the folder `qa`."""
+    """Returns the evidence folder of the published archive, which has `path` in its folder `qa`."""
     folders = [path.absolute().parent.parent / "evidence", path.absolute().parent / "evidence"]
     for folder in folders:
         if folder.is_dir():
@@ -219,32 +162,70 @@ def _find_evidence(path: Path) -> Path:
     )
 
 
-def _read_list(document: JsonValue, path: Path, bad: BadRecords) -> list[SpanQuestion]:
-    records = RecordList[SpanQuestion](path, bad)
-    for item in document.items():
-        with bad.record():
-            context = item["context"].text()
-            for value in item["qas"].items():
-                with bad.record():
-                    records.add(_listed_question(value, context), value)
-    return records.finish(_FORMAT)
+def _listed(document: list[Any], path: Path, bad: BadRecords) -> Iterator[SpanQuestion]:
+    for i, item in enumerate(document):
+        with bad.record(f"{path}: [{i}]"):
+            context = reading.text(item, "context")
+            for k, qa in enumerate(reading.items(item, "qas")):
+                where = f"{path}: [{i}].qas[{k}]"
+                with bad.record(where, qa, id_field(qa)):
+                    question_id = reading.text(qa, id_field(qa))
+                    aliases = accepted_answers(qa, "answers", "Aliases")
+                    spans = detected_spans(qa, context, aliases)
+                    question = reading.text(qa, "question")
+                    yield SpanQuestion(question_id, question, context, spans, aliases, False, where)
 
 
-def _listed_question(value: JsonValue, context: str) -> SpanQuestion:
-    question_id = published_id(value)
-    value = value.named(f"question {question_id!r}")
-    aliases = value["answers"]["Aliases"].texts(may_be_empty=True)
-    if not aliases:
-        raise value["answers"]["Aliases"].bad("is empty; expected at least one alias")
-    return SpanQuestion(
-        id=question_id,
-        question=value["question"].text(),
-        context=context,
-        spans=detected_spans(value["detected_answers"], context, aliases),
-        answers=aliases,
-        impossible=False,
-        where=value.where,
+# Aliases: the official notion of equal answers, and where a document has one ----------------------------
+
+_ARTICLES = frozenset(("a", "an", "the"))
+# The official normalization reads ASCII punctuation and these four quotes as spaces.
+_PUNCTUATION = string.punctuation + "‘’´`"
+_TO_SPACE = str.maketrans(dict.fromkeys(_PUNCTUATION, " "))
+# A run of letters, digits and accents, or any other sign but those and white space.
+_WORD = re.compile(rf"(?:[^\W_]|[\u0300-\u036f])+|[^\s{re.escape(_PUNCTUATION)}]")
+
+
+def normalize(answer: str) -> str:
+    """Returns the official normalization: lower case, no punctuation and articles, single spaces."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer.lower().translate(_TO_SPACE)).split())
+
+
+def find_aliases(context: str, aliases: Sequence[str]) -> tuple[Span, ...]:
+    """Returns all places of the context that have an alias as whole words, in order.
+
+    Ignores case, punctuation, articles and white space like the official scorer, which accepts the text of
+    each span. Spans may overlap: `Sunset Boulevard` is part of `West Sunset Boulevard`.
+
+    Args:
+      context: the document.
+      aliases: accepted answers, normalized or not. Skips one of nothing but punctuation and articles,
+        which would match everywhere.
+    """
+    by_first_word: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for alias in aliases:
+        words = tuple(word for word, _, _ in _words(alias))
+        if words:
+            by_first_word[words[0]].add(words)
+    in_context = _words(context)
+    plain = [word for word, _, _ in in_context]
+    places = set()
+    for i, first in enumerate(plain):
+        for words in by_first_word.get(first, ()):
+            last = i + len(words) - 1
+            if tuple(plain[i : last + 1]) == words:
+                places.add((in_context[i][1], in_context[last][2]))
+    # `_WORD` splits at a few signs that the normalization keeps: AC–DC is not AC DC to it.
+    accepted = set(map(normalize, aliases))
+    return tuple(
+        Span(start, end) for start, end in sorted(places) if normalize(context[start:end]) in accepted
     )
+
+
+def _words(document: str) -> list[tuple[str, int, int]]:
+    """Returns lower-case words without articles, each with its first character and the one after it."""
+    matches = ((match[0].lower(), match.start(), match.end()) for match in _WORD.finditer(document))
+    return [word for word in matches if word[0] not in _ARTICLES]
 
 
 for _name, _part in (("triviaqa", "wikipedia"), ("triviaqa_web", "web")):
@@ -254,6 +235,7 @@ for _name, _part in (("triviaqa", "wikipedia"), ("triviaqa_web", "web")):
             task="span",
             style="triviaqa",
             read=read,
+            format='{"Data": [...]} with folder evidence, or [{"context": ..., "qas": [...]}]',
             files=each_split(f"qa/{_part}-{{split}}.json", "{split}.json"),
             dev_as_test=True,
         )

@@ -1,75 +1,51 @@
-"""WikiHop of QAngaroo as published: a JSON list a split.
+"""Reads WikiHop of QAngaroo as published: a JSON list a split.
 
-`[{"id", "query", "candidates": [str], "supports": [str], "answer"}]`; published at
+`[{"id", "query", "candidates": [str], "supports": [str], "answer"}]`. Published at
 http://qangaroo.cs.ucl.ac.uk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from trbert_jax.datasets.bad_records import BadRecords
-from trbert_jax.datasets.json_files import load_json
-from trbert_jax.datasets.json_values import JsonValue, any_has, shorten
-from trbert_jax.datasets.record_list import RecordList
+from trbert_jax.datasets import reading
+from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import CandidateQuestion
 from trbert_jax.datasets.registry import DataSet, register_dataset
 
-_FORMAT = '[{"id": ..., "query": ..., "candidates": [...], "supports": [...], "answer": ...}]'
+
+def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[CandidateQuestion]:
+    """Yields the queries of a file."""
+    with reading.record(str(path)):
+        values = reading.items(reading.load_json(path))
+    with_answer = reading.any_has(values, "answer")
+    for i, item in enumerate(values):
+        with bad.record(f"{path}: [{i}]", item):
+            yield _make_question(item, f"{path}: [{i}]", with_answer)
 
 
-def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> list[CandidateQuestion]:
-    """Reads a file of WikiHop.
-
-    Args:
-      path: the JSON file.
-      bad: what to do about bad records: an answer that is not among the candidates, a candidate
-        given twice, a missing or repeated id, supports without a text, ...
-
-    Raises:
-      UserError: the file cannot be read, has no query, or has a bad record that is not skipped.
-    """
-    values = load_json(path).items()
-    with_answer = any_has(values, "answer")
-    records = RecordList[CandidateQuestion](path, bad)
-    for value in values:
-        with bad.record():
-            question = _make_question(value, with_answer)
-            records.add(question, value)
-    return records.finish(_FORMAT)
-
-
-def _make_question(value: JsonValue, with_answer: bool) -> CandidateQuestion:
-    question_id = value["id"].text()
-    value = value.named(f"question {question_id!r}")
-    candidates = value["candidates"].texts()
+def _make_question(item: Any, where: str, with_answer: bool) -> CandidateQuestion:
+    question_id, candidates = reading.text(item, "id"), reading.texts(item, "candidates")
     if not candidates:
-        raise value["candidates"].bad("is empty; expected at least one candidate")
+        raise ValueError("candidates: is empty; expected at least one candidate")
     if len(set(candidates)) != len(candidates):
         twice = next(c for i, c in enumerate(candidates) if c in candidates[:i])
-        raise value["candidates"].bad(f"has {twice!r} twice; expected different candidates")
-    supports = value["supports"].texts(may_be_empty=True)
+        raise ValueError(f"candidates: has {twice!r} twice; expected different candidates")
+    supports = reading.texts(item, "supports", may_be_empty=True)
     if not any(map(str.strip, supports)):
-        raise value["supports"].bad("has no text; expected at least one document")
-    return CandidateQuestion(
-        id=question_id,
-        query=value["query"].text(),
-        candidates=candidates,
-        supports=supports,
-        answer=_answer(value["answer"], candidates) if with_answer else None,
-        where=value.where,
-    )
-
-
-def _answer(value: JsonValue, candidates: tuple[str, ...]) -> int:
-    answer = value.text()
-    if answer not in candidates:
-        raise value.bad(
-            f"{answer!r} is not among the {len(candidates)} candidates ({shorten(', '.join(candidates))}); "
-            "expected one of them"
-        )
-    return candidates.index(answer)
+        raise ValueError("supports: has no text; expected at least one document")
+    query, answer = reading.text(item, "query"), None
+    if with_answer:
+        text = reading.text(item, "answer")
+        if text not in candidates:
+            raise ValueError(
+                f"answer: {text!r} is not among the {len(candidates)} candidates "
+                f"({reading.shorten(', '.join(candidates))}); expected one of them"
+            )
+        answer = candidates.index(text)
+    return CandidateQuestion(question_id, query, candidates, supports, answer, where)
 
 
 register_dataset(
@@ -77,6 +53,7 @@ register_dataset(
         name="wikihop",
         task="candidates",
         read=read,
+        format='[{"id": ..., "query": ..., "candidates": [...], "supports": [...], "answer": ...}]',
         files={"train": ("train.json",), "dev": ("dev.json", "dev_sort.json"), "test": ("test.json",)},
         dev_as_test=True,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trbert_jax.datasets.text_files import read_dataset
+from trbert_jax.datasets.dataset import read_dataset
 from trbert_jax.errors import UserError
 from trbert_jax.inference.answering import Questions, read_questions
 from trbert_jax.inference.engine import InferenceEngine, Outputs

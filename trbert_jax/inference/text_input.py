@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from trbert_jax.datasets.text_files import decode_lines, read_lines
+from trbert_jax.datasets.reading import decode_lines, read_lines
 from trbert_jax.errors import UserError
 
 

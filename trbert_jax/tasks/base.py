@@ -12,8 +12,8 @@ import numpy as np
 
 from trbert_jax.config import RunConfig
 from trbert_jax.datasets import BadRecord, BadRecords, find_dataset
-from trbert_jax.datasets.bad_records import UnusableRecords
 from trbert_jax.datasets.dataset import Announce
+from trbert_jax.datasets.reading import UnusableRecords
 from trbert_jax.errors import UserError
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.ragged import Counts, TokenRows
@@ -140,8 +140,7 @@ class QuestionData(TaskData):
     def _leave_out(self, split: str, found: Mapping[str, BadRecord], bad: BadRecords) -> None:
         before = len(bad.skipped)
         for error in found.values():
-            with bad.record():
-                raise error
+            bad.add(error)
         kept = [record for record in self.records(split) if record.id not in found]
         summary = bad.summary(len(kept), before)
         if not kept:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.datasets.bad_records import BadRecord, UnusableRecords, unusable
 from trbert_jax.datasets.dataset import Announce
+from trbert_jax.datasets.reading import BadRecord, UnusableRecords, unusable
 from trbert_jax.datasets.records import CandidateQuestion
 from trbert_jax.tasks.encoding import TextEncoder
 from trbert_jax.tasks.ragged import Counts, RowParts, TokenRows, digest_of, join_rows

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.datasets.hotpotqa_graph import GraphQuestion
+from trbert_jax.datasets.records import GraphQuestion
 from trbert_jax.tasks import score_hotpotqa as hotpotqa
 from trbert_jax.tasks.base import QuestionData, Score, at_tokens, feature_set, padded
 from trbert_jax.tasks.examples import Examples

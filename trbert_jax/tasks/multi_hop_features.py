@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.datasets.bad_records import BadRecord, UnusableRecords, unusable
 from trbert_jax.datasets.dataset import Announce
+from trbert_jax.datasets.reading import BadRecord, UnusableRecords, unusable
 from trbert_jax.datasets.records import MultiHopQuestion
 from trbert_jax.tasks.encoding import TextEncoder
 from trbert_jax.tasks.paragraphs import TokenizedQuestion, is_yes_or_no, tokenize_questions

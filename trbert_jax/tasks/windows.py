@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trbert_jax.datasets.bad_records import BadRecord, UnusableRecords, unusable
+from trbert_jax.datasets.reading import BadRecord, UnusableRecords, unusable
 from trbert_jax.datasets.records import SpanQuestion
 from trbert_jax.tasks.encoding import EncodedTexts, TextEncoder, cut_text
 from trbert_jax.tasks.ragged import TokenRows, join_rows

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from trbert_jax.datasets import BadRecords, hotpotqa, mrqa, race, squad
-from trbert_jax.datasets.aliases import find_aliases
-from trbert_jax.datasets.json_files import load_json
+from trbert_jax.datasets import DATASETS, triviaqa
+from trbert_jax.datasets.reading import load_json
 from trbert_jax.datasets.records import SpanQuestion
-from trbert_jax.datasets.triviaqa import accepted_answers
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("TRBERT_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -55,7 +53,7 @@ KNOWN_DIFFERENCES: set[str] = set()
 
 @pytest.mark.parametrize(("split", "count"), [("train", 13_342), ("dev", 3_088)])
 def test_squad(unpack: Unpack, split: str, count: int) -> None:
-    questions = squad.read(unpack("squad2") / f"squad2/{split}-v2.0.json", BadRecords())
+    questions = DATASETS["squad"].read_file(unpack("squad2") / f"squad2/{split}-v2.0.json")
     assert len(questions) == count
     answerable = [q for q in questions if not q.impossible][:1000]
     assert len(answerable) == 1000
@@ -70,7 +68,7 @@ def offsets_hold(question: SpanQuestion) -> bool:
 
 @pytest.mark.parametrize(("split", "count"), [("train", 2615), ("dev", 545), ("test", 1272)])
 def test_mrqa(unpack: Unpack, split: str, count: int) -> None:
-    questions = mrqa.read(unpack("mrqa_subjqa") / f"mrqa_subjqa/{split}.jsonl", BadRecords())
+    questions = DATASETS["newsqa"].read_file(unpack("mrqa_subjqa") / f"mrqa_subjqa/{split}.jsonl")
     assert len(questions) == count
     for question in questions:
         found = {question.context[span.start : span.end] for span in question.spans}
@@ -79,22 +77,23 @@ def test_mrqa(unpack: Unpack, split: str, count: int) -> None:
 
 def test_small_samples(unpack: Unpack) -> None:
     folder = unpack("small_samples")
-    assert len(mrqa.read(folder / "mrqa_newsqa_sample/sample.jsonl", BadRecords())) == 17
-    questions = hotpotqa.read(folder / "hotpot/hotpot_dev_distractor_100.json", BadRecords())
+    assert len(DATASETS["newsqa"].read_file(folder / "mrqa_newsqa_sample/sample.jsonl")) == 17
+    questions = DATASETS["hotpotqa"].read_file(folder / "hotpot/hotpot_dev_distractor_100.json")
     assert len(questions) == 100
     for question in questions:  # an answer is yes, no, or somewhere in the paragraphs
         texts = ["".join(paragraph.sentences) for paragraph in question.paragraphs]
         assert question.answer in ("yes", "no") or any(str(question.answer) in text for text in texts)
-    (published,) = load_json(folder / "triviaqa_sample/triviaqa_sample.json")["Data"].items()
-    answers = accepted_answers(published["Answer"])  # its evidence is not part of the sample
-    assert len(find_aliases("It opened as SUNSET\nBOULEVARD (“Sunset Blvd.”).", answers)) == 2
+    (published,) = load_json(folder / "triviaqa_sample/triviaqa_sample.json")["Data"]
+    # Its evidence is not part of the sample.
+    answers = triviaqa.accepted_answers(published, "Answer", "NormalizedAliases", "HumanAnswers")
+    assert len(triviaqa.find_aliases("It opened as SUNSET\nBOULEVARD (“Sunset Blvd.”).", answers)) == 2
 
 
 def test_race(unpack: Unpack) -> None:
-    folder = unpack("race", r"^race/dev/(high|middle)/", limit=800)
-    levels = [level for level in race.LEVELS if (folder / "race/dev" / level).is_dir()]
+    folder = unpack("race", r"^race/dev/(high|middle)/", limit=800) / "race/dev"
+    levels = [level for level in ("high", "middle") if (folder / level).is_dir()]
     assert levels
     for level in levels:
-        questions = race.read(folder / "race/dev", BadRecords(), levels=(level,))
+        questions = DATASETS[f"race_{level}"].read_file(folder)
         assert len(questions) > 200
         assert {q.answer for q in questions} == {0, 1, 2, 3}

@@ -1,0 +1,337 @@
+"""Reads lines and JSON, checks fields, and handles bad records."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trbert_jax.datasets.records import Identified
+from trbert_jax.errors import UserError
+from trbert_jax.io import check_unicode, parse_json, readable
+
+R = TypeVar("R", bound=Identified)
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_ADVICE = "correct the record, or leave such records out with --skip-bad-records"
+_LISTED = 10  # bad records of a summary
+_SHOWN = 60  # characters of a value in a message
+_KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    str: "a text",
+    int: "a number",
+    float: "a fraction",
+    list: "a list",
+    dict: "an object",
+}
+
+
+# Lines and JSON ---------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields the 1-based number and the text, line end included, of every line of a UTF-8 file.
+
+    A line ends at a line feed only. Other line ends of Unicode, U+2028 and U+0085 among them, occur inside
+    texts.
+
+    Args:
+      path: the file, gzip-compressed if its name ends in `.gz`.
+
+    Raises:
+      UserError: the file is missing, unreadable, damaged or not UTF-8 (with the line).
+    """
+    if path.suffix != ".gz":
+        with readable(path), path.open("rb") as stream:
+            yield from decode_lines(stream, str(path))
+        return
+    number = 0
+    try:
+        with readable(path), gzip.open(path, "rb") as stream:
+            for number, line in decode_lines(stream, str(path)):
+                yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}: damaged or cut short after line {number} ({error}); download the file again"
+        ) from error
+
+
+def decode_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """Yields the lines of an open file like `read_lines`; messages call it `name`."""
+    for number, line in enumerate(stream, 1):
+        try:
+            text = line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name}:{number}: not UTF-8 (byte {error.start} of the line); convert it to UTF-8 first"
+            ) from error
+        yield number, text
+
+
+def load_json(path: Path) -> Any:
+    """Reads a JSON file, gzip-compressed if its name ends in `.gz`.
+
+    Raises:
+      UserError: the file is missing, unreadable, damaged or not JSON.
+    """
+    try:
+        return parse_json("".join(line for _, line in read_lines(path)))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; if the file was cut short, download it again") from error
+
+
+def load_json_lines(path: Path, bad: BadRecords) -> Iterator[tuple[int, Any]]:
+    """Yields the line number and the value of each line of a JSON lines file, but for blank lines.
+
+    A line that is not JSON is a bad record.
+
+    Raises:
+      UserError: the file is missing, unreadable or damaged, or a bad record is not skipped.
+    """
+    for number, line in read_lines(path):
+        values = []
+        with bad.record(f"{path}:{number}"):
+            if line.strip():
+                values.append(parse_line(line))
+        for value in values:
+            yield number, value
+
+
+def parse_line(line: str) -> Any:
+    """Parses one of the JSON lines. Raises `ValueError` where it is malformed."""
+    try:
+        return parse_json(line.rstrip("\r\n"))
+    except ValueError as error:
+        raise ValueError(f"{error}; expected one object a line") from error
+
+
+# Bad records ------------------------------------------------------------------------------------------
+
+
+class BadRecord(UserError):
+    """A record of a readable file that cannot be used. The message names file, record and field."""
+
+
+class UnusableRecords(UserError):
+    """Records that were read, but cannot become inputs of a model.
+
+    Attributes:
+      found: id -> what is wrong.
+    """
+
+    def __init__(self, found: Mapping[str, BadRecord]) -> None:
+        self.found = dict(found)
+        super().__init__(str(next(iter(self.found.values()))))
+
+
+def unusable(record: Identified, field: str, reason: str) -> BadRecord:
+    """Returns the error about a field of a record that was read."""
+    return BadRecord(f"{record.where}: question {record.id!r}: {field}: {reason}")
+
+
+@contextlib.contextmanager
+def record(where: str, item: Any = None, id_field: str = "id") -> Iterator[None]:
+    """Turns `KeyError`, `TypeError` and `ValueError` of the block that reads a record into `BadRecord`.
+
+    Args:
+      where: file and line, or path of the record in the file.
+      item: the record, whose id is named if it has one.
+      id_field: field of the id.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        given = item.get(id_field) if isinstance(item, dict) else None
+        name = f"{where}: question {given!r}" if isinstance(given, str) else where
+        reason = f"no field {error}" if isinstance(error, KeyError) else error
+        raise BadRecord(f"{name}: {reason}") from error
+
+
+@contextlib.contextmanager
+def within(field: str) -> Iterator[None]:
+    """Puts the name of a field in front of the messages of `ValueError`s."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}{'' if str(error).startswith('[') else ': '}{error}") from error
+
+
+class BadRecords:
+    """Handles bad records: raises the first one, or skips and lists them.
+
+    A file that cannot be read (missing, cut short, not UTF-8, not JSON) always raises.
+
+    Attributes:
+      skip: whether bad records are skipped; set by `--skip-bad-records`.
+      skipped: the bad records so far. A bad paragraph or article is one entry, however many questions
+        it has.
+    """
+
+    def __init__(self, skip: bool = False) -> None:
+        self.skip = skip
+        self.skipped: list[BadRecord] = []
+
+    @contextlib.contextmanager
+    def record(self, where: str, item: Any = None, id_field: str = "id") -> Iterator[None]:
+        """Reads one record in the block; see the function `record`.
+
+        Raises:
+          UserError: the record is bad and `skip` is off.
+        """
+        try:
+            with record(where, item, id_field):
+                yield
+        except BadRecord as error:
+            self.add(error)
+
+    def add(self, error: BadRecord) -> None:
+        """Skips a record. Raises `UserError` if `skip` is off."""
+        if not self.skip:
+            raise UserError(f"{error}; {_ADVICE}") from error
+        # The traceback and the cause would keep the whole file in memory.
+        error.__cause__ = error.__context__ = None
+        self.skipped.append(error.with_traceback(None))
+
+    def summary(self, kept: int, start: int = 0) -> str | None:
+        """Returns one line about the skipped records; None if nothing was skipped.
+
+        Args:
+          kept: number of records that were read.
+          start: position in `skipped` of the first one to count.
+        """
+        skipped = self.skipped[start:]
+        if not skipped:
+            return None
+        listed = "; ".join(map(str, skipped[:_LISTED]))
+        more = f"; and {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else ""
+        return f"{len(skipped)} of {kept + len(skipped)} records skipped: {listed}{more}"
+
+
+def collect(
+    records: Iterable[R], source: object, bad: BadRecords, expected: str, *, repeats: bool = False
+) -> list[R]:
+    """Returns the records of a source; a second record with the same id is bad.
+
+    Args:
+      records: in the order of the source.
+      source: file, folder or name, for messages.
+      bad: how to handle bad records.
+      expected: the format, for the message about a source without records.
+      repeats: drop a record that equals an earlier one.
+
+    Raises:
+      UserError: a bad record that is not skipped, or no record at all.
+    """
+    found = dict[str, R]()
+    for item in records:
+        other = found.setdefault(item.id, item)
+        if other is not item and not (repeats and item == other):
+            with bad.record(item.where):
+                raise ValueError(
+                    f"has the id {item.id!r}, which is also that of {other.where}; expected an id of its own"
+                )
+    if not found:
+        raise UserError(f"{source}: has no usable record; {bad.summary(0) or f'expected {expected}'}")
+    return list(found.values())
+
+
+# Fields. Each raises `ValueError` with the name of the field and what was expected. --------------------
+
+
+def field(item: Any, key: str | int) -> Any:
+    """Returns a field of an object, or an item of a list."""
+    if isinstance(key, int):
+        return item[key]
+    if not isinstance(item, dict):
+        raise ValueError(f"is {describe(item)}; expected an object with the field {key!r}")
+    if key not in item:
+        raise ValueError(f"{key}: missing (the fields are: {shorten(', '.join(map(repr, item))) or 'none'})")
+    return item[key]
+
+
+def text(item: Any, key: str | int, *, may_be_empty: bool = False) -> str:
+    """Returns a string, in valid Unicode and with more than white space unless it may be empty."""
+    value = field(item, key)
+    if not isinstance(value, str):
+        raise _wrong(key, f"is {describe(value)}; expected a text")
+    if not may_be_empty and (not value or value.isspace()):
+        raise _wrong(key, "is empty; expected a text")
+    if not value.isascii():
+        with within(_name(key)):
+            check_unicode(value)
+    return value
+
+
+def texts(
+    item: Any, key: str | int, *, count: int | None = None, may_be_empty: bool = False
+) -> tuple[str, ...]:
+    """Returns a list of strings, each as `text` returns it."""
+    values = items(item, key, count)
+    for i, value in enumerate(values):
+        # Long lists of short strings are common (wordpieces).
+        if not (isinstance(value, str) and value.isascii() and value.strip()):
+            with within(_name(key)):
+                text(values, i, may_be_empty=may_be_empty)
+    return tuple(values)
+
+
+def integer(item: Any, key: str | int, low: int = 0, high: int | None = None) -> int:
+    """Returns a whole number from `low` to `high`, both included."""
+    value = field(item, key)
+    limits = f"a whole number from {low}" + ("" if high is None else f" to {high}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong(key, f"is {describe(value)}; expected {limits}")
+    if value < low or (high is not None and value > high):
+        raise _wrong(key, f"is {value}; expected {limits}")
+    return value
+
+
+def flag(item: Any, key: str | int) -> bool:
+    """Returns true or false, also of the numbers 1 and 0."""
+    value = field(item, key)
+    if not isinstance(value, int) or value not in (0, 1):
+        raise _wrong(key, f"is {describe(value)}; expected true or false")
+    return bool(value)
+
+
+def items(item: Any, key: str | int | None = None, count: int | None = None) -> list[Any]:
+    """Returns a list, of `count` items if given: a field, or `item` itself without a key."""
+    value = item if key is None else field(item, key)
+    if not isinstance(value, list):
+        raise _wrong(key, f"is {describe(value)}; expected a list")
+    if count is not None and len(value) != count:
+        raise _wrong(key, f"has {len(value)} items; expected {count}")
+    return value
+
+
+def has(item: Any, key: str) -> bool:
+    """Returns whether `item` is an object with this field."""
+    return isinstance(item, dict) and key in item
+
+
+def any_has(values: Sequence[Any], key: str) -> bool:
+    """Returns whether a record has a field. Test sets withhold answers by leaving the field out."""
+    return any(has(value, key) for value in values)
+
+
+def describe(value: object) -> str:
+    """Returns the kind and the beginning of a value, for messages: `a number (7)`."""
+    kind = _KINDS.get(type(value), f"a {type(value).__name__}")
+    return kind if value is None else f"{kind} ({shorten(repr(value))})"
+
+
+def shorten(value: str) -> str:
+    """Returns the beginning of a long text, for messages."""
+    return value if len(value) <= _SHOWN else f"{value[: _SHOWN - 4]} ..."
+
+
+def _name(key: str | int) -> str:
+    return f"[{key}]" if isinstance(key, int) else key
+
+
+def _wrong(key: str | int | None, reason: str) -> ValueError:
+    return ValueError(reason if key is None else f"{_name(key)}: {reason}")
