@@ -19,13 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.hf_config import model_config_from_dict
+from trbert_jax.model.config import ModelConfig, model_config_from_dict
 from trbert_jax.model.model import TokenReducingModel, forward, head_inputs, init_params
-from trbert_jax.model.names import from_original_names, to_original_names
 from trbert_jax.model.packed import packed_forward
 from trbert_jax.model.tiles import Tiling
-from trbert_jax.model.weight_files import read_weights
+from trbert_jax.model.weights import from_original_names, read_weights, to_original_names
 from trbert_jax.reduction import policy_loss as policy
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction import selection as tokens

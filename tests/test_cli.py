@@ -287,7 +287,7 @@ def converter(fake: Callable[..., None]) -> list[Any]:
     def load_pretrained(path: str, **options: Any) -> Any:
         calls.append((path, options))
         return types.SimpleNamespace(
-            config=config, params="params", tokenizer="tokenizer", fresh=("selectors",)
+            config=config, params="params", tokenizer="tokenizer", newly_initialized=("selectors",)
         )
 
     def save_pretrained(directory: Path, *parts: Any, exclude: Any) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.names import from_original_names, parameters
 from trbert_jax.model.pretrained import save_pretrained
-from trbert_jax.model.tokenizer_files import Tokenizer, wrap_tokenizer
+from trbert_jax.model.tokenizers import Tokenizer, wrap_tokenizer
+from trbert_jax.model.weights import from_original_names, parameters
 
 # fmt: off
 VOCABULARY = [

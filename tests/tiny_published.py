@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trbert_jax.config import BackboneConfig, DataConfig, RunConfig
-from trbert_jax.model.tokenizer_files import Tokenizer, wrap_tokenizer
+from trbert_jax.model.tokenizers import Tokenizer, wrap_tokenizer
 from trbert_jax.tasks import load_task_data
 from trbert_jax.tasks.base import QuestionData
 from trbert_jax.tasks.examples import Examples

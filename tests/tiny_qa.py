@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from trbert_jax.datasets.records import Span, SpanQuestion
-from trbert_jax.model.tokenizer_files import Tokenizer, wrap_tokenizer
+from trbert_jax.model.tokenizers import Tokenizer, wrap_tokenizer
 from trbert_jax.tasks.ragged import TokenRows
 from trbert_jax.tasks.windows import Windows
 

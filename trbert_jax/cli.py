@@ -241,7 +241,7 @@ def _convert(args: argparse.Namespace) -> None:
         max_length=args.max_length,
         keep_layers=args.keep_layers,
     )
-    save_pretrained(output, model.config, model.params, model.tokenizer, exclude=model.fresh)
+    save_pretrained(output, model.config, model.params, model.tokenizer, exclude=model.newly_initialized)
     shape = model.config
     print(
         f"{output}: {shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size},"

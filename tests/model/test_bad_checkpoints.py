@@ -136,7 +136,7 @@ def test_bad_checkpoint(tmp_path: Path, case: str) -> None:
 )
 def test_bad_options(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        load_pretrained(tiny_model(tmp_path), announce=lambda message: None, **options)
+        load_pretrained(tiny_model(tmp_path), **options)
 
 
 def test_no_tokenizer_matters_only_when_one_is_asked_for(tmp_path: Path) -> None:

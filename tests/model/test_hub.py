@@ -11,8 +11,8 @@ from tiny_checkpoints import assert_same_params, quietly
 from tiny_models import BERT, tiny_model, tiny_params
 
 from trbert_jax.errors import UserError
-from trbert_jax.model import hub
 from trbert_jax.model.pretrained import load_pretrained
+from trbert_jax.model.weights import local_directory
 
 
 def test_hub_model_that_is_not_cached_offline() -> None:
@@ -54,7 +54,7 @@ def test_hub_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: 
         return str(cache)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert hub.local_directory("some-body/some-model") == cache
+    assert local_directory("some-body/some-model") == cache
     assert_same_params(quietly("some-body/some-model").params, tiny_params(BERT))
     assert not (cache / "tf_model.h5").exists()
     assert (cache / "pytorch_model.bin").exists() == (weights == "pytorch_model.bin")

@@ -8,7 +8,7 @@ import pytest
 
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
-from trbert_jax.model.names import (
+from trbert_jax.model.weights import (
     NameReport,
     from_original_names,
     original_name,
@@ -71,26 +71,26 @@ def test_linear_layers_are_transposed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "model_type", "expected"),
+    ("name", "config", "expected"),
     [
-        ("embeddings.LayerNorm.gamma", "bert", "bert.embeddings.LayerNorm.weight"),
-        ("bert.encoder.layer.0.output.LayerNorm.beta", "bert", "bert.encoder.layer.0.output.LayerNorm.bias"),
-        ("encoder.layer.0.attention.self.key.bias", "bert", "bert.encoder.layer.0.attention.self.key.bias"),
-        ("encoder.linear_1.0.bias", "bert", "bert.encoder.linear_1.0.bias"),
-        ("pooler.dense.bias", "bert", "bert.pooler.dense.bias"),
-        ("transformer.layer.0.ffn.lin1.bias", "distilbert", "distilbert.transformer.layer.0.ffn.lin1.bias"),
-        ("classifier.bias", "distilbert", "classifier.bias"),
-        ("bert.embeddings.position_ids", "bert", None),
-        ("embeddings.position_ids", "distilbert", None),
-        ("cls.predictions.decoder.weight", "bert", None),
-        ("cls.seq_relationship.bias", "bert", None),
-        ("vocab_transform.weight", "distilbert", None),
-        ("vocab_layer_norm.bias", "distilbert", None),
-        ("vocab_projector.weight", "distilbert", None),
+        ("embeddings.LayerNorm.gamma", BERT, "bert.embeddings.LayerNorm.weight"),
+        ("bert.encoder.layer.0.output.LayerNorm.beta", BERT, "bert.encoder.layer.0.output.LayerNorm.bias"),
+        ("encoder.layer.0.attention.self.key.bias", BERT, "bert.encoder.layer.0.attention.self.key.bias"),
+        ("encoder.linear_1.0.bias", BERT, "bert.encoder.linear_1.0.bias"),
+        ("pooler.dense.bias", BERT, "bert.pooler.dense.bias"),
+        ("transformer.layer.0.ffn.lin1.bias", DISTILBERT, "distilbert.transformer.layer.0.ffn.lin1.bias"),
+        ("classifier.bias", DISTILBERT, "classifier.bias"),
+        ("bert.embeddings.position_ids", BERT, None),
+        ("embeddings.position_ids", DISTILBERT, None),
+        ("cls.predictions.decoder.weight", BERT, None),
+        ("cls.seq_relationship.bias", BERT, None),
+        ("vocab_transform.weight", DISTILBERT, None),
+        ("vocab_layer_norm.bias", DISTILBERT, None),
+        ("vocab_projector.weight", DISTILBERT, None),
     ],
 )
-def test_original_name(name: str, model_type: str, expected: str | None) -> None:
-    assert original_name(name, model_type) == expected
+def test_original_name(name: str, config: ModelConfig, expected: str | None) -> None:
+    assert original_name(name, config) == expected
 
 
 def test_differences_are_reported_on_both_sides() -> None:

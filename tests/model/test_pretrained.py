@@ -18,9 +18,9 @@ from tiny_models import BERT, DISTILBERT, tiny_model, tiny_params, tiny_weights
 
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import TokenReducingModel
-from trbert_jax.model.names import to_original_names
 from trbert_jax.model.pretrained import load_pretrained, load_tokenizer, save_pretrained
-from trbert_jax.model.tokenizer_files import read_line_breaks_as_spaces
+from trbert_jax.model.tokenizers import read_line_breaks_as_spaces
+from trbert_jax.model.weights import to_original_names
 
 
 @CONFIGS
@@ -31,7 +31,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path, config: ModelConfig, num_layers
     save_pretrained(tmp_path / "model", config, params, tiny_models.tiny_tokenizer())
     loaded = quietly(tmp_path / "model")
     assert loaded.config == config
-    assert loaded.fresh == ()
+    assert loaded.newly_initialized == ()
     assert_same_params(loaded.params, params)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(loaded.params))
     assert loaded.tokenizer("a dull film.").tokens() == ["[CLS]", "a", "dull", "film", ".", "[SEP]"]
@@ -104,16 +104,16 @@ def test_loads_what_transformers_saves(tmp_path: Path, config: ModelConfig, form
     if form == "bin":
         (theirs / "model.safetensors").unlink()
         torch.save(model.state_dict(), theirs / "pytorch_model.bin")
-    loaded = load_pretrained(theirs, announce=lambda message: None)
+    loaded = load_pretrained(theirs)
     expected = ["selectors"]
     if form == "encoder":
         expected += ["pre_classifier"] * (config.model_type == "distilbert") + ["classifier"]
-    assert list(loaded.fresh) == expected
+    assert list(loaded.newly_initialized) == expected
     assert loaded.tokenizer is None
     assert loaded.config.num_layers == config.num_layers
     weights, ours = (to_original_names(x.params, config) for x in (loaded, quietly(tmp_path / "ours")))
     parts = {"selectors": "linear_", "pre_classifier": "pre_classifier", "classifier": "classifier"}
-    compared = [n for n in ours if not any(parts[part] in n for part in loaded.fresh)]
+    compared = [n for n in ours if not any(parts[part] in n for part in loaded.newly_initialized)]
     assert len(compared) > 60
     for name in compared:
         np.testing.assert_array_equal(weights[name], ours[name])

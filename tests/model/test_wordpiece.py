@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from trbert_jax.errors import UserError
-from trbert_jax.model.tokenizer_files import load_tokenizer, wrap_tokenizer
-from trbert_jax.model.wordpiece import SPECIAL_TOKENS, train_wordpiece
+from trbert_jax.model.tokenizers import SPECIAL_TOKENS, load_tokenizer, train_wordpiece, wrap_tokenizer
 
 
 def make_texts() -> list[str]:

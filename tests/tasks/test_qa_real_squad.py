@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trbert_jax.datasets.records import Span, SpanQuestion
-from trbert_jax.model.tokenizer_files import find_tokenizer
+from trbert_jax.model.tokenizers import find_tokenizer
 from trbert_jax.tasks.span_features import build_span_features
 
 DATA = next(

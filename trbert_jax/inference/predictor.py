@@ -27,7 +27,7 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import Announce, load_pretrained, save_pretrained, to_stderr
-from trbert_jax.model.tokenizer_files import Tokenizer, check_vocabulary
+from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
 from trbert_jax.tasks.examples import Examples
 
@@ -75,7 +75,7 @@ class TRBert:
       config: the model's shape and label names.
       params: nested dict of float32 arrays.
       tokenizer: a `transformers.PreTrainedTokenizerFast`, or None (then `predict` is not possible).
-      fresh: parts that nothing has trained, see `Pretrained.fresh`.
+      fresh: parts that nothing has trained, see `Pretrained.newly_initialized`.
     """
 
     def __init__(
@@ -131,8 +131,10 @@ class TRBert:
         Raises:
           UserError: no such model, or a damaged one.
         """
-        loaded = load_pretrained(path_or_id, max_length=max_length, announce=announce)
-        return cls(loaded.config, loaded.params, loaded.tokenizer, dtype=dtype, fresh=loaded.fresh)
+        loaded = load_pretrained(path_or_id, max_length=max_length)
+        return cls(
+            loaded.config, loaded.params, loaded.tokenizer, dtype=dtype, fresh=loaded.newly_initialized
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a model directory, see `trbert_jax.model.pretrained.save_pretrained`."""

@@ -1,25 +1,44 @@
-"""The shape of a model: what `config.json` says about it, under one set of names for all backbones."""
+"""Describe a model: its sizes under one set of names for all backbones, read from and written to config.json.
+
+The file is Hugging Face's; settings of this project are under its key `trbert`, which other readers ignore.
+Source: docs/method.md, "Checkpoints".
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-# What a head answers with. The first two read [CLS] alone; the others read every token, and a token that was
-# dropped has the state with which it was.
-TASKS = ("classification", "multiple_choice", "span", "candidates", "multi_hop")
+from trbert_jax.errors import UserError
+from trbert_jax.model.backbones import BACKBONES, Backbone, find_backbone, model_types
+
+if TYPE_CHECKING:
+    from trbert_jax.model.heads import Head
+
+# Settings of Hugging Face that change the computation in ways this encoder does not offer.
+_ONLY_VALUES: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "problem_type": ("single_label_classification", None),
+}
+_OWN_KEYS = ("task", "selector_hidden", "max_length", "inputs")
+_DEFAULT_TASK = "classification"
+_DEFAULT_MAX_LENGTH = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig:
-    """How questions become inputs; kept with the model, which has to be asked as it was trained.
+    """How questions become inputs; stored with the model, which must be asked as it was trained.
 
     Attributes:
-      data: name of the data set that it was trained on, which decides what a question looks like.
+      data: name of the data set it was trained on, which decides the form of a question.
       choices: form of a multiple choice, see `config.DataConfig.choices`.
-      max_question_length, window_step, max_segments: see `config.BackboneConfig`; 0 for what is usual for the
-        data set.
+      max_question_length, window_step, max_segments: see `config.BackboneConfig`; 0: data set's default.
       unanswerable: whether questions may have no answer, as in SQuAD 2.0.
-      null_threshold: null odds above which such a question is taken to have none.
+      null_threshold: null odds above which such a question gets no answer.
     """
 
     data: str = ""
@@ -35,23 +54,22 @@ class InputConfig:
 class ModelConfig:
     """A post-LN encoder with token selectors and the head of a task.
 
-    BERT and DistilBERT are the same computation up to token types, the pooler and the head; see
-    docs/method.md, "Encoder". Sizes are counts, dropouts are probabilities.
+    Sizes are counts, dropouts are probabilities. See docs/method.md, "Encoder".
 
     Attributes:
-      model_type: `bert` or `distilbert`; decides parameter names on disk, token types and the head.
-      task: one of `TASKS`; decides the head, and whether dropped tokens are restored for it.
+      model_type: key of `BACKBONES`.
+      task: key of `HEADS`.
       max_positions: rows of the position table; the longest input, special tokens included.
-      type_vocab_size: rows of the token type table; 0 for DistilBERT, which has none.
-      classifier_dropout: dropout before the last linear layer of the head.
-      labels: label names in the order of their ids; its length is the number of classes.
+      type_vocab_size: rows of the token type table; 0 for none.
+      classifier_dropout: dropout before the last linear layer of the classification head.
+      labels: label names in the order of their ids, one per class.
       selector_hidden: width of a selector's hidden layer.
       max_length: padded length the selectors were trained with, the unit of the length penalty.
-      inputs: how questions become inputs; not for texts with a label.
+      inputs: how questions become inputs; unused for classification of texts.
     """
 
     model_type: str = "bert"
-    task: str = "classification"
+    task: str = _DEFAULT_TASK
     vocab_size: int = 30522
     hidden_size: int = 768
     num_layers: int = 12
@@ -71,18 +89,30 @@ class ModelConfig:
     inputs: InputConfig = InputConfig()
 
     @property
-    def num_outputs(self) -> int:
-        """Outputs of the head's last Linear for a token, or for `[CLS]`."""
-        return 1 if self.task in ("multiple_choice", "candidates") else self.num_labels
+    def backbone(self) -> Backbone:
+        """The record of the model type."""
+        return BACKBONES[self.model_type]
+
+    @property
+    def head(self) -> Head:
+        """The record of the task's head."""
+        from trbert_jax.model.heads import HEADS
+
+        return HEADS[self.task]
 
     @property
     def num_labels(self) -> int:
         return len(self.labels)
 
     @property
+    def num_outputs(self) -> int:
+        """Outputs of the head's last layer, per token or per `[CLS]`."""
+        return self.head.num_outputs or self.num_labels
+
+    @property
     def reads_all_tokens(self) -> bool:
         """Whether the head reads the state of every token, dropped ones too."""
-        return self.task not in ("classification", "multiple_choice")
+        return self.head.reads_all_tokens
 
     @property
     def reduction_layers(self) -> tuple[int, ...]:
@@ -98,3 +128,151 @@ class ModelConfig:
     def num_selectors(self) -> int:
         """Selectors that exist: always two on disk, the second of a shallow model unused."""
         return 2
+
+
+# config.json -----------------------------------------------------------------------------------------
+
+
+def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+    """Reads a model's shape from the contents of a `config.json`.
+
+    Args:
+      values: the configuration of a Hugging Face model, a published TR-BERT or a saved model.
+      source: named in errors.
+
+    Raises:
+      UserError: an unknown model type, an unsupported setting or a bad value.
+    """
+    backbone = find_backbone(values.get("model_type", ""))
+    if backbone is None:
+        raise UserError(
+            f"{source}: model_type is {values.get('model_type')!r}; "
+            f"expected one of {', '.join(model_types())}"
+        )
+    if values.get(backbone.activation_key, "gelu") not in ("gelu", "gelu_python"):
+        key = backbone.activation_key
+        raise UserError(f"{source}: {key} is {values[key]!r}; only 'gelu' is supported")
+    for key, allowed in _ONLY_VALUES.items():
+        if values.get(key) not in allowed:
+            raise UserError(f"{source}: {key} is {values[key]!r}; only {allowed[0]!r} is supported")
+
+    fields: dict[str, Any] = {"model_type": backbone.name, **backbone.defaults}
+    for field, key in backbone.keys.items():
+        if values.get(key) is not None:
+            fields[field] = _number(values[key], field, f"{source}: {key}")
+    if "hidden_dropout" in fields:
+        fields.setdefault("classifier_dropout", fields["hidden_dropout"])
+    fields["labels"] = labels_from_dict(values, source) or ModelConfig.labels
+    fields["task"] = _task_of(values)
+    fields["max_length"] = min(_DEFAULT_MAX_LENGTH, fields.get("max_positions", ModelConfig.max_positions))
+    config = ModelConfig(**{**fields, **_own_section(values.get("trbert", {}), source)})
+    if config.hidden_size % config.num_heads:
+        raise UserError(
+            f"{source}: the hidden size, {config.hidden_size}, is not a multiple of the number of "
+            f"attention heads, {config.num_heads}"
+        )
+    if config.max_length > config.max_positions:
+        raise UserError(
+            f"{source}: trbert.max_length is {config.max_length}, but the model has only "
+            f"{config.max_positions} positions"
+        )
+    return config
+
+
+def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """Builds the contents of a `config.json` that Hugging Face's classes read."""
+    backbone = config.backbone
+    own = {key: getattr(config, key) for key in _OWN_KEYS if key != "inputs"}
+    if config.inputs.data:
+        own["inputs"] = dataclasses.asdict(config.inputs)
+    return {
+        "architectures": [backbone.class_name + config.head.class_suffix],
+        "model_type": backbone.name,
+        **{key: getattr(config, field) for field, key in backbone.keys.items()},
+        backbone.activation_key: "gelu",
+        "id2label": {str(i): label for i, label in enumerate(config.labels)},
+        "label2id": {label: i for i, label in enumerate(config.labels)},
+        "trbert": own,
+    }
+
+
+def labels_from_dict(values: Mapping[str, Any], source: str = "config.json") -> tuple[str, ...] | None:
+    """Returns label names in the order of their ids, numbers if only their count is known, else None."""
+    count = values.get("num_labels")
+    if count is not None:
+        count = _number(count, "num_labels", f"{source}: num_labels")
+    names = values.get("id2label")
+    if not names:
+        return None if count is None else tuple(str(i) for i in range(count))
+    try:
+        by_id = {int(i): str(label) for i, label in names.items()}
+        labels = tuple(by_id[i] for i in range(len(names)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: id2label is {names!r}; expected an object from the ids 0, 1, ... to label names"
+        ) from error
+    if len(set(labels)) < len(labels):
+        raise UserError(f"{source}: id2label names a label twice: {', '.join(labels)}")
+    if count not in (None, len(labels)):
+        raise UserError(f"{source}: num_labels is {count}, but id2label has {len(labels)} labels")
+    return labels
+
+
+def _task_of(values: Mapping[str, Any]) -> str:
+    """Returns the task that a checkpoint of another origin was made for, by the name of its class."""
+    from trbert_jax.model.heads import HEADS
+
+    for name in values.get("architectures") or ():
+        for head in HEADS.values():
+            if head.class_suffix != "Model" and str(name).endswith(head.class_suffix):
+                return head.name
+    return _DEFAULT_TASK
+
+
+def _own_section(section: Any, source: str) -> dict[str, Any]:
+    from trbert_jax.model.heads import HEADS
+
+    if not isinstance(section, Mapping):
+        raise UserError(f"{source}: trbert is {section!r}; expected an object with {', '.join(_OWN_KEYS)}")
+    unknown = sorted(set(section) - set(_OWN_KEYS))
+    if unknown:
+        raise UserError(
+            f"{source}: trbert has keys that this version does not know: {', '.join(unknown)}; "
+            "was it written by a later version of trbert_jax?"
+        )
+    fields = dict(section)
+    if fields.get("task", _DEFAULT_TASK) not in tuple(HEADS):
+        raise UserError(f"{source}: trbert.task is {fields['task']!r}; expected one of {', '.join(HEADS)}")
+    for key in {"selector_hidden", "max_length"} & set(fields):
+        fields[key] = _number(fields[key], key, f"{source}: trbert.{key}")
+    if "inputs" in fields:
+        fields["inputs"] = _inputs(fields["inputs"], f"{source}: trbert.inputs")
+    return fields
+
+
+def _inputs(section: Any, where: str) -> InputConfig:
+    defaults = dataclasses.asdict(InputConfig())
+    if not isinstance(section, Mapping) or not set(section) <= set(defaults):
+        raise UserError(f"{where} is {section!r}; expected an object with some of {', '.join(defaults)}")
+    for key, value in section.items():
+        kind = type(defaults[key])
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
+            raise UserError(f"{where}.{key} is {value!r}; expected {kind.__name__}")
+        if kind is int and value < 0:
+            raise UserError(f"{where}.{key} is {value!r}; expected a whole number, at least 0")
+    return InputConfig(**section)
+
+
+def _number(value: Any, field: str, where: str) -> Any:
+    """Checks a number: a count, or for a field whose default is a float a number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where} is {value!r}; expected a number")
+    if isinstance(getattr(ModelConfig, field), float):
+        if not 0 <= value <= (1 if field.endswith("dropout") else math.inf):
+            raise UserError(f"{where} is {value!r}; expected a number from 0 on (a probability for dropout)")
+        return float(value)
+    least = 0 if field == "pad_token_id" else 1
+    if value != int(value) or value < least:
+        raise UserError(f"{where} is {value!r}; expected a whole number, at least {least}")
+    return int(value)

@@ -34,7 +34,7 @@ class Encoder(nn.Module):
         make = nn.remat(TransformerLayer, static_argnums=(3,)) if self.remat else TransformerLayer
         self.layer = [make(config, dtype) for _ in range(config.num_layers)]
         self.selector = [Selector(config) for _ in range(config.num_selectors)]
-        if config.model_type == "bert":
+        if config.backbone.pooler:
             self.pooler = dense(config.hidden_size, config, dtype)
 
     def embed(
@@ -92,6 +92,6 @@ class Encoder(nn.Module):
         return restore(dropped, tokens) if self.config.reads_all_tokens else tokens, tuple(selections)
 
     def sentence_state(self, tokens: TokenSet) -> jax.Array:
-        """[B, H], what a sentence-level head reads: BERT's pooler on [CLS], DistilBERT's [CLS] itself."""
+        """Returns [B, H], the state of [CLS] that a head reads, behind the pooler if the backbone has one."""
         first = tokens.states[:, 0]
-        return jnp.tanh(self.pooler(first)) if self.config.model_type == "bert" else first
+        return jnp.tanh(self.pooler(first)) if self.config.backbone.pooler else first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ Logits = Any  # an array, or a dict of arrays by what they are of
 
 
 class ClassificationHead(nn.Module):
-    """BERT: dropout, Linear. DistilBERT: Linear, ReLU, dropout, Linear.
+    """Dropout, Linear; in front of them Linear, ReLU where the encoder has no pooler.
 
     In multiple choice each row is an option, and its single logit says how well it answers.
     """
@@ -25,15 +26,14 @@ class ClassificationHead(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        if self.config.model_type == "distilbert":
+        if not self.config.backbone.pooler:
             self.pre_classifier = dense(self.config.hidden_size, self.config, self.dtype)
-        outputs = 1 if self.config.task == "multiple_choice" else self.config.num_labels
-        self.classifier = dense(outputs, self.config, jnp.float32)
+        self.classifier = dense(self.config.num_outputs, self.config, jnp.float32)
         self.dropout = nn.Dropout(self.config.classifier_dropout)
 
     def __call__(self, sentence: jax.Array, deterministic: bool) -> jax.Array:
         """[B, H] -> float32 logits [B, C]; [B, 1] in multiple choice."""
-        if self.config.model_type == "distilbert":
+        if not self.config.backbone.pooler:
             sentence = jax.nn.relu(self.pre_classifier(sentence))
         return self.classifier(self.dropout(sentence, deterministic=deterministic))
 
@@ -42,10 +42,11 @@ class SpanHead(nn.Module):
     """A Linear on every token: how well an answer starts there, and ends there."""
 
     config: ModelConfig
+    dtype: Any = jnp.float32
 
     def setup(self) -> None:
         self.qa_outputs = dense(2, self.config, jnp.float32)
-        self.dropout = nn.Dropout(qa_dropout(self.config))
+        self.dropout = nn.Dropout(self.config.backbone.span_dropout)
 
     def __call__(
         self, states: jax.Array, mask: jax.Array, batch: Mapping[str, jax.Array], deterministic: bool
@@ -59,6 +60,7 @@ class CandidateHead(nn.Module):
     """A Linear on the marker before each candidate."""
 
     config: ModelConfig
+    dtype: Any = jnp.float32
 
     def setup(self) -> None:
         self.qa_outputs = dense(1, self.config, jnp.float32)
@@ -66,7 +68,7 @@ class CandidateHead(nn.Module):
     def __call__(
         self, states: jax.Array, mask: jax.Array, batch: Mapping[str, jax.Array], deterministic: bool
     ) -> jax.Array:
-        """States [B, S, H] and `candidates` int32 [B, C] (-1 where there is none) -> float32 [B, C]."""
+        """States [B, S, H] and `candidates` int32 [B, C] (-1 for none) -> float32 [B, C]."""
         return self.qa_outputs(take_states(states, batch["candidates"]))[..., 0]
 
 
@@ -74,6 +76,7 @@ class MultiHopHead(nn.Module):
     """An answer's start and end, its kind (span, yes, no), and which sentences support it."""
 
     config: ModelConfig
+    dtype: Any = jnp.float32
 
     def setup(self) -> None:
         def linear(outputs: int) -> nn.Module:
@@ -85,7 +88,7 @@ class MultiHopHead(nn.Module):
     def __call__(
         self, states: jax.Array, mask: jax.Array, batch: Mapping[str, jax.Array], deterministic: bool
     ) -> dict[str, jax.Array]:
-        """States [B, S, H], `sentences` int32 [B, N, 2] (first and last token, -1 where there is none).
+        """States [B, S, H], `sentences` int32 [B, N, 2] (first and last token, -1 for none).
 
         The kind is read off the largest value of each feature among the positions of `mask`.
 
@@ -103,18 +106,58 @@ class MultiHopHead(nn.Module):
         }
 
 
-HEADS: dict[str, Any] = {
-    "classification": ClassificationHead,
-    "multiple_choice": ClassificationHead,
-    "span": SpanHead,
-    "candidates": CandidateHead,
-    "multi_hop": MultiHopHead,
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The head of a task.
+
+    Attributes:
+      name: key of `HEADS`, the task.
+      module: made with a configuration and a compute dtype.
+      layers: its linear layers, named as on disk.
+      class_suffix: end of the class name in config.json; Hugging Face has no class for some tasks.
+      reads_all_tokens: whether it reads every token, a dropped one in the state it had when dropped;
+        otherwise it reads [CLS] alone.
+      num_outputs: outputs of its last layer, per token or per [CLS]; None for one per label.
+      inputs: entries of a batch that it reads besides the states -> shape of a row in the smallest example.
+    """
+
+    name: str
+    module: type[nn.Module]
+    layers: tuple[str, ...]
+    class_suffix: str = "Model"
+    reads_all_tokens: bool = True
+    num_outputs: int | None = None
+    inputs: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+
+HEADS: dict[str, Head] = {
+    head.name: head
+    for head in (
+        Head(
+            "classification",
+            ClassificationHead,
+            ("classifier",),
+            "ForSequenceClassification",
+            reads_all_tokens=False,
+        ),
+        Head(
+            "multiple_choice",
+            ClassificationHead,
+            ("classifier",),
+            "ForMultipleChoice",
+            reads_all_tokens=False,
+            num_outputs=1,
+        ),
+        Head("span", SpanHead, ("qa_outputs",), "ForQuestionAnswering"),
+        Head("candidates", CandidateHead, ("qa_outputs",), num_outputs=1, inputs={"candidates": (1,)}),
+        Head(
+            "multi_hop",
+            MultiHopHead,
+            ("qa_outputs", "qa_classifier", "sent_linear", "sent_classifier"),
+            inputs={"sentences": (1, 2)},
+        ),
+    )
 }
-
-
-def qa_dropout(config: ModelConfig) -> float:
-    """Dropout before a span head's Linear: DistilBERT has one, BERT none."""
-    return 0.1 if config.model_type == "distilbert" else 0.0
 
 
 def take_states(states: jax.Array, positions: jax.Array) -> jax.Array:

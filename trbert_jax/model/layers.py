@@ -150,7 +150,7 @@ class TransformerLayer(nn.Module):
     def finish(self, states: jax.Array, context: jax.Array, deterministic: bool) -> jax.Array:
         """What follows attention, token by token: [..., H] (twice) -> [..., H]."""
         attended = self.attention_output(context)
-        if self.config.model_type != "distilbert":  # DistilBERT has no dropout here
+        if self.config.backbone.attention_output_dropout:
             attended = self.hidden_dropout(attended, deterministic=deterministic)
         states = self.attention_norm(states + attended)
         inner = jax.nn.gelu(self.intermediate(states), approximate=False)

@@ -43,9 +43,7 @@ class TokenReducingModel(nn.Module):
 
     def setup(self) -> None:
         self.encoder = Encoder(self.config, self.dtype, self.remat)
-        head = HEADS[self.config.task]
-        reads_states = self.config.reads_all_tokens
-        self.head = head(self.config) if reads_states else head(self.config, self.dtype)
+        self.head = self.config.head.module(self.config, self.dtype)
 
     def __call__(
         self,
@@ -125,18 +123,15 @@ def forward(
     )
 
 
-# What heads read besides the states, an entry a row.
-_HEAD_INPUTS = ("candidates", "sentences", "head_mask")
-
-
 def head_inputs(batch: Batch, num_copies: int = 1) -> dict[str, jax.Array]:
-    """What heads read besides the states, for `num_copies` copies of the rows.
+    """Returns the entries that heads read besides the states, for `num_copies` copies of the rows.
 
-    `candidates` and `sentences` are positions; `head_mask` bool [B, S] is what a head and the losses see
-    of the positions, where that is not the real tokens.
+    These are `Head.inputs` and `head_mask` bool [B, S], the positions that head and losses see, where they
+    differ from the real tokens.
     """
-    found = {key: batch[key] for key in _HEAD_INPUTS if key in batch}
-    return {key: jnp.tile(x, (num_copies, *(1,) * (x.ndim - 1))) for key, x in found.items()}
+    keys = [*(key for head in HEADS.values() for key in head.inputs), "head_mask"]
+    inputs = {key: batch[key] for key in keys if key in batch}
+    return {key: jnp.tile(x, (num_copies, *(1,) * (x.ndim - 1))) for key, x in inputs.items()}
 
 
 def shared_passage(config: ModelConfig, batch: Batch, num_copies: int = 1) -> SharedPassage | None:
@@ -150,12 +145,8 @@ def shared_passage(config: ModelConfig, batch: Batch, num_copies: int = 1) -> Sh
 def init_params(config: ModelConfig, rng: jax.Array) -> Params:
     """Fresh float32 parameters, every selector included: normal(0, initializer_range), biases 0."""
     model = TokenReducingModel(config)
-    batch = {
-        "input_ids": jnp.zeros((1, 2), jnp.int32),
-        "mask": jnp.ones((1, 2), bool),
-        "candidates": jnp.zeros((1, 1), jnp.int32),
-        "sentences": jnp.zeros((1, 1, 2), jnp.int32),
-    }
+    batch = {"input_ids": jnp.zeros((1, 2), jnp.int32), "mask": jnp.ones((1, 2), bool)}
+    batch |= {key: jnp.zeros((1, *shape), jnp.int32) for key, shape in config.head.inputs.items()}
 
     def everything(module: TokenReducingModel) -> jax.Array:
         output = module(batch, rule=keep_all)

@@ -16,8 +16,8 @@ from trbert_jax.errors import UserError
 from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.inference.evaluate import run_baselines, run_thresholds, summarize, write_predictions
 from trbert_jax.io import atomic_directory, write_json
+from trbert_jax.model.config import model_config_to_dict
 from trbert_jax.model.heads import Logits
-from trbert_jax.model.hf_config import model_config_to_dict
 from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.tasks import Score
 from trbert_jax.tasks.base import QuestionData

@@ -28,10 +28,11 @@ from trbert_jax.config import STAGES, RunConfig, diff_configs, load_stored, to_d
 from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.inference.engine import AfterBatch, CompiledForward, InferenceEngine, Outputs
 from trbert_jax.io import make_directory, only_process, read_json, write_json
+from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.model.model import TokenReducingModel, init_params
 from trbert_jax.model.pretrained import Pretrained, load_pretrained
-from trbert_jax.model.tokenizer_files import load_tokenizer, read_line_breaks_as_spaces
+from trbert_jax.model.tokenizers import load_tokenizer, read_line_breaks_as_spaces
 from trbert_jax.parallel import DeviceMesh, make_mesh
 from trbert_jax.tasks import Score, TaskData, load_task_data
 from trbert_jax.tasks.base import QuestionData
@@ -207,7 +208,7 @@ class Experiment:
     def load(self, stage: str, needed_by: str) -> Pretrained:
         """The model a finished stage made."""
         path = self.output_of(stage, "model", needed_by)
-        return load_pretrained(path, announce=self.say_once, seed=self.config.seed)
+        return load_pretrained(path, seed=self.config.seed)
 
     def base_model(self) -> Pretrained:
         """The model before any training, with a fresh classifier for the data's labels."""
@@ -240,7 +241,6 @@ class Experiment:
             max_positions=model.max_positions,
             keep_layers=model.keep_layers,
             max_length=model.max_length,
-            announce=self.announce,
             seed=self.config.seed,
         )
         tokenizer = load_tokenizer(model.tokenizer) if model.tokenizer else loaded.tokenizer
@@ -251,7 +251,7 @@ class Experiment:
         return dataclasses.replace(loaded, tokenizer=tokenizer)
 
     def _scratch(self, labels: tuple[str, ...]) -> Pretrained:
-        from trbert_jax.model.wordpiece import train_wordpiece
+        from trbert_jax.model.tokenizers import train_wordpiece
 
         model, shape = self.config.model, self.config.model.scratch
         if model.tokenizer:
@@ -260,23 +260,23 @@ class Experiment:
             texts = self.data.texts("train")
             tokenizer = train_wordpiece(texts, shape.vocab_size, self.data.markers)
             self.announce(f"trained a WordPiece vocabulary of {len(tokenizer)} tokens on {len(texts)} texts")
-        config = ModelConfig(
-            model_type=shape.model_type,
-            task=self.data.task,
-            vocab_size=max(tokenizer.get_vocab().values()) + 1,  # a vocabulary may have gaps
-            hidden_size=shape.hidden_size,
-            num_layers=shape.num_layers,
-            num_heads=shape.num_heads,
-            intermediate_size=shape.intermediate_size,
-            max_positions=model.max_positions or model.max_length,
-            type_vocab_size=2 if shape.model_type == "bert" else 0,
-            classifier_dropout=0.1 if shape.model_type == "bert" else 0.2,
-            initializer_range=shape.initializer_range,
-            labels=labels or ModelConfig.labels,
-            max_length=model.max_length,
-        )
+        backbone = BACKBONES[shape.model_type]
+        sizes: dict[str, Any] = {
+            "model_type": backbone.name,
+            "task": self.data.task,
+            "vocab_size": max(tokenizer.get_vocab().values()) + 1,  # a vocabulary may have gaps
+            "hidden_size": shape.hidden_size,
+            "num_layers": shape.num_layers,
+            "num_heads": shape.num_heads,
+            "intermediate_size": shape.intermediate_size,
+            "max_positions": model.max_positions or model.max_length,
+            "initializer_range": shape.initializer_range,
+            "labels": labels or ModelConfig.labels,
+            "max_length": model.max_length,
+        }
+        config = ModelConfig(**{**backbone.defaults, **sizes})
         params = jax.device_get(init_params(config, jax.random.key(self.config.seed)))
-        return Pretrained(config, params, tokenizer, fresh=("selectors", "head"))
+        return Pretrained(config, params, tokenizer, newly_initialized=("selectors", "head"))
 
     def module(self, config: ModelConfig) -> TokenReducingModel:
         """The model that computes, in the configured dtype."""

@@ -283,16 +283,15 @@ def scale_by_published_adam(
 
 
 def decay_mask(params: Params, config: ModelConfig) -> Any:
-    """True where weight decay applies: not to biases, nor to LayerNorm scales.
+    """Returns True where weight decay applies: not to biases, nor to LayerNorm scales.
 
-    DistilBERT's own layers name their LayerNorms differently, and the published exclusion by name
-    misses them: there the scales are decayed. Kept, since the default decay is 0 anyway.
+    Some backbones decay the scales in their layers (`Backbone.decays_layer_norm`), as published.
     """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         names = [entry.key for entry in path]
         if names[-1] == "scale":
-            return config.model_type == "distilbert" and "embeddings" not in names
+            return config.backbone.decays_layer_norm and "embeddings" not in names
         return names[-1] != "bias"
 
     return jax.tree_util.tree_map_with_path(decays, params)

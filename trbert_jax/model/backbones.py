@@ -1,0 +1,170 @@
+"""List the backbones by name: how each differs from BERT, in memory and on disk. Free of JAX.
+
+All backbones are post-LN encoders that `trbert_jax.model` computes; a record holds the differences.
+To add a backbone of that kind, register one `Backbone`. Source: docs/method.md, "Encoder", "Checkpoints".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+Names = tuple[tuple[str, str], ...]  # (key in the parameter tree, name on disk), in order of computation
+
+BERT_TOKENS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A family of encoders.
+
+    Attributes:
+      name: `model_type` in config.json, and the prefix of weight names on disk.
+      aliases: other `model_type`s with the same parameters: the published code names a model after what it
+        does.
+      class_name: beginning of the class name in config.json.
+      keys: `ModelConfig` field -> key in config.json.
+      activation_key: key in config.json; the activation must be the exact GELU.
+      defaults: `ModelConfig` fields for a silent config.json, where they differ from `ModelConfig`'s own.
+      embeddings: names below `<name>.embeddings`.
+      stack: module that holds the layers and the selectors.
+      layer: names below `<name>.<stack>.layer.<number>`.
+      pooler: whether a tanh layer in the encoder reads [CLS]; otherwise a ReLU layer in the classification
+        head does (`pre_classifier`).
+      attention_output_dropout: whether dropout follows the output projection of attention.
+      span_dropout: dropout probability before the last layer of a span head.
+      decays_layer_norm: whether weight decay applies to the LayerNorm scales outside the embeddings, as in
+        the published training.
+      special_tokens: role -> token, unless the tokenizer's own files name it.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    class_name: str
+    keys: Mapping[str, str]
+    activation_key: str
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    embeddings: Names
+    stack: str
+    layer: Names
+    pooler: bool
+    attention_output_dropout: bool = True
+    span_dropout: float = 0.0
+    decays_layer_norm: bool = False
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=lambda: BERT_TOKENS)
+
+
+BACKBONES: dict[str, Backbone] = {}
+
+
+def register_backbone(backbone: Backbone) -> Backbone:
+    """Adds a backbone to `BACKBONES`.
+
+    Raises:
+      ValueError: another backbone has its name or one of its aliases.
+    """
+    taken = [name for name in (backbone.name, *backbone.aliases) if find_backbone(name)]
+    if taken:
+        raise ValueError(f"model type {taken[0]!r} is registered already")
+    BACKBONES[backbone.name] = backbone
+    return backbone
+
+
+def find_backbone(model_type: Any) -> Backbone | None:
+    """Returns the backbone of this name or alias, or None."""
+    return next((b for b in BACKBONES.values() if model_type in (b.name, *b.aliases)), None)
+
+
+def model_types() -> tuple[str, ...]:
+    """Returns all names and aliases."""
+    return tuple(name for b in BACKBONES.values() for name in (b.name, *b.aliases))
+
+
+register_backbone(
+    Backbone(
+        name="bert",
+        aliases=("autobert", "initbert"),
+        class_name="Bert",
+        keys={
+            "vocab_size": "vocab_size",
+            "hidden_size": "hidden_size",
+            "num_layers": "num_hidden_layers",
+            "num_heads": "num_attention_heads",
+            "intermediate_size": "intermediate_size",
+            "max_positions": "max_position_embeddings",
+            "type_vocab_size": "type_vocab_size",
+            "layer_norm_eps": "layer_norm_eps",
+            "hidden_dropout": "hidden_dropout_prob",
+            "attention_dropout": "attention_probs_dropout_prob",
+            "classifier_dropout": "classifier_dropout",
+            "initializer_range": "initializer_range",
+            "pad_token_id": "pad_token_id",
+        },
+        activation_key="hidden_act",
+        embeddings=(
+            ("word", "word_embeddings"),
+            ("position", "position_embeddings"),
+            ("token_type", "token_type_embeddings"),
+            ("norm", "LayerNorm"),
+        ),
+        stack="encoder",
+        layer=(
+            ("query", "attention.self.query"),
+            ("key", "attention.self.key"),
+            ("value", "attention.self.value"),
+            ("attention_output", "attention.output.dense"),
+            ("attention_norm", "attention.output.LayerNorm"),
+            ("intermediate", "intermediate.dense"),
+            ("output", "output.dense"),
+            ("output_norm", "output.LayerNorm"),
+        ),
+        pooler=True,
+    )
+)
+
+register_backbone(
+    Backbone(
+        name="distilbert",
+        aliases=("distilautobert", "initdistilbert"),
+        class_name="DistilBert",
+        keys={
+            "vocab_size": "vocab_size",
+            "hidden_size": "dim",
+            "num_layers": "n_layers",
+            "num_heads": "n_heads",
+            "intermediate_size": "hidden_dim",
+            "max_positions": "max_position_embeddings",
+            "hidden_dropout": "dropout",
+            "attention_dropout": "attention_dropout",
+            "classifier_dropout": "seq_classif_dropout",
+            "initializer_range": "initializer_range",
+            "pad_token_id": "pad_token_id",
+        },
+        activation_key="activation",
+        defaults={"num_layers": 6, "type_vocab_size": 0, "classifier_dropout": 0.2},
+        embeddings=(("word", "word_embeddings"), ("position", "position_embeddings"), ("norm", "LayerNorm")),
+        stack="transformer",
+        layer=(
+            ("query", "attention.q_lin"),
+            ("key", "attention.k_lin"),
+            ("value", "attention.v_lin"),
+            ("attention_output", "attention.out_lin"),
+            ("attention_norm", "sa_layer_norm"),
+            ("intermediate", "ffn.lin1"),
+            ("output", "ffn.lin2"),
+            ("output_norm", "output_layer_norm"),
+        ),
+        pooler=False,
+        attention_output_dropout=False,
+        span_dropout=0.1,
+        # The published exclusion from decay goes by name, and misses DistilBERT's own LayerNorms.
+        decays_layer_norm=True,
+    )
+)
