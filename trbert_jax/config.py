@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from trbert_jax.datasets import find_dataset
 from trbert_jax.errors import UserError
 from trbert_jax.io import YamlKey, parse_yaml, read_json, read_text
+from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.reduction.rules import DEFAULT_RULE, RULES, rule_names
 
 COMMAND_LINE = "command line"
@@ -59,6 +60,7 @@ MaxLength = Annotated[int, Field(strict=True, ge=3)]  # [CLS], one token, [SEP]
 Backend = Literal["packed", "masked"]
 StageName = Annotated[Text, _name_from(lambda: STAGES)]
 RuleName = Annotated[Text, _name_from(rule_names)]
+BackboneName = Annotated[Text, _name_from(lambda: tuple(BACKBONES))]
 BaselineName = Annotated[Text, _name_from(lambda: rule_names("baseline"))]
 
 # Sections -----------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ class DataConfig(Section):
 class ScratchConfig(Section):
     """The shape of a model with random weights; used only if model.init is scratch."""
 
-    model_type: Literal["bert", "distilbert"] = "bert"  # the architecture
+    model_type: BackboneName = "bert"  # the architecture, see `model.backbones`
     vocab_size: Count = 30522  # entries of the vocabulary; an upper limit if the tokenizer is trained
     hidden_size: Count = 768  # width, a multiple of num_heads
     num_layers: Count = 12  # encoder layers
