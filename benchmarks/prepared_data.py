@@ -22,9 +22,8 @@ import numpy as np
 
 from trbert_jax.config import RunConfig, load_config
 from trbert_jax.inference.benchmark_report import machine
-from trbert_jax.io import check_writable, write_json
+from trbert_jax.io import check_writable, hash_file, write_json
 from trbert_jax.training import loop, stages
-from trbert_jax.training.checkpoints import hash_file
 from trbert_jax.training.experiment import Experiment
 
 COMMAND = [sys.executable, "-c", "import sys; from trbert_jax.cli import main; sys.exit(main())"]

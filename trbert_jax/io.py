@@ -286,6 +286,13 @@ def parse_yaml(text: str, source: str | None = None) -> Any:
         raise UserError(f"{place}: not valid YAML ({problem})") from error
 
 
+def hash_file(path: Path) -> dict[str, Any]:
+    """Returns the size and hash of a file, `bytes` and `blake2b`."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
+        return {"bytes": stream.tell(), "blake2b": digest.hexdigest()}
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

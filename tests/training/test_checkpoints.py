@@ -26,7 +26,8 @@ import pytest
 from flax import struct
 
 from trbert_jax.errors import UserError
-from trbert_jax.training.checkpoints import CheckpointStore, hash_file
+from trbert_jax.io import hash_file
+from trbert_jax.training.checkpoints import CheckpointStore
 
 
 @struct.dataclass

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from trbert_jax.config import diff_configs, upgrade
 from trbert_jax.errors import UserError
-from trbert_jax.io import make_directory, read_json, write_json
+from trbert_jax.io import hash_file, make_directory, read_json, write_json
 
 FORMAT = 1  # of manifest.json
 MANIFEST, ARRAYS = "manifest.json", "arrays"
@@ -87,10 +87,6 @@ class CheckpointStore:
     def best_step(self) -> int | None:
         """Returns the step with the largest `metric`, the first of equals; None without metrics."""
         return _best(self._manifests())
-
-    def metrics(self, step: int) -> dict[str, float | None]:
-        """Returns the metrics saved with a step; None for a value that was not finite."""
-        return dict(self._manifest(step)["metrics"])
 
     def save(
         self,
@@ -158,14 +154,15 @@ class CheckpointStore:
           DamagedCheckpointError: a file is missing or changed.
           UserError: it does not exist, or has another fingerprint or other arrays.
         """
-        folder, manifest = self.folder(step), self._manifest(step)
-        lines = diff_configs(upgrade(manifest["fingerprint"]), self._fingerprint)
-        if lines:
+        folder, manifests = self.folder(step), self._manifests()
+        if step not in manifests:
+            raise UserError(f"{folder}: no such checkpoint; existing steps: {sorted(manifests)}")
+        manifest, leaves = manifests[step], _named_leaves(like)
+        if lines := diff_configs(upgrade(manifest["fingerprint"]), self._fingerprint):
             raise UserError(
                 f"{folder}: saved with other settings (then -> now):\n{_cut(lines)}\nset them back, choose "
                 f"another work directory, or delete {self.directory} to train this stage again"
             )
-        leaves = _named_leaves(like)
         if lines := diff_configs(manifest["arrays"], _describe(leaves)):
             raise UserError(
                 f"{folder}: has other arrays than this run (saved -> expected):\n{_cut(lines)}\n"
@@ -175,14 +172,11 @@ class CheckpointStore:
             _check_files(folder, manifest["files"])
         except ValueError as error:
             raise self._damaged(step, error) from error
-        wanted = {name: leaf for name, leaf in leaves.items() if leaf.size}
-        request = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray)),
-        )
-        options = _this_process()
+        wanted, options = {name: leaf for name, leaf in leaves.items() if leaf.size}, _this_process()
+        as_numpy = dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray))
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
         with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
+            request = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy)
             arrays = reader.restore((folder / ARRAYS).absolute(), args=request)
         values = [np.asarray(arrays.get(k, np.zeros(leaf.shape, leaf.dtype))) for k, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(like), values)
@@ -220,22 +214,12 @@ class CheckpointStore:
             self._close()
             # TensorStore reports errors of the file system as "CODE: what: how: why [details]".
             text = str(error).split(" [", maxsplit=1)[0]
-            if isinstance(error, UserError) or not (
-                isinstance(error, OSError) or re.match("[A-Z_]+: ", text)
-            ):
+            if isinstance(error, UserError) or not re.match(r"[A-Z_]+: |\[Errno ", text):
                 raise
-            reason = error.strerror if isinstance(error, OSError) else text.rsplit(": ", maxsplit=1)[-1]
+            reason = getattr(error, "strerror", None) or text.rsplit(": ", maxsplit=1)[-1]
             raise UserError(
-                f"{self.folder(step)}: cannot be written ({reason}); free some space or choose another work "
-                "directory"
+                f"{self.folder(step)}: cannot be written ({reason}); free some space or choose another workdir"
             ) from error
-
-    def _manifest(self, step: int) -> dict[str, Any]:
-        manifests = self._manifests()
-        if step not in manifests:
-            steps = ", ".join(map(str, manifests)) or "none"
-            raise UserError(f"{self.folder(step)}: no such checkpoint; existing steps: {steps}")
-        return manifests[step]
 
     def _manifests(self) -> dict[int, dict[str, Any]]:
         """Step -> manifest, ascending."""
@@ -300,13 +284,6 @@ class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         """Returns False: JAX answers that question once, and training asks it (`training.preemption`)."""
         return False
-
-
-def hash_file(path: Path) -> dict[str, Any]:
-    """Returns the size and hash of a file."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
-        return {"bytes": stream.tell(), "blake2b": digest.hexdigest()}
 
 
 def _this_process() -> Any:

@@ -24,9 +24,8 @@ import numpy as np
 
 from trbert_jax.config import diff_configs
 from trbert_jax.errors import UserError
-from trbert_jax.io import atomic_file, make_directory, read_json, write_json
+from trbert_jax.io import atomic_file, hash_file, make_directory, read_json, write_json
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.training.checkpoints import hash_file
 
 logger = logging.getLogger(__name__)
 
