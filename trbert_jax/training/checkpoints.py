@@ -218,7 +218,7 @@ class CheckpointStore:
                 raise
             reason = getattr(error, "strerror", None) or text.rsplit(": ", maxsplit=1)[-1]
             raise UserError(
-                f"{self.folder(step)}: cannot be written ({reason}); free some space or choose another workdir"
+                f"{self.folder(step)}: cannot be written ({reason}); free some space or use another workdir"
             ) from error
 
     def _manifests(self) -> dict[int, dict[str, Any]]:
