@@ -30,7 +30,7 @@ from trbert_jax.model.model import Batch, Params, TokenReducingModel, init_param
 from trbert_jax.parallel import make_mesh
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, layer_macs, reduced_flops
-from trbert_jax.tasks.batching import pad_batch
+from trbert_jax.tasks.examples import pad_batch
 from trbert_jax.training import objectives
 from trbert_jax.training import step as optimizer
 from trbert_jax.training import step as steps

@@ -27,7 +27,8 @@ from trbert_jax.model.weights import from_original_names, read_weights, to_origi
 from trbert_jax.reduction import policy_loss as policy
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction import selection as tokens
-from trbert_jax.tasks import batch as tasks
+from trbert_jax.tasks import TASKS as LOSSES
+from trbert_jax.tasks.losses import Rows
 from trbert_jax.training import objectives
 from trbert_jax.training import step as optimizer
 
@@ -295,7 +296,7 @@ def _logit_outputs(case: Case, logits: Any, num_copies: int = 1) -> dict[str, An
         start, end = jnp.moveaxis(logits["span"], 1, 0)
         ends = {"start_logits": start, "end_logits": end}
         return {**ends, "switch_logits": logits["kind"], "sent_logits": logits["sentence"]}
-    answers = tasks.example_logits(task, logits, case.batch, num_copies)
+    answers = LOSSES[task].example_logits(logits, Rows(case.batch, num_copies))
     return {"candidate_logits" if task == "candidates" else "logits": answers}
 
 
@@ -432,7 +433,7 @@ def _masked_scores(
         last = dataclasses.replace(tokens, states=back_states)
         last = run(last, range(back + 1, model.config.num_layers), method="run_layers")
         logits = run(last, head_inputs(batch), method="answer")
-        loss = tasks.task_loss(model.config.task, logits, batch)
+        loss = LOSSES[model.config.task].loss(logits, Rows(batch))
         return loss.sum(), (logits, loss)
 
     gradient, (logits, loss) = jax.grad(loss_from, has_aux=True)(states[back])

@@ -15,10 +15,7 @@ from typing import Any
 
 import pytest
 
-from trbert_jax.tasks import score_hotpotqa as hotpotqa
-from trbert_jax.tasks import score_mrqa as mrqa
-from trbert_jax.tasks import score_squad as squad
-from trbert_jax.tasks import score_triviaqa as triviaqa
+from trbert_jax.tasks import scorers
 
 OWN = Path(__file__).parent / "golden_metrics"
 DIRECTORY = Path(os.environ.get("TRBERT_GOLDEN_METRICS_DIR") or OWN)
@@ -33,17 +30,17 @@ def run_squad(case: dict[str, Any]) -> dict[str, float]:
     odds = case.get("na_probs")
     # The official default: "" where the probability is above.
     threshold = None if odds is None else case.get("na_prob_thresh", 1.0)
-    return squad.evaluate(gold, case["predictions"], odds, threshold)
+    return scorers.score_squad(gold, case["predictions"], odds, threshold)
 
 
 def run_mrqa(case: dict[str, Any]) -> dict[str, float]:
-    return mrqa.evaluate(case["answers"], case["predictions"])
+    return scorers.score_mrqa(case["answers"], case["predictions"])
 
 
 def run_hotpotqa(case: dict[str, Any]) -> dict[str, float]:
     gold = {question["_id"]: question for question in case["gold"]}
     assert len(gold) == len(case["gold"]), "two questions have the same id"
-    return hotpotqa.evaluate(gold, case["predictions"])
+    return scorers.score_hotpotqa(gold, case["predictions"])
 
 
 def run_triviaqa(case: dict[str, Any]) -> dict[str, float]:
@@ -51,7 +48,7 @@ def run_triviaqa(case: dict[str, Any]) -> dict[str, float]:
         question: [*answer["NormalizedAliases"], *answer.get("HumanAnswers", [])]
         for question, answer in case["ground_truth"].items()
     }
-    return triviaqa.evaluate(gold, case["predictions"])
+    return scorers.score_triviaqa(gold, case["predictions"])
 
 
 # Scorer -> whether a file is one of its, by what only its gold looks like.

@@ -16,8 +16,7 @@ import numpy as np
 
 from trbert_jax.config import BackboneConfig, DataConfig, RunConfig
 from trbert_jax.model.tokenizers import Tokenizer, wrap_tokenizer
-from trbert_jax.tasks import load_task_data
-from trbert_jax.tasks.base import QuestionData
+from trbert_jax.tasks import Splits
 from trbert_jax.tasks.examples import Examples
 
 CAFE = "naïve cafe\u0301"  # the first accent is part of its letter, the second a character of its own
@@ -78,15 +77,12 @@ class Published:
     def __init__(self, name: str, folder: Path, choices: Any = "pairs", **model: Any) -> None:
         data = DataConfig(name=name, path=str(folder), choices=choices)
         config = RunConfig(workdir="x", data=data, model=BackboneConfig(init="scratch", **model))
-        task = load_task_data(config, lambda line: None)
-        assert isinstance(task, QuestionData)
-        self.task: Any = task
-        self.tokenizer = word_tokenizer([*task.texts("train"), *task.texts("dev")])
+        self.splits = Splits(config)
+        self.tokenizer = word_tokenizer([*self.splits.texts("train"), *self.splits.texts("dev")])
         self.max_length = config.model.max_length
 
     def inputs(self, split: str) -> Examples:
-        found: Examples = self.task.inputs(split, self.tokenizer, Path("x"))
-        return found
+        return self.splits.examples(split, self.tokenizer)
 
     def rows(self, split: str) -> list[str]:
         """Every input as one string, pieces apart."""
@@ -97,11 +93,11 @@ class Published:
     def counts(self, split: str) -> dict[str, int]:
         """What became of a split, without what is 0."""
         self.inputs(split)
-        return {name: count for name, count in self.task.notes[split].items() if count}
+        return {name: count for name, count in self.splits.notes[split].items() if count}
 
     def score(self, split: str, logits: Any) -> tuple[dict[str, float], dict[str, Any]]:
         """Metrics and files of these logits."""
-        found = self.task.score(split, self.inputs(split), self.tokenizer, logits)
+        found = self.splits.task.score(self.inputs(split), logits)
         return found.metrics, found.files
 
     def sure_of(self, ends: Iterable[tuple[int, int]]) -> np.ndarray:

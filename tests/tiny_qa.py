@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from trbert_jax.datasets.records import Span, SpanQuestion
 from trbert_jax.model.tokenizers import Tokenizer, wrap_tokenizer
-from trbert_jax.tasks.ragged import TokenRows
-from trbert_jax.tasks.windows import Windows
+from trbert_jax.tasks.examples import Examples
 
 LETTERS = string.ascii_lowercase + string.digits
 # fmt: off
@@ -39,13 +38,14 @@ def pieces(tokens: np.ndarray) -> list[str]:
     return [VOCABULARY[t] for t in tokens]
 
 
-def row(rows: TokenRows, i: int) -> str:
+def row(examples: Examples, i: int) -> str:
     """A row as one string, pieces apart."""
-    return " ".join(pieces(rows.row(i)))
+    return " ".join(pieces(examples.row(i)))
 
 
-def types(rows: TokenRows, i: int) -> list[int]:
-    return rows.token_types[rows.offsets[i] : rows.offsets[i + 1]].tolist()
+def types(examples: Examples, i: int) -> list[int]:
+    assert examples.token_types is not None
+    return examples.token_types[examples.offsets[i] : examples.offsets[i + 1]].tolist()
 
 
 def span_question(
@@ -62,18 +62,19 @@ def span_question(
     return SpanQuestion(id, question, context, spans, answers, impossible, "f.json: data[0]")
 
 
-def context_chars(windows: Windows, i: int) -> np.ndarray:
+def context_chars(examples: Examples, i: int) -> np.ndarray:
     """The characters of each context token of row i, [pieces, 2]."""
-    context = windows.contexts.chars_of(int(windows.context_index[windows.question[i]]))
+    windows = examples.layout
+    context = windows.chars[int(windows.context_index[windows.question[i]])]
     first = int(windows.first_piece[i])
     return context[first : first + int(windows.num_pieces[i])]
 
 
-def one_hot(windows: Windows, row: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logits that are 1 at one start and one end of one row, else 0."""
-    logits = np.zeros((2, len(windows.rows.tokens)), np.float32)
-    logits[0, windows.rows.offsets[row] + start] = logits[1, windows.rows.offsets[row] + end] = 1
-    return logits[0], logits[1]
+def one_hot(examples: Examples, row: int, start: int, end: int) -> np.ndarray:
+    """Logits [R, 2, S] that are 1 at one start and one end of one row, else 0."""
+    logits = np.zeros((examples.num_rows, 2, int(examples.row_lengths.max())), np.float32)
+    logits[row, 0, start] = logits[row, 1, end] = 1
+    return logits
 
 
 WORDS = [

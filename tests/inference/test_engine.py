@@ -17,8 +17,7 @@ from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Output
 from trbert_jax.model.model import TokenReducingModel, forward
 from trbert_jax.model.packed import BACKENDS
 from trbert_jax.reduction import selection as tokens
-from trbert_jax.tasks.batching import width_ladder
-from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.examples import Examples, width_buckets
 
 MAX_LENGTH = 48
 CONFIG = dataclasses.replace(tiny_models.BERT, max_positions=MAX_LENGTH, max_length=MAX_LENGTH)
@@ -26,7 +25,7 @@ MODEL = TokenReducingModel(CONFIG)
 # With this seed both points drop some tokens of most texts, and both labels are predicted.
 PARAMS = jax.tree.map(jnp.asarray, tiny_models.tiny_params(CONFIG, seed=38, scale=0.3))
 NUM = 40
-WIDTHS = width_ladder(MAX_LENGTH)
+WIDTHS = width_buckets(MAX_LENGTH)
 BATCH = 32
 
 

@@ -24,8 +24,7 @@ from trbert_jax.inference.answering import answer_stream
 from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction import flops
-from trbert_jax.tasks import load_task_data
-from trbert_jax.tasks.base import QuestionData
+from trbert_jax.tasks import Splits
 
 BASE = dataclasses.replace(
     tiny_models.BERT,
@@ -361,27 +360,27 @@ def test_questions_without_inputs_are_bad_records(
     assert len(found["answer"] if kind == "multi_hop" else found) == left
 
 
-def test_training_leaves_out_what_cannot_become_inputs(tmp_path: Path) -> None:
+def test_training_leaves_out_what_cannot_become_inputs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     document = SAMPLES["squad"].fresh()
     document["data"][0]["paragraphs"][0]["qas"][0]["question"] = "\u200b"
     SAMPLES["squad"].write(tmp_path / "train-v2.0.json", document)
-    said = list[str]()
     settings = DataConfig(name="squad", path=str(tmp_path), skip_bad_records=True)
     model = BackboneConfig(init="scratch", max_length=64, window_step=16)
     config = RunConfig(workdir="x", data=settings, model=model)
-    data = load_task_data(config, said.append)
-    assert isinstance(data, QuestionData)
+    data = Splits(config)
     before = data.ids("train")
-    features = data.inputs("train", qa_tokenizer(), tmp_path)
+    features = data.examples("train", qa_tokenizer())
     assert data.ids("train") == before - {"q1"}
     assert set(features.ids) <= data.ids("train")
     assert data.notes["train"]["skipped_records"] == 1
     assert "question 'q1': question: has no tokens" in data.notes["train"]["skipped"][0]
-    assert any("train: 1 of 4 records skipped" in line for line in said)
+    assert "train: 1 of 4 records skipped" in caplog.text
     settings = dataclasses.replace(settings, skip_bad_records=False)
-    strict = load_task_data(dataclasses.replace(config, data=settings), print)
+    strict = Splits(dataclasses.replace(config, data=settings))
     with pytest.raises(UserError, match="with --skip-bad-records"):
-        strict.inputs("train", qa_tokenizer(), tmp_path)
+        strict.examples("train", qa_tokenizer())
 
 
 _COMPILED = ("segments", "candidates")  # the others take as long again, together more than is quick
@@ -489,4 +488,4 @@ def test_settings_that_a_data_set_does_not_read(name: str, section: str, setting
     data, model = DataConfig(**parts["data"]), BackboneConfig(**parts["model"])
     (key,) = setting
     with pytest.raises(UserError, match=rf"{section}.{key} is .*, which {name} does not read; leave it out"):
-        load_task_data(RunConfig(workdir="x", data=data, model=model), print)
+        Splits(RunConfig(workdir="x", data=data, model=model))

@@ -16,8 +16,8 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, TokenReducingModel, forward, head_inputs
 from trbert_jax.reduction.residual_scores import rank_targets, residual_scores, score_layers
 from trbert_jax.reduction.selection import TokenSet
-from trbert_jax.tasks import batch as tasks
-from trbert_jax.tasks.losses import cross_entropy
+from trbert_jax.tasks import TASKS
+from trbert_jax.tasks.losses import Rows, cross_entropy
 
 BERT = tiny_models.BERT
 LENGTHS = [6, 1, 4]
@@ -56,7 +56,7 @@ def losses_after_moving(
     states = states[-1] + distance * which[..., None] * (states[-1] - states[start + 1])
     last = layers(TokenSet(states, batch["mask"]), range(back + 1, model.config.num_layers))
     logits = model.apply({"params": params}, last, head_inputs(batch), method="answer")
-    return tasks.task_loss(model.config.task, logits, batch)
+    return TASKS[model.config.task].loss(logits, Rows(batch))
 
 
 def slopes(

@@ -148,7 +148,7 @@ def test_training_draws_the_order_and_keeps_the_answers(tmp_path: Path) -> None:
     texts = {fact: " ".join(ROW.split()[a : b + 1]) for fact, (a, b) in PLACES.items()}
     orders = set()
     for epoch in range(4):
-        found = data.task.redraw(data.tokenizer, epoch)
+        found = data.splits.resample(data.inputs("train"), epoch)
         assert found.ids == list(ANSWERS)
         for i, name in enumerate(ANSWERS):
             tokens = found.tokens[found.offsets[i] : found.offsets[i + 1]].tolist()

@@ -69,7 +69,7 @@ def test_squad_windows_and_targets(squad: Published) -> None:
     for row, (first, _) in enumerate(WINDOWS[1:4], 1):
         start, end = (token - BEGIN + first for token in late[row])
         assert spelled(LONG, start, end) == CAFE
-        assert squad.task.windows("dev", squad.tokenizer).windows.text(row, *late[row]) == CAFE
+        assert found.layout.text(row, *late[row]) == CAFE
 
 
 def test_squad_counts(squad: Published) -> None:

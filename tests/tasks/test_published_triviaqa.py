@@ -112,7 +112,7 @@ def test_published_a_perfect_model(trivia: Published) -> None:
     """Of Wikipedia the best document answers; of the web two of four documents show no answer."""
     metrics, files = trivia.score("dev", perfect(trivia, FIRST_PLACES))
     cafe = f"Naïve  {CAFE.split()[1]}"  # as written
-    if trivia.task.config.data.name == "triviaqa":
+    if trivia.splits.task.inputs.data == "triviaqa":
         assert files["predictions.json"] == {"tc_1": "Łódź", "tc_2": cafe}
         assert (metrics["exact_match"], metrics["f1"]) == (100, 100)
         assert metrics["denominator"] == metrics["common"] == metrics["pred_len"] == 2

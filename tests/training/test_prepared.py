@@ -17,8 +17,7 @@ from trbert_jax.cli import main
 from trbert_jax.config import load_config
 from trbert_jax.errors import UserError
 from trbert_jax.io import read_json, write_json
-from trbert_jax.tasks.batching import pad_batch
-from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.examples import Examples, pad_batch
 from trbert_jax.training import prepared as prepared_module
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.prepared import load_prepared, shard_paths, write_prepared

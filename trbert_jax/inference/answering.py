@@ -5,7 +5,7 @@
     model = TRBert.from_pretrained("work/model")
     answer_questions(model, [{"question": "Who wrote it?", "context": "It was written by Ada."}])
 
-What a question has to have says `trbert_jax.tasks.requests`.
+docs/question_answering.md lists the fields of a question.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.config import BackboneConfig, DataConfig, RunConfig
 from trbert_jax.datasets import BadRecords, find_dataset
 from trbert_jax.errors import UserError
 from trbert_jax.inference.engine import Outputs
@@ -25,14 +24,12 @@ from trbert_jax.inference.predictor import WINDOW, TRBert
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD
-from trbert_jax.tasks import load_task_data
-from trbert_jax.tasks.base import QuestionData, Score
+from trbert_jax.tasks import Score, Task
+from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.requests import SHORTEST, parse_requests
+from trbert_jax.tasks.splits import encode_usable, notes_of, saved_task
 
 Announce = Callable[[str], Any]
-
-_SPLIT = "test"
 
 
 def _say_nothing(line: str) -> None:
@@ -40,66 +37,49 @@ def _say_nothing(line: str) -> None:
 
 
 class Questions:
-    """Questions as a trained model reads them, and what its outputs for them are worth.
+    """Questions as inputs of a trained model.
 
     Attributes:
-      features: their inputs.
-      num_skipped: records that were left out, being not as they should be.
+      task: of the model.
+      examples: the inputs.
+      notes: what was cut, left out or skipped.
+      num_skipped: records that were skipped.
     """
 
     def __init__(
-        self, model: TRBert, records: Sequence[Any], announce: Announce, bad: BadRecords | None = None
+        self,
+        model: TRBert,
+        records: Sequence[Any],
+        bad: BadRecords | None = None,
+        source: str = "questions",
     ) -> None:
         if model.tokenizer is None:
             raise UserError(
                 "this model has no tokenizer; put the files of the model it was made of beside it"
             )
-        self._tokenizer = model.tokenizer
-        self._data = question_data(model.config, announce)
-        self._data.give(_SPLIT, records, bad)
-        self.features: Examples = self._data.inputs(_SPLIT, self._tokenizer, Path())
-        self.num_skipped = 0 if bad is None else len(bad.skipped)
-
-    @property
-    def notes(self) -> dict[str, Any]:
-        """What became of the questions on the way to inputs, see `TaskData.notes`."""
-        return self._data.notes.get(_SPLIT, {})
-
-    @property
-    def in_pairs(self) -> bool:
-        """Whether each option of a question is an example."""
-        return self._data.request == "choice" and self.features.group == 1
+        bad = bad or BadRecords()
+        self.task = question_task(model.config)
+        self.examples: Examples = encode_usable(self.task, records, model.tokenizer, bad, source)
+        self.notes = notes_of(self.examples, bad)
+        self.num_skipped = len(bad.skipped)
 
     def score(self, outputs: Outputs) -> Score:
-        """Answers, and their metrics where the right ones are known."""
-        return self._data.score(_SPLIT, self.features, self._tokenizer, outputs.logits)
+        """Answers the questions, and scores those whose right answer is known."""
+        return self.task.score(self.examples, outputs.logits)
 
 
-def question_data(config: ModelConfig, announce: Announce) -> QuestionData:
-    """The task that a model was trained for.
+def question_task(config: ModelConfig) -> Task:
+    """Returns the task that a model was trained for.
 
     Raises:
-      UserError: it classifies texts, or does not say what it was trained on.
+      UserError: the model classifies texts, or does not say what it was trained on.
     """
-    inputs = config.inputs
-    if not inputs.data:
+    if not config.inputs.data:
         raise UserError(
             "this model labels texts, or its config.json has no trbert.inputs, which says how questions "
             "become its inputs; a model that `trbert train` made for a data set of questions has"
         )
-    data = DataConfig(name=inputs.data, choices=inputs.choices)  # type: ignore[arg-type]
-    model = BackboneConfig(
-        init="",
-        max_length=config.max_length,
-        max_question_length=inputs.max_question_length or None,
-        window_step=inputs.window_step or None,
-        max_segments=inputs.max_segments,
-    )
-    found = load_task_data(RunConfig(workdir="", data=data, model=model), announce)
-    if not isinstance(found, QuestionData):
-        raise UserError(f"config.json: trbert.inputs.data is {inputs.data!r}, no data set of questions")
-    found.unanswerable, found.null_threshold = inputs.unanswerable, inputs.null_threshold
-    return found
+    return saved_task(config)
 
 
 def answer_questions(
@@ -117,7 +97,7 @@ def answer_questions(
 
     Args:
       model: trained on a question answering data set.
-      requests: JSON objects, see `trbert_jax.tasks.requests`.
+      requests: JSON objects, see docs/question_answering.md.
       batch_size, rule, backend, threshold: see `TRBert.predict`.
       source: what messages call the place the questions come from.
       announce: called with lines of text about what was cut.
@@ -169,9 +149,9 @@ def answer_stream(
     """
     source, ids = iter(requests), set[str]()
     while window := list(itertools.islice(source, WINDOW * batch_size)):
-        records = parse_requests(question_data(model.config, announce).request, window, ids)
+        records = parse_requests(question_task(model.config), window, ids)
         options = {"rule": rule or model.default_rule, "backend": backend, "threshold": threshold}
-        yield from _answer(model, records, batch_size, options, announce)
+        yield from _answer(model, records, batch_size, options)
 
 
 def _answer(
@@ -179,13 +159,12 @@ def _answer(
     records: Sequence[Any],
     batch_size: int,
     options: dict[str, Any],
-    announce: Announce,
 ) -> Iterator[dict[str, Any]]:
-    questions = Questions(model, records, announce)
-    outputs = model.engine(batch_size).run(model.params, questions.features, **options)
+    questions = Questions(model, records)
+    outputs = model.engine(batch_size).run(model.params, questions.examples, **options)
     found = questions.score(outputs).files["predictions.json"]
     answers = found["answer"] if model.config.task == "multi_hop" else found
-    tokens, kept = _counts(questions.features, outputs, questions.in_pairs)
+    tokens, kept = _counts(questions, outputs)
     for record in records:
         result = {"id": record.id, "answer": answers[record.id]}
         if answers is not found:
@@ -208,33 +187,32 @@ def compile_questions(
     Raises:
       UserError: a bad option, a model of another kind.
     """
-    kind = question_data(model.config, _say_nothing).request
-    # Shapes and inputs of a batch are those of any question: one is enough, the rest of the batch is filled.
-    features = Questions(
-        model, parse_requests(kind, [("example", SHORTEST[kind])], set()), _say_nothing
-    ).features
-    yield from model.engine(batch_size).compile(model.params, features, rule or model.default_rule, backend)
+    # Shapes and inputs of a batch are those of any question: one is enough, the rest of the batch is padding.
+    task = question_task(model.config)
+    request = parse_requests(task, [("example", task.shortest_request)], set())
+    examples = Questions(model, request).examples
+    yield from model.engine(batch_size).compile(model.params, examples, rule or model.default_rule, backend)
 
 
-def read_questions(model: TRBert, path: Path, skip_bad: bool, announce: Announce) -> Questions:
-    """The questions of a file in the published format of the data set that a model was trained on."""
+def read_questions(model: TRBert, path: Path, skip_bad: bool) -> Questions:
+    """Reads a file in the published format of the data set that a model was trained on."""
+    question_task(model.config)
     bad = BadRecords(skip=skip_bad)
-    data = question_data(model.config, announce)
-    records = find_dataset(data.config.data.name).read_file(path, bad)
-    return Questions(model, records, announce, bad)
+    records = find_dataset(model.config.inputs.data).read_file(path, bad)
+    return Questions(model, records, bad, str(path))
 
 
-def _counts(
-    features: Examples, outputs: Outputs, in_pairs: bool
-) -> tuple[dict[str, int], dict[str, list[int]]]:
+def _counts(questions: Questions, outputs: Outputs) -> tuple[dict[str, int], dict[str, list[int]]]:
     """By question: tokens of its inputs, and how many of them each point of reduction keeps."""
+    examples = questions.examples
+    in_pairs = questions.task.name == "multiple_choice" and examples.group == 1
     tokens = dict[str, int]()
     kept = dict[str, np.ndarray]()
-    rows = features.rows(np.arange(len(features)))
-    for name, some in zip(features.ids, rows, strict=True):
+    rows = examples.rows(np.arange(len(examples)))
+    for name, some in zip(examples.ids, rows, strict=True):
         # In pairs the options of a question are examples, `question:A` and so on.
         question = name.rpartition(":")[0] if in_pairs else name
         there = some[some >= 0]
-        tokens[question] = tokens.get(question, 0) + int(features.row_lengths[there].sum())
+        tokens[question] = tokens.get(question, 0) + int(examples.row_lengths[there].sum())
         kept[question] = kept.get(question, 0) + outputs.num_kept[there].sum(0)
     return tokens, {name: counts.tolist() for name, counts in kept.items()}

@@ -21,10 +21,10 @@ from trbert_jax.model.packed import BACKENDS, DEFAULT_BACKEND
 from trbert_jax.parallel import KEPT, ROWS, DeviceMesh, single_device
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, RULES, RuleSpec, check_rule
 from trbert_jax.reduction.selection import min_logit
-from trbert_jax.tasks.batch import Rows, example_logits, is_by_token
-from trbert_jax.tasks.batching import batch_rows, length_batches, pad_batch, width_ladder
-from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.score_classification import accuracy
+from trbert_jax.tasks import TASKS
+from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
+from trbert_jax.tasks.losses import Rows
+from trbert_jax.tasks.scorers import accuracy
 
 Inputs = Mapping[str, Any]  # arrays [B, ...]
 Program = Callable[[Params, Inputs], tuple[Logits, jax.Array]]
@@ -39,7 +39,7 @@ MANY_PROGRAMS = 24  # more than a few rules and batch sizes need; compiling this
 def bucket_widths(backend: str, max_length: int) -> tuple[int, ...]:
     """Padded lengths of batches, ascending; the last one is `max_length`."""
     # The packed backend does not compute padding: one narrow shape is enough.
-    return width_ladder(max_length, (0.25,)) if backend == "packed" else width_ladder(max_length)
+    return width_buckets(max_length, *([(0.25,)] if backend == "packed" else []))
 
 
 def check_backend(backend: str) -> None:
@@ -81,7 +81,7 @@ class CompiledForward:
 
         Returns:
           `(params, batch) -> (logits, keep bool [stages, B * G, S])`: the logits that answers are read from
-          (`tasks.batch.example_logits`); keep is bool [0, 1] for a rule that drops nothing.
+          (`Task.example_logits`); keep is bool [0, 1] for a rule that drops nothing.
         """
         spec = RULES[rule] if isinstance(rule, str) else rule
         key = (spec.name, backend, *batch["input_ids"].shape)
@@ -95,7 +95,7 @@ class CompiledForward:
                     inputs = {**batch, "row_keys": Rows(batch).keys(jax.random.key(batch["seed"][0]))}
                 output = forward(self.model, params, batch, rule=spec.build(inputs))
                 keep = [s.keep for s in output.selections]
-                logits = example_logits(self.model.config.task, output.logits, batch)
+                logits = TASKS[self.model.config.task].example_logits(output.logits, Rows(batch))
                 return logits, jnp.stack(keep) if keep else jnp.zeros((0, 1), bool)
 
             start = time.perf_counter()
@@ -340,13 +340,14 @@ class LogitStore:
         self, config: ModelConfig, examples: Examples, like: Logits, allocate: Allocate | None = None
     ) -> None:
         self._examples = examples
-        self._by_row = config.task == "span"
+        task = TASKS[config.task]
+        self._by_row = task.by_row
         count = examples.num_rows if self._by_row else len(examples)
 
         def empty(path: Any, x: jax.Array) -> np.ndarray:
             name = path[0].key if path else ""
             *inner, last = x.shape[1:]
-            shape = (count, *inner, config.max_length if is_by_token(config.task, name or None) else last)
+            shape = (count, *inner, config.max_length if task.is_by_token(name or None) else last)
             return allocate(name, shape) if allocate else np.zeros(shape, np.float32)
 
         self.logits = jax.tree_util.tree_map_with_path(empty, like)

@@ -16,10 +16,11 @@ from trbert_jax.io import atomic_file, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
 from trbert_jax.model.packed import DEFAULT_BACKEND
-from trbert_jax.model.pretrained import to_stderr
 from trbert_jax.reduction import flops
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES
-from trbert_jax.tasks.examples import Examples, build_features
+from trbert_jax.tasks import Score
+from trbert_jax.tasks.classification import encode_texts
+from trbert_jax.tasks.examples import Examples
 
 Judge = Callable[[Outputs], Mapping[str, float]]  # outputs -> the task's metrics
 
@@ -65,25 +66,25 @@ def evaluate_file(
     runner = model.engine(batch_size)
     questions: Questions | None = None
     if model.config.inputs.data:
-        questions = read_questions(model, Path(data_file), skip_bad_records, to_stderr)
-        features = questions.features
+        questions = read_questions(model, Path(data_file), skip_bad_records)
+        features = questions.examples
     else:
         dataset = read_dataset(data_file, model.config.labels)
-        features = build_features(dataset, model.tokenizer, model.config.max_length, cache_dir=None)
+        features = encode_texts(dataset.examples, model.tokenizer, model.config.max_length)
 
     def judge(outputs: Outputs) -> dict[str, float]:
         return {"accuracy": outputs.accuracy} if questions is None else questions.score(outputs).metrics
 
     outputs = runner.run(model.params, features, rule=rule, backend=backend, threshold=threshold)
+    score = Score(judge(outputs), {}) if questions is None else questions.score(outputs)
     if predictions is not None and questions is not None:
-        files = questions.score(outputs).files
-        write_json(predictions, files["predictions.json"])
-        if "null_odds.json" in files:  # the official scorer of SQuAD 2.0 reads both
-            write_json(predictions.with_suffix(".null_odds.json"), files["null_odds.json"])
+        write_json(predictions, score.files["predictions.json"])
+        if "null_odds.json" in score.files:  # the official scorer of SQuAD 2.0 reads both
+            write_json(predictions.with_suffix(".null_odds.json"), score.files["null_odds.json"])
     elif predictions is not None:
         write_predictions(predictions, outputs, features, model.config.labels)
     settings = {"rule": rule, "backend": backend, "batch_size": batch_size, "threshold": threshold}
-    result = {**settings, **summarize(outputs, model.config, judge(outputs))}
+    result = {**settings, **summarize(outputs, model.config, score.metrics)}
     if questions is not None:
         result["data"] = questions.notes
     if questions is not None and skip_bad_records:

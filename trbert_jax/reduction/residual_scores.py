@@ -15,7 +15,8 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.model import Batch, Params, TokenReducingModel, head_inputs
 from trbert_jax.model.packed import PackedEncoder
-from trbert_jax.tasks import batch as tasks
+from trbert_jax.tasks import TASKS
+from trbert_jax.tasks.losses import Rows
 
 
 def score_layers(config: ModelConfig) -> tuple[tuple[int, ...], int]:
@@ -57,7 +58,7 @@ def residual_scores(
     def loss_from(back_states: jax.Array) -> tuple[jax.Array, tuple[Logits, jax.Array]]:
         last = dataclasses.replace(tokens, states=back_states)
         logits = encoder.finish(params, last, range(back + 1, model.config.num_layers), head_inputs(batch))
-        loss = tasks.task_loss(model.config.task, logits, batch)
+        loss = TASKS[model.config.task].loss(logits, Rows(batch))
         # Rows do not interact, so the gradient of the sum holds each example's own gradient.
         return loss.sum(), (logits, loss)
 

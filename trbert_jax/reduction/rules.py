@@ -36,7 +36,7 @@ class RuleSpec:
       inputs: the entries `build` reads, of R rows (copies included):
         `min_logit` float32 [R], the lowest selector logit that keeps a token (`selection.min_logit`);
         `num_kept` int32 [R, stages], tokens each row keeps;
-        `row_keys` PRNG keys [R], one per row (`tasks.batch.Rows.keys`);
+        `row_keys` PRNG keys [R], one per row (`tasks.losses.Rows.keys`);
         `guide` float32 [R, stages, S], residual scores;
         `imitating` bool [R], the rows that follow the guide.
       exact: whether a row's selection is independent of the other rows of its batch.

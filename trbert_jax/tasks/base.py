@@ -1,230 +1,285 @@
-"""What every task has to offer to the stages, to evaluation and to prediction."""
+"""Define what a task is: records -> inputs -> loss -> answers -> score -> request."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
-import numpy as np
+import jax
 
-from trbert_jax.config import RunConfig
-from trbert_jax.datasets import BadRecord, BadRecords, find_dataset
-from trbert_jax.datasets.dataset import Announce
-from trbert_jax.datasets.reading import UnusableRecords
+from trbert_jax.datasets.reading import BadRecord, UnusableRecords, unusable
 from trbert_jax.errors import UserError
+from trbert_jax.model.config import InputConfig
+from trbert_jax.model.heads import Logits
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.ragged import Counts, TokenRows
+from trbert_jax.tasks.losses import Rows
 
-_LISTED = 100  # of skipped records
+T = TypeVar("T", bound="type[Task]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What answers are worth.
+    """Answers and their metrics.
 
     Attributes:
-      metrics: name -> number, under the official scorer's names and in its units.
-      files: name -> JSON value of the files to write, in the form that scorer reads.
+      metrics: name -> number, under the official scorer's names and in its units; empty if no right
+        answer is known.
+      files: file name -> JSON value, in the form that the official scorer reads.
+      null_threshold: the null threshold with the best metrics; None if the task has none.
     """
 
     metrics: dict[str, float]
     files: dict[str, Any]
+    null_threshold: float | None = None
 
 
-class TaskData(abc.ABC):
-    """The data of a run, one split at a time.
-
-    Attributes:
-      task: what the model's head is for, one of `modeling.config.TASKS`.
-      labels: names of the classes; empty where answers are none.
-      metric: which of the metrics decides what is best, the more the better.
-      own_settings: those that not every data set reads and this one does, `model.window_step` and the like.
-      markers: entries of the vocabulary, besides word pieces, that inputs may have.
-      notes: split -> what became of it on the way to inputs: how many were skipped, cut, left out.
-    """
-
-    task: str
-    metric: str
-    labels: tuple[str, ...]
-    own_settings: frozenset[str] = frozenset()
-    markers: tuple[str, ...] = ()
-
-    def __init__(self, config: RunConfig, announce: Announce) -> None:
-        self.config = config
-        self.announce = announce
-        self.notes: dict[str, dict[str, Any]] = {}
-
-    @abc.abstractmethod
-    def texts(self, split: str) -> list[str]:
-        """Everything in a split that a tokenizer may be trained on."""
-
-    @abc.abstractmethod
-    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
-        """The tokenized examples of a split; those of `train` are for training."""
-
-    def redraw(self, tokenizer: Any, epoch: int) -> Examples | None:
-        """The training examples as inputs drawn for this epoch; None where all epochs have the same.
-
-        Those of epoch 0 are what `features` gives.
-        """
-        return None
-
-    def inputs(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
-        """What `features` gives, of those examples alone that can be used where others are to be skipped."""
-        return self.features(split, tokenizer, cache_dir)
-
-    @abc.abstractmethod
-    def score(self, split: str, features: Examples, tokenizer: Any, logits: Any) -> Score:
-        """Judges the outputs for the examples of a split.
-
-        Args:
-          split: which.
-          features: what `features` gave for it.
-          tokenizer: with which it gave that.
-          logits: see `trbert_jax.inference.engine.Outputs`.
-        """
-
-
-class QuestionData(TaskData):
-    """A data set of questions, in one of the formats of `data.qa_readers`.
+class Task(abc.ABC):
+    """One kind of task. Everything between records and metrics except the model itself.
 
     Attributes:
-      request: what a question looks like to whoever asks, see `task_data.requests`.
-      unanswerable: whether questions may have no answer.
-      null_threshold: null odds above which such a question is taken to have none.
+      name: key of `TASKS`, and of `HEADS` unless `head` says otherwise.
+      metric: the metric that selects the best checkpoint; higher is better.
+      settings: configuration keys that only some tasks read and this one does.
+      markers: vocabulary entries besides word pieces that inputs may have.
+      shortest_request: a request as short as possible.
+      resamples: whether each epoch has its own inputs, see `resample`.
+      by_row: whether logits have an entry a row, not an entry an example.
+      logits: names of the arrays of logits; empty if they are one array.
+      inputs: how records become inputs; saved with the model.
+      max_length: tokens of a row at most, special tokens included.
+      labels: names of the classes; empty if answers are not classes.
     """
 
-    markers = ("[unused1]", "[unused2]", "[unused3]")
-    request: str
-    null_threshold = 0.0  # the published one
-    unanswerable = False
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    settings: ClassVar[frozenset[str]] = frozenset()
+    markers: ClassVar[tuple[str, ...]] = ()
+    shortest_request: ClassVar[dict[str, Any]]
+    resamples: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
+    logits: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: RunConfig, announce: Announce) -> None:
-        super().__init__(config, announce)
-        self._given: dict[str, Sequence[Any]] = {}
-        self._bad: dict[str, BadRecords] = {}
+    def __init__(self, inputs: InputConfig, max_length: int, labels: Sequence[str] = ()) -> None:
+        self.inputs = inputs
+        self.max_length = max_length
+        self.labels = tuple(labels)
 
-    def give(self, split: str, records: Sequence[Any], bad: BadRecords | None = None) -> None:
-        """Lets these questions be the split, in place of those of the data set.
+    @property
+    def head(self) -> str:
+        """Key of `HEADS`: the head that the model needs."""
+        return self.name
+
+    @classmethod
+    def settings_of(cls, data: str) -> frozenset[str]:
+        """Returns the `settings` that the task reads for a data set."""
+        return cls.settings
+
+    @classmethod
+    def complete(cls, inputs: InputConfig, train: Callable[[], Sequence[Any]]) -> InputConfig:
+        """Adds to the inputs what the training records decide; `train` reads them."""
+        return inputs
+
+    # Records -> inputs
+
+    @abc.abstractmethod
+    def texts(self, records: Sequence[Any]) -> list[str]:
+        """Returns all texts that a tokenizer may be trained on."""
+
+    @abc.abstractmethod
+    def encode(
+        self,
+        records: Sequence[Any],
+        tokenizer: Any,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        cache_dir: Path | None = None,
+    ) -> Examples:
+        """Turns records into inputs.
 
         Args:
-          split: which.
-          records: the questions.
-          bad: what to do about those that cannot become inputs; None where nobody may skip any.
-        """
-        self._given[split] = records
-        if bad is not None:
-            self._bad[split] = bad
-            self._note_skipped(split, bad)
-
-    def inputs(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
-        """What `features` gives; questions that cannot become inputs go the way of other bad records.
-
-        Those that are skipped are none of `records` from here on, so that answers and gold agree.
+          records: of one split.
+          tokenizer: a `transformers.PreTrainedTokenizerFast`; not changed.
+          training: whether records need an answer, and those whose answer cannot be found are left out.
+          seed: of the run; decides the inputs of epoch 0 if the task resamples.
+          cache_dir: folder of tokenized examples, for tasks that cache them; None for no cache.
 
         Raises:
-          UserError: there is such a question and none is to be skipped, or there is no other.
+          UnusableRecords: records that cannot become inputs; names all of them.
+          UserError: a tokenizer that lacks special tokens or markers.
         """
-        try:
-            return self.features(split, tokenizer, cache_dir)
-        except UnusableRecords as error:
-            bad = self._bad.get(split)
-            if bad is None:
-                raise
-            self._leave_out(split, error.found, bad)
-        return self.features(split, tokenizer, cache_dir)
 
-    def _leave_out(self, split: str, found: Mapping[str, BadRecord], bad: BadRecords) -> None:
-        before = len(bad.skipped)
-        for error in found.values():
-            bad.add(error)
-        kept = [record for record in self.records(split) if record.id not in found]
-        summary = bad.summary(len(kept), before)
-        if not kept:
-            raise UserError(f"{split}: has no usable record; {summary}")
-        self.announce(f"{split}: {summary}")
-        self._given[split] = kept
-        self._note_skipped(split, bad)
+    def resample(self, examples: Examples, seed: int, epoch: int) -> Examples:
+        """Draws the inputs of an epoch from those of `encode(training=True)`; epoch 0 gives the same."""
+        raise NotImplementedError
 
-    def best_null_threshold(self, metrics: Mapping[str, float]) -> float | None:
-        """The null threshold that the metrics found best; None for a task that has none."""
-        return None
+    # Logits -> loss
 
-    def ids(self, split: str) -> frozenset[str]:
-        """Ids of the questions of a split."""
-        return frozenset(record.id for record in self.records(split))
+    @staticmethod
+    @abc.abstractmethod
+    def loss(logits: Logits, rows: Rows) -> jax.Array:
+        """Computes the loss with the labels, float32 [K * B]."""
 
-    def records(self, split: str) -> Sequence[Any]:
-        """The questions of a split, at most as many as the configuration says."""
-        if split not in self._given:
-            self._given[split] = self._read(split)
-        return self._given[split]
+    @staticmethod
+    @abc.abstractmethod
+    def distillation_loss(logits: Logits, rows: Rows, temperature: float) -> jax.Array:
+        """Computes the loss with a teacher's logits, `teacher_logits`, float32 [K * B]."""
 
-    def _read(self, split: str) -> Sequence[Any]:
-        data = self.config.data
-        bad = self._bad[split] = BadRecords(skip=data.skip_bad_records)
-        limit = data.max_train_examples if split == "train" else data.max_eval_examples
-        records = find_dataset(data.name).read_split(
-            data.path, split, bad, limit=limit, seed=self.config.seed
-        )
-        self._note_skipped(split, bad)
-        return records
+    @staticmethod
+    def example_logits(logits: Logits, rows: Rows) -> Logits:
+        """Combines the logits of rows that answer together: [K * B * G, ...] -> [K * B, ...]."""
+        return logits
 
-    def _note_skipped(self, split: str, bad: BadRecords) -> None:
-        if bad.skipped:
-            skipped = [str(error) for error in bad.skipped[:_LISTED]]
-            self.note(split, skipped_records=len(bad.skipped), skipped=skipped)
+    @staticmethod
+    def is_by_token(name: str | None = None) -> bool:
+        """Whether the last axis of the logits (or of those of this name) is the positions of a row."""
+        return False
 
-    def note(self, split: str, **facts: Any) -> None:
-        """Adds to `notes`."""
-        self.notes.setdefault(split, {}).update(facts)
+    # Logits -> answers -> score
 
-    def note_counts(self, split: str, counts: Counts) -> None:
-        """Notes what became of a split when it was turned into inputs."""
-        self.note(split, **dataclasses.asdict(counts))
+    @abc.abstractmethod
+    def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
+        """Answers the examples, and scores those whose right answer is known.
+
+        Args:
+          examples: from `encode`, not from `Examples.take`.
+          logits: see `trbert_jax.inference.engine.Outputs`.
+          null_threshold: null odds above which a question has no answer; None for that of `inputs`.
+        """
+
+    # Requests
+
+    @abc.abstractmethod
+    def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> Any:
+        """Turns a question asked of a trained model into a record without an answer.
+
+        Args:
+          request: a JSON object; docs/question_answering.md lists its fields.
+          id: of the record.
+          where: place of the request, for messages.
+
+        Raises:
+          UserError: a missing field, a wrong type or an empty text.
+        """
 
 
-def feature_set(
-    rows: TokenRows,
-    ids: Sequence[str],
-    digest: str,
-    num_truncated: int,
-    *,
-    labels: np.ndarray | None = None,
-    first_row: np.ndarray | None = None,
-    group: int = 1,
-    row_targets: Mapping[str, np.ndarray] | None = None,
-    targets: Mapping[str, np.ndarray] | None = None,
-) -> Examples:
-    """A `Examples` of rows of two parts."""
-    return Examples(
-        tokens=rows.tokens,
-        offsets=rows.offsets,
-        token_types=rows.token_types,
-        labels=np.full(len(ids), -1, np.int32) if labels is None else labels,
-        ids=list(ids),
-        num_truncated=num_truncated,
-        digest=digest,
-        first_row=first_row,
-        group=group,
-        row_targets=row_targets or {},
-        targets=targets or {},
-    )
+TASKS: dict[str, type[Task]] = {}  # by name; the head names that a saved config.json uses
 
 
-def at_tokens(features: Examples, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end logits of all tokens, one after the other: float [R, 2, S] -> two float [total]."""
-    real = np.arange(logits.shape[-1]) < features.row_lengths[:, None]
-    return logits[:, 0][real], logits[:, 1][real]
+def register_task(task: T) -> T:
+    """Adds a task to `TASKS`; a class decorator."""
+    TASKS[task.name] = task
+    return task
 
 
-def padded(values: Sequence[np.ndarray], width: int | None = None) -> np.ndarray:
-    """Ragged int arrays as one, padded with -1: int32 [n, width], by default the longest."""
-    width = max([1, *map(len, values)]) if width is None else width
-    array = np.full((len(values), width), -1, np.int32)
-    for row, some in zip(array, values, strict=True):
-        row[: len(some)] = some[:width]
-    return array
+class RecordErrors:
+    """Collects the records that cannot become inputs.
+
+    Args:
+      training: whether a missing answer is an error.
+    """
+
+    def __init__(self, training: bool = False) -> None:
+        self._training = training
+        self._found: dict[str, BadRecord] = {}
+
+    def add(self, record: Any, field: str, reason: str) -> None:
+        """Notes an error; the first one of a record counts."""
+        self._found.setdefault(record.id, unusable(record, field, reason))
+
+    def check(self, record: Any, texts: Mapping[str, int], room: int, max_length: int) -> bool:
+        """Notes what keeps a record from having an input, and returns whether it can have one.
+
+        Args:
+          record: has `id` and `where`, and `answer` if answers are no spans.
+          texts: field -> number of its tokens, for fields that must have some; the first is the query.
+          room: tokens that the query leaves for the text it asks about.
+          max_length: of a row.
+        """
+        if self._training and getattr(record, "answer", "") is None:
+            self.add(record, "answer", "missing; training needs one")
+        for field, count in texts.items():
+            if not count:
+                self.add(record, field, "has no tokens; expected a text that the tokenizer keeps")
+        if room < 1:
+            self.add(
+                record,
+                next(iter(texts)),
+                f"is too long: it leaves none of {max_length} tokens for the text it asks about; give a "
+                "larger max_length or a smaller max_question_length",
+            )
+        return record.id not in self._found
+
+    def raise_if_any(self) -> None:
+        """Raises `UnusableRecords` with all errors noted."""
+        if self._found:
+            raise UnusableRecords(self._found)
+
+
+class Fields:
+    """The fields of a request, checked when they are read."""
+
+    def __init__(self, request: Mapping[str, Any], where: str) -> None:
+        self._request, self._where = request, where
+
+    def get(self, *names: str) -> Any:
+        """Returns the value of the first of these fields that is present."""
+        for name in names:
+            if name in self._request:
+                return self._request[name]
+        present = ", ".join(map(repr, self._request)) or "none"
+        raise UserError(f"{self._where}: no field {names[0]!r} (it has: {present})")
+
+    def text(self, *names: str) -> str:
+        """Returns a string that is not blank."""
+        return _text(self.get(*names), f"{self._where}: {names[0]}")
+
+    def optional_text(self, name: str) -> str:
+        """Returns a string; a missing one is empty."""
+        return _text(self._request.get(name, ""), f"{self._where}: {name}", may_be_empty=True)
+
+    def texts(self, name: str, exactly: int | None = None, may_be_empty: bool = False) -> tuple[str, ...]:
+        """Returns a list of strings, of a given length if `exactly` says so."""
+        values = self.get(name)
+        expected = "a list of strings" if exactly is None else f"a list of {exactly} strings"
+        if not isinstance(values, list) or not values or exactly not in (None, len(values)):
+            raise UserError(f"{self._where}: {name} is not {expected}")
+        return tuple(_text(value, f"{self._where}: {name}", may_be_empty) for value in values)
+
+
+def _text(value: Any, where: str, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str) or not (may_be_empty or value.strip()):
+        raise UserError(f"{where} is {value!r}; expected a string with something in it")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of an escaped pair: JSON allows it, Unicode does not
+        raise UserError(f"{where} is not valid Unicode (character {error.start}: {error.reason})") from error
+    return value
+
+
+def parse_requests(task: Task, requests: Iterable[tuple[str, Any]], ids: set[str]) -> list[Any]:
+    """Turns requests into records.
+
+    Args:
+      task: that the requests are for.
+      requests: the place of each request, for messages, and the JSON object.
+      ids: of all earlier requests; those of these are added. A request without an id gets its number.
+
+    Raises:
+      UserError: a request that is no object or has an id for the second time, and see
+        `Task.parse_request`.
+    """
+    records = []
+    for where, request in requests:
+        if not isinstance(request, Mapping):
+            raise UserError(f"{where}: a JSON {type(request).__name__}; expected an object")
+        given = request.get("id")  # null counts as missing
+        id = str(len(ids) + 1 if given is None else given)
+        if id in ids:
+            raise UserError(f"{where}: the id {id!r} occurs twice; give each question its own, or none")
+        ids.add(id)
+        records.append(task.parse_request(request, id, where))
+    return records

@@ -1,56 +1,162 @@
-"""Texts with a label."""
+"""Classify texts: IMDB and the like."""
 
 from __future__ import annotations
 
-import functools
+import hashlib
+import logging
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from trbert_jax.config import RunConfig
-from trbert_jax.datasets import find_dataset
-from trbert_jax.datasets.dataset import Announce, Dataset
-from trbert_jax.tasks.base import Score, TaskData
-from trbert_jax.tasks.examples import Examples, build_features
-from trbert_jax.tasks.score_classification import accuracy
+import jax
+import numpy as np
+
+from trbert_jax.datasets.dataset import Example
+from trbert_jax.errors import UserError
+from trbert_jax.io import atomic_file
+from trbert_jax.model.config import InputConfig
+from trbert_jax.tasks.base import Fields, Score, Task, register_task
+from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.losses import Rows, cross_entropy, distillation
+from trbert_jax.tasks.scorers import accuracy
+from trbert_jax.tasks.text_encoder import TextEncoder
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "trbert_jax features 1"  # a new number invalidates old caches
 
 
-class ClassificationData(TaskData):
-    """IMDB and its like: the label with the highest logit."""
+@register_task
+class ClassificationTask(Task):
+    """Chooses the label with the highest logit."""
 
-    task = "classification"
+    name = "classification"
     metric = "accuracy"
+    shortest_request: ClassVar[dict[str, Any]] = {"text": "a"}
 
-    def __init__(self, config: RunConfig, announce: Announce) -> None:
-        super().__init__(config, announce)
-        data = config.data
-        self._source = find_dataset(data.name)
-        self.labels = self._source.read_labels(data.path, data.label_field)
+    @classmethod
+    def complete(cls, inputs: InputConfig, train: Callable[[], Sequence[Example]]) -> InputConfig:
+        return InputConfig()  # nothing but the tokenizer decides how a text becomes an input
 
-    @functools.cache  # noqa: B019 - lives as long as the run
-    def dataset(self, split: str) -> Dataset:
-        """Raw examples of `train`, `dev` or `test`."""
-        data = self.config.data
-        examples = self._source.read_split(
-            data.path,
-            split,
-            limit=data.max_train_examples if split == "train" else data.max_eval_examples,
-            seed=self.config.seed,
-            text_field=data.text_field,
-            label_field=data.label_field,
+    def texts(self, records: Sequence[Example]) -> list[str]:
+        return [record.text for record in records]
+
+    def encode(
+        self,
+        records: Sequence[Example],
+        tokenizer: Any,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        cache_dir: Path | None = None,
+    ) -> Examples:
+        return encode_texts(records, tokenizer, self.max_length, cache_dir)
+
+    # `labels` int32 [B]
+
+    @staticmethod
+    def loss(logits: jax.Array, rows: Rows) -> jax.Array:
+        return cross_entropy(logits, rows.get("labels"))
+
+    @staticmethod
+    def distillation_loss(logits: jax.Array, rows: Rows, temperature: float) -> jax.Array:
+        return distillation(logits, rows.get("teacher_logits"), temperature)
+
+    def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
+        return Score({"accuracy": accuracy(logits.argmax(-1), examples.labels)}, {})
+
+    def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> Example:
+        return Example(id, Fields(request, where).text("text"), -1)
+
+
+def encode_texts(
+    records: Sequence[Example], tokenizer: Any, max_length: int, cache_dir: str | Path | None = None
+) -> Examples:
+    """Encodes texts as `[CLS] tokens [SEP]`, cut to the maximum length, or reads them from the cache.
+
+    Args:
+      records: n texts.
+      tokenizer: see `Task.encode`.
+      max_length: tokens of an example at most, special tokens included.
+      cache_dir: folder of the cache; None for no cache. The name of a file in it is a hash of everything
+        that decides its contents, so it never stands for another data set, tokenizer or length.
+
+    Raises:
+      UserError: a text without tokens (names the record), or a cache folder that cannot be written.
+
+    Source: docs/data.md, "Tokenized examples".
+    """
+    if max_length < 3:
+        raise ValueError(f"max_length is {max_length}; [CLS], one token and [SEP] need 3")
+    encoder = TextEncoder(tokenizer)
+    digest = _digest(records, encoder, max_length)
+    path = None if cache_dir is None else Path(cache_dir).expanduser() / f"features-{digest[:40]}.npz"
+    arrays = None if path is None else _load(path, len(records))
+    if arrays is None:
+        arrays = _tokenize(records, encoder, max_length)
+        if path is not None:
+            with atomic_file(path, "wb") as stream:
+                np.savez(stream, allow_pickle=False, **arrays)
+    num_truncated = int(arrays["num_truncated"])
+    if num_truncated:
+        logger.warning(
+            "%d of %d texts are longer than %d tokens and were cut", num_truncated, len(records), max_length
         )
-        return Dataset(tuple(examples), self.labels)
+    return Examples(
+        tokens=arrays["tokens"],
+        offsets=arrays["offsets"],
+        token_types=None,
+        labels=np.array([record.label for record in records], np.int32),
+        ids=[record.id for record in records],
+        num_truncated=num_truncated,
+        digest=digest,
+        records=records,
+    )
 
-    def texts(self, split: str) -> list[str]:
-        return [example.text for example in self.dataset(split).examples]
 
-    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
-        return build_features(
-            self.dataset(split),
-            tokenizer,
-            self.config.model.max_length,
-            cache_dir,
-            announce=self.announce,
-        )
+def _digest(records: Sequence[Example], encoder: TextEncoder, max_length: int) -> str:
+    def parts() -> Iterator[str]:
+        backend, *ends = encoder.description
+        yield from (_FORMAT, str(max_length), str(tuple(ends)), str(backend))
+        for record in records:
+            yield from (record.id, str(record.label), record.text)
 
-    def score(self, split: str, features: Examples, tokenizer: Any, logits: Any) -> Score:
-        return Score({"accuracy": accuracy(logits.argmax(-1), features.labels)}, {})
+    digest = hashlib.sha256()
+    for part in parts():
+        data = part.encode("utf-8")
+        digest.update(len(data).to_bytes(8, "little"))  # separates a part from the next
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _tokenize(records: Sequence[Example], encoder: TextEncoder, max_length: int) -> dict[str, np.ndarray]:
+    encoded = encoder.encode([record.text for record in records], max_tokens=max_length - 2)
+    rows = []
+    for i, record in enumerate(records):
+        if not encoded.num_tokens[i]:
+            raise UserError(f"{record.id}: the text has no tokens; remove the example")
+        rows.append(np.concatenate([encoder.cls, encoded.tokens[i], encoder.sep]))
+    return {
+        "tokens": np.concatenate(rows),
+        "offsets": np.cumsum([0, *map(len, rows)], dtype=np.int64),
+        "num_truncated": np.array((encoded.num_tokens > max_length - 2).sum(), np.int64),
+    }
+
+
+def _load(path: Path, num_examples: int) -> dict[str, np.ndarray] | None:
+    """Reads the arrays of a cache file; None if it is missing or damaged."""
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in ("tokens", "offsets", "num_truncated")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        arrays = {}
+    if arrays and arrays["offsets"].shape == (num_examples + 1,):
+        offsets = arrays["offsets"]
+        if offsets[0] == 0 and offsets[-1] == len(arrays["tokens"]) and (np.diff(offsets) > 2).all():
+            return arrays
+    logger.warning("%s: this cache file is damaged; tokenizing again", path)
+    return None

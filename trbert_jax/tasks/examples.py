@@ -1,51 +1,138 @@
-"""Texts as token ids: tokenized once, in parallel, and kept in a cache.
-
-An example is `[CLS] tokens [SEP]`, cut to the maximum length (docs/data.md, "Tokenized examples").
-Lengths are kept, nothing is padded here.
-"""
+"""Examples as ragged arrays of tokens, and batches of a fixed shape made of them. Pure NumPy."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-import os
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from trbert_jax.datasets.dataset import Announce, Dataset
-from trbert_jax.errors import UserError
-from trbert_jax.io import atomic_file
+_BUCKETS = (0.125, 0.25, 0.5, 0.75)  # shares of the maximum length
+_BUCKET_STEP = 16  # widths are multiples of this
+_SMALLEST_BUCKET = 32
+_PADDING = {"i": -1}  # by kind of dtype; 0 for others
+_FORMAT = "trbert_jax question answering features 1"  # a new number invalidates old artifacts
 
-_FORMAT = "trbert_jax features 1"  # a new number makes old caches unused
-_CHUNK = 1000  # texts handed to the tokenizer's threads at a time
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ragged:
+    """n arrays of different lengths, stored one after the other.
+
+    Attributes:
+      values: [total, ...].
+      offsets: int64 [n + 1]; array i is `values[offsets[i]:offsets[i + 1]]`.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, arrays: Sequence[np.ndarray], dtype: Any = np.int32, width: int | None = None) -> Ragged:
+        """Concatenates arrays [k], or [k, width], each with its own k."""
+        empty = np.zeros((0,) if width is None else (0, width), dtype)
+        values = np.concatenate([empty, *arrays]).astype(dtype, copy=False)
+        return cls(values, np.cumsum([0, *map(len, arrays)], dtype=np.int64))
+
+    @classmethod
+    def join(cls, parts: Sequence[Ragged]) -> Ragged:
+        """The arrays of one or more parts, part after part."""
+        lengths = np.concatenate([part.lengths for part in parts])
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return cls(np.concatenate([part.values for part in parts]), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.__getitem__, range(len(self)))
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [n]."""
+        return np.diff(self.offsets)
+
+    def padded(self, width: int | None = None) -> np.ndarray:
+        """int32 [n, width, ...], padded with -1 and cut to `width`, by default the longest length."""
+        width = max(1, int(self.lengths.max(initial=0))) if width is None else width
+        padded = np.full((len(self), width, *self.values.shape[1:]), -1, np.int32)
+        for i in range(len(self)):
+            array = self[i][:width]
+            padded[i, : len(array)] = array
+        return padded
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What encoding a data set cut, left out or could not find.
+
+    Attributes:
+      num_examples: records given.
+      num_rows: rows made of them.
+      num_truncated: records some of whose text is in no row.
+      num_questions_cut: questions cut to their maximum length.
+      num_without_answer: rows without the answer, although the source gives one; they point at [CLS].
+      num_discarded: rows left out of training for that reason.
+      num_dropped: questions left out of training, since no row holds their answer or the tokenizer
+        keeps none of its characters.
+    """
+
+    num_examples: int = 0
+    num_rows: int = 0
+    num_truncated: int = 0
+    num_questions_cut: int = 0
+    num_without_answer: int = 0
+    num_discarded: int = 0
+    num_dropped: int = 0
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether any text, row or question was lost."""
+        return any(dataclasses.astuple(self)[2:])
+
+    def describe(self) -> str:
+        """Returns one line for the user."""
+        parts = [f"{self.num_examples} questions, {self.num_rows} inputs"]
+        for number, label in (
+            (self.num_truncated, "questions with text that fits into no input"),
+            (self.num_questions_cut, "questions cut"),
+            (self.num_without_answer, "inputs without the answer to their question"),
+            (self.num_discarded, "inputs without the answer left out"),
+            (self.num_dropped, "questions left out, their answer cannot be found in the tokens"),
+        ):
+            if number:
+                parts.append(f"{number} {label}")
+        return "; ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
     """n tokenized examples, one after the other.
 
-    An example is one row of tokens, or several that belong together: the options of a multiple choice, the
-    segments of a long document.
+    An example is one row of tokens, or several that belong together: the options of a multiple choice,
+    or the segments of a long document.
 
     Attributes:
       tokens: int32 [total], special tokens included.
-      offsets: int64 [R + 1], row r is `tokens[offsets[r]:offsets[r + 1]]`.
-      token_types: int8 [total], or None where all are 0.
-      labels: int32 [n]; -1 where the answer is withheld, or is not one of a few classes.
-      ids: n names, see `Example.id`.
-      num_truncated: how many texts were cut; `take` keeps the number of the whole set.
-      digest: identifies texts, labels, tokenizer and maximum length.
-      first_row: int64 [n + 1], example i has the rows from `first_row[i]` to before `first_row[i + 1]`; None
-        where each has one.
-      group: rows that an example has in a batch, at least as many as it really has.
-      row_targets: name -> array [R, ...], what the task's head or loss needs for each row; padded with -1.
-      targets: name -> array [n, ...], the same for each example.
+      offsets: int64 [R + 1]; row r is `tokens[offsets[r]:offsets[r + 1]]`.
+      token_types: int8 [total], or None if all are 0.
+      labels: int32 [n]; -1 if the answer is withheld or is not a class.
+      ids: n names.
+      num_truncated: texts that were cut; `take` keeps the number of the whole set.
+      digest: hash of records, tokenizer and settings.
+      first_row: int64 [n + 1]; example i has the rows `first_row[i]` to `first_row[i + 1] - 1`. None if
+        each example has one row.
+      group: rows of an example in a batch, padding rows included.
+      row_targets: name -> array [R, ...] that the head or the loss reads, padded with -1.
+      targets: name -> array [n, ...], likewise.
+      counts: what encoding lost; None for texts with a label.
+      records: the records that the examples were made of, for `Task.score`.
+      layout: task-private; places of answers in the source text, for `Task.score`.
     """
 
     tokens: np.ndarray
@@ -59,13 +146,46 @@ class Examples:
     group: int = 1
     row_targets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     targets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    counts: Counts | None = None
+    records: Sequence[Any] = ()
+    layout: Any = None
+
+    @classmethod
+    def of_pairs(
+        cls,
+        rows: Iterable[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]],
+        ids: list[str],
+        *,
+        counts: Counts,
+        labels: np.ndarray | None = None,
+        **fields: Any,
+    ) -> Examples:
+        """Builds examples from rows of two segments, each given in pieces.
+
+        The first segment has token type 0, the second 1.
+        """
+        pieces, lengths = [np.zeros(0, np.int32)], [0]
+        for row in rows:
+            for segment in row:
+                pieces.extend(segment)
+                lengths.append(sum(map(len, segment)))
+        return cls(
+            tokens=np.concatenate(pieces).astype(np.int32, copy=False),
+            offsets=np.cumsum(lengths, dtype=np.int64)[::2],
+            token_types=np.repeat(np.tile(np.array([0, 1], np.int8), len(lengths) // 2), lengths[1:]),
+            labels=np.full(len(ids), -1, np.int32) if labels is None else labels,
+            ids=ids,
+            num_truncated=counts.num_truncated,
+            counts=counts,
+            **fields,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @functools.cached_property
     def has_labels(self) -> bool:
-        """Whether there is any label."""
+        """Whether any example has a label."""
         return bool((self.labels >= 0).any())
 
     @property
@@ -75,18 +195,22 @@ class Examples:
 
     @functools.cached_property
     def row_lengths(self) -> np.ndarray:
-        """int32 [R], tokens of each row, special ones included."""
+        """int32 [R], tokens of each row, special tokens included."""
         return np.diff(self.offsets).astype(np.int32)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """int32 [n], tokens of each example's longest row, special ones included."""
+        """int32 [n], tokens of each example's longest row, special tokens included."""
         if self.first_row is None:
             return self.row_lengths
         return np.maximum.reduceat(self.row_lengths, self.first_row[:-1])
 
+    def row(self, r: int) -> np.ndarray:
+        """The tokens of row r."""
+        return self.tokens[self.offsets[r] : self.offsets[r + 1]]
+
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """The rows of some examples: int64 [b] -> int64 [b, group], -1 where an example has fewer."""
+        """The rows of some examples: int64 [b] -> int64 [b, group], -1 for padding rows."""
         if self.first_row is None:
             return np.asarray(indices, np.int64)[:, None]
         rows = self.first_row[indices][:, None] + np.arange(self.group)
@@ -98,11 +222,14 @@ class Examples:
         return int(self.tokens[0])
 
     def padded_rows(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens of some rows, and their types where the set has them: int32 [b, width], 0 behind the end.
+        """Pads the tokens of some rows, and their types if the set has them, with 0.
 
         Args:
           rows: int64 [b], none longer than `width`; -1 gives a row of zeros.
           width: columns.
+
+        Returns:
+          int32 [b, width] each.
         """
         columns = np.arange(width)
         mask = columns < np.where(rows >= 0, self.row_lengths[rows], 0)[:, None]
@@ -114,7 +241,7 @@ class Examples:
         return padded(self.tokens), None if self.token_types is None else padded(self.token_types)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
-        """The examples at these positions, in this order."""
+        """Returns the examples at these positions, in this order, to run but not to score."""
         chosen = np.asarray(indices, np.int64)
         rows = self.rows(chosen)
         counts = (rows >= 0).sum(1)
@@ -133,133 +260,168 @@ class Examples:
             first_row=None if self.first_row is None else np.concatenate([[0], np.cumsum(counts)]),
             row_targets={name: values[rows] for name, values in self.row_targets.items()},
             targets={name: values[chosen] for name, values in self.targets.items()},
+            records=(),
+            layout=None,
         )
 
 
-def build_features(
-    dataset: Dataset,
-    tokenizer: Any,
-    max_length: int,
-    cache_dir: str | Path | None = None,
-    announce: Announce = print,
-) -> Examples:
-    """Tokenizes a data set, or finds it in the cache.
+# Batches ---------------------------------------------------------------------------------------------
+
+
+def width_buckets(max_length: int, shares: Sequence[float] = _BUCKETS) -> tuple[int, ...]:
+    """Returns the padded lengths of batches, ascending, the last one `max_length`.
+
+    Each width is compiled, so they are few; at 512: 64, 128, 256, 384, 512.
 
     Args:
-      dataset: n examples.
-      tokenizer: a `transformers.PreTrainedTokenizerFast`. Truncation and padding stored with it are
-        not used, and it is not changed.
-      max_length: tokens of an example at most, special ones included.
-      cache_dir: folder of the cache; None for none. The name of a file in it is a hash of all that
-        decides its contents, so one never answers for another data set, tokenizer or length.
-      announce: called with a line of text for texts that were cut, and for a damaged cache file.
-
-    Raises:
-      UserError: a tokenizer without [CLS] or [SEP], a text without tokens (names the example), a
-        cache folder that cannot be written.
+      max_length: the largest width.
+      shares: the other widths, as approximate parts of it.
     """
-    if max_length < 3:
-        raise ValueError(f"max_length is {max_length}; [CLS], one token and [SEP] need 3")
-    backend, ends = prepare_tokenizer(tokenizer)
-    digest = _digest(dataset, backend, ends, max_length)
-    path = None if cache_dir is None else Path(cache_dir).expanduser() / f"features-{digest[:40]}.npz"
-    arrays = None if path is None else _load(path, len(dataset), announce)
-    if arrays is None:
-        arrays = _tokenize(dataset, backend, ends, max_length)
-        if path is not None:
-            with atomic_file(path, "wb") as stream:
-                np.savez(stream, allow_pickle=False, **arrays)
-    features = Examples(
-        tokens=arrays["tokens"],
-        offsets=arrays["offsets"],
-        token_types=None,
-        labels=np.array([example.label for example in dataset.examples], np.int32),
-        ids=[example.id for example in dataset.examples],
-        num_truncated=int(arrays["num_truncated"]),
-        digest=digest,
-    )
-    if features.num_truncated:
-        announce(
-            f"{features.num_truncated} of {len(features)} texts are longer than {max_length} tokens and "
-            "were cut"
-        )
-    return features
+    rounded = {-(-int(share * max_length) // _BUCKET_STEP) * _BUCKET_STEP for share in shares}
+    return (*sorted(w for w in rounded if _SMALLEST_BUCKET <= w < max_length), max_length)
 
 
-def prepare_tokenizer(tokenizer: Any) -> tuple[Any, tuple[int, int]]:
-    """A tokenizer of our own that neither cuts nor pads, and the ids of [CLS] and [SEP].
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order in which an epoch visits the examples, int64 [num_examples].
 
     Args:
-      tokenizer: a `transformers.PreTrainedTokenizerFast`; not changed.
+      num_examples: size of the set.
+      seed: of the run, not negative.
+      epoch: 0-based; each has its own order.
+    """
+    rng = np.random.Generator(np.random.PCG64([seed, epoch]))
+    return rng.permutation(num_examples).astype(np.int64, copy=False)
+
+
+def length_batches(
+    examples: Examples, batch_size: int, widths: Sequence[int]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Divides all examples into batches of similar length, so that little is padded.
+
+    The longest come first: a batch that does not fit into memory fails at once.
+
+    Args:
+      examples: n examples.
+      batch_size: examples of a batch; the last one may have fewer.
+      widths: padded lengths to choose from, ascending.
+
+    Yields:
+      Positions of a batch's examples, int64 [<= batch_size], and the smallest width that holds them.
+      Every example comes once.
 
     Raises:
-      UserError: it has no [CLS] or no [SEP].
+      ValueError: an example is longer than the largest width.
     """
-    import tokenizers
-
-    # Unset, the library warns and turns its threads off once the process has forked.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    if None in ends:
-        raise UserError("the tokenizer has no [CLS] or no [SEP] token; choose one made for BERT")
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    return backend, ends
+    lengths = examples.lengths
+    order = np.argsort(-lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        longest = int(lengths[index[0]])
+        width = next((w for w in widths if w >= longest), None)
+        if width is None:
+            raise ValueError(f"an example has {longest} tokens; the widths are {tuple(widths)}")
+        yield index, width
 
 
-def _digest(dataset: Dataset, backend: Any, ends: tuple[int, int], max_length: int) -> str:
+def pad_batch(examples: Examples, indices: np.ndarray, batch_size: int, width: int) -> dict[str, np.ndarray]:
+    """Puts examples into arrays of a fixed shape.
+
+    Args:
+      examples: the set, G rows an example (`Examples.group`).
+      indices: int [b], b <= batch_size, positions in the set.
+      batch_size: B, examples of the arrays. Those beyond b are padding (`valid` is False). A padding row
+        has one token, [CLS], so that no computation meets a row without tokens.
+      width: W, columns of the arrays.
+
+    Returns:
+      input_ids int32 [B * G, W] (0 for padding), mask bool [B * G, W] (True = real), valid bool [B],
+      index int32 [B] (-1 for padding). If the set has them: labels int32 [B], token_type_ids int32
+      [B * G, W], and all targets. segment bool [B * G] (False for padding rows) if examples differ in
+      their number of rows; shared bool [B * G, W] if options have a passage in common.
+
+    Raises:
+      ValueError: too many examples, or one that is longer than `width`.
+    """
+    chosen = np.asarray(indices, np.int64)
+    if len(chosen) > batch_size:
+        raise ValueError(f"{len(chosen)} examples do not fit into a batch of {batch_size}")
+    rows = batch_rows(examples, chosen, batch_size)
+    valid_rows = rows >= 0
+    lengths = np.where(valid_rows, examples.row_lengths[rows], 0)
+    if lengths.max(initial=0) > width:
+        raise ValueError(f"an example of {lengths.max()} tokens does not fit into a width of {width}")
+    columns = np.arange(width)
+    mask = columns < lengths[:, None]  # [B * G, W]
+
+    def by_example(values: np.ndarray) -> np.ndarray:
+        array = np.full((batch_size, *values.shape[1:]), _PADDING.get(values.dtype.kind, 0), values.dtype)
+        array[: len(chosen)] = values[chosen]
+        return array
+
+    input_ids, token_types = examples.padded_rows(rows, width)
+    input_ids[~valid_rows, 0] = examples.first_token
+    index = np.full(batch_size, -1, np.int32)
+    index[: len(chosen)] = chosen
+    batch = {"input_ids": input_ids, "mask": mask, "valid": index >= 0, "index": index}
+    if token_types is not None:
+        batch["token_type_ids"] = token_types
+    if examples.has_labels:
+        batch["labels"] = np.maximum(by_example(examples.labels), 0)
+    batch |= {name: by_example(values) for name, values in examples.targets.items()}
+    for name, values in examples.row_targets.items():
+        shape = valid_rows.reshape(-1, *(1,) * (values.ndim - 1))
+        targets = np.where(shape, values[rows], _PADDING.get(values.dtype.kind, 0)).astype(values.dtype)
+        if name == "shared_length":
+            batch["shared"] = columns < targets[:, None]
+        else:
+            batch[name] = targets
+    if examples.first_row is not None and "shared" not in batch:
+        batch["segment"] = valid_rows.copy()
+    mask[~valid_rows, 0] = True
+    return batch
+
+
+def batch_rows(examples: Examples, indices: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns the rows of a set that a batch has: int [b] -> int64 [B * G], -1 for padding rows."""
+    rows = np.full((batch_size, examples.group), -1, np.int64)
+    rows[: len(indices)] = examples.rows(indices)
+    return rows.reshape(-1)
+
+
+# Digests ---------------------------------------------------------------------------------------------
+
+
+def digest_of(*values: object) -> str:
+    """Returns the sha256 of values of any nesting.
+
+    Args:
+      values: None, bool, int, float, str, tuples, lists, NumPy arrays and dataclasses of them. Of a
+        dataclass, the fields `where` (for messages) and `scored_as` (for scores) are left out.
+    """
     digest = hashlib.sha256()
-    for part in _hashed_parts(dataset, backend, ends, max_length):
-        data = part.encode("utf-8")
-        digest.update(len(data).to_bytes(8, "little"))  # where one part ends and the next begins
-        digest.update(data)
+    _feed(digest.update, (_FORMAT, *values))
     return digest.hexdigest()
 
 
-def _hashed_parts(dataset: Dataset, backend: Any, ends: tuple[int, int], max_length: int) -> Iterator[str]:
-    yield from (_FORMAT, str(max_length), str(ends), backend.to_str())
-    for example in dataset.examples:
-        yield from (example.id, str(example.label), example.text)
-
-
-def _tokenize(
-    dataset: Dataset, backend: Any, ends: tuple[int, int], max_length: int
-) -> dict[str, np.ndarray]:
-    from tqdm import tqdm
-
-    rows, num_truncated = [], 0
-    # disable=None: no bar where stderr is not a terminal; delay: none for what takes a moment.
-    with tqdm(total=len(dataset), desc="tokenizing", unit="text", disable=None, delay=2) as bar:
-        for start in range(0, len(dataset), _CHUNK):
-            some = dataset.examples[start : start + _CHUNK]
-            encodings = backend.encode_batch_fast([e.text for e in some], add_special_tokens=False)
-            for example, encoding in zip(some, encodings, strict=True):
-                ids = encoding.ids
-                if not ids:
-                    raise UserError(f"{example.id}: the text has no tokens; remove the example")
-                num_truncated += len(ids) > max_length - 2
-                rows.append(np.array([ends[0], *ids[: max_length - 2], ends[1]], np.int32))
-            bar.update(len(some))
-    return {
-        "tokens": np.concatenate(rows),
-        "offsets": np.cumsum([0, *map(len, rows)], dtype=np.int64),
-        "num_truncated": np.array(num_truncated, np.int64),
-    }
-
-
-def _load(path: Path, num_examples: int, announce: Announce) -> dict[str, np.ndarray] | None:
-    """The arrays of a cache file; None where there is none or it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("tokens", "offsets", "num_truncated")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        arrays = {}
-    if arrays and arrays["offsets"].shape == (num_examples + 1,):
-        offsets = arrays["offsets"]
-        if offsets[0] == 0 and offsets[-1] == len(arrays["tokens"]) and (np.diff(offsets) > 2).all():
-            return arrays
-    announce(f"{path}: this cache file is damaged; tokenizing again")
-    return None
+def _feed(update: Callable[[bytes], object], value: object) -> None:
+    """Feeds every value with its type and size, so that two different nestings differ in their bytes."""
+    if isinstance(value, str):
+        data = value.encode("utf-8")
+        update(b"s%d:" % len(data))
+        update(data)
+    elif value is None or isinstance(value, bool | int | float):
+        update(f"{type(value).__name__}:{value!r};".encode())
+    elif isinstance(value, tuple | list):
+        update(b"t%d:" % len(value))
+        for item in value:
+            _feed(update, item)
+    elif isinstance(value, np.ndarray):
+        update(f"a{value.dtype.str}{value.shape}:".encode())
+        update(np.ascontiguousarray(value).tobytes())
+    elif dataclasses.is_dataclass(value):
+        names = [f.name for f in dataclasses.fields(value) if f.name not in ("where", "scored_as")]
+        update(f"d{type(value).__name__}{len(names)}:".encode())
+        for name in names:
+            _feed(update, getattr(value, name))
+    else:
+        raise TypeError(f"{type(value).__name__} has no digest")

@@ -1,82 +1,159 @@
-"""A question about an article with four options: RACE, in three forms.
+"""Choose one of four options that answer a question about an article: RACE, in three forms.
 
-pairs         each option with its question is an example of two classes, right or wrong (as published)
-independent   each option selects tokens by itself, one softmax over the four
-shared        the options select the tokens of article and question together, one softmax over the four
+pairs         each option is an example of two classes, wrong or right (as published)
+independent   each option selects tokens by itself; one softmax over the four
+shared        the options select the tokens of article and question together; one softmax over the four
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
-from trbert_jax.config import RunConfig
-from trbert_jax.datasets.dataset import Announce
-from trbert_jax.tasks.base import QuestionData, Score, feature_set
-from trbert_jax.tasks.choice_answers import choose_by_pairs, choose_option
-from trbert_jax.tasks.choice_features import MAX_QUESTION_LENGTH, ChoiceFeatures, build_choice_features
-from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.score_classification import accuracy
+from trbert_jax.datasets.records import ChoiceQuestion
+from trbert_jax.model.config import InputConfig
+from trbert_jax.tasks.base import Fields, RecordErrors, Score, Task, register_task
+from trbert_jax.tasks.examples import Counts, Examples, digest_of
+from trbert_jax.tasks.losses import Rows, cross_entropy, distillation
+from trbert_jax.tasks.scorers import accuracy
+from trbert_jax.tasks.text_encoder import TextEncoder
 
 LETTERS = ("A", "B", "C", "D")
+MAX_QUESTION_LENGTH = 128  # of question and option together
 
 
-class ChoiceData(QuestionData):
+@register_task
+class MultipleChoiceTask(Task):
     """Accuracy over questions, whatever the form."""
 
-    request = "choice"
+    name = "multiple_choice"
     metric = "accuracy"
-    own_settings = frozenset({"data.skip_bad_records", "data.choices", "model.max_question_length"})
+    settings = frozenset({"data.skip_bad_records", "data.choices", "model.max_question_length"})
+    markers = ("[unused1]", "[unused2]", "[unused3]")
+    shortest_request: ClassVar[dict[str, Any]] = {"passage": "a", "question": "a", "options": ["a"] * 4}
 
-    def __init__(self, config: RunConfig, announce: Announce) -> None:
-        super().__init__(config, announce)
-        self.form = config.data.choices
-        self.task = "classification" if self.form == "pairs" else "multiple_choice"
-        self.labels = ("wrong", "right") if self.form == "pairs" else LETTERS
+    def __init__(self, inputs: InputConfig, max_length: int, labels: Sequence[str] = ()) -> None:
+        self.form = inputs.choices
+        super().__init__(inputs, max_length, ("wrong", "right") if self.form == "pairs" else LETTERS)
 
-    def texts(self, split: str) -> list[str]:
-        records = self.records(split)
+    @property
+    def head(self) -> str:
+        return "classification" if self.form == "pairs" else self.name
+
+    def texts(self, records: Sequence[ChoiceQuestion]) -> list[str]:
         asked = [" ".join((record.question, *record.options)) for record in records]
         return asked + list(dict.fromkeys(record.article for record in records))
 
-    @functools.cache  # noqa: B019 - lives as long as the run
-    def choices(self, split: str, tokenizer: Any) -> ChoiceFeatures:
-        """The rows of a split."""
-        model = self.config.model
-        return build_choice_features(
-            self.records(split),
-            tokenizer,
-            model.max_length,
-            model.max_question_length or MAX_QUESTION_LENGTH,
-            training=split == "train",
-            announce=lambda line: self.announce(f"{split}: {line}"),
-        )
+    def encode(
+        self,
+        records: Sequence[ChoiceQuestion],
+        tokenizer: Any,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        cache_dir: Path | None = None,
+    ) -> Examples:
+        """Makes four rows of every question, `[CLS] article [SEP] question option [SEP]`; see `Task.encode`.
 
-    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
-        found = self.choices(split, tokenizer)
-        self.note_counts(split, found.counts)
+        With M the word pieces of a question and its longest option, at most `max_question_length`, every
+        row has M pieces at most after the article, and the article is cut to `max_length` - 3 - M. So
+        the four rows agree up to the option; `shared_length` is the number of tokens that they share.
+        """
+        max_question_length = self.inputs.max_question_length or MAX_QUESTION_LENGTH
+        encoder = TextEncoder(tokenizer)
+        articles, article_index = encoder.encode_distinct(
+            [q.article for q in records], max_tokens=self.max_length
+        )
+        stems = encoder.encode([q.question for q in records]).tokens
+        options = encoder.encode([option for q in records for option in q.options]).tokens
+        rows, shared, truncated, questions_cut = [], list[int](), 0, 0
+        errors = RecordErrors(training)
+        for i, question in enumerate(records):
+            if len(question.options) != 4:
+                raise ValueError(f"{question.where}: {len(question.options)} options; expected 4")
+            parts = [np.concatenate([stems[i], options[4 * i + k]]) for k in range(4)]
+            longest = min(max(map(len, parts)), max_question_length)
+            room = self.max_length - 3 - longest
+            length = int(articles.num_tokens[article_index[i]])
+            # A question may be empty, an article not.
+            tokens = {"question": max(1, longest), "article": length}
+            if not errors.check(question, tokens, room, self.max_length):
+                continue
+            article = articles.tokens[article_index[i]][:room]
+            rows += [((encoder.cls, article, encoder.sep), (part[:longest], encoder.sep)) for part in parts]
+            shared.append(len(article) + 2 + min(len(stems[i]), longest))
+            truncated += len(article) < length
+            questions_cut += any(len(part) > longest for part in parts)
+        errors.raise_if_any()
+        counts = Counts(len(records), len(rows), truncated, questions_cut)
+        settings = (encoder.description, self.max_length, max_question_length, training)
+        digest = digest_of("choice", *settings, list(records))
+        answers = np.array([-1 if q.answer is None else q.answer for q in records], np.int32)
         if self.form == "pairs":
-            return found.pairs()
-        shared = {"shared_length": np.repeat(found.question_ends, 4)} if self.form == "shared" else {}
-        return feature_set(
-            found.rows,
-            found.ids,
-            found.digest,
-            found.counts.num_truncated,
-            labels=found.labels,
-            first_row=np.arange(0, len(found.rows) + 1, 4, dtype=np.int64),
+            return Examples.of_pairs(
+                rows,
+                [f"{q.id}:{letter}" for q in records for letter in LETTERS],
+                counts=counts,
+                labels=(np.arange(4) == answers[:, None]).astype(np.int32).ravel(),  # 0 if withheld
+                digest=digest_of("pairs", digest),
+                records=records,
+            )
+        lengths = {"shared_length": np.repeat(np.array(shared, np.int32), 4)}
+        return Examples.of_pairs(
+            rows,
+            [q.id for q in records],
+            counts=counts,
+            labels=answers,
+            first_row=np.arange(0, len(rows) + 1, 4, dtype=np.int64),
             group=4,
-            row_targets=shared,
+            row_targets=lengths if self.form == "shared" else {},
+            digest=digest,
+            records=records,
         )
 
-    def score(self, split: str, features: Examples, tokenizer: Any, logits: Any) -> Score:
-        found = self.choices(split, tokenizer)
+    # `labels` int32 [B]; a row an option
+
+    @staticmethod
+    def loss(logits: jax.Array, rows: Rows) -> jax.Array:
+        return cross_entropy(rows.grouped(logits)[..., 0], rows.get("labels"))
+
+    @staticmethod
+    def distillation_loss(logits: jax.Array, rows: Rows, temperature: float) -> jax.Array:
+        return distillation(rows.grouped(logits)[..., 0], rows.get("teacher_logits"), temperature)
+
+    @staticmethod
+    def example_logits(logits: jax.Array, rows: Rows) -> jax.Array:
+        return rows.grouped(logits)[..., 0]
+
+    def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
+        records = examples.records
         choose = choose_by_pairs if self.form == "pairs" else choose_option
         chosen = choose(np.asarray(logits))
-        answers = dict(zip(found.ids, (LETTERS[k] for k in chosen), strict=True))
-        known = found.labels >= 0
-        metrics = {"accuracy": accuracy(chosen[known], found.labels[known])} if known.any() else {}
+        known = np.array([record.answer is not None for record in records], bool)
+        right = [record.answer for record in records if record.answer is not None]
+        metrics = {"accuracy": accuracy(chosen[known], right)} if right else {}
+        answers = {record.id: LETTERS[k] for record, k in zip(records, chosen, strict=True)}
         return Score(metrics, {"predictions.json": answers})
+
+    def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> ChoiceQuestion:
+        fields = Fields(request, where)
+        article, question = fields.text("passage", "article"), fields.optional_text("question")
+        return ChoiceQuestion(id, article, question, fields.texts("options", 4), None, where)
+
+
+def choose_by_pairs(logits: np.ndarray) -> np.ndarray:
+    """Chooses the option with the largest logit of "right": float [4 n, 2] -> int64 [n].
+
+    As published, the logit of "wrong" does not matter, and the later option wins among equals.
+    """
+    right = logits[:, 1].reshape(-1, 4)
+    return 3 - np.argmax(right[:, ::-1], axis=1)
+
+
+def choose_option(logits: np.ndarray) -> np.ndarray:
+    """Chooses the option with the largest logit, the first among equals: float [n, 4] -> int64 [n]."""
+    return np.argmax(logits, axis=1)

@@ -1,13 +1,14 @@
-"""Paragraphs as word pieces with their sentences and answers: what every HotpotQA source comes to.
+"""Tokenize the paragraphs of multi-hop questions and pack them into inputs.
 
-From text they are tokenized here (`tokenize_questions`); some sources bring word pieces along
-(`paragraph_from_pieces`).
+Paragraphs are tokenized once, and packed in any order: `[CLS] question [SEP] paragraphs [SEP]`, each of
+them `[unused1] title [unused2] text`. See docs/question_answering.md, "Paragraphs of a question".
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,15 @@ import numpy as np
 
 from trbert_jax.datasets.records import MultiHopQuestion, Paragraph
 from trbert_jax.errors import UserError
-from trbert_jax.tasks.encoding import TextEncoder, locate
+from trbert_jax.tasks.base import RecordErrors
+from trbert_jax.tasks.examples import Counts, Examples, Ragged, digest_of
+from trbert_jax.tasks.text_encoder import TextEncoder, locate
+
+MAX_ANSWERS = 8  # slots of an input, as published
+MAX_SENTENCES = 80
+SPAN, YES, NO = range(3)  # kinds of answers
+_TITLE, _CONTEXT = "[unused1]", "[unused2]"
+_CHUNK = 1000  # questions whose paragraphs are separate arrays at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -24,14 +33,14 @@ class TokenizedParagraph:
 
     Attributes:
       title: as published.
-      text: what answers are cut from; empty where the source does not give it.
-      tokens: int32 [k], title not included.
-      chars: int32 [k, 2], the characters `[start, end)` of `text` that a piece stands for; -1 where
-        it stands for none, and an answer does not reach across it.
-      sentences: int32 [s, 2], pieces `[start, end)` of each sentence, which may be none.
-      supporting: int8 [s], 1 for a supporting sentence, else 0, or -1 where the source withholds it.
+      text: what answers are cut from; empty if the source lacks it.
+      tokens: int32 [k], without the title.
+      chars: int32 [k, 2], the characters `[start, end)` of `text` that a piece stands for; -1 if it
+        stands for none, and no answer reaches across it.
+      sentences: int32 [s, 2], pieces `[start, end)` of each sentence, which may be empty.
+      supporting: int8 [s], 1 for a supporting sentence, else 0, or -1 if the source withholds it.
       spans: int32 [g, 2], pieces `[start, end)`, in order.
-      gold: whether it is one of the paragraphs the answer follows from, which training always shows.
+      gold: whether the answer follows from it; training always shows such paragraphs.
     """
 
     title: str
@@ -46,7 +55,7 @@ class TokenizedParagraph:
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class TokenizedQuestion:
-    """A question over such paragraphs; otherwise like `MultiHopQuestion`."""
+    """A question with such paragraphs; otherwise like `MultiHopQuestion`."""
 
     id: str
     question: str
@@ -55,20 +64,14 @@ class TokenizedQuestion:
     where: str
 
 
-def is_yes_or_no(answer: str | None) -> bool:
-    """Whether an answer is one of the two that stand in no text."""
-    return answer is not None and answer.lower() in ("yes", "no")
-
-
 def tokenize_questions(
     questions: Sequence[MultiHopQuestion], encoder: TextEncoder
 ) -> Iterator[TokenizedQuestion]:
     """Tokenizes the paragraphs of questions and finds supporting sentences and answers in them.
 
-    Answers are looked for letter by letter, where they are whole words: in the supporting sentences;
-    if they are not there, in the paragraphs of these sentences; if not there either, in these
-    paragraphs whatever the case of letters. Every occurrence counts. Where the source gives no
-    supporting sentences, every paragraph takes their place.
+    Answers are whole words. They are searched for in the supporting sentences; if not found, in the
+    paragraphs of these sentences; if not found, in these paragraphs with case ignored. Every occurrence
+    counts. If the source gives no supporting sentences, all paragraphs are searched.
     """
     texts = ["".join(p.sentences) for q in questions for p in q.paragraphs]
     encoded = encoder.encode(texts, chars=True)
@@ -76,9 +79,7 @@ def tokenize_questions(
     for question in questions:
         gold = {title for title, _ in question.supporting}
         paragraphs = [
-            _paragraph(
-                p, encoded.tokens_of(place + k), encoded.chars_of(place + k), question, p.title in gold
-            )
+            _tokenized(p, encoded.tokens[place + k], encoded.chars[place + k], question, p.title in gold)
             for k, p in enumerate(question.paragraphs)
         ]
         place += len(paragraphs)
@@ -91,11 +92,11 @@ def tokenize_questions(
         )
 
 
-def _paragraph(
+def _tokenized(
     paragraph: Paragraph, tokens: np.ndarray, chars: np.ndarray, question: MultiHopQuestion, gold: bool
 ) -> TokenizedParagraph:
     ends = np.cumsum([0, *map(len, paragraph.sentences)])
-    borders = np.searchsorted(chars[:, 0], ends)  # a piece belongs to the sentence it begins in
+    borders = np.searchsorted(chars[:, 0], ends)  # a piece belongs to the sentence that it begins in
     count = len(paragraph.sentences)
     supporting = np.full(count, 0 if question.supporting else -1, np.int8)
     supporting[[k for title, k in question.supporting if title == paragraph.title and k < count]] = 1
@@ -114,19 +115,20 @@ def _paragraph(
 def _with_answers(
     paragraphs: list[TokenizedParagraph], answer: str | None, encoder: TextEncoder
 ) -> list[TokenizedParagraph]:
-    def search(pattern: re.Pattern[str]) -> list[list[tuple[int, int]]]:
-        pairs = zip(paragraphs, shown, strict=True)
+    def search(flags: int = 0) -> list[list[tuple[int, int]]]:
+        pattern = re.compile(re.escape(answer or ""), flags)
+        pairs = zip(paragraphs, searched, strict=True)
         return [_occurrences(p, pattern, encoder) if ok else [] for p, ok in pairs]
 
-    if answer is None or is_yes_or_no(answer):
+    if kind_of(answer) != SPAN:
         return paragraphs
-    shown = [p.gold for p in paragraphs] if any(p.gold for p in paragraphs) else [True] * len(paragraphs)
-    found = search(re.compile(re.escape(answer)))
+    searched = [p.gold or not any(p.gold for p in paragraphs) for p in paragraphs]
+    found = search()
     supported = [_in_supporting(p, spans) for p, spans in zip(paragraphs, found, strict=True)]
     if any(supported):
         found = supported
     elif not any(found):
-        found = search(re.compile(re.escape(answer), re.IGNORECASE))
+        found = search(re.IGNORECASE)
     return [
         dataclasses.replace(p, spans=np.array(spans, np.int32).reshape(-1, 2))
         for p, spans in zip(paragraphs, found, strict=True)
@@ -136,7 +138,7 @@ def _with_answers(
 def _occurrences(
     paragraph: TokenizedParagraph, pattern: re.Pattern[str], encoder: TextEncoder
 ) -> list[tuple[int, int]]:
-    """Pieces `[start, end)` of every match that is whole words; `art` in `party` or `arts` is none."""
+    """Returns the pieces `[start, end)` of every match of whole words; `art` in `party` does not count."""
     spans, chars = list[tuple[int, int]](), paragraph.chars
     matches = list(pattern.finditer(paragraph.text))
     if not matches:
@@ -156,6 +158,11 @@ def _in_supporting(paragraph: TokenizedParagraph, spans: list[tuple[int, int]]) 
     return [(start, end) for start, end in spans if any(a <= start and end <= b for a, b in ranges)]
 
 
+def kind_of(answer: str | None) -> int:
+    """Returns the kind of an answer: 0 a span, 1 yes, 2 no, -1 if it is withheld."""
+    return -1 if answer is None else {"yes": YES, "no": NO}.get(answer.lower(), SPAN)
+
+
 def paragraph_from_pieces(
     tokenizer: Any,
     title: str,
@@ -168,23 +175,23 @@ def paragraph_from_pieces(
     words: Sequence[str] = (),
     piece_words: Sequence[int] = (),
 ) -> TokenizedParagraph:
-    """A paragraph whose source has divided it into word pieces.
+    """Builds a paragraph that its source has already divided into word pieces.
 
     Args:
       tokenizer: a `transformers.PreTrainedTokenizerFast`.
       title: as published.
-      pieces: k entries of the vocabulary.
+      pieces: k vocabulary entries.
       sentences: s ranges `[start, end)` of pieces.
-      supporting: s times 0 or 1; None where the source withholds them.
+      supporting: s times 0 or 1; None if the source withholds them.
       spans: ranges `[start, end)` of pieces that are the answer.
       gold: see `TokenizedParagraph`.
-      words: words of the text; joined by spaces they are the paragraph's text. None may be given.
-      piece_words: k numbers, the word each piece belongs to, -1 for none; empty where no words are
-        given. An answer is then whole words.
+      words: words of the text, which is the words joined by spaces; may be empty.
+      piece_words: k numbers, the word of each piece, -1 for none; empty without words. An answer then
+        consists of whole words.
 
     Raises:
-      UserError: a piece that the vocabulary does not have.
-      ValueError: ranges or numbers of words that are not there.
+      UserError: a piece that the vocabulary lacks.
+      ValueError: ranges or numbers of words outside the paragraph.
     """
     vocabulary = tokenizer.get_vocab()
     missing = next((piece for piece in pieces if piece not in vocabulary), None)
@@ -196,10 +203,10 @@ def paragraph_from_pieces(
     k = len(pieces)
     owner = np.array(piece_words if len(words) else [-1] * k, np.int64)
     if len(owner) != k or (owner >= len(words)).any():
-        raise ValueError(f"{title}: piece_words names words that are not there, or is not {k} numbers")
-    ranges = [np.array(some, np.int32).reshape(-1, 2) for some in (sentences, spans)]
-    for some in ranges:
-        if ((some[:, 0] > some[:, 1]) | (some[:, 0] < 0) | (some[:, 1] > k)).any():
+        raise ValueError(f"{title}: piece_words has numbers beyond the words, or is not {k} numbers")
+    ranges = [np.array(pairs, np.int32).reshape(-1, 2) for pairs in (sentences, spans)]
+    for pairs in ranges:
+        if ((pairs[:, 0] > pairs[:, 1]) | (pairs[:, 0] < 0) | (pairs[:, 1] > k)).any():
             raise ValueError(f"{title}: a range of word pieces lies outside the {k} of the paragraph")
     ends = np.cumsum([len(word) + 1 for word in words], dtype=np.int64) - 1
     starts = ends - [len(word) for word in words]
@@ -215,3 +222,292 @@ def paragraph_from_pieces(
         spans=ranges[1],
         gold=gold,
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MultiHopParagraphs:
+    """n questions with p paragraphs in all, `[unused1] title [unused2] text` each.
+
+    Positions in a paragraph count from its [unused1].
+
+    Attributes:
+      queries: int32, word pieces of each question.
+      offsets: int64 [n + 1]; question i has the paragraphs `offsets[i]` to `offsets[i + 1] - 1`.
+      tokens: int32, of each paragraph.
+      chars: int32 [tokens, 2], see `TokenizedParagraph`; -1 for markers and titles; empty in training.
+      sentences: int32 [sentences, 2], `[start, end)` in the paragraph.
+      supporting: int8 [sentences], see `TokenizedParagraph`.
+      spans: int32 [spans, 2], answers, `[start, end)` in the paragraph.
+      gold: bool [p].
+      kinds: int8 [n], see `kind_of`.
+      ids: n ids.
+      titles, texts: p of each.
+      room: int64 [n], tokens that each question leaves for paragraphs.
+      cls, sep: int32 [1].
+      counts, digest: see `Examples`.
+    """
+
+    queries: Ragged
+    offsets: np.ndarray
+    tokens: Ragged
+    chars: Ragged
+    sentences: Ragged
+    supporting: Ragged
+    spans: Ragged
+    gold: np.ndarray
+    kinds: np.ndarray
+    ids: list[str]
+    titles: list[str]
+    texts: list[str]
+    room: np.ndarray
+    cls: np.ndarray
+    sep: np.ndarray
+    counts: Counts
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+# Columns of `MultiHopParagraphs` -> dtype and width.
+_COLUMNS: dict[str, tuple[Any, int | None]] = {
+    "queries": (np.int32, None),
+    "tokens": (np.int32, None),
+    "chars": (np.int32, 2),
+    "sentences": (np.int32, 2),
+    "supporting": (np.int8, None),
+    "spans": (np.int32, 2),
+}
+
+
+def encode_paragraphs(
+    questions: Sequence[MultiHopQuestion | TokenizedQuestion],
+    tokenizer: Any,
+    max_length: int,
+    max_question_length: int,
+    *,
+    training: bool = False,
+) -> MultiHopParagraphs:
+    """Tokenizes questions and their paragraphs.
+
+    Args:
+      questions: of one split, as text or with paragraphs already in word pieces.
+      tokenizer: see `Task.encode`; its vocabulary needs [unused1] and [unused2].
+      max_length: tokens of an input at most.
+      max_question_length: word pieces of a question at most; the rest is cut.
+      training: whether to leave out questions whose answer is neither yes or no nor found in a
+        paragraph, and to keep no characters.
+
+    Raises:
+      UserError, UnusableRecords: see `Task.encode`.
+    """
+    encoder = TextEncoder(tokenizer)
+    title_id, context_id = encoder.id_of(_TITLE), encoder.id_of(_CONTEXT)
+    columns: dict[str, list[Ragged]] = {name: [Ragged.of([], *_COLUMNS[name])] for name in _COLUMNS}
+    ids, kinds, gold = list[str](), list[int](), list[bool]()
+    titles, texts = list[str](), list[str]()
+    counts, truncated, questions_cut, dropped = [0], 0, 0, 0
+    errors = RecordErrors(training)
+    for chunk in _chunks(questions, encoder):
+        arrays: dict[str, list[np.ndarray]] = defaultdict(list)
+        queries = encoder.encode([q.question for q in chunk], max_tokens=max_question_length)
+        names = iter(encoder.encode([p.title.replace("_", " ") for q in chunk for p in q.paragraphs]).tokens)
+        questions_cut += int((queries.num_tokens > max_question_length).sum())
+        for question, query in zip(chunk, queries.tokens, strict=True):
+            heads = [np.array([title_id, *next(names), context_id], np.int32) for _ in question.paragraphs]
+            room = max_length - 3 - len(query)
+            if not errors.check(question, {"question": len(query)}, room, max_length):
+                continue
+            found = any(len(p.spans) for p in question.paragraphs)
+            if training and not found and kind_of(question.answer) == SPAN:
+                dropped += 1
+                continue
+            for paragraph, head in zip(question.paragraphs, heads, strict=True):
+                arrays["tokens"].append(np.concatenate([head, paragraph.tokens]))
+                if not training:
+                    no_chars = np.full((len(head), 2), -1, np.int32)
+                    arrays["chars"].append(np.concatenate([no_chars, paragraph.chars]))
+                arrays["sentences"].append(paragraph.sentences + len(head))
+                arrays["spans"].append(paragraph.spans + len(head))
+                arrays["supporting"].append(paragraph.supporting)
+                gold.append(paragraph.gold)
+                titles.append(paragraph.title)
+                texts.append("" if training else paragraph.text)
+            arrays["queries"].append(query)
+            ids.append(question.id)
+            kinds.append(kind_of(question.answer))
+            counts.append(len(question.paragraphs))
+            lengths = [len(tokens) for tokens in arrays["tokens"][len(arrays["tokens"]) - counts[-1] :]]
+            truncated += sum(lengths) > room
+        for name, parts in arrays.items():
+            columns[name].append(Ragged.of(parts, *_COLUMNS[name]))
+    errors.raise_if_any()
+    joined = {name: Ragged.join(parts) for name, parts in columns.items()}
+    settings = (encoder.description, max_length, max_question_length, training)
+    return MultiHopParagraphs(
+        **joined,
+        offsets=np.cumsum(counts, dtype=np.int64),
+        gold=np.array(gold, bool),
+        kinds=np.array(kinds, np.int8),
+        ids=ids,
+        titles=titles,
+        texts=texts,
+        room=max_length - 3 - joined["queries"].lengths,
+        cls=encoder.cls,
+        sep=encoder.sep,
+        counts=Counts(len(questions), len(ids), truncated, questions_cut, num_dropped=dropped),
+        digest=digest_of("multi hop", *settings, list(questions)),
+    )
+
+
+def _chunks(
+    questions: Sequence[MultiHopQuestion | TokenizedQuestion], encoder: TextEncoder
+) -> Iterator[list[TokenizedQuestion]]:
+    for start in range(0, len(questions), _CHUNK):
+        chunk = questions[start : start + _CHUNK]
+        texts = [question for question in chunk if isinstance(question, MultiHopQuestion)]
+        tokenized = tokenize_questions(texts, encoder)
+        yield [q if isinstance(q, TokenizedQuestion) else next(tokenized) for q in chunk]
+
+
+# Order and packing -----------------------------------------------------------------------------------
+
+
+def file_orders(paragraphs: MultiHopParagraphs) -> list[np.ndarray]:
+    """Orders paragraphs as the source does, until the input is full; for evaluation.
+
+    Returns:
+      For each question the numbers of its paragraphs, int64; the last may be cut.
+    """
+    orders = []
+    for i in range(len(paragraphs)):
+        first, last = paragraphs.offsets[i : i + 2]
+        filled = np.cumsum(paragraphs.tokens.lengths[first:last])
+        count = np.searchsorted(filled, paragraphs.room[i]) + 1
+        orders.append(np.arange(first, min(first + count, last)))
+    return orders
+
+
+def drawn_orders(paragraphs: MultiHopParagraphs, seed: int, epoch: int) -> list[np.ndarray]:
+    """Takes the gold paragraphs and, drawn at random, others until the input is full; for training.
+
+    The last one added, which may be cut, comes last; the order of the rest is drawn too. Each draw depends
+    only on seed, epoch and the number of the question.
+
+    Args:
+      paragraphs: of n questions.
+      seed: of the run, not negative.
+      epoch: 0-based; each has its own orders.
+
+    Returns:
+      See `file_orders`.
+    """
+    orders = []
+    for i in range(len(paragraphs)):
+        # + 1: a final 0 would give the random numbers of (seed, epoch), which order the examples.
+        rng = np.random.Generator(np.random.PCG64([seed, epoch, i + 1]))
+        first, last = paragraphs.offsets[i : i + 2]
+        lengths, gold = paragraphs.tokens.lengths[first:last], paragraphs.gold[first:last]
+        orders.append(first + _draw(lengths, gold, int(paragraphs.room[i]), rng))
+    return orders
+
+
+def _draw(lengths: np.ndarray, gold: np.ndarray, room: int, rng: np.random.Generator) -> np.ndarray:
+    chosen, others = np.flatnonzero(gold), rng.permutation(np.flatnonzero(~gold))
+    # A paragraph is added if those before it do not fill the input.
+    before = lengths[chosen].sum() + np.cumsum(lengths[others]) - lengths[others]
+    added = others[before < room]
+    if not len(added):
+        return rng.permutation(chosen)
+    return np.append(rng.permutation(np.concatenate([chosen, added[:-1]])), added[-1])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packing:
+    """The places of paragraphs in inputs; `Examples.layout` of multi-hop questions.
+
+    Attributes:
+      paragraphs: of n questions.
+      orders: n int64 arrays, the paragraphs of each input; the last may be cut.
+      facts: int32 [sentences, 2] of each input: paragraph and number in it of every sentence of the
+        target `sentences`.
+    """
+
+    paragraphs: MultiHopParagraphs
+    orders: Sequence[np.ndarray]
+    facts: Ragged
+
+
+def pack(paragraphs: MultiHopParagraphs, orders: Sequence[np.ndarray], records: Sequence[Any]) -> Examples:
+    """Packs the paragraphs of every question into one input.
+
+    Args:
+      paragraphs: of n questions.
+      orders: for each, its paragraphs in the order wanted; what does not fit is cut.
+      records: see `Examples`.
+
+    Returns:
+      n examples with a `Packing` and the targets
+        starts, ends: int32 [n, 8], first and last token of each answer; 0, [CLS], if there is none.
+        sentences: int32 [n, 80, 2], first and last token of every sentence that is in the input as a
+          whole.
+        sentence_labels: int32 [n, 80], 1 supporting, 0 not, -1 withheld.
+        kind: int32 [n], see `kind_of`; 0 if it is withheld.
+      Positions are inclusive, and -1 for padding.
+    """
+    answers, sentences, labels, facts, rows, without = [], [], [], [], [], 0
+    for i, order in enumerate(orders):
+        query, room = paragraphs.queries[i], paragraphs.room[i]
+        source, _ = _members(paragraphs.tokens, order)
+        rows.append(
+            (
+                (paragraphs.cls, query, paragraphs.sep),
+                (paragraphs.tokens.values[source[:room]], paragraphs.sep),
+            )
+        )
+        lengths = paragraphs.tokens.lengths[order]
+        begin = len(query) + 2 + np.cumsum(lengths) - lengths  # of each paragraph, in the row
+        end = len(query) + 2 + min(room, len(source))
+
+        source, owner = _members(paragraphs.spans, order)
+        spans = paragraphs.spans.values[source] + begin[owner, None]
+        spans = spans[spans[:, 1] <= end][:MAX_ANSWERS] - [0, 1]
+        if not len(spans):
+            first, last = paragraphs.offsets[i : i + 2]
+            has_span = paragraphs.spans.offsets[last] > paragraphs.spans.offsets[first]
+            without += bool(paragraphs.kinds[i] <= SPAN and has_span)
+            spans = np.zeros((1, 2), np.int64)
+        answers.append(spans)
+
+        source, owner = _members(paragraphs.sentences, order)
+        ranges = paragraphs.sentences.values[source] + begin[owner, None]
+        kept = np.flatnonzero((ranges[:, 0] < ranges[:, 1]) & (ranges[:, 1] <= end))[:MAX_SENTENCES]
+        sentences.append(ranges[kept] - [0, 1])
+        labels.append(paragraphs.supporting.values[source[kept]])
+        paragraph = order[owner[kept]]
+        number = source[kept] - paragraphs.sentences.offsets[paragraph]
+        facts.append(np.stack([paragraph, number], axis=1))
+    ends = Ragged.of(answers, width=2).padded(MAX_ANSWERS)
+    return Examples.of_pairs(
+        rows,
+        paragraphs.ids,
+        counts=dataclasses.replace(paragraphs.counts, num_without_answer=without),
+        targets={
+            "starts": ends[:, :, 0].copy(),
+            "ends": ends[:, :, 1].copy(),
+            "sentences": Ragged.of(sentences, width=2).padded(MAX_SENTENCES),
+            "sentence_labels": Ragged.of(labels).padded(MAX_SENTENCES),
+            "kind": np.maximum(paragraphs.kinds, 0).astype(np.int32),
+        },
+        digest=digest_of("packed", paragraphs.digest, list(orders)),
+        records=records,
+        layout=Packing(paragraphs, orders, Ragged.of(facts, width=2)),
+    )
+
+
+def _members(ragged: Ragged, arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the positions of the values of some arrays, and the place in `arrays` of each one's array."""
+    counts = ragged.offsets[arrays + 1] - ragged.offsets[arrays]
+    owner = np.repeat(np.arange(len(arrays)), counts)
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + (ragged.offsets[arrays] - before)[owner], owner

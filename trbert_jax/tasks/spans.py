@@ -1,100 +1,459 @@
-"""Answers that are a stretch of a text: SQuAD with unanswerable questions, NewsQA, NaturalQuestions.
+"""Answer questions with a span of a text: SQuAD, the data sets of MRQA, and TriviaQA.
 
-A window over the context is an example; the windows of a question are put together when it is answered.
+A long context is divided into windows. For SQuAD and MRQA each window is an example, and the windows of a
+question are combined when it is answered. For TriviaQA the windows of a document, its segments, form one
+example: they share a softmax, and every mention of the answer in them is right.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.config import RunConfig
 from trbert_jax.datasets import find_dataset
-from trbert_jax.datasets.dataset import Announce
-from trbert_jax.tasks import score_mrqa as mrqa
-from trbert_jax.tasks import score_squad as squad
-from trbert_jax.tasks.base import QuestionData, Score, at_tokens, feature_set
-from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.span_answers import SpanAnswers, decode_spans, with_null_threshold
-from trbert_jax.tasks.span_features import MRQA, SQUAD, SpanFeatures, build_span_features
+from trbert_jax.datasets.records import SpanQuestion
+from trbert_jax.model.config import InputConfig
+from trbert_jax.tasks.base import Fields, Score, Task, register_task
+from trbert_jax.tasks.examples import Counts, Examples, Ragged, digest_of
+from trbert_jax.tasks.losses import Rows, any_of, distillation
+from trbert_jax.tasks.scorers import score_mrqa, score_squad, score_triviaqa
+from trbert_jax.tasks.text_encoder import TextEncoder
+from trbert_jax.tasks.windows import Pairs, WindowBuilder, Windows, WindowSettings, best_pairs
+
+N_BEST = 20
+N_BEST_SEGMENTS = 10
+MAX_ANSWER_LENGTH = 30  # word pieces
+MAX_ANSWERS = 64  # of a segment in training
+_NOTHING_FOUND = "empty"  # as published
+
+SQUAD = WindowSettings(max_length=384, max_question_length=64, step=128)
+# MRQA marks paragraphs, titles and documents by words of their own.
+MRQA = WindowSettings(
+    max_length=512,
+    max_question_length=40,
+    step=128,
+    markers=(("[PAR]", "[unused1]"), ("[TLE]", "[unused2]"), ("[DOC]", "[unused3]")),
+)
+TRIVIAQA = WindowSettings(max_length=1024, max_question_length=55, step=None, max_windows=1)
+SETTINGS = {"squad": SQUAD, "mrqa": MRQA, "triviaqa": TRIVIAQA}  # by style of the data set
 
 
-class SpanData(QuestionData):
-    """SQuAD by its own scorer, the others by that of MRQA."""
+@register_task
+class SpanTask(Task):
+    """Finds the start and end of an answer in a context.
 
-    task = "span"
-    labels = ()
-    request = "span"
+    The data set decides the published settings, the official scorer, whether questions may have no
+    answer (SQuAD) and whether the windows of a document form one example (TriviaQA).
+    """
+
+    name = "span"
     metric = "f1"
-    own_settings = frozenset({"data.skip_bad_records", "model.max_question_length", "model.window_step"})
+    settings = frozenset({"data.skip_bad_records", "model.max_question_length", "model.window_step"})
+    markers = ("[unused1]", "[unused2]", "[unused3]")
+    shortest_request: ClassVar[dict[str, Any]] = {"question": "a", "context": "a"}
+    by_row = True
 
-    def __init__(self, config: RunConfig, announce: Announce) -> None:
-        super().__init__(config, announce)
-        self.is_squad = find_dataset(config.data.name).style == "squad"
-        base, model = SQUAD if self.is_squad else MRQA, config.model
-        self.settings = dataclasses.replace(
-            base,
-            max_length=model.max_length,
-            max_question_length=model.max_question_length or base.max_question_length,
-            step=model.window_step or base.step,
+    def __init__(self, inputs: InputConfig, max_length: int, labels: Sequence[str] = ()) -> None:
+        super().__init__(inputs, max_length)
+        style = style_of(inputs.data)
+        self.is_squad, self.is_segmented = style == "squad", style == "triviaqa"
+        published = SETTINGS[style]
+        self.windows = dataclasses.replace(
+            published,
+            max_length=max_length,
+            max_question_length=inputs.max_question_length or published.max_question_length,
+            step=inputs.window_step or published.step,
+            max_windows=inputs.max_segments if self.is_segmented else None,
         )
 
-    @functools.cached_property
-    def unanswerable(self) -> bool:  # type: ignore[override]
-        """As the training questions have it: those of SQuAD 1.1 always have an answer."""
-        return self.is_squad and any(record.impossible for record in self.records("train"))
+    @classmethod
+    def settings_of(cls, data: str) -> frozenset[str]:
+        return cls.settings | {"model.max_segments"} if style_of(data) == "triviaqa" else cls.settings
 
-    def texts(self, split: str) -> list[str]:
-        found = [record.question for record in self.records(split)]
-        return found + list(dict.fromkeys(record.context for record in self.records(split)))
+    @classmethod
+    def complete(cls, inputs: InputConfig, train: Callable[[], Sequence[SpanQuestion]]) -> InputConfig:
+        # All questions of SQuAD 1.1 have an answer; some of SQuAD 2.0 have none.
+        if style_of(inputs.data) != "squad":
+            return inputs
+        return dataclasses.replace(inputs, unanswerable=any(record.impossible for record in train()))
 
-    @functools.cache  # noqa: B019 - lives as long as the run
-    def windows(self, split: str, tokenizer: Any) -> SpanFeatures:
-        """The windows of a split."""
-        training = split == "train"
-        return build_span_features(
-            self.records(split),
-            tokenizer,
-            self.settings,
-            training=training,
-            discard_without_answer=training and not self.is_squad,
-            announce=lambda line: self.announce(f"{split}: {line}"),
+    def texts(self, records: Sequence[SpanQuestion]) -> list[str]:
+        contexts = dict.fromkeys(record.context for record in records)
+        return [record.question for record in records] + list(contexts)
+
+    def encode(
+        self,
+        records: Sequence[SpanQuestion],
+        tokenizer: Any,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        cache_dir: Path | None = None,
+    ) -> Examples:
+        """Divides contexts into windows and finds the answers in them; see `Task.encode`.
+
+        Training leaves out questions whose answer the tokenizer does not keep, and, except for SQuAD,
+        windows without the answer. A window without the answer that stays points at [CLS].
+        """
+        if self.is_segmented:
+            return encode_segments(records, tokenizer, self.windows, training=training)
+        discard = training and not self.is_squad
+        return encode_windows(records, tokenizer, self.windows, training=training, discard=discard)
+
+    # Row targets `starts` and `ends` int32 [B * G, A], -1 for padding.
+
+    @staticmethod
+    def loss(logits: jax.Array, rows: Rows) -> jax.Array:
+        mask = rows.grouped(rows.mask)
+        ends = (
+            any_of(rows.grouped(logits[:, i]), rows.grouped(rows.get(key)), mask)
+            for i, key in enumerate(("starts", "ends"))
         )
+        return sum(ends, start=jnp.zeros(())) / 2
 
-    def features(self, split: str, tokenizer: Any, cache_dir: Path) -> Examples:
-        found = self.windows(split, tokenizer)
-        self.note_counts(split, found.counts)
-        ids = [found.windows.ids[i] for i in found.windows.question]
-        ends = {"starts": found.starts[:, None], "ends": found.ends[:, None]}
-        return feature_set(
-            found.windows.rows, ids, found.digest, found.counts.num_truncated, row_targets=ends
-        )
+    @staticmethod
+    def distillation_loss(logits: jax.Array, rows: Rows, temperature: float) -> jax.Array:
+        loss = distillation(logits, rows.get("teacher_logits"), temperature, rows.mask[:, None])
+        return rows.mean(loss.sum(1))  # not halved, as published
 
-    def answers(self, windows: SpanFeatures, features: Examples, logits: Any) -> SpanAnswers:
-        """Answers to the questions of a split from logits [windows, 2, S]."""
-        null_threshold = self.null_threshold if self.unanswerable else None
-        return decode_spans(windows.windows, *at_tokens(features, np.asarray(logits)), null_threshold)
+    @staticmethod
+    def is_by_token(name: str | None = None) -> bool:
+        return True
 
-    def best_null_threshold(self, metrics: Mapping[str, float]) -> float | None:
-        return metrics.get("best_f1_thresh")
+    def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
+        logits, records = np.asarray(logits), examples.records
+        if self.is_segmented:
+            scored_ids = {record.id: record.scored_id for record in records}
+            best = best_of_records(*decode_segments(examples, logits), scored_ids)
+            gold = {record.scored_id: list(record.answers) for record in records if record.answers}
+            return Score(score_triviaqa(gold, best) if gold else {}, {"predictions.json": best})
+        threshold = None
+        if self.inputs.unanswerable:
+            threshold = self.inputs.null_threshold if null_threshold is None else null_threshold
+        answers = decode_spans(examples, logits, threshold)
+        files: dict[str, Any] = {"predictions.json": answers.texts, "nbest_predictions.json": answers.n_best}
+        if threshold is not None:
+            files["null_odds.json"] = answers.null_odds
+        gold = {r.id: list(r.answers) for r in records if r.answers or r.impossible}
+        if not gold:
+            return Score({}, files)
+        if not self.is_squad:
+            return Score(score_mrqa(gold, answers.texts), files)
+        odds = {id: odds for id, odds in answers.null_odds.items() if id in gold}
+        if not odds:
+            return Score(score_squad(gold, answers.texts), files)
+        # The best threshold can only be found among answers that no threshold has turned into "".
+        metrics = score_squad(gold, answers.with_null_threshold(math.inf).texts, odds, threshold)
+        return Score(metrics, files, metrics["best_f1_thresh"])
 
-    def score(self, split: str, features: Examples, tokenizer: Any, logits: Any) -> Score:
-        found = self.answers(self.windows(split, tokenizer), features, logits)
-        # Of a question asked of a trained model nobody says what is right.
-        gold = {r.id: list(r.answers) for r in self.records(split) if r.answers or r.impossible}
-        metrics = {}
-        if gold and self.is_squad:
-            odds = {question: found.null_odds[question] for question in found.null_odds if question in gold}
-            # Which threshold is best shows only where what it would turn into "" is still there.
-            texts = with_null_threshold(found, math.inf).answers if odds else found.answers
-            metrics = squad.evaluate(gold, texts, odds or None, self.null_threshold if odds else None)
-        elif gold:
-            metrics = mrqa.evaluate(gold, found.answers)
-        files: dict[str, Any] = {"predictions.json": found.answers, "nbest_predictions.json": found.n_best}
-        return Score(metrics, {**files, "null_odds.json": found.null_odds} if self.unanswerable else files)
+    def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> SpanQuestion:
+        fields = Fields(request, where)
+        return SpanQuestion(id, fields.text("question"), fields.text("context"), (), (), False, where)
+
+
+def style_of(data: str) -> str:
+    """Returns the key of `SETTINGS` for a data set; `mrqa` for one that names no style."""
+    return find_dataset(data).style or "mrqa"
+
+
+# Inputs ----------------------------------------------------------------------------------------------
+
+
+def encode_windows(
+    questions: Sequence[SpanQuestion],
+    tokenizer: Any,
+    settings: WindowSettings,
+    *,
+    training: bool = False,
+    discard: bool = False,
+) -> Examples:
+    """Divides contexts into windows and finds the first answer of each question in them.
+
+    Args:
+      questions: of one split.
+      tokenizer: see `Task.encode`.
+      settings: `SQUAD`, `MRQA` or others.
+      training: whether to leave out questions without an answer that are not impossible, and those of
+        whose answer the tokenizer keeps no character.
+      discard: whether training leaves out the windows of an answerable question that do not hold its
+        answer, as published for MRQA.
+
+    Returns:
+      An example a window, with row targets `starts` and `ends` int32 [R, 1], both inclusive; 0, [CLS],
+      if the answer is not in the window as a whole. `layout` is a `Windows`.
+    """
+    encoder = TextEncoder(tokenizer, dict(settings.markers))
+    builder = WindowBuilder(questions, encoder, settings)
+    targets = list[np.ndarray]()
+    without = discarded = dropped = 0
+    for i, question in enumerate(questions):
+        answer = builder.locate(i, question.spans[0]) if question.spans else None
+        firsts, sizes = builder.windows_of(i)
+        inside = np.zeros(len(firsts), bool)
+        if answer is not None:
+            inside = (firsts <= answer[0]) & (answer[1] < firsts + sizes)
+        wanted = np.ones(len(firsts), bool)
+        if training and not question.impossible:
+            wanted = inside if discard else wanted & (answer is not None)
+            if not wanted.any():
+                dropped += 1
+                continue
+        builder.keep(i, wanted)
+        shift = builder.context_start(i) - firsts[wanted]
+        ends = np.array(answer or (0, 0)) + shift[:, None]  # [windows, 2]
+        targets.append(np.where(inside[wanted, None], ends, 0))
+        discarded += int((~wanted).sum())
+        without += int((~inside[wanted]).sum()) if question.spans else 0
+    rows, windows = builder.finish()
+    starts_and_ends = Ragged.of(targets, width=2).values
+    return Examples.of_pairs(
+        rows,
+        [windows.ids[i] for i in windows.question],
+        counts=Counts(
+            num_examples=len(questions),
+            num_rows=len(rows),
+            num_truncated=builder.num_truncated,
+            num_questions_cut=builder.num_questions_cut,
+            num_without_answer=without,
+            num_discarded=discarded,
+            num_dropped=dropped,
+        ),
+        row_targets={"starts": starts_and_ends[:, :1], "ends": starts_and_ends[:, 1:]},
+        digest=digest_of("span", encoder.description, settings, training, discard, list(questions)),
+        records=questions,
+        layout=windows,
+    )
+
+
+def encode_segments(
+    questions: Sequence[SpanQuestion], tokenizer: Any, settings: WindowSettings, *, training: bool = False
+) -> Examples:
+    """Divides documents into segments and finds every answer in them.
+
+    Args:
+      questions: of one split.
+      tokenizer: see `Task.encode`.
+      settings: `TRIVIAQA` or others.
+      training: whether to leave out questions of whose answers the tokenizer keeps no character. One
+        whose answers all lie behind its last segment stays, and points at [CLS].
+
+    Returns:
+      An example a question, with row targets `starts` and `ends` int32 [R, A], both inclusive, in the
+      order of the source. A start (an end) that occurs twice in a row is -1 the second time. If no
+      segment of a question holds an answer, all point at 0, [CLS]. `layout` is a `Windows`.
+    """
+    encoder = TextEncoder(tokenizer, dict(settings.markers))
+    builder = WindowBuilder(questions, encoder, settings)
+    targets = list[np.ndarray]()
+    without = dropped = 0
+    for i, question in enumerate(questions):
+        # The last pieces of an answer across the end of the stored pieces are unknown.
+        stored = [span for span in question.spans if not builder.is_cut(i, span)]
+        located = [pieces for span in stored if (pieces := builder.locate(i, span))]
+        if training and question.spans and not located and len(stored) == len(question.spans):
+            dropped += 1
+            continue
+        answers = np.array(located, np.int64).reshape(-1, 2)
+        firsts, sizes = builder.windows_of(i)
+        builder.keep(i, np.ones(len(firsts), bool))
+        in_segments = [
+            _without_repeats(answers[(first <= answers[:, 0]) & (answers[:, 1] < first + size)])
+            for first, size in zip(firsts.tolist(), sizes.tolist(), strict=True)
+        ]
+        if any(map(len, in_segments)):
+            shifts = (builder.context_start(i) - firsts).tolist()
+            targets += [np.where(a < 0, -1, a + k) for a, k in zip(in_segments, shifts, strict=True)]
+        else:
+            without += len(firsts) if question.spans else 0
+            targets += [np.zeros((1, 2), np.int64)] * len(firsts)
+    rows, windows = builder.finish()
+    ends = Ragged.of(targets, width=2).padded()
+    return Examples.of_pairs(
+        rows,
+        windows.ids,
+        counts=Counts(
+            num_examples=len(questions),
+            num_rows=len(rows),
+            num_truncated=builder.num_truncated,
+            num_questions_cut=builder.num_questions_cut,
+            num_without_answer=without,
+            num_dropped=dropped,
+        ),
+        first_row=windows.question_rows,
+        group=settings.max_windows or 1,
+        row_targets={"starts": ends[:, :, 0].copy(), "ends": ends[:, :, 1].copy()},
+        digest=digest_of("segment", encoder.description, settings, training, list(questions)),
+        records=questions,
+        layout=windows,
+    )
+
+
+def _without_repeats(answers: np.ndarray) -> np.ndarray:
+    """Returns the first 64 answers; a start, or an end, that occurs again becomes -1."""
+    kept = answers[:MAX_ANSWERS].copy()
+    for column in kept.T:
+        _, first = np.unique(column, return_index=True)
+        repeated = np.ones(len(column), bool)
+        repeated[first] = False
+        column[repeated] = -1
+    return kept
+
+
+# Answers ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanAnswers:
+    """Answers to questions; each attribute is a file that the official scorers or people read.
+
+    Attributes:
+      texts: id -> answer, "" if the question is taken to have none.
+      n_best: id -> entries of different texts, best first: `text`, `probability` (a softmax over the
+        entries), `start_logit`, `end_logit`.
+      null_odds: id -> score of "no answer" less the score of the best answer; empty if every question
+        has an answer.
+    """
+
+    texts: dict[str, str]
+    n_best: dict[str, list[dict[str, Any]]]
+    null_odds: dict[str, float]
+
+    def with_null_threshold(self, threshold: float) -> SpanAnswers:
+        """Judges the same n-best lists by another threshold."""
+        texts = {
+            id: "" if self.null_odds[id] > threshold else _best_text(entries)
+            for id, entries in self.n_best.items()
+        }
+        return dataclasses.replace(self, texts=texts)
+
+
+def _best_text(entries: list[dict[str, Any]]) -> str:
+    return next(entry["text"] for entry in entries if entry["text"])
+
+
+def decode_spans(
+    examples: Examples,
+    logits: np.ndarray,
+    null_threshold: float | None = None,
+    n_best: int = N_BEST,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
+) -> SpanAnswers:
+    """Chooses an answer to every question.
+
+    Args:
+      examples: from `encode_windows`.
+      logits: float [R, 2, S], of starts and ends.
+      null_threshold: a question has no answer if its null odds are above; None if every question has
+        one.
+      n_best: starts and ends of a window that are combined, and entries of a question.
+      max_answer_length: word pieces of an answer at most.
+
+    Source: docs/question_answering.md, "From logits to answers".
+    """
+    windows: Windows = examples.layout
+    pairs = best_pairs(examples, logits, n_best, max_answer_length, max_context_only=True)
+    n_best_entries, null_odds = {}, {}
+    for i, id in enumerate(windows.ids):
+        null = None
+        if null_threshold is not None:  # the least sum at [CLS] in any window
+            first, last = windows.question_rows[i : i + 2]
+            at_cls = logits[first:last, :, 0].astype(np.float64)
+            start, end = at_cls[np.argmin(at_cls[:, 0] + at_cls[:, 1])].tolist()
+            null = (start, end)
+        entries = _entries(windows, pairs, i, n_best, null)
+        n_best_entries[id] = _with_probabilities(entries)
+        if null is not None:
+            _, start, end = next(entry for entry in entries if entry[0])
+            null_odds[id] = sum(null) - start - end
+    texts = {id: _best_text(entries) for id, entries in n_best_entries.items()}
+    answers = SpanAnswers(texts, n_best_entries, null_odds)
+    return answers if null_threshold is None else answers.with_null_threshold(null_threshold)
+
+
+def _entries(
+    windows: Windows, pairs: Pairs, i: int, n_best: int, null: tuple[float, float] | None
+) -> list[tuple[str, float, float]]:
+    """Returns texts with their logits, best first, each text once; at least one is not empty."""
+    first, last = pairs.question_offsets[i : i + 2]
+    starts, ends = pairs.start_logit[first:last], pairs.end_logit[first:last]
+    if null is not None:
+        starts, ends = np.append(starts, null[0]), np.append(ends, null[1])
+    entries, seen = list[tuple[str, float, float]](), set[str]()
+    for k in np.argsort(-(starts + ends), kind="stable"):
+        if len(entries) >= n_best:
+            break
+        at = first + k
+        text = "" if at == last else windows.text(pairs.row[at], pairs.start[at], pairs.end[at])
+        if text not in seen:
+            seen.add(text)
+            entries.append((text, float(starts[k]), float(ends[k])))
+    if null is not None and "" not in seen:
+        entries.append(("", *null))
+    if not any(text for text, _, _ in entries):
+        entries.insert(0, (_NOTHING_FOUND, 0.0, 0.0))
+    return entries
+
+
+def _with_probabilities(entries: list[tuple[str, float, float]]) -> list[dict[str, Any]]:
+    scores = np.array([start + end for _, start, end in entries])
+    weights = np.exp(scores - scores.max())
+    return [
+        {"text": text, "probability": float(p), "start_logit": start, "end_logit": end}
+        for (text, start, end), p in zip(entries, weights / weights.sum(), strict=True)
+    ]
+
+
+def decode_segments(
+    examples: Examples,
+    logits: np.ndarray,
+    n_best: int = N_BEST_SEGMENTS,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Finds the best answer in all segments of each question.
+
+    Args:
+      examples: from `encode_segments`.
+      logits, n_best, max_answer_length: see `decode_spans`.
+
+    Returns:
+      id -> answer, "" if no pair of start and end can be one (the official scorer counts it as wrong,
+      like the published "NoAnswerFound"), and id -> its score, start logit + end logit; -inf for "".
+    """
+    windows: Windows = examples.layout
+    pairs = best_pairs(examples, logits, n_best, max_answer_length, max_context_only=False)
+    sums, texts, scores = pairs.start_logit + pairs.end_logit, {}, {}
+    for i, id in enumerate(windows.ids):
+        first, last = pairs.question_offsets[i : i + 2]
+        texts[id], scores[id] = "", -math.inf
+        if first < last:
+            best = first + int(np.argmax(sums[first:last]))
+            texts[id] = windows.text(pairs.row[best], pairs.start[best], pairs.end[best])
+            scores[id] = float(sums[best])
+    return texts, scores
+
+
+def best_of_records(
+    texts: Mapping[str, str], scores: Mapping[str, float], scored_ids: Mapping[str, str]
+) -> dict[str, str]:
+    """Chooses the answer with the highest score among the records that are scored together.
+
+    Args:
+      texts, scores: from `decode_segments`.
+      scored_ids: id of each record -> the id by which it is scored, see `SpanQuestion.scored_as`.
+
+    Returns:
+      The latter id -> answer; the first record wins among equals.
+    """
+    best: dict[str, str] = {}
+    for record in texts:
+        scored_id = scored_ids[record]
+        if scored_id not in best or scores[record] > scores[best[scored_id]]:
+            best[scored_id] = record
+    return {scored_id: texts[record] for scored_id, record in best.items()}

@@ -1,7 +1,7 @@
-"""Long contexts as windows: which word pieces each holds, and where they stand in the text.
+"""Divide long contexts into windows, and find the best answers in them.
 
-A window is `[CLS] question [SEP] part of the context [SEP]`. docs/question_answering.md, "Windows over
-a context".
+A window is `[CLS] question [SEP] part of the context [SEP]`. See docs/question_answering.md, "Windows over a
+context".
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from trbert_jax.datasets.reading import BadRecord, UnusableRecords, unusable
-from trbert_jax.datasets.records import SpanQuestion
-from trbert_jax.tasks.encoding import EncodedTexts, TextEncoder, cut_text
-from trbert_jax.tasks.ragged import TokenRows, join_rows
+from trbert_jax.datasets.records import Span, SpanQuestion
+from trbert_jax.tasks.base import RecordErrors
+from trbert_jax.tasks.examples import Examples, Ragged
+from trbert_jax.tasks.text_encoder import TextEncoder, cut_text, locate
+
+_CHUNK = 256  # windows that are searched at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +26,12 @@ class WindowSettings:
     """How contexts are divided.
 
     Attributes:
-      max_length: tokens of a window at most, special ones included.
+      max_length: tokens of a window at most, special tokens included.
       max_question_length: word pieces of a question at most; the rest is cut.
-      step: word pieces from the beginning of one window to that of the next, at most as many as a
-        window has room for, so that there are no gaps; None for windows that do not overlap.
+      step: word pieces from the start of one window to that of the next, at most a full window, so that
+        there are no gaps; None for windows that do not overlap.
       max_windows: windows of a question at most, the first ones; None for all.
-      markers: words of the texts that are read as entries of the vocabulary, see `TextEncoder`.
+      markers: words of the texts that are read as vocabulary entries, see `TextEncoder`.
     """
 
     max_length: int
@@ -37,183 +40,144 @@ class WindowSettings:
     max_windows: int | None = None
     markers: tuple[tuple[str, str], ...] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("max_question_length", "step", "max_windows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
-
-    @property
-    def max_context(self) -> int | None:
-        """Word pieces of a context that windows can hold at most; None for any number."""
-        return None if self.max_windows is None else self.max_windows * self.max_length
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """r windows over the contexts of n questions, those of a question side by side.
+    """The places of r windows in the contexts of n questions; the windows of a question are consecutive.
 
     Attributes:
-      rows: the r inputs.
       ids: n ids of questions.
       texts: n contexts, as published.
-      question_rows: int64 [n + 1], question i has the rows `question_rows[i]:question_rows[i + 1]`.
-      context_start: int32 [r], where in its row the context begins.
-      first_piece: int32 [r], which word piece of the context stands there.
-      max_context: bool [total of rows], pieces of the context that have in this window more around
-        them than in any other; a piece that stands in several windows is so in one of them.
-      contexts: the distinct contexts as word pieces.
-      context_index: int64 [n], each question's place in them.
+      question_rows: int64 [n + 1]; question i has the rows `question_rows[i]` to `question_rows[i + 1] - 1`.
+      context_start: int32 [r], position in its row at which the context begins.
+      first_piece: int32 [r], the word piece of the context at that position.
+      num_pieces: int32 [r], word pieces of the context in the row.
+      max_context: bool [total tokens], pieces of the context that have more context in this window than in
+        any other; of a piece in several windows it is True in exactly one.
+      chars: the characters of the pieces of each distinct context.
+      context_index: int64 [n], the context of each question.
     """
 
-    rows: TokenRows
     ids: list[str]
     texts: list[str]
     question_rows: np.ndarray
     context_start: np.ndarray
     first_piece: np.ndarray
+    num_pieces: np.ndarray
     max_context: np.ndarray
-    contexts: EncodedTexts
+    chars: Ragged
     context_index: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.context_start)
 
     @functools.cached_property
     def question(self) -> np.ndarray:
-        """int32 [r], the question of each row, as a position in `ids`."""
+        """int32 [r], the question of each row."""
         return np.repeat(np.arange(len(self.ids), dtype=np.int32), np.diff(self.question_rows))
 
-    @functools.cached_property
-    def num_pieces(self) -> np.ndarray:
-        """int32 [r], word pieces of the context in each row."""
-        return (self.rows.lengths - self.context_start - 1).astype(np.int32)
-
     def text(self, row: int, start: int, end: int) -> str:
-        """The original text of a stretch of a row.
-
-        Args:
-          row: of `rows`.
-          start, end: first and last token, both inclusive, both of the context.
-        """
+        """Returns the original text from one token of a row to another, both inclusive."""
         question = self.question[row]
         shift = self.first_piece[row] - self.context_start[row]
-        chars = self.contexts.chars_of(self.context_index[question])
+        chars = self.chars[self.context_index[question]]
         return cut_text(self.texts[question], chars[start + shift, 0], chars[end + shift, 1])
 
 
-class WindowMaker:
-    """Encodes questions and contexts, and collects the windows that are wanted.
-
-    Args:
-      questions: n of them.
-      encoder: made with the markers of `settings`.
-      settings: see there.
-
-    Attributes:
-      contexts: the distinct contexts.
-      context_index: int64 [n].
-      num_questions_cut: int.
+class WindowBuilder:
+    """Encodes questions and contexts, and collects the windows to keep.
 
     Raises:
-      UnusableRecords: a question or a context without word pieces, a question that leaves no room for
-        any context; all such questions.
+      UnusableRecords: questions or contexts without word pieces, or questions that leave no room for any
+        context.
+
+    Attributes:
+      num_questions_cut: int.
+      num_truncated: questions kept so far whose context does not end with their last window.
     """
 
     def __init__(
         self, questions: Sequence[SpanQuestion], encoder: TextEncoder, settings: WindowSettings
     ) -> None:
         self._questions, self._encoder, self._settings = questions, encoder, settings
-        self._queries = encoder.encode(
-            [q.question for q in questions], max_tokens=settings.max_question_length
+        longest = settings.max_question_length
+        queries = encoder.encode([q.question for q in questions], max_tokens=longest)
+        limit = None if settings.max_windows is None else settings.max_windows * settings.max_length
+        self._contexts, self._context_index = encoder.encode_distinct(
+            [q.context for q in questions], chars=True, max_tokens=limit
         )
-        self.contexts, self.context_index = encoder.encode_distinct(
-            [q.context for q in questions], chars=True, max_tokens=settings.max_context
-        )
-        self.num_questions_cut = int((self._queries.num_tokens > settings.max_question_length).sum())
-        found = {q.id: error for i, q in enumerate(questions) if (error := self._check(i))}
-        if found:
-            raise UnusableRecords(found)
-        self._windows = [self._divide(i) for i in range(len(questions))]
+        self._queries = queries.tokens
+        self.num_questions_cut = int((queries.num_tokens > longest).sum())
+        self.num_truncated = 0
+        self._context_lengths = self._contexts.num_tokens[self._context_index]
+        # [CLS], [SEP], [SEP]
+        self._room = settings.max_length - 3 - self._queries.lengths
+        errors = RecordErrors()
+        for i, question in enumerate(questions):
+            texts = {"question": queries.num_tokens[i], "context": self._context_lengths[i]}
+            errors.check(question, texts, self._room[i], settings.max_length)
+        errors.raise_if_any()
         self._kept: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def _check(self, i: int) -> BadRecord | None:
-        """What keeps question i from having windows."""
-        question = self._questions[i]
-        if self._queries.num_tokens[i] == 0:
-            return unusable(question, "question", "has no tokens; expected a text that the tokenizer keeps")
-        if self.contexts.num_tokens[self.context_index[i]] == 0:
-            return unusable(question, "context", "has no tokens; expected a text that the tokenizer keeps")
-        if self._room(i) < 1:
-            return unusable(
-                question,
-                "question",
-                f"has {len(self._queries.tokens_of(i))} tokens, which leaves none of "
-                f"{self._settings.max_length} for its context; give a larger max_length or a smaller "
-                "max_question_length",
-            )
-        return None
-
-    def _room(self, i: int) -> int:
-        return self._settings.max_length - len(self._queries.tokens_of(i)) - 3  # [CLS], [SEP], [SEP]
-
-    def _divide(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        room = self._room(i)
+    def windows_of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns first pieces and numbers of pieces of question i's windows, int32 [windows] each."""
+        room, length = int(self._room[i]), int(self._context_lengths[i])
         step = room if self._settings.step is None else min(room, self._settings.step)
-        length = int(self.contexts.num_tokens[self.context_index[i]])
         count = 1 + max(0, -(-(length - room) // step))
         starts = np.arange(min(count, self._settings.max_windows or count), dtype=np.int32) * step
         return starts, np.minimum(room, length - starts).astype(np.int32)
 
-    def windows_of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """First pieces and numbers of pieces of question i's windows, int32 [windows] each."""
-        return self._windows[i]
-
     def context_start(self, i: int) -> int:
-        """Where in the windows of question i the context begins."""
-        return len(self._queries.tokens_of(i)) + 2
+        """Returns the position at which the context begins in the windows of question i."""
+        return len(self._queries[i]) + 2
 
-    def is_cut(self, i: int) -> bool:
-        """Whether the last window of question i ends before its context does."""
-        starts, sizes = self.windows_of(i)
-        return bool(starts[-1] + sizes[-1] < self.contexts.num_tokens[self.context_index[i]])
+    def locate(self, i: int, span: Span) -> tuple[int, int] | None:
+        """Returns the first and last piece of a span of question i's context, None if none is kept."""
+        return locate(self._contexts.chars[self._context_index[i]], span.start, span.end)
+
+    def is_cut(self, i: int, span: Span) -> bool:
+        """Whether a span of question i's context reaches beyond the pieces that are stored."""
+        chars = self._contexts.chars[self._context_index[i]]
+        return bool(len(chars) < self._context_lengths[i] and span.end > chars[-1, 1])
 
     def keep(self, i: int, wanted: np.ndarray) -> None:
-        """Takes those windows of question i for which `wanted` (bool [windows]) is True."""
+        """Keeps the windows of question i for which `wanted`, bool [windows], is True."""
         starts, sizes = self.windows_of(i)
         self._kept.append((i, starts[wanted], sizes[wanted], most_context(starts, sizes)[wanted]))
+        self.num_truncated += bool(starts[-1] + sizes[-1] < self._context_lengths[i])
 
-    def finish(self) -> Windows:
-        """The windows taken, in the order in which they were."""
-        cls, sep = (np.array([k], np.int32) for k in (self._encoder.cls_id, self._encoder.sep_id))
-        rows, flags, starts, index = [], [np.zeros(0, bool)], list[int](), list[int]()
+    def finish(self) -> tuple[list[Any], Windows]:
+        """Returns the rows for `Examples.of_pairs` and the windows, in the order they were kept."""
+        cls, sep = self._encoder.cls, self._encoder.sep
+        rows, flags, starts = list[Any](), [np.zeros(0, bool)], list[int]()
         for i, firsts, sizes, owned in self._kept:
-            query = self._queries.tokens_of(i)
-            context = self.contexts.tokens_of(self.context_index[i])
+            query = self._queries[i]
+            context = self._contexts.tokens[self._context_index[i]]
             for first, size, own in zip(firsts.tolist(), sizes.tolist(), owned, strict=True):
                 rows.append(((cls, query, sep), (context[first : first + size], sep)))
                 flags.extend((np.zeros(len(query) + 2, bool), own[first : first + size], np.zeros(1, bool)))
                 starts.append(self.context_start(i))
-            index.append(i)
-        counts = [len(firsts) for _, firsts, _, _ in self._kept]
-        return Windows(
-            rows=join_rows(rows),
+        index = [i for i, *_ in self._kept]
+        pieces = Ragged.of([firsts for _, firsts, _, _ in self._kept])
+        windows = Windows(
             ids=[self._questions[i].id for i in index],
             texts=[self._questions[i].context for i in index],
-            question_rows=np.cumsum([0, *counts], dtype=np.int64),
+            question_rows=pieces.offsets,
             context_start=np.array(starts, np.int32),
-            first_piece=np.concatenate([np.zeros(0, np.int32), *(firsts for _, firsts, _, _ in self._kept)]),
+            first_piece=pieces.values,
+            num_pieces=Ragged.of([sizes for _, _, sizes, _ in self._kept]).values,
             max_context=np.concatenate(flags),
-            contexts=self.contexts,
-            context_index=self.context_index[np.array(index, np.int64)],
+            chars=self._contexts.chars,
+            context_index=self._context_index[np.array(index, np.int64)],
         )
+        return rows, windows
 
 
 def most_context(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """In which window each piece of a context has most around it.
+    """Finds the window in which each piece of a context has most context around it.
 
-    As published: the larger is min(pieces before it, pieces after it) + 0.01 · size of the window,
-    and the first window wins among equals.
+    As published: the window with the largest min(pieces before, pieces after) + 0.01 * size, the first
+    among equals.
 
     Args:
       starts, sizes: int [windows].
@@ -227,3 +191,93 @@ def most_context(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     score = np.minimum(before, after) + 0.01 * sizes[:, None]
     score[(before < 0) | (after < 0)] = -np.inf
     return np.argmax(score, axis=0) == np.arange(len(starts))[:, None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of a start and an end that may be answers.
+
+    Ordered by window, then by the rank of the start, then by the rank of the end.
+
+    Attributes:
+      row: int64 [p], of the windows.
+      start, end: int64 [p], first and last token, both inclusive.
+      start_logit, end_logit: float64 [p].
+      question_offsets: int64 [n + 1]; question i has the pairs `question_offsets[i]` to
+        `question_offsets[i + 1] - 1`.
+    """
+
+    row: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    start_logit: np.ndarray
+    end_logit: np.ndarray
+    question_offsets: np.ndarray
+
+
+def best_pairs(
+    examples: Examples, logits: np.ndarray, n_best: int, max_answer_length: int, max_context_only: bool
+) -> Pairs:
+    """Combines the best starts of each window with its best ends, and keeps what can be an answer.
+
+    As published, the best are chosen among all tokens of a window, question and special tokens
+    included, so that fewer pairs than `n_best`² may be left; among equals the earlier token is better.
+
+    Args:
+      examples: r rows, with their `Windows` as `layout`.
+      logits: float [r, 2, S], of starts and ends.
+      n_best: starts and ends of a window.
+      max_answer_length: tokens of an answer at most.
+      max_context_only: whether a start needs more context in this window than in any other.
+    """
+    windows: Windows = examples.layout
+    found = [np.zeros((3, 0), np.int64)]
+    for first in range(0, len(windows), _CHUNK):
+        rows = np.arange(first, min(first + _CHUNK, len(windows)))
+        columns = np.arange(examples.row_lengths[rows].max())
+        real = columns < examples.row_lengths[rows, None]  # [b, W]
+        begin = windows.context_start[rows, None]
+        in_context = (columns >= begin) & (columns < begin + windows.num_pieces[rows, None])
+        may_start = in_context
+        if max_context_only:
+            source = np.where(real, examples.offsets[rows, None] + columns, 0)
+            may_start = in_context & windows.max_context[source]
+        starts, ends = (  # [b, n_best] each
+            _best(np.where(real, logits[rows, k, : len(columns)], -np.inf), n_best) for k in (0, 1)
+        )
+        length = ends[:, None, :] - starts[:, :, None] + 1  # [b, starts, ends]
+        fits = (length > 0) & (length <= max_answer_length)
+        fits &= np.take_along_axis(may_start, starts, 1)[:, :, None]
+        fits &= np.take_along_axis(in_context, ends, 1)[:, None, :]
+        row, i, j = np.nonzero(fits)
+        found.append(np.stack([rows[row], starts[row, i], ends[row, j]]))
+    row, start, end = np.concatenate(found, axis=1)
+    return Pairs(
+        row=row,
+        start=start,
+        end=end,
+        start_logit=logits[row, 0, start].astype(np.float64),
+        end_logit=logits[row, 1, end].astype(np.float64),
+        question_offsets=np.searchsorted(row, windows.question_rows),
+    )
+
+
+def _best(logits: np.ndarray, count: int) -> np.ndarray:
+    """Returns the columns of the largest values of each row, largest first, the leftmost among equals.
+
+    Args:
+      logits: float [b, W].
+      count: values of a row, at most W.
+
+    Returns:
+      int64 [b, min(count, W)].
+    """
+    count = min(count, logits.shape[1])
+    # A partition leaves the order of equals open, so it only gives the threshold.
+    least = -np.partition(-logits, count - 1, axis=1)[:, count - 1 : count]
+    above, equal = logits > least, logits == least
+    room = count - above.sum(axis=1, keepdims=True)
+    chosen = above | (equal & (np.cumsum(equal, axis=1) <= room))
+    columns = np.nonzero(chosen)[1].reshape(-1, count)
+    order = np.argsort(-np.take_along_axis(logits, columns, 1), axis=1, kind="stable")
+    return np.take_along_axis(columns, order, 1)

@@ -20,7 +20,6 @@ from trbert_jax.model.config import model_config_to_dict
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.tasks import Score
-from trbert_jax.tasks.base import QuestionData
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import loop, stages
 from trbert_jax.training.experiment import Announce, Experiment
@@ -121,21 +120,17 @@ def _tune_null_threshold(
     The published results use 0, and so do `dense` and `reduced`. Empty for tasks without such a threshold.
     """
     data, split = run.data, run.config.evaluate.split
-    if not isinstance(data, QuestionData) or data.best_null_threshold(reported.metrics) is None:
+    if reported.null_threshold is None:
         return {}
     tuned_on = reported
     if split != "dev":
         outputs_on_dev = runner.run(model.params, run.features("dev", model), **how)
         tuned_on = run.score("dev", model, outputs_on_dev)
-    threshold = data.best_null_threshold(tuned_on.metrics)
+    threshold = tuned_on.null_threshold
     if threshold is None:  # a development set in which every question has an answer
         return {}
     common = len(data.ids("dev") & data.ids(split))
-    data.null_threshold = threshold
-    try:
-        metrics = run.score(split, model, outputs).metrics
-    finally:
-        data.null_threshold = QuestionData.null_threshold
+    metrics = run.score(split, model, outputs, threshold).metrics
     found = {"value": threshold, "tuned_on": "dev", "questions_in_common": common, **metrics}
     return {"null_threshold": found}
 
@@ -152,7 +147,7 @@ def _write_answers(
     """Predictions as the official scorer reads them; of labels, one JSON line an example."""
 
     def write() -> None:
-        if run.data.task == "classification" and not score.files:
+        if not score.files:
             path = directory / f"predictions{suffix}.jsonl"
             write_predictions(path, outputs, features, model.config.labels)
         for name, content in score.files.items():

@@ -29,14 +29,14 @@ from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.inference.engine import AfterBatch, CompiledForward, InferenceEngine, Outputs
 from trbert_jax.io import make_directory, only_process, read_json, write_json
 from trbert_jax.model.backbones import BACKBONES
-from trbert_jax.model.config import InputConfig, ModelConfig
+from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import TokenReducingModel, init_params
 from trbert_jax.model.pretrained import Pretrained, load_pretrained
 from trbert_jax.model.tokenizers import load_tokenizer, read_line_breaks_as_spaces
 from trbert_jax.parallel import DeviceMesh, make_mesh
-from trbert_jax.tasks import Score, TaskData, load_task_data
-from trbert_jax.tasks.base import QuestionData
-from trbert_jax.tasks.examples import Examples, prepare_tokenizer
+from trbert_jax.tasks import Score, Splits
+from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.text_encoder import prepare_tokenizer
 from trbert_jax.training.prepared import load_prepared, read_provenance, write_prepared
 
 Announce = Callable[[str], None]
@@ -212,31 +212,18 @@ class Experiment:
 
     def base_model(self) -> Pretrained:
         """The model before any training, with a fresh classifier for the data's labels."""
-        labels = self.data.labels
+        task, labels = self.data.task, self.data.task.labels
         base = self._scratch(labels) if self.config.model.init == "scratch" else self._pretrained(labels)
-        base = dataclasses.replace(base, config=dataclasses.replace(base.config, inputs=self._inputs()))
+        base = dataclasses.replace(base, config=dataclasses.replace(base.config, inputs=task.inputs))
         if self.config.model.line_breaks_as_spaces:
             read_line_breaks_as_spaces(base.tokenizer)
         return base
-
-    def _inputs(self) -> InputConfig:
-        data, model = self.config.data, self.config.model
-        if not isinstance(self.data, QuestionData):
-            return InputConfig()
-        return InputConfig(
-            data=data.name,
-            choices=data.choices,
-            max_question_length=model.max_question_length or 0,
-            window_step=model.window_step or 0,
-            max_segments=model.max_segments,
-            unanswerable=self.data.unanswerable,
-        )
 
     def _pretrained(self, labels: tuple[str, ...]) -> Pretrained:
         model = self.config.model
         loaded = load_pretrained(
             model.init,
-            task=self.data.task,
+            task=self.data.task.head,
             labels=labels or None,
             max_positions=model.max_positions,
             keep_layers=model.keep_layers,
@@ -258,12 +245,12 @@ class Experiment:
             tokenizer = load_tokenizer(model.tokenizer)
         else:
             texts = self.data.texts("train")
-            tokenizer = train_wordpiece(texts, shape.vocab_size, self.data.markers)
+            tokenizer = train_wordpiece(texts, shape.vocab_size, self.data.task.markers)
             self.announce(f"trained a WordPiece vocabulary of {len(tokenizer)} tokens on {len(texts)} texts")
         backbone = BACKBONES[shape.model_type]
         sizes: dict[str, Any] = {
             "model_type": backbone.name,
-            "task": self.data.task,
+            "task": self.data.task.head,
             "vocab_size": max(tokenizer.get_vocab().values()) + 1,  # a vocabulary may have gaps
             "hidden_size": shape.hidden_size,
             "num_layers": shape.num_layers,
@@ -296,9 +283,9 @@ class Experiment:
     # Data ---------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def data(self) -> TaskData:
-        """Examples, answers and metrics of the configured data set."""
-        return load_task_data(self.config, self.say_once)
+    def data(self) -> Splits:
+        """The splits of the configured data set, and their task."""
+        return Splits(self.config)
 
     def preparation(self, tokenizer: Any) -> dict[str, Any]:
         """What prepared data depends on, besides the data itself."""
@@ -320,7 +307,7 @@ class Experiment:
     def _features(self, split: str, tokenizer: Any) -> Examples:
         prepared = self.config.data.prepared
         if prepared and split == "train":
-            if type(self.data).redraw is not TaskData.redraw:
+            if self.data.task.resamples:
                 raise UserError(
                     f"data.prepared: {self.config.data.name} draws new inputs in each epoch; leave it out"
                 )
@@ -335,7 +322,7 @@ class Experiment:
     def read_features(self, split: str, tokenizer: Any) -> Examples:
         """Tokenized examples of a split, from the original files or the cache."""
         cache = self.config.data.cache_dir or self.workdir / "cache"
-        return self.data.inputs(split, tokenizer, Path(cache))
+        return self.data.examples(split, tokenizer, Path(cache))
 
     def features(self, split: str, model: Pretrained) -> Examples:
         """Tokenized examples of a split for a model."""
@@ -343,9 +330,9 @@ class Experiment:
 
     def redraw(self, model: Pretrained) -> Callable[[int], Examples | None] | None:
         """Draws the training inputs of an epoch; None for data whose inputs are the same in all."""
-        if type(self.data).redraw is TaskData.redraw:
+        if not self.data.task.resamples:
             return None
-        return functools.partial(self.data.redraw, model.tokenizer)
+        return functools.partial(self.data.resample, self.features("train", model))
 
     def prepare_data(self, directory: Path, shard_size: int, workers: int) -> Path:
         """Writes all splits as `data.prepared` reads them; see `trbert_jax.training.prepared`."""
@@ -361,9 +348,11 @@ class Experiment:
         settings = self.preparation(model.tokenizer)
         return write_prepared(directory, splits, settings, shard_size=shard_size, workers=workers)
 
-    def score(self, split: str, model: Pretrained, outputs: Outputs) -> Score:
-        """Judges a model's outputs for the examples of a split."""
-        return self.data.score(split, self.features(split, model), model.tokenizer, outputs.logits)
+    def score(
+        self, split: str, model: Pretrained, outputs: Outputs, null_threshold: float | None = None
+    ) -> Score:
+        """Scores a model's outputs for the examples of a split; see `Task.score`."""
+        return self.data.task.score(self.features(split, model), outputs.logits, null_threshold)
 
     def fingerprint(self, stage: str, features: Examples) -> dict[str, Any]:
         """What a stage's checkpoints depend on."""

@@ -23,8 +23,7 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
 from trbert_jax.parallel import DeviceMesh, single_device
 from trbert_jax.reduction.flops import known_peak
-from trbert_jax.tasks.batching import batch_rows, epoch_order, pad_batch, width_ladder
-from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.examples import Examples, batch_rows, epoch_order, pad_batch, width_buckets
 from trbert_jax.training import step as updates
 from trbert_jax.training.checkpoints import CheckpointStore, DamagedCheckpointError
 from trbert_jax.training.logging import Profile, StageReport, StepClock
@@ -373,4 +372,4 @@ def training_width(training: Training) -> int:
     if training.config.published_padding or training.redraw:
         return training.model_config.max_length
     longest = int(training.features.lengths.max())
-    return next(w for w in width_ladder(training.model_config.max_length) if w >= longest)
+    return next(w for w in width_buckets(training.model_config.max_length) if w >= longest)

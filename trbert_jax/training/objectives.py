@@ -1,6 +1,6 @@
 """What each stage minimizes: pure functions from parameters and a batch to one value an example.
 
-A batch is a dict of arrays of B examples with G rows each (`trbert_jax.tasks.batch`; G is 1 for most
+A batch is a dict of arrays of B examples with G rows each (`trbert_jax.tasks.losses.Rows`; G is 1 for most
 tasks): `input_ids` int32 [B * G, S], `mask` bool [B * G, S], optional `token_type_ids` int32 [B * G, S],
 `valid` bool [B] (False for examples that only fill the batch), what the task adds, such as `labels`
 int32 [B], and what the stage adds: `guide` float32 [B * G, stages, S] (residual scores), `rank` (same
@@ -25,7 +25,8 @@ from trbert_jax.model.model import Batch, ModelOutput, Params, TokenReducingMode
 from trbert_jax.reduction import policy_loss as policy
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction import selector_init as initialization
-from trbert_jax.tasks import batch as tasks
+from trbert_jax.tasks import TASKS
+from trbert_jax.tasks.losses import Rows
 
 Execute = Callable[..., ModelOutput]
 
@@ -68,12 +69,12 @@ def dense_objective(
     execute: Execute = forward,
 ) -> Objective:
     """Fine-tuning of the dense model: the task's loss."""
-    kind = model.config.task
+    task, rows = TASKS[model.config.task], Rows(batch)
     logits = execute(model, params, batch, rule=None, dropout_rng=dropout_rng).logits
-    loss = tasks.task_loss(kind, logits, batch)
+    loss = task.loss(logits, rows)
     metrics = {}
     if "labels" in batch:
-        answers = tasks.example_logits(kind, logits, batch).argmax(-1)
+        answers = task.example_logits(logits, rows).argmax(-1)
         metrics["accuracy"] = (answers == batch["labels"]).astype(jnp.float32)
     return Objective(loss, batch["valid"].astype(jnp.float32), metrics)
 
@@ -95,8 +96,8 @@ def initialization_objective(
     micro-batches matters.
     """
     output = execute(model, params, batch, rule=tokens.keep_all, dropout_rng=dropout_rng)
-    rows = tasks.Rows(batch)
-    judged = output.selections[0].scored & rows.there[:, None]
+    rows = Rows(batch)
+    judged = output.selections[0].scored & rows.valid[:, None]
     num_tokens = jnp.maximum(rows.grouped(judged.sum(-1)).sum(1), 1)
     valid = batch["valid"].astype(jnp.float32)
     error = initialization.rank_error(output.selections, batch["rank"], keep)
@@ -138,16 +139,16 @@ def sample_policy(
     """
     output = execute(model, params, batch, rule=rule, num_copies=num_samples, dropout_rng=dropout_rng)
 
-    rows = tasks.Rows(batch, num_samples)
+    rows = Rows(batch, num_samples)
 
     def by_sample(x: jax.Array) -> jax.Array:
         return x.reshape(num_samples, -1)
 
-    kind = model.config.task
+    task = TASKS[model.config.task]
     if "teacher_logits" in batch:
-        loss = tasks.distillation_loss(kind, output.logits, batch, num_samples, temperature)
+        loss = task.distillation_loss(output.logits, rows, temperature)
     else:
-        loss = tasks.task_loss(kind, output.logits, batch, num_samples)
+        loss = task.loss(output.logits, rows)
     kept = rows.kept(output.selections)
     task_loss = by_sample(loss)
     ratio = by_sample(rows.mean(policy.kept_ratio(kept, max_length)))
@@ -185,7 +186,7 @@ def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax
       imitating: bool scalar, may be traced.
     """
     copy_rngs = jax.random.split(rng, num_samples)
-    keys = jax.vmap(tasks.Rows(batch).keys)(copy_rngs)
+    keys = jax.vmap(Rows(batch).keys)(copy_rngs)
     rule = tokens.sample(keys.reshape(-1))
     if imitating is False:
         return rule

@@ -16,7 +16,6 @@ from trbert_jax.config import STAGES, RunConfig, to_dict
 from trbert_jax.errors import UserError
 from trbert_jax.io import make_directory, write_json
 from trbert_jax.parallel import check_batch
-from trbert_jax.tasks.base import QuestionData
 from trbert_jax.training import stages
 from trbert_jax.training.evaluation import evaluate_stage
 from trbert_jax.training.experiment import Announce, Experiment
@@ -146,7 +145,7 @@ def collect_results(run: Experiment) -> dict[str, Any]:
 
 def results_table(run: Experiment, results: dict[str, Any]) -> Iterator[str]:
     """Lines for people: accuracy, tokens and FLOPs of each model, seconds of each stage, what is where."""
-    metric = run.data.metric
+    metric = run.data.task.metric
     rows = [
         ("dense", results.get("dense")),
         ("after policy", results.get("policy")),
@@ -172,7 +171,7 @@ def results_table(run: Experiment, results: dict[str, Any]) -> Iterator[str]:
         yield f"training curves   {run.workdir / 'curves.png'}"
     if (run.workdir / "model").is_dir():
         yield f"model             {run.workdir / 'model'}"
-        what = "--file questions.jsonl" if isinstance(run.data, QuestionData) else '"some text"'
+        what = "--file questions.jsonl" if run.data.task.inputs.data else '"some text"'
         yield f"next              trbert predict --model {run.workdir / 'model'} {what}"
 
 

@@ -22,9 +22,8 @@ from trbert_jax.io import make_directory, read_json, write_json
 from trbert_jax.model.model import Params
 from trbert_jax.parallel import DeviceMesh
 from trbert_jax.reduction import residual_scores as residual
-from trbert_jax.tasks.batch import is_by_token
-from trbert_jax.tasks.batching import batch_rows
-from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks import TASKS
+from trbert_jax.tasks.examples import Examples, batch_rows
 from trbert_jax.training.experiment import Experiment
 
 
@@ -59,7 +58,6 @@ class StageInput:
 
 DATA_DIGEST = "data_digest"  # in what a finished stage says of itself: the examples it was about
 SCORES, LOGITS = "scores.npy", "logits{}.npy"
-_LOGITS_OF = {"multi_hop": ("span", "kind", "sentence")}  # tasks whose logits are several arrays
 
 
 def load_stage_inputs(run: Experiment, stage: str, features: Examples, task: str) -> dict[str, StageInput]:
@@ -122,16 +120,15 @@ class RankTargets:
         return residual.rank_targets(np.asarray(self.scores[rows]), self.lengths[rows])
 
 
-def _teacher_logits(run: Experiment, stage: str, features: Examples, task: str) -> StageInput:
-    by_row = task == "span"
-    count = features.num_rows if by_row else len(features)
-    names = _LOGITS_OF.get(task)
-    if names is None:
+def _teacher_logits(run: Experiment, stage: str, features: Examples, task_name: str) -> StageInput:
+    task = TASKS[task_name]
+    count = features.num_rows if task.by_row else len(features)
+    if not task.logits:
         values = _load(run, run.output_of("teacher", LOGITS.format(""), stage), features, count)
-        return StageInput(values, by_row, by_token=is_by_token(task))
-    paths = {name: run.output_of("teacher", LOGITS.format(f"_{name}"), stage) for name in names}
+        return StageInput(values, task.by_row, by_token=task.is_by_token())
+    paths = {name: run.output_of("teacher", LOGITS.format(f"_{name}"), stage) for name in task.logits}
     arrays = {name: _load(run, path, features, count) for name, path in paths.items()}
-    return StageInput(arrays, by_row, tuple(name for name in names if is_by_token(task, name)))
+    return StageInput(arrays, task.by_row, tuple(filter(task.is_by_token, task.logits)))
 
 
 def _load(run: Experiment, path: Path, features: Examples, count: int) -> np.ndarray:

@@ -23,8 +23,7 @@ from trbert_jax.model.packed import packed_forward
 from trbert_jax.model.pretrained import Pretrained, save_pretrained
 from trbert_jax.parallel import ROWS
 from trbert_jax.reduction import residual_scores as residual
-from trbert_jax.tasks.batching import batch_rows, length_batches, pad_batch, width_ladder
-from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
 from trbert_jax.training import dry_run as plan
 from trbert_jax.training import loop, objectives
 from trbert_jax.training import step as optimizer
@@ -84,7 +83,7 @@ def prepare(run: Experiment, stage: str) -> Prepared:
         make_objective=lambda total_steps: _OBJECTIVES[stage](run, module, total_steps),
         trains=_TRAINS[stage](start.config),
         evaluate=_dev_evaluation(run, stage, start),
-        metric=run.data.metric,
+        metric=run.data.task.metric,
         fingerprint=run.fingerprint(stage, features),
         # Scores and teacher are of the inputs of epoch 0.
         redraw=None if extras else run.redraw(start),
@@ -122,7 +121,7 @@ def score_stage(run: Experiment) -> dict[str, Any]:
     features, module = run.features("train", model), run.module(model.config)
     layout, width_limit = run.layout, model.config.max_length
     size = layout.rounded(run.config.score.batch_size)
-    batches = list(length_batches(features, size, width_ladder(width_limit)))
+    batches = list(length_batches(features, size, width_buckets(width_limit)))
 
     def scores_and_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         values, _, loss = residual.residual_scores(module, params, batch)

@@ -1,0 +1,203 @@
+"""Tokenize texts into word pieces that know which characters they stand for.
+
+Answers are cut out of the original text by these characters (`cut_text`), never put together from word
+pieces. See docs/question_answering.md, "Answers as text".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trbert_jax.errors import UserError
+from trbert_jax.tasks.examples import Ragged
+
+_CHUNK = 1000  # texts handed to the tokenizer's threads at a time
+_CONTINUES = "##"
+_MARKS = ("Mn", "Me")  # combining characters, such as accents
+
+
+def prepare_tokenizer(tokenizer: Any) -> tuple[Any, tuple[int, int]]:
+    """Returns a copy of a tokenizer that neither cuts nor pads, and the ids of [CLS] and [SEP].
+
+    Args:
+      tokenizer: a `transformers.PreTrainedTokenizerFast`; not changed.
+
+    Raises:
+      UserError: it has no [CLS] or no [SEP].
+    """
+    import tokenizers
+
+    # If unset, the library warns and turns its threads off once the process has forked.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    if None in ends:
+        raise UserError("the tokenizer has no [CLS] or no [SEP] token; choose one made for BERT")
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, ends
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedTexts:
+    """n texts as word pieces without special tokens.
+
+    Attributes:
+      tokens: int32, the pieces of each text.
+      chars: int32 [pieces, 2], the characters `[start, end)` of its text that a piece stands for; empty
+        unless asked for.
+      num_tokens: int64 [n], pieces of each text before it was cut.
+    """
+
+    tokens: Ragged
+    chars: Ragged
+    num_tokens: np.ndarray
+
+
+class TextEncoder:
+    """A tokenizer that neither cuts nor pads nor adds special tokens.
+
+    Args:
+      tokenizer: a `transformers.PreTrainedTokenizerFast`; not changed. Truncation and padding stored
+        with it are ignored.
+      markers: words that structure the texts, and the vocabulary entry each is read as:
+        `{"[PAR]": "[unused1]"}`.
+
+    Raises:
+      UserError: a tokenizer without [CLS] or [SEP].
+
+    Attributes:
+      cls, sep: int32 [1], the special tokens.
+      description: everything that decides how a text is encoded, for `digest_of`.
+    """
+
+    def __init__(self, tokenizer: Any, markers: Mapping[str, str] | None = None) -> None:
+        self._backend, ends = prepare_tokenizer(tokenizer)
+        self.cls, self.sep = (np.array([i], np.int32) for i in ends)
+        self.description = (self._backend.to_str(), *ends, *sorted((markers or {}).items()))
+        # Marker id -> its word, its entry and the entry's id. As words of the tokenizer the markers are
+        # found before the text is lower-cased and split at brackets, and keep their characters.
+        self._replaced: dict[int, tuple[str, str, int | None]] = {}
+        for marker, entry in (markers or {}).items():
+            self._add_marker(marker, entry)
+
+    def _add_marker(self, marker: str, entry: str) -> None:
+        from tokenizers import AddedToken
+
+        entry_id = self._backend.token_to_id(entry)
+        self._backend.add_special_tokens([AddedToken(marker, normalized=False, single_word=True)])
+        self._replaced[self._backend.token_to_id(marker)] = (marker, entry, entry_id)
+
+    def id_of(self, entry: str) -> int:
+        """Returns the id of a vocabulary entry.
+
+        Raises:
+          UserError: the vocabulary has no such entry.
+        """
+        found = self._backend.token_to_id(entry)
+        if found is None:
+            raise UserError(
+                f"the tokenizer's vocabulary has no {entry}, which this task marks its texts with; "
+                "choose one that has, such as that of bert-base-uncased"
+            )
+        return int(found)
+
+    @functools.cached_property
+    def _continuations(self) -> np.ndarray:
+        vocabulary = self._backend.get_vocab()
+        table = np.zeros(max(vocabulary.values()) + 1, bool)
+        table[[i for entry, i in vocabulary.items() if entry.startswith(_CONTINUES)]] = True
+        return table
+
+    def continues(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether each piece continues the word of the piece before it: int [pieces] -> bool [pieces]."""
+        return self._continuations[tokens]
+
+    def encode(
+        self, texts: Sequence[str], *, chars: bool = False, max_tokens: int | None = None
+    ) -> EncodedTexts:
+        """Tokenizes texts, in parallel.
+
+        Args:
+          texts: n texts; one without word pieces becomes an empty array.
+          chars: whether to keep the characters of each piece.
+          max_tokens: pieces of a text to keep at most; None for all.
+
+        Raises:
+          UserError: a text holds a marker whose entry the vocabulary lacks.
+        """
+        from tqdm import tqdm
+
+        encode_batch = self._backend.encode_batch if chars else self._backend.encode_batch_fast
+        tokens, spans, num_tokens = [], [], []
+        # disable=None: no bar unless stderr is a terminal; delay: none for what takes a moment.
+        with tqdm(total=len(texts), desc="tokenizing", unit="text", disable=None, delay=2) as bar:
+            for start in range(0, len(texts), _CHUNK):
+                chunk = list(texts[start : start + _CHUNK])
+                for encoding in encode_batch(chunk, add_special_tokens=False):
+                    ids = np.array(encoding.ids, np.int32)
+                    num_tokens.append(len(ids))
+                    tokens.append(ids[:max_tokens])
+                    if chars:
+                        spans.append(np.array(encoding.offsets[:max_tokens], np.int32).reshape(-1, 2))
+                bar.update(len(chunk))
+        ragged = Ragged.of(tokens)
+        self._replace_markers(ragged.values)
+        return EncodedTexts(ragged, Ragged.of(spans, width=2), np.array(num_tokens, np.int64))
+
+    def encode_distinct(
+        self, texts: Sequence[str], *, chars: bool = False, max_tokens: int | None = None
+    ) -> tuple[EncodedTexts, np.ndarray]:
+        """Like `encode`, but tokenizes and stores each distinct text once.
+
+        Returns:
+          The distinct texts, and the position among them of each given one, int64 [n].
+        """
+        places: dict[str, int] = {}
+        index = np.array([places.setdefault(text, len(places)) for text in texts], np.int64)
+        return self.encode(list(places), chars=chars, max_tokens=max_tokens), index
+
+    def _replace_markers(self, tokens: np.ndarray) -> None:
+        for marker_id, (marker, entry, entry_id) in self._replaced.items():
+            found = tokens == marker_id
+            if found.any() and entry_id is None:
+                raise UserError(
+                    f"a text holds {marker}, which is read as {entry}, and the tokenizer's vocabulary has "
+                    "none; choose one that has, such as that of bert-base-uncased"
+                )
+            tokens[found] = -1 if entry_id is None else entry_id
+
+
+def locate(chars: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
+    """Finds the word pieces that stand for the characters `[start, end)`.
+
+    A piece that lies only partly inside counts: `Japan` in `Japanese`, one piece, gives the whole piece.
+
+    Args:
+      chars: int [pieces, 2], see `EncodedTexts`.
+      start, end: characters of the same text.
+
+    Returns:
+      First and last piece, both inclusive; None if the tokenizer keeps none of the characters.
+    """
+    first = int(np.searchsorted(chars[:, 1], start, side="right"))
+    last = int(np.searchsorted(chars[:, 0], end, side="left")) - 1
+    return (first, last) if first <= last else None
+
+
+def cut_text(text: str, start: int, end: int) -> str:
+    """Returns the characters `[start, end)` and the combining marks that follow them.
+
+    A tokenizer that strips accents leaves combining accents out of the characters of a piece; an answer
+    must not lose its last accent for that.
+    """
+    while end < len(text) and unicodedata.category(text[end]) in _MARKS:
+        end += 1
+    return text[start:end]
