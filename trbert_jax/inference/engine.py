@@ -22,7 +22,14 @@ from trbert_jax.parallel import KEPT, ROWS, DeviceMesh, single_device
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, RULES, RuleSpec, check_rule
 from trbert_jax.reduction.selection import min_logit
 from trbert_jax.tasks import TASKS
-from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
+from trbert_jax.tasks.examples import (
+    BUCKET_SHARES,
+    Examples,
+    batch_rows,
+    length_batches,
+    pad_batch,
+    width_buckets,
+)
 from trbert_jax.tasks.losses import Rows
 from trbert_jax.tasks.scorers import accuracy
 
@@ -39,7 +46,7 @@ MANY_PROGRAMS = 24  # more than a few rules and batch sizes need; compiling this
 def bucket_widths(backend: str, max_length: int) -> tuple[int, ...]:
     """Padded lengths of batches, ascending; the last one is `max_length`."""
     # The packed backend does not compute padding: one narrow shape is enough.
-    return width_buckets(max_length, *([(0.25,)] if backend == "packed" else []))
+    return width_buckets(max_length, (0.25,) if backend == "packed" else BUCKET_SHARES)
 
 
 def check_backend(backend: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-_BUCKETS = (0.125, 0.25, 0.5, 0.75)  # shares of the maximum length
+BUCKET_SHARES = (0.125, 0.25, 0.5, 0.75)  # shares of the maximum length
 _BUCKET_STEP = 16  # widths are multiples of this
 _SMALLEST_BUCKET = 32
 _PADDING = {"i": -1}  # by kind of dtype; 0 for others
@@ -268,7 +268,7 @@ class Examples:
 # Batches ---------------------------------------------------------------------------------------------
 
 
-def width_buckets(max_length: int, shares: Sequence[float] = _BUCKETS) -> tuple[int, ...]:
+def width_buckets(max_length: int, shares: Sequence[float] = BUCKET_SHARES) -> tuple[int, ...]:
     """Returns the padded lengths of batches, ascending, the last one `max_length`.
 
     Each width is compiled, so they are few; at 512: 64, 128, 256, 384, 512.
