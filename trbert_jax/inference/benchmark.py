@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.datasets.dataset import Dataset, Example
+from trbert_jax.datasets.dataset import Example
 from trbert_jax.errors import UserError
 from trbert_jax.inference.answering import read_questions
 from trbert_jax.inference.benchmark_report import (
@@ -38,8 +38,8 @@ from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction import selection
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
 from trbert_jax.reduction.rules import RULES, RuleSpec
-from trbert_jax.tasks.batching import pad_batch
-from trbert_jax.tasks.examples import Examples, build_features
+from trbert_jax.tasks.classification import encode_texts
+from trbert_jax.tasks.examples import Examples, pad_batch
 
 logger = logging.getLogger(__name__)
 
@@ -329,7 +329,7 @@ def benchmark_file(
         if HUGGINGFACE in names and variants is not None:
             raise UserError("--variants: huggingface is compared for models that label texts only")
         names = [name for name in names if name != HUGGINGFACE]
-        examples = read_questions(model, Path(data), skip_bad_records, logger.info).features
+        examples = read_questions(model, Path(data), skip_bad_records).examples
         examples = examples.take(np.arange(min(len(examples), max_texts or len(examples))))
         workload = Workload(examples, model.config.max_length)
     else:
@@ -431,7 +431,7 @@ def _encode(texts: Sequence[str], model: TRBert, name: str, source: str) -> Exam
     if model.tokenizer is None:
         raise UserError(f"{name}: has no tokenizer files; add those of the model it was made of")
     examples = tuple(Example(f"{source}: text {number}", text, 0) for number, text in enumerate(texts, 1))
-    return build_features(Dataset(examples, model.config.labels), model.tokenizer, model.config.max_length)
+    return encode_texts(examples, model.tokenizer, model.config.max_length)
 
 
 def _actions_of(
