@@ -15,6 +15,7 @@ import pytest
 from trbert_jax.arguments import parse_arguments
 from trbert_jax.config import STAGES, BackboneConfig, DataConfig, RunConfig
 from trbert_jax.datasets import DATASETS, dataset_names
+from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.reduction.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +139,10 @@ def names(page: str, first_column: str) -> list[str]:
 def test_tables_list_what_is_registered() -> None:
     assert sorted(names("docs/data.md", "`data.name`")) == sorted(dataset_names())
     assert sorted(names("docs/method.md", "rule")) == sorted(RULES)
+    backbones = {
+        row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in table("docs/method.md", "`model_type`")
+    }
+    assert backbones == {name: list(backbone.aliases) for name, backbone in BACKBONES.items()}
     assert names("README.md", "stage") == list(STAGES)
     assert [row[0] for row in table("docs/method.md", "stage")] == list(STAGES)
 
@@ -153,7 +158,7 @@ def test_modules_of_the_changelog_exist() -> None:
 def test_examples_of_contributing_register_their_part() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    registries: list[dict[str, Any]] = [RULES, DATASETS]
+    registries: list[dict[str, Any]] = [RULES, BACKBONES, DATASETS]
     for registry, example in zip(registries, examples, strict=True):
         with patch.dict(registry):
             before = len(registry)
