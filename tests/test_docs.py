@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from trbert_jax.config import STAGES, BackboneConfig, DataConfig, RunConfig
 from trbert_jax.datasets import DATASETS, dataset_names
 from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.reduction.rules import RULES
+from trbert_jax.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -124,27 +126,33 @@ def test_commands_of_the_pages_are_accepted() -> None:
         parse_arguments(shlex.split(command, comments=True)[1:])  # exits if an option is unknown
 
 
-def table(page: str, first_column: str) -> list[list[str]]:
-    """Cells of the table of a page whose first column has this title."""
+def table(page: str, header: str) -> list[list[str]]:
+    """Cells of the first table of a page whose header begins so."""
     text = text_of(ROOT / page)
-    lines = re.findall(rf"^\| {re.escape(first_column)} \|.*?(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)[0]
+    lines = re.findall(rf"^\| {re.escape(header)} \|.*?(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines() if line][2:]
 
 
-def names(page: str, first_column: str) -> list[str]:
-    """The `code` in the first column."""
-    return [name for row in table(page, first_column) for name in re.findall(r"`([^`]+)`", row[0])]
+def code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
 
 
 def test_tables_list_what_is_registered() -> None:
-    assert sorted(names("docs/data.md", "`data.name`")) == sorted(dataset_names())
-    assert sorted(names("docs/method.md", "rule")) == sorted(RULES)
-    backbones = {
-        row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in table("docs/method.md", "`model_type`")
-    }
-    assert backbones == {name: list(backbone.aliases) for name, backbone in BACKBONES.items()}
-    assert names("README.md", "stage") == list(STAGES)
+    data = [name for row in table("docs/data.md", "`data.name` | Task") for name in code(row[0])]
+    assert sorted(data) == sorted(dataset_names())
+    assert [code(row[0])[0] for row in table("README.md", "stage")] == list(STAGES)
     assert [row[0] for row in table("docs/method.md", "stage")] == list(STAGES)
+    assert sorted(code(row[0])[0] for row in table("docs/method.md", "rule")) == sorted(RULES)
+    backbones = {code(row[0])[0]: code(row[1]) for row in table("docs/method.md", "`model_type`")}
+    assert backbones == {name: list(backbone.aliases) for name, backbone in BACKBONES.items()}
+    for header in ("task | hard loss", "data | task"):
+        tasks = {name for row in table("docs/method.md", header) for cell in row[:2] for name in code(cell)}
+        assert tasks >= set(TASKS)
+    requests = {
+        code(row[0])[0]: code(row[1])[0] for row in table("docs/question_answering.md", "task | request")
+    }
+    fields = {name: list(json.loads(request)) for name, request in requests.items()}
+    assert fields == {name: list(task.shortest_request) for name, task in TASKS.items()}
 
 
 def test_modules_of_the_changelog_exist() -> None:
@@ -158,7 +166,7 @@ def test_modules_of_the_changelog_exist() -> None:
 def test_examples_of_contributing_register_their_part() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    registries: list[dict[str, Any]] = [RULES, BACKBONES, DATASETS]
+    registries: list[dict[str, Any]] = [RULES, BACKBONES, DATASETS, TASKS]
     for registry, example in zip(registries, examples, strict=True):
         with patch.dict(registry):
             before = len(registry)
