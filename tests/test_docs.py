@@ -21,7 +21,10 @@ from trbert_jax.reduction.rules import RULES
 from trbert_jax.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SOURCES = sorted(
     p
     for folder, suffix in (("trbert_jax", "py"), ("tests", "py"), ("configs", "yaml"))
