@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import Example
-from trbert_jax.datasets.text_files import read
+from trbert_jax.datasets.text_files import read_file
 
 __all__ = ["Announce", "Dataset", "Example", "read_dataset"]
 
@@ -32,5 +31,5 @@ class Dataset:
 
 
 def read_dataset(path: str | Path, labels: Sequence[str]) -> Dataset:
-    """Reads one file as a `Dataset`; see `trbert_jax.datasets.text_files.read`."""
-    return Dataset(tuple(read(Path(path).expanduser(), BadRecords(), labels)), tuple(labels))
+    """Reads one file as a `Dataset`; see `trbert_jax.datasets.text_files.read_file`."""
+    return Dataset(tuple(read_file(path, labels)), tuple(labels))

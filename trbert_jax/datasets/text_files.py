@@ -32,6 +32,13 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> Iterator[Example
     yield from reader(path, labels)
 
 
+def read_file(path: str | Path, labels: Sequence[str]) -> list[Example]:
+    """Reads one file like `read`. Raises `UserError` if anything is wrong with it, or it has no example."""
+    path = Path(path).expanduser()
+    expected = '{"text": ..., "label": ...} or label,text a line'
+    return reading.collect(read(path, BadRecords(), labels), path, BadRecords(), expected)
+
+
 def make_example(example_id: str, item: Any, labels: Sequence[str]) -> Example:
     """Returns the example of an object with `text` and a 0-based `label`.
 
