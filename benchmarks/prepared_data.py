@@ -18,13 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trbert_jax.config import RunConfig, load_config
 from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.io import check_writable, hash_file, write_json
-from trbert_jax.training import loop, stages
+from trbert_jax.training import loop
 from trbert_jax.training.experiment import Experiment
+from trbert_jax.training.stages import STAGES
 
 COMMAND = [sys.executable, "-c", "import sys; from trbert_jax.cli import main; sys.exit(main())"]
 
@@ -58,14 +57,12 @@ def _resident(pid: int) -> int:
 
 def read_speed(config: RunConfig, folder: Path, seconds: float) -> dict[str, float]:
     """Returns examples per second of training batches, read and padded but not computed on."""
-    run = Experiment(config, announce=lambda line: None)
-    training = stages.prepare(run, "finetune").training
-    width = loop.training_width(training)
-    stream = loop.read_ahead(training, 0, width)
+    training = loop.prepare(Experiment(config), STAGES["finetune"])
+    stream = loop.read_ahead(training, 0)
     next(stream)
     count, start = 0, time.perf_counter()
     for batch in stream:
-        count += int(np.sum(batch["valid"]))
+        count += batch.num_examples
         if time.perf_counter() - start > seconds:
             break
     return {"examples_per_second": count / (time.perf_counter() - start)}
@@ -98,9 +95,7 @@ def main() -> None:
         ]
         overrides = [*args.overrides, f"data.prepared={folder / 'whole'}", f"workdir={folder / 'work3'}"]
         config = load_config(args.config, overrides)
-        examples = len(
-            Experiment(config, announce=lambda line: None).read_features("train", _tokenizer(config))
-        )
+        examples = len(Experiment(config).read_features("train", _tokenizer(config)))
         result: dict[str, Any] = {
             "config": args.config,
             "overrides": args.overrides,
@@ -126,7 +121,7 @@ def main() -> None:
 
 
 def _tokenizer(config: RunConfig) -> Any:
-    return Experiment(config, announce=lambda line: None).base_model().tokenizer
+    return Experiment(config).base_model().tokenizer
 
 
 if __name__ == "__main__":

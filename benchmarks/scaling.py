@@ -29,8 +29,9 @@ from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.io import check_writable, read_json, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
+from trbert_jax.reduction.flops import ASSUMED_KEPT
+from trbert_jax.training import stages
 from trbert_jax.training import step as optimizer
-from trbert_jax.training.dry_run import ASSUMED_KEPT, TRAINS, stage_flops
 
 HERE = Path(__file__).parent
 DEVICES = (8, 64, 256)
@@ -84,7 +85,9 @@ def measure(steps_file: Path, prepared_file: Path) -> Measured:
 
 def update_seconds(stage: str, model: ModelConfig) -> float:
     """Times an update of AdamW alone, with clipping."""
-    trained, _ = optimizer.split_params(init_params(model, jax.random.key(0)), TRAINS[stage](model))
+    trained, _ = optimizer.split_params(
+        init_params(model, jax.random.key(0)), stages.STAGES[stage].trained(model)
+    )
     adamw = optimizer.adamw(optimizer.linear_schedule(3e-5, 1000, 0), model)
 
     def update(grads: Any, state: Any, params: Any) -> Any:
@@ -116,7 +119,7 @@ def least_seconds(run: Callable[[], Any]) -> float:
 def num_trained(stage: str, model: ModelConfig) -> int:
     """Returns the number of parameters that a stage trains."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    trained, _ = optimizer.split_params(shapes, TRAINS[stage](model))
+    trained, _ = optimizer.split_params(shapes, stages.STAGES[stage].trained(model))
     return sum(x.size for x in jax.tree.leaves(trained))
 
 
@@ -136,7 +139,8 @@ def estimate(
     records = []
     for devices in DEVICES:
         lengths = review_lengths(DRAWS * devices * passes * rows, rng, model.max_length)
-        flops = stage_flops(config, stage, model, lengths).reshape(DRAWS, devices, passes * rows).sum(-1)
+        flops = stages.STAGES[stage].flops(config, model, lengths, None)
+        flops = flops.reshape(DRAWS, devices, passes * rows).sum(-1)
         mean = float(flops.mean())
         # A device runs its passes without waiting; all devices meet once per update.
         slowest = float(flops.max(1).mean())

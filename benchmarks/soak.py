@@ -33,10 +33,10 @@ import yaml
 
 from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.io import check_writable, write_json
+from trbert_jax.training.stages import STAGES
 
 NEXT = 3  # stages to choose from for a signal, so that one run is hit several times
 EARLIER = 0.7  # factor of the time to draw from, after a stage that ended too early
-STAGES = ("finetune", "score", "init", "policy", "teacher", "joint", "evaluate")
 TRAINED = {"batch_size": 8, "accumulation_steps": 1, "learning_rate": 1e-3, "save_steps": 2, "eval_steps": 8}
 COMMAND = [sys.executable, "-c", "import sys; from trbert_jax.cli import main; sys.exit(main())"]
 
@@ -60,7 +60,7 @@ def write_config(folder: Path, steps: int) -> Path:
         },
         "policy": {"num_samples": 2},
     }
-    for stage in ("finetune", "init", "policy", "joint"):
+    for stage in (name for name, stage in STAGES.items() if stage.trains):
         settings[stage] = {**settings.get(stage, {}), **TRAINED, "max_steps": steps}
     folder.mkdir(parents=True)
     path = folder / "config.yaml"

@@ -27,6 +27,7 @@ from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.io import check_writable, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params, TokenReducingModel, init_params
+from trbert_jax.model.packed import BACKENDS
 from trbert_jax.parallel import make_mesh
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, layer_macs, reduced_flops
@@ -34,7 +35,6 @@ from trbert_jax.tasks.examples import pad_batch
 from trbert_jax.training import objectives
 from trbert_jax.training import step as optimizer
 from trbert_jax.training import step as steps
-from trbert_jax.training.stages import FORWARD
 from trbert_jax.training.step import ObjectiveFn, init_state
 
 DEFAULTS: dict[str, TrainingConfig] = {
@@ -88,7 +88,7 @@ def make_objective(
     stage: str, model: TokenReducingModel, backend: str, num_samples: int, *, dropout: bool
 ) -> ObjectiveFn:
     """Returns the objective of a stage with the selections `batch["actions"]` instead of sampled ones."""
-    execute, alpha = FORWARD[backend], PolicyConfig().alpha
+    execute, alpha = BACKENDS[backend], PolicyConfig().alpha
 
     def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
         dropout_rng = rng if dropout else None
@@ -182,7 +182,7 @@ def measure(
     setting: Setting,
     *,
     stages: Sequence[str] = tuple(DEFAULTS),
-    backends: Sequence[str] = tuple(FORWARD),
+    backends: Sequence[str] = tuple(BACKENDS),
     strategies: Sequence[str] = ("jit",),
     dtype: Any = jnp.float32,
 ) -> list[dict[str, Any]]:

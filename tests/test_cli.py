@@ -114,7 +114,7 @@ def test_train_takes_overrides_anywhere(arguments: list[str], fake: Callable[...
     def train(config: Any, stages: Any, profile_steps: Any) -> None:
         calls.append((config, stages, profile_steps))
 
-    fake("training.run", train=train)
+    fake("training.run", train=train, results_table=lambda *arguments: [])
     assert main(["train", "--profile-steps", "3:5", *arguments]) == 0
     assert calls == [((Path("c.yaml"), ["a.b=1", "c=2"]), ["score", "policy"], (3, 5))]
 
@@ -127,7 +127,7 @@ def end_training(fake: Callable[..., None], error: BaseException) -> int:
         raise error
 
     fake("config", load_config=lambda path, overrides: None)
-    fake("training.run", train=train)
+    fake("training.run", train=train, results_table=lambda *arguments: [])
     return main(["train", "--config", "c.yaml"])
 
 

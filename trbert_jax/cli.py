@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from trbert_jax import compilation_cache
 from trbert_jax.arguments import parse_arguments
 from trbert_jax.errors import PreemptedError, UserError
-from trbert_jax.io import atomic_file, check_writable, write_json
+from trbert_jax.io import atomic_file, check_writable, setup_logging, write_json
 
 if TYPE_CHECKING:
     from trbert_jax.config import RunConfig
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         compilation_cache.enable()
     # Importing transformers without PyTorch is what we mean to do; its advice is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    setup_logging()
     try:
         COMMANDS[args.command](args)
         sys.stdout.flush()
@@ -95,11 +96,12 @@ def _train(args: argparse.Namespace) -> None:
         from trbert_jax.parallel import join
 
         join(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
-    from trbert_jax.training.run import train
+    from trbert_jax.training.run import results_table, train
 
     # Several processes agree on when to stop, which JAX listens for.
     with contextlib.nullcontext() if args.distributed or args.coordinator else _stopped_by_sigterm():
-        train(config, args.stages, profile_steps=args.profile_steps)
+        results = train(config, args.stages, profile_steps=args.profile_steps)
+        print("\n".join(results_table(config, results)))
 
 
 @contextlib.contextmanager

@@ -12,10 +12,12 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,23 @@ from typing import IO, Any
 import yaml
 
 from trbert_jax.errors import UserError
+
+
+def setup_logging() -> None:
+    """Shows the package's log messages on stderr, from INFO on and each message once."""
+    logger, handler = logging.getLogger("trbert_jax"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in seen
+        seen.add(message)
+        return new
+
+    handler.addFilter(is_new)
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
 
 
 @contextlib.contextmanager

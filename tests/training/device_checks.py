@@ -23,10 +23,10 @@ from stage_steps import UPDATES, StageStep
 from trbert_jax import parallel
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
-from trbert_jax.model.packed import packed_forward
+from trbert_jax.model.packed import BACKENDS, packed_forward
 from trbert_jax.model.tiles import Tiling
 from trbert_jax.parallel import DeviceMesh, make_mesh, single_device
-from trbert_jax.training import loop, stages
+from trbert_jax.training import loop
 from trbert_jax.training import step as steps
 from trbert_jax.training.checkpoints import CheckpointStore
 from trbert_jax.training.step import TrainState
@@ -47,13 +47,13 @@ def tiny_step(stage: str, execution: str) -> tuple[StageStep, Any]:
     """A step of a tiny model, which still has something to divide and more than one tile; its parameters."""
     parallel.SMALLEST_DIVIDED = 64
     tiling = Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
-    stages.FORWARD["packed"] = functools.partial(packed_forward, tiling=tiling)
+    BACKENDS["packed"] = functools.partial(packed_forward, tiling=tiling)
     return StageStep(stage, execution, TINY), tiny_models.tiny_params(TINY, scale=0.1)
 
 
 def quickstart_step(stage: str, execution: str) -> tuple[StageStep, Any]:
     """A step of a model as large as the quickstart's, with its tiles; its parameters."""
-    settings = StageStep(stage, execution, TINY).run.config.model
+    settings = StageStep(stage, execution, TINY).experiment.config.model
     scratch = settings.scratch
     model = ModelConfig(
         vocab_size=scratch.vocab_size,

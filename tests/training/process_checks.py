@@ -51,8 +51,8 @@ def claim(run: Experiment, stages: list[str]) -> None:
 def main(port: str, number: int, config: str) -> dict[str, str]:
     join(f"127.0.0.1:{port}", 2, number, 60)
     settings = load_config(config)
-    run = FakeRun(settings, announce=lambda line: None)
-    layout = run.layout
+    run = FakeRun(settings)
+    layout = run.devices
     found = {
         "fine": outcome(lambda: layout.on_main(lambda: None)),
         "user": outcome(lambda: layout.on_main(lambda: fail(UserError("no räum left")))),
@@ -72,7 +72,7 @@ def main(port: str, number: int, config: str) -> dict[str, str]:
 
     run_module.SHARED_TIMEOUT = 1
     own = f"{settings.workdir}-{number}"
-    apart = Experiment(dataclasses.replace(settings, workdir=own), announce=lambda line: None)
+    apart = Experiment(dataclasses.replace(settings, workdir=own))
     found["apart"] = outcome(apart._check_shared)
     return found
 

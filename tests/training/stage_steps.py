@@ -15,7 +15,6 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params
 from trbert_jax.parallel import DeviceMesh
 from trbert_jax.training import stages
-from trbert_jax.training import step as optimizer
 from trbert_jax.training import step as steps
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.step import ObjectiveFn, TrainState, init_state
@@ -52,30 +51,32 @@ class StageStep:
     num_samples: int = 3
 
     @property
-    def run(self) -> Experiment:
-        """The quickstart's run with these settings."""
+    def experiment(self) -> Experiment:
+        """The quickstart with these settings."""
         overrides = [
             f"{self.stage}.backend={self.execution}",
             f"{self.stage}.dropout={str(self.dropout).lower()}",
             f"policy.num_samples={self.num_samples}",
         ]
         config: RunConfig = load_config(QUICKSTART, [*overrides, *self.settings])
-        return Experiment(config, announce=lambda line: None)
+        return Experiment(config)
 
     @property
     def objective(self) -> ObjectiveFn:
         """As the stage has it; the first half of the policy's updates imitates the guide."""
-        return stages._OBJECTIVES[self.stage](self.run, self.run.module(self.model), UPDATES)
+        experiment = self.experiment
+        module = experiment.module(self.model)
+        return stages.objective_of(stages.STAGES[self.stage], experiment.config, module, UPDATES)
 
     @property
     def adamw(self) -> Any:
         """The optimizer, its epsilon so large that what rounding leaves of a gradient of 0 moves nothing."""
-        schedule = optimizer.linear_schedule(self.learning_rate, UPDATES, 2)
-        return optimizer.adamw(schedule, self.model, epsilon=1e-4)
+        schedule = steps.linear_schedule(self.learning_rate, UPDATES, 2)
+        return steps.adamw(schedule, self.model, epsilon=1e-4)
 
     def split(self, params: Params) -> tuple[TrainState, Params]:
         """The state before the first update, and the parameters that the stage does not train."""
-        trained, frozen = optimizer.split_params(params, stages._TRAINS[self.stage](self.model))
+        trained, frozen = steps.split_params(params, stages.STAGES[self.stage].trained(self.model))
         return init_state(trained, self.adamw), frozen
 
     def step(self, layout: DeviceMesh) -> Any:

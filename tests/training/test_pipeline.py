@@ -8,7 +8,7 @@ import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from trbert_jax.datasets.dataset import Dataset, read_dataset
 from trbert_jax.reduction import flops
 from trbert_jax.training import stages
 from trbert_jax.training.logging import read_metrics
+from trbert_jax.training.stages import Stage
 
 TRAINED = ["finetune", "init", "policy", "joint"]
 NUM_TRAIN, NUM_TEST = tiny_runs.SIZES["train"], tiny_runs.SIZES["test"]
@@ -63,21 +64,16 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder, traces, out = tmp_path_factory.mktemp("all"), Counter[str](), io.StringIO()
 
-    def counting(stage: str, make: Callable[..., Any]) -> Callable[..., Any]:
-        def make_counting(*arguments: Any) -> Callable[..., Any]:
-            objective = make(*arguments)
+    def counting(stage: Stage) -> Stage:
+        def objective(update: stages.Update) -> Any:
+            traces[stage.name] += 1
+            return stage.objective(update) if stage.objective else None
 
-            def count(*arrays: Any) -> Any:
-                traces[stage] += 1
-                return objective(*arrays)
-
-            return count
-
-        return make_counting
+        return dataclasses.replace(stage, objective=objective)
 
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(out):
-        for stage, make in stages._OBJECTIVES.items():
-            monkeypatch.setitem(stages._OBJECTIVES, stage, counting(stage, make))
+        for name in TRAINED:
+            monkeypatch.setitem(stages.STAGES, name, counting(stages.STAGES[name]))
         tiny_runs.train(tiny_runs.write_config(folder))
     return Finished(folder, out.getvalue(), dict(traces))
 
@@ -254,7 +250,7 @@ def test_finished_stages_are_skipped(
 ) -> None:
     before = (copy.parent / "work" / "joint" / "done.json").stat().st_mtime_ns
     assert tiny_runs.without_times(tiny_runs.train(copy)) == tiny_runs.without_times(finished.results)
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert [line.split(":")[0] for line in out.splitlines() if "skipped" in line] == tiny_runs.STAGES
     assert (copy.parent / "work" / "joint" / "done.json").stat().st_mtime_ns == before
 
@@ -283,7 +279,7 @@ def test_some_stages(copy: Path, finished: Finished, capsys: pytest.CaptureFixtu
         shutil.rmtree(copy.parent / "work" / name)
     results = tiny_runs.train(copy, "--stages", "evaluate,teacher")
     assert tiny_runs.without_times(results) == tiny_runs.without_times(finished.results)
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert next(line for line in out.splitlines() if "starting" in line).startswith("teacher:")
     assert "skipped" not in out
     assert TRBert.from_pretrained(copy.parent / "work" / "model").config.labels == ("negative", "positive")

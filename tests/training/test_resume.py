@@ -83,7 +83,7 @@ def test_going_on_after_an_interruption(
     said = []
     for code in (130, 130, 0):
         assert main(["train", "--config", str(config)]) == code
-        said.append([line for line in capsys.readouterr().out.splitlines() if "going on" in line])
+        said.append([line for line in capsys.readouterr().err.splitlines() if "going on" in line])
     assert said == [
         [],
         ["finetune: going on from step 6 of 12"],
@@ -130,8 +130,8 @@ def start(config: Path) -> subprocess.Popen[str]:
     code = "import sys; from trbert_jax.cli import main; sys.exit(main())"
     return subprocess.Popen(
         [sys.executable, "-c", code, "train", "--config", str(config)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
@@ -153,7 +153,7 @@ def kill_during(config: Path, stage: str, after: int) -> tuple[int, int, str]:
         while latest(folder / "checkpoints") < after and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        out, _ = process.communicate()
+        _, out = process.communicate()
     assert process.returncode == -signal.SIGKILL, f"ended before it was killed:\n{out}"
     assert not (folder / "done.json").exists()
     rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
@@ -178,7 +178,7 @@ def test_sigkill_in_every_stage(tmp_path: Path) -> None:
         assert told - saved <= EVERY
         expected, killed_in = f"{stage}: going on from step {saved} of {STEPS}", stage
     with start(config) as process:
-        out, _ = process.communicate()
+        _, out = process.communicate()
     assert process.returncode == 0
     assert killed_in == "joint"
     assert expected in out

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -188,6 +189,41 @@ def _tokens_per_segment(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.A
         raise ValueError("an example keeps more tokens than it had")
     return tokens
 
+
+# Training stages ------------------------------------------------------------------------------------
+
+ASSUMED_KEPT = 0.5  # share of the tokens that a point of reduction keeps, before training has shown it
+
+
+def assumed_flops(
+    shape: EncoderShape, lengths: npt.NDArray[Any], shares: Sequence[float] | None = None
+) -> npt.NDArray[np.float64]:
+    """Exact FLOPs with reduction if each point keeps a share of the tokens, float64 [n].
+
+    Args:
+      shape: of the model, T points of reduction.
+      lengths: int [n], tokens of each example.
+      shares: T numbers, the share of an example's tokens that remains after each point; None assumes that
+        each point keeps `ASSUMED_KEPT` of its tokens.
+    """
+    if shares is None:
+        shares = [ASSUMED_KEPT ** (i + 1) for i in range(len(shape.reduction_layers))]
+    kept = np.stack([np.maximum(1, lengths * share).astype(int) for share in shares], 1)
+    return exact_flops(shape, lengths, np.minimum(kept, lengths[:, None])).astype(np.float64)
+
+
+def sampled_flops(
+    shape: EncoderShape, lengths: npt.NDArray[Any], num_samples: int, shares: Sequence[float] | None = None
+) -> npt.NDArray[np.float64]:
+    """FLOPs of several sampled selections of each example, which share the layers before the first point.
+
+    Arguments and result are those of `assumed_flops`.
+    """
+    shared = 2.0 * shape.segments[0] * layer_macs(lengths, shape.hidden_size, shape.intermediate_size)
+    return shared + num_samples * (assumed_flops(shape, lengths, shares) - shared)
+
+
+# Hardware -------------------------------------------------------------------------------------------
 
 # bfloat16 TFLOP/s without sparsity; the first part of a device's name that fits.
 PEAK_TFLOPS = {

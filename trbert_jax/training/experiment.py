@@ -1,11 +1,11 @@
-"""One run: its work directory, data and models, shared by all stages.
+"""Manage an experiment: its work directory, data and models, which all stages share.
 
-WORKDIR/config.json       the configuration the directory belongs to
+WORKDIR/config.json       the configuration that the directory belongs to
 WORKDIR/cache/            tokenized examples
-WORKDIR/STAGE/done.json   what a finished stage says of itself; its presence means finished
-WORKDIR/STAGE/model/      the model a training stage made
+WORKDIR/STAGE/done.json   summary of a finished stage; its presence means that the stage is finished
+WORKDIR/STAGE/model/      the model of a training stage
 WORKDIR/model/            the model of the last stage, for `TRBert.from_pretrained`
-WORKDIR/results.json      numbers of the whole run
+WORKDIR/results.json      results of all stages
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from trbert_jax.inference.engine import AfterBatch, CompiledForward, InferenceEn
 from trbert_jax.io import make_directory, only_process, read_json, write_json
 from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.model import TokenReducingModel, init_params
+from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.pretrained import Pretrained, load_pretrained
 from trbert_jax.model.tokenizers import load_tokenizer, read_line_breaks_as_spaces
 from trbert_jax.parallel import DeviceMesh, make_mesh
@@ -39,9 +40,9 @@ from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.text_encoder import prepare_tokenizer
 from trbert_jax.training.prepared import load_prepared, read_provenance, write_prepared
 
-Announce = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
-# Settings that may change between calls of one run: they do not touch what is in the directory.
+# Settings that may change between calls of one experiment: they do not change what is in the directory.
 _FREE_KEYS = (
     "workdir",
     "stages",
@@ -51,136 +52,47 @@ _FREE_KEYS = (
     "parallel.fsdp",
     "parallel.remat",
 )
-# What only the last stage reads: free until that has finished.
+# Settings that only stage evaluate reads: free until it has finished.
 _EVALUATION_KEYS = ("evaluate.split", "evaluate.baselines", "evaluate.thresholds")
-SHARED_TIMEOUT = 20  # seconds that a file of one process may take to show in another
+SHARED_TIMEOUT = 20  # seconds until a file of one process must be visible to the others
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """A configuration at work.
+    """A configuration with its work directory, devices, data and models.
 
     Attributes:
-      config: of the whole run.
-      announce: prints a line for the user.
-      profile_steps: updates of each stage (0-based, first and one past the last) to record a profile of.
+      config: settings of all stages.
+      profile_steps: updates of each stage to profile: the first (0-based) and one past the last.
     """
 
     config: RunConfig
-    announce: Announce = print
     profile_steps: tuple[int, int] | None = None
-    _said: set[str] = dataclasses.field(default_factory=set, repr=False)
-
-    def say_once(self, message: str) -> None:
-        """Announces what several stages would say, such as how many texts were cut."""
-        if message not in self._said:
-            self._said.add(message)
-            self.announce(message)
 
     @functools.cached_property
-    def layout(self) -> DeviceMesh:
-        """The devices of the run, and how they share its work."""
-        settings = self.config.parallel
-        return make_mesh(settings.strategy, settings.fsdp)
+    def devices(self) -> DeviceMesh:
+        """The devices, and how they share the work."""
+        return make_mesh(self.config.parallel.strategy, self.config.parallel.fsdp)
+
+    # Work directory -----------------------------------------------------------------------------
 
     @property
     def workdir(self) -> Path:
-        """Folder of everything the run writes."""
+        """Folder of all files of the experiment."""
         return Path(self.config.workdir)
 
     def directory(self, stage: str) -> Path:
         """Folder of a stage."""
         return self.workdir / stage
 
-    @contextlib.contextmanager
-    def claim(self, stages: Sequence[str]) -> Iterator[None]:
-        """Makes the work directory this configuration's own, and this run's alone, to run these stages in.
-
-        Raises:
-          UserError: it belongs to another one (with what differs), another run is at work in it, or it cannot
-            be written to; processes that do not agree on what to run, or have different work directories.
-        """
-        self.layout.check_agreement("the configuration", to_dict(self.config))
-        self.layout.check_agreement("the stages to run (--stages)", list(stages))
-        with contextlib.ExitStack() as until_the_end:
-            self.layout.on_main(lambda: self._claim(until_the_end))
-            self._check_shared()
-            yield
-
-    def _check_shared(self) -> None:
-        """Raises a UserError in every process unless all see the same work directory."""
-        if self.layout.num_processes == 1:
-            return
-        name = self.layout.broadcast(f".seen-by-all-{uuid.uuid4().hex}")
-        file = self.workdir / name
-        self.layout.on_main(lambda: write_json(file, None))
-        # A network file system may show it late.
-        end = time.monotonic() + SHARED_TIMEOUT
-        while not (found := file.exists()) and time.monotonic() < end:
-            time.sleep(0.2)
-        seen = self.layout.gather(np.asarray(found, np.int32))
-        self.layout.on_main(lambda: file.unlink(missing_ok=True))
-        if not seen.all():
-            without = ", ".join(map(str, np.flatnonzero(seen == 0)))
-            raise UserError(
-                f"{self.workdir}: process {without} of {self.layout.num_processes} has another directory of "
-                "that name than process 0; `workdir` must be on a file system that all of them share"
-            )
-
-    def _claim(self, until_the_end: contextlib.ExitStack) -> None:
-        make_directory(self.workdir)
-        self._check_free()
-        until_the_end.enter_context(only_process(self.workdir))
-        # A first try that failed before any stage wrote something, for a wrong path, is no claim.
-        if any(any(self.directory(stage).glob("*")) for stage in STAGES):
-            self.check_owner()
-        write_json(self.workdir / "config.json", to_dict(self.config))
-
-    def _check_free(self) -> None:
-        """Raises `UserError` where WORKDIR/config.json is something else's, such as a model's."""
-        path = self.workdir / "config.json"
-        if path.exists():
-            content = read_json(path)
-            if not isinstance(content, dict) or "workdir" not in content:
-                raise UserError(
-                    f"{path}: is not a run's configuration, and would be overwritten; a `workdir` is a folder"
-                    " of its own, not a model's: choose another"
-                )
-
-    def check_inputs(self, stage: str, model: Pretrained, splits: Sequence[str]) -> None:
-        """Raises a UserError in every process unless all have the same parameters and data for a stage."""
-        if self.layout.num_processes == 1:
-            return
-        self.layout.check_agreement(f"the parameters that stage {stage} starts from", _digest(model.params))
-        for split in splits:
-            digest = self.features(split, model).digest
-            self.layout.check_agreement(f"the data of split {split} in stage {stage}", digest)
-
-    def check_owner(self) -> None:
-        """Raises `UserError` where the work directory belongs to another configuration."""
-        path, mine = self.workdir / "config.json", to_dict(self.config)
-        if path.exists():
-            free = _FREE_KEYS if self.finished("evaluate") else _FREE_KEYS + _EVALUATION_KEYS
-            lines = diff_configs(_stored_config(path), mine)
-            differences = [line for line in lines if line.partition(":")[0] not in free]
-            if differences:
-                raise UserError(
-                    f"{self.workdir}: this work directory belongs to another configuration, "
-                    "which differs in\n  "
-                    + "\n  ".join(differences)
-                    + "\nset the values back, or choose another `workdir`"
-                )
-
-    # Stages -------------------------------------------------------------------------------------
-
     def finished(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage says of itself, or None."""
+        """Reads the summary of a finished stage; returns None before that."""
         path = self.directory(stage) / "done.json"
         return read_json(path) if path.exists() else None
 
     def output_of(self, stage: str, name: str, needed_by: str) -> Path:
-        """A finished stage's output file or folder.
+        """Returns the path of a finished stage's output file or folder.
 
         Raises:
           UserError: the stage has not been run; names it.
@@ -188,43 +100,126 @@ class Experiment:
         path = self.directory(stage) / name
         if self.finished(stage) is None or not path.exists():
             if stage not in self.config.stages:
-                raise UserError(
-                    f"stage {needed_by} needs {path}, which stage {stage} makes; add {stage} to `stages`"
-                )
-            raise UserError(
-                f"stage {needed_by} needs {path}, which stage {stage} makes; run that first "
-                f"(`--stages {stage},{needed_by}`, or leave --stages out to run all)"
-            )
+                advice = f"add {stage} to `stages`"
+            else:
+                advice = f"run that first (`--stages {stage},{needed_by}`, or leave --stages out to run all)"
+            raise UserError(f"stage {needed_by} needs {path}, which stage {stage} makes; {advice}")
         return path
 
-    @property
-    def last_model_stage(self) -> str:
-        """The configured stage whose model is the run's result."""
-        trained = [s for s in ("finetune", "init", "policy", "joint") if s in self.config.stages]
-        return trained[-1] if trained else "finetune"
+    @contextlib.contextmanager
+    def claim(self, stages: Sequence[str]) -> Iterator[None]:
+        """Reserves the work directory for this configuration and process while `stages` run.
+
+        Raises:
+          UserError: the directory belongs to another configuration (the message lists the differences), is in
+            use, or cannot be written to; or the processes differ in configuration, stages or directory.
+        """
+        self.devices.check_agreement("the configuration", to_dict(self.config))
+        self.devices.check_agreement("the stages to run (--stages)", list(stages))
+        with contextlib.ExitStack() as stack:
+            self.devices.on_main(lambda: self._claim(stack))
+            self._check_shared()
+            yield
+
+    def _claim(self, stack: contextlib.ExitStack) -> None:
+        make_directory(self.workdir)
+        path = self.workdir / "config.json"
+        if path.exists():
+            content = read_json(path)
+            if not isinstance(content, dict) or "workdir" not in content:
+                raise UserError(
+                    f"{path}: belongs to something else, such as a model, and would be overwritten; choose "
+                    "another `workdir`"
+                )
+        stack.enter_context(only_process(self.workdir))
+        # A first try that failed before any stage wrote a file, because of a wrong path, is no claim.
+        if any(any(self.directory(stage).glob("*")) for stage in STAGES):
+            self.check_owner()
+        write_json(path, to_dict(self.config))
+
+    def _check_shared(self) -> None:
+        """Raises a UserError in every process unless all see the same work directory."""
+        if self.devices.num_processes == 1:
+            return
+        file = self.workdir / self.devices.broadcast(f".seen-by-all-{uuid.uuid4().hex}")
+        self.devices.on_main(lambda: write_json(file, None))
+        # A network file system may show the file late.
+        end = time.monotonic() + SHARED_TIMEOUT
+        while not (seen := file.exists()) and time.monotonic() < end:
+            time.sleep(0.2)
+        all_seen = self.devices.gather(np.asarray(seen, np.int32))
+        self.devices.on_main(lambda: file.unlink(missing_ok=True))
+        if not all_seen.all():
+            missing = ", ".join(map(str, np.flatnonzero(all_seen == 0)))
+            raise UserError(
+                f"{self.workdir}: process {missing} of {self.devices.num_processes} has another directory of "
+                "that name than process 0; `workdir` must be on a file system that all of them share"
+            )
+
+    def check_owner(self) -> None:
+        """Raises a UserError if the work directory belongs to another configuration."""
+        path = self.workdir / "config.json"
+        if not path.exists():
+            return
+        free = _FREE_KEYS if self.finished("evaluate") else _FREE_KEYS + _EVALUATION_KEYS
+        try:
+            stored = to_dict(load_stored(path))  # keys that are newer than the file get their defaults
+        except UserError:  # a key that this version does not know counts as a difference
+            stored = read_json(path)
+        lines = diff_configs(stored, to_dict(self.config))
+        differences = [line for line in lines if line.partition(":")[0] not in free]
+        if differences:
+            raise UserError(
+                f"{self.workdir}: this work directory belongs to another configuration, which differs in\n  "
+                + "\n  ".join(differences)
+                + "\nset the values back, or choose another `workdir`"
+            )
+
+    def fingerprint(self, stage: str, examples: Examples) -> dict[str, Any]:
+        """Returns the settings and data that a stage's checkpoints depend on."""
+        settings = to_dict(self.config)
+        return {
+            "stage": stage,
+            "seed": self.config.seed,
+            "model": settings["model"],
+            "settings": settings[stage],
+            "examples": len(examples),
+            "data": examples.digest,
+        }
+
+    def check_inputs(self, stage: str, model: Pretrained, splits: Sequence[str]) -> None:
+        """Raises a UserError in every process unless all have the same parameters and data for a stage."""
+        if self.devices.num_processes == 1:
+            return
+        digest = params_digest(model.params)
+        self.devices.check_agreement(f"the parameters that stage {stage} starts from", digest)
+        for split in splits:
+            digest = self.features(split, model).digest
+            self.devices.check_agreement(f"the data of split {split} in stage {stage}", digest)
 
     # Models -------------------------------------------------------------------------------------
 
     def load(self, stage: str, needed_by: str) -> Pretrained:
-        """The model a finished stage made."""
+        """Loads the model of a finished stage."""
         path = self.output_of(stage, "model", needed_by)
         return load_pretrained(path, seed=self.config.seed)
 
     def base_model(self) -> Pretrained:
-        """The model before any training, with a fresh classifier for the data's labels."""
-        task, labels = self.data.task, self.data.task.labels
-        base = self._scratch(labels) if self.config.model.init == "scratch" else self._pretrained(labels)
-        base = dataclasses.replace(base, config=dataclasses.replace(base.config, inputs=task.inputs))
+        """Makes the model before any training, with a new head for the labels of the data."""
+        base = self._scratch() if self.config.model.init == "scratch" else self._pretrained()
+        base = dataclasses.replace(
+            base, config=dataclasses.replace(base.config, inputs=self.data.task.inputs)
+        )
         if self.config.model.line_breaks_as_spaces:
             read_line_breaks_as_spaces(base.tokenizer)
         return base
 
-    def _pretrained(self, labels: tuple[str, ...]) -> Pretrained:
+    def _pretrained(self) -> Pretrained:
         model = self.config.model
         loaded = load_pretrained(
             model.init,
             task=self.data.task.head,
-            labels=labels or None,
+            labels=self.data.task.labels or None,
             max_positions=model.max_positions,
             keep_layers=model.keep_layers,
             max_length=model.max_length,
@@ -237,7 +232,7 @@ class Experiment:
             )
         return dataclasses.replace(loaded, tokenizer=tokenizer)
 
-    def _scratch(self, labels: tuple[str, ...]) -> Pretrained:
+    def _scratch(self) -> Pretrained:
         from trbert_jax.model.tokenizers import train_wordpiece
 
         model, shape = self.config.model, self.config.model.scratch
@@ -246,7 +241,7 @@ class Experiment:
         else:
             texts = self.data.texts("train")
             tokenizer = train_wordpiece(texts, shape.vocab_size, self.data.task.markers)
-            self.announce(f"trained a WordPiece vocabulary of {len(tokenizer)} tokens on {len(texts)} texts")
+            logger.info("trained a WordPiece vocabulary of %d tokens on %d texts", len(tokenizer), len(texts))
         backbone = BACKBONES[shape.model_type]
         sizes: dict[str, Any] = {
             "model_type": backbone.name,
@@ -258,7 +253,7 @@ class Experiment:
             "intermediate_size": shape.intermediate_size,
             "max_positions": model.max_positions or model.max_length,
             "initializer_range": shape.initializer_range,
-            "labels": labels or ModelConfig.labels,
+            "labels": self.data.task.labels or ModelConfig.labels,
             "max_length": model.max_length,
         }
         config = ModelConfig(**{**backbone.defaults, **sizes})
@@ -266,17 +261,17 @@ class Experiment:
         return Pretrained(config, params, tokenizer, newly_initialized=("selectors", "head"))
 
     def module(self, config: ModelConfig) -> TokenReducingModel:
-        """The model that computes, in the configured dtype."""
+        """Returns the Flax module of a model, in the configured dtype."""
         return TokenReducingModel(config, DTYPES[self.config.model.dtype], self.config.parallel.remat)
 
-    @functools.cache  # noqa: B019 - a run lives as long as the process
+    @functools.cache  # noqa: B019 - an experiment lives as long as the process
     def _programs(self, config: ModelConfig) -> CompiledForward:
-        return CompiledForward(self.module(config), self.layout)
+        return CompiledForward(self.module(config), self.devices)
 
-    def runner(
+    def engine(
         self, config: ModelConfig, batch_size: int, after_batch: AfterBatch | None = None
     ) -> InferenceEngine:
-        """Runs models of this shape; what one stage has compiled the next ones need not compile again."""
+        """Returns an engine for models of this shape; all engines of one shape share compiled programs."""
         programs = self._programs(config)
         return InferenceEngine(programs.model, batch_size, programs, after_batch)
 
@@ -287,23 +282,7 @@ class Experiment:
         """The splits of the configured data set, and their task."""
         return Splits(self.config)
 
-    def preparation(self, tokenizer: Any) -> dict[str, Any]:
-        """What prepared data depends on, besides the data itself."""
-        settings = to_dict(self.config)
-        backend, ends = prepare_tokenizer(tokenizer)
-        limits = ("max_train_examples", "max_eval_examples")
-        keep = ("name", *limits, "text_field", "label_field", "choices", "skip_bad_records")
-        inputs = ("max_length", "line_breaks_as_spaces", "max_question_length", "window_step", "max_segments")
-        text = backend.to_str() + str(ends)
-        return {
-            **{f"data.{key}": settings["data"][key] for key in keep},
-            **{f"model.{key}": settings["model"][key] for key in inputs},
-            # Which examples a limit leaves depends on it; nothing does without one.
-            "seed": self.config.seed if any(settings["data"][key] for key in limits) else None,
-            "tokenizer": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-        }
-
-    @functools.cache  # noqa: B019 - a run lives as long as the process
+    @functools.cache  # noqa: B019 - an experiment lives as long as the process
     def _features(self, split: str, tokenizer: Any) -> Examples:
         prepared = self.config.data.prepared
         if prepared and split == "train":
@@ -314,28 +293,44 @@ class Experiment:
             return load_prepared(prepared, split, self.preparation(tokenizer))
         return self.read_features(split, tokenizer)
 
-    def check_prepared(self) -> None:
-        """Raises `UserError` where `data.prepared` is not there, before anything that takes long is done."""
-        if self.config.data.prepared:
-            read_provenance(self.config.data.prepared, "train")
+    def features(self, split: str, model: Pretrained) -> Examples:
+        """Returns the tokenized examples of a split for a model."""
+        return self._features(split, model.tokenizer)
 
     def read_features(self, split: str, tokenizer: Any) -> Examples:
-        """Tokenized examples of a split, from the original files or the cache."""
+        """Tokenizes a split from the original files, or reads it from the cache."""
         cache = self.config.data.cache_dir or self.workdir / "cache"
         return self.data.examples(split, tokenizer, Path(cache))
 
-    def features(self, split: str, model: Pretrained) -> Examples:
-        """Tokenized examples of a split for a model."""
-        return self._features(split, model.tokenizer)
+    def score(
+        self, split: str, model: Pretrained, outputs: Outputs, null_threshold: float | None = None
+    ) -> Score:
+        """Scores a model's outputs for the examples of a split; see `Task.score`."""
+        return self.data.task.score(self.features(split, model), outputs.logits, null_threshold)
 
-    def redraw(self, model: Pretrained) -> Callable[[int], Examples | None] | None:
-        """Draws the training inputs of an epoch; None for data whose inputs are the same in all."""
-        if not self.data.task.resamples:
-            return None
-        return functools.partial(self.data.resample, self.features("train", model))
+    def check_prepared(self) -> None:
+        """Raises a UserError if `data.prepared` is missing, before any long computation."""
+        if self.config.data.prepared:
+            read_provenance(self.config.data.prepared, "train")
+
+    def preparation(self, tokenizer: Any) -> dict[str, Any]:
+        """Returns the settings that prepared data depends on."""
+        settings = to_dict(self.config)
+        backend, ends = prepare_tokenizer(tokenizer)
+        limits = ("max_train_examples", "max_eval_examples")
+        keep = ("name", *limits, "text_field", "label_field", "choices", "skip_bad_records")
+        inputs = ("max_length", "line_breaks_as_spaces", "max_question_length", "window_step", "max_segments")
+        text = backend.to_str() + str(ends)
+        return {
+            **{f"data.{key}": settings["data"][key] for key in keep},
+            **{f"model.{key}": settings["model"][key] for key in inputs},
+            # The seed chooses the examples that a limit leaves, and nothing else.
+            "seed": self.config.seed if any(settings["data"][key] for key in limits) else None,
+            "tokenizer": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        }
 
     def prepare_data(self, directory: Path, shard_size: int, workers: int) -> Path:
-        """Writes all splits as `data.prepared` reads them; see `trbert_jax.training.prepared`."""
+        """Writes all splits for `data.prepared`; see `trbert_jax.training.prepared`."""
         model = self.base_model()
         splits = {}
         for split in ("train", "dev", "test"):
@@ -344,40 +339,15 @@ class Experiment:
             except MissingSplitError as error:
                 if split == "train":
                     raise
-                self.announce(f"{split}: left out, {error}")
+                logger.info("%s: skipped, %s", split, error)
         settings = self.preparation(model.tokenizer)
         return write_prepared(directory, splits, settings, shard_size=shard_size, workers=workers)
 
-    def score(
-        self, split: str, model: Pretrained, outputs: Outputs, null_threshold: float | None = None
-    ) -> Score:
-        """Scores a model's outputs for the examples of a split; see `Task.score`."""
-        return self.data.task.score(self.features(split, model), outputs.logits, null_threshold)
 
-    def fingerprint(self, stage: str, features: Examples) -> dict[str, Any]:
-        """What a stage's checkpoints depend on."""
-        settings = to_dict(self.config)
-        return {
-            "stage": stage,
-            "seed": self.config.seed,
-            "model": settings["model"],
-            "settings": settings[stage],
-            "examples": len(features),
-            "data": features.digest,
-        }
-
-
-def _digest(params: Any) -> str:
-    """Of the names, shapes and values of arrays."""
-    found = hashlib.blake2b(digest_size=16)
+def params_digest(params: Params) -> str:
+    """Hashes the names, dtypes, shapes and values of all parameters."""
+    digest = hashlib.blake2b(digest_size=16)
     for path, array in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
-        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        found.update(np.ascontiguousarray(array).data)
-    return found.hexdigest()
-
-
-def _stored_config(path: Path) -> dict[str, Any]:
-    try:
-        return to_dict(load_stored(path))  # with the defaults of keys that are newer than the file
-    except UserError:  # a key that this version does not know: show it as a difference
-        return read_json(path)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

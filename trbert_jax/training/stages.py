@@ -1,358 +1,444 @@
-"""The stages of a run: what each one reads, minimizes and writes.
+"""Define the stages of an experiment: `finetune, score, [init], policy, teacher, joint, evaluate`.
 
-`finetune -> score -> [init] -> policy -> teacher -> joint`; evaluation is in `evaluation`.
-Source: docs/method.md, "Training stages".
+To add a stage, register one `Stage`. Source: docs/method.md, "Training stages".
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import math
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.config import InitConfig, JointConfig, PolicyConfig, RunConfig, TrainingConfig
-from trbert_jax.errors import UserError
-from trbert_jax.model.model import Batch, Params, TokenReducingModel, forward
-from trbert_jax.model.packed import packed_forward
-from trbert_jax.model.pretrained import Pretrained, save_pretrained
+from trbert_jax import config as settings
+from trbert_jax.config import RunConfig, TrainingConfig
+from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.model import Batch, Params, TokenReducingModel
+from trbert_jax.model.packed import BACKENDS
+from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.parallel import ROWS
+from trbert_jax.reduction import flops
 from trbert_jax.reduction import residual_scores as residual
+from trbert_jax.reduction.flops import EncoderShape
 from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
-from trbert_jax.training import dry_run as plan
-from trbert_jax.training import loop, objectives
-from trbert_jax.training import step as optimizer
-from trbert_jax.training.experiment import Experiment
+from trbert_jax.training import objectives, stage_inputs, step
+from trbert_jax.training.experiment import Experiment, params_digest
 from trbert_jax.training.logging import StageReport
-from trbert_jax.training.loop import Training
+from trbert_jax.training.objectives import Objective
 from trbert_jax.training.preemption import stop_here
-from trbert_jax.training.stage_inputs import (
-    DATA_DIGEST,
-    LOGITS,
-    SCORES,
-    ResumableArrays,
-    check_finite,
-    load_stage_inputs,
-    params_digest,
-)
-from trbert_jax.training.step import ObjectiveFn
+from trbert_jax.training.stage_inputs import LOGITS, SCORES, ResumableArrays, StageInputs
+from trbert_jax.training.step import ObjectiveFn, Trains
 
-FORWARD: dict[str, objectives.Execute] = {"packed": packed_forward, "masked": forward}
-LOSSES = "losses.npy"  # of the examples that are scored; for their mean only
+logger = logging.getLogger(__name__)
+
+LOSSES = "losses.npy"  # of the scored examples; only their mean is kept
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A training stage before its first update: where it starts from and how it trains."""
+class Update:
+    """One micro-batch of an update, as a stage's objective receives it.
 
-    start: Pretrained
-    training: Training
-
-
-def prepare(run: Experiment, stage: str) -> Prepared:
-    """Gathers what a training stage needs.
-
-    Raises:
-      UserError: an earlier stage's output is missing; names the stage to run. Or the model does not fit the
-        settings, those of later stages too.
+    Attributes:
+      config: settings of all stages.
+      batch: arrays of the micro-batch.
+      rng: PRNG key of the update.
+      step: int32 scalar, number of the update (0-based).
+      total_steps: updates of the stage.
+      forward: keyword arguments of the model's pass for the functions of `objectives`.
     """
-    start = run.base_model() if stage == "finetune" else run.load(_predecessor(run, stage), stage)
-    shares, points = run.config.init.keep, start.config.num_reductions
-    if shares is not None and len(shares) != points:
-        raise UserError(
-            f"init.keep: {list(shares)} are {len(shares)} shares, expected {points}: one for each point of "
-            "reduction of this model"
-        )
-    features = run.features("train", start)
-    module = run.module(start.config)
-    config: TrainingConfig = getattr(run.config, stage)
-    extras = load_stage_inputs(run, stage, features, start.config.task)
-    training = Training(
-        name=stage,
-        directory=run.directory(stage),
-        config=config,
-        model_config=start.config,
-        seed=run.config.seed,
-        features=features,
-        extras=extras,
-        make_objective=lambda total_steps: _OBJECTIVES[stage](run, module, total_steps),
-        trains=_TRAINS[stage](start.config),
-        evaluate=_dev_evaluation(run, stage, start),
-        metric=run.data.task.metric,
-        fingerprint=run.fingerprint(stage, features),
-        # Scores and teacher are of the inputs of epoch 0.
-        redraw=None if extras else run.redraw(start),
-        layout=run.layout,
-        profile_steps=run.profile_steps,
-        flops=functools.partial(plan.stage_flops, run.config, stage, start.config),
-    )
-    return Prepared(start, training)
+
+    config: RunConfig
+    batch: Batch
+    rng: jax.Array
+    step: jax.Array
+    total_steps: int
+    forward: dict[str, Any]
 
 
-def train_stage(run: Experiment, stage: str) -> dict[str, Any]:
-    """Runs a training stage and writes its model; returns what to remember of it."""
-    prepared = run.layout.together(lambda: prepare(run, stage))
-    what = f"what stage {stage} trains on (settings, data)"
-    run.layout.check_agreement(what, prepared.training.fingerprint)
-    run.check_inputs(stage, prepared.start, ("dev",))
-    params, summary = loop.run(prepared.training, prepared.start.params, run.announce)
-    run.layout.on_main(
-        functools.partial(
-            save_pretrained,
-            run.directory(stage) / "model",
-            prepared.start.config,
-            jax.device_get(params),
-            prepared.start.tokenizer,
-            exclude=("selectors",) if stage == "finetune" else (),
-        )
-    )
-    return summary
+def _dense_update_flops(
+    config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
+) -> np.ndarray:
+    return 3 * _dense_flops(config, model, lengths, shares)
 
 
-def score_stage(run: Experiment) -> dict[str, Any]:
-    """Residual scores of all training tokens: `scores.npy`, float32 [rows, stages, max_length]."""
-    model = run.load("finetune", "score")
-    run.check_inputs("score", model, ("train",))
-    features, module = run.features("train", model), run.module(model.config)
-    layout, width_limit = run.layout, model.config.max_length
-    size = layout.rounded(run.config.score.batch_size)
-    batches = list(length_batches(features, size, width_buckets(width_limit)))
-
-    def scores_and_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        values, _, loss = residual.residual_scores(module, params, batch)
-        return values, loss
-
-    mapped = layout.by_rows(scores_and_losses, out_specs=ROWS)
-    score = jax.jit(mapped) if layout.is_single else jax.jit(mapped, out_shardings=layout.whole)
-    params = layout.replicate(model.params)
-
-    shape = (features.num_rows, model.config.num_selectors, width_limit)
-    fingerprint = {**run.fingerprint("score", features), "of": params_digest(model.params), "batch": size}
-    with (
-        _report(run, "score", len(batches)) as report,
-        ResumableArrays(run.directory("score"), fingerprint, len(batches), layout) as files,
-    ):
-        _say_start(run, "score", files.start, len(batches))
-        scores, losses = files.array(SCORES, shape), files.array(LOSSES, (len(features),))
-        for step, (index, width) in enumerate(batches[files.start :], files.start + 1):
-            found = score(params, layout.place_rows(pad_batch(features, index, size, width)))
-            values, loss = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), found)
-            rows = batch_rows(features, index, size)
-            check_finite("score", features, index, size, {"loss": loss, "score": values})
-            scores[rows[rows >= 0], :, :width] = values[rows >= 0]
-            losses[index] = loss[: len(index)]
-            report.progress(step, len(index))
-            files.progress(step)
-            stop_here(layout, "in score")
-        if not layout.is_main:  # it has kept nothing
-            return {}
-        files.finish(SCORES)
-        result = {"loss": float(np.asarray(losses).mean(dtype=np.float64))}
-        report.log(len(batches), result)
-    return {**result, DATA_DIGEST: features.digest}
+def _all_layers(config: RunConfig, model: ModelConfig) -> float:
+    return model.num_layers
 
 
-def teacher_stage(run: Experiment) -> dict[str, Any]:
-    """Logits of the fine-tuned model on the training examples: `logits.npy`, shaped as `Outputs.logits`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of an experiment: a training stage has `trains` and `objective`, any other stage `run`.
 
-    Where there are several arrays, `logits_NAME.npy` each.
+    Attributes:
+      settings: class of its section in the configuration, whose name is the stage's name.
+      starts_from: stages whose model it starts from; the first that is configured is used. Empty for the
+        model before training.
+      trains: model -> which components of the parameters an update changes.
+      objective: computes what updates minimize.
+      inputs: settings -> the function of `stage_inputs` that reads the outputs of earlier stages that its
+        batches contain; None for no such outputs.
+      run: computes a stage without updates, writes its files and returns its summary.
+      reduces: whether its model is evaluated with token reduction.
+      compared: whether stage evaluate reports its model even if a later stage trains it further.
+      flops: FLOPs of one pass over rows of the given lengths, float64 [R]; a backward pass counts as two
+        forward passes. `shares`: see `reduction.flops.assumed_flops`.
+      kept_layers: number of layers whose inner values a backward pass keeps, for all tokens of a batch; 1 for
+        a stage without a gradient of the encoder.
     """
-    model = run.load("finetune", "teacher")
-    run.check_inputs("teacher", model, ("train",))
-    features = run.features("train", model)
 
-    def after_batch(features: Examples, index: np.ndarray, logits: Any) -> None:
-        check_finite("teacher", features, index, runner.batch_size, {"a logit": logits})
+    settings: type
+    starts_from: tuple[str, ...] = ()
+    trains: Callable[[ModelConfig], Trains] | None = None
+    objective: Callable[[Update], Objective] | None = None
+    inputs: Callable[[Any], Callable[[Experiment, str, Examples, str], StageInputs] | None] = lambda _: None
+    run: Callable[[Experiment], dict[str, Any]] | None = None
+    reduces: bool = False
+    compared: bool = False
+    flops: Callable[[RunConfig, ModelConfig, np.ndarray, Sequence[float] | None], np.ndarray] = (
+        _dense_update_flops
+    )
+    kept_layers: Callable[[RunConfig, ModelConfig], float] = _all_layers
 
-    runner = run.runner(model.config, run.config.teacher.batch_size, after_batch)
-    steps = runner.num_batches(features)
-    fingerprint = {
-        **run.fingerprint("teacher", features),
-        "of": params_digest(model.params),
-        "batch": runner.batch_size,
-    }
-    with (
-        _report(run, "teacher", steps) as report,
-        ResumableArrays(run.directory("teacher"), fingerprint, steps, run.layout) as files,
-    ):
-        _say_start(run, "teacher", files.start, steps)
-        names: list[str] = []
+    @functools.cached_property
+    def name(self) -> str:
+        """Name of the stage: the key of its section in the configuration."""
+        sections = typing.get_type_hints(RunConfig)
+        return next(name for name, section in sections.items() if section is self.settings)
 
-        def allocate(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            names.append(LOGITS.format(f"_{name}" if name else ""))
-            array: np.ndarray = files.array(names[-1], shape)
-            return array
+    def trained(self, model: ModelConfig) -> Trains:
+        """Which components of the parameters an update changes. Raises ValueError for other stages."""
+        if self.trains is None:
+            raise ValueError(f"stage {self.name} trains nothing")
+        return self.trains(model)
 
-        def progress(step: int, num_examples: int) -> None:
-            report.progress(step, num_examples)
-            files.progress(step)
-            stop_here(run.layout, "in teacher")
+    def rule(self, config: RunConfig) -> str:
+        """Name of the rule with which its model is evaluated."""
+        return config.evaluate.rule if self.reduces else "dense"
 
-        outputs = runner.run(
-            model.params, features, rule="dense", progress=progress, allocate=allocate, start=files.start
-        )
-        if not run.layout.is_main:  # it has kept nothing
-            return {}
-        files.finish(*names)
-        metrics = {"accuracy": outputs.accuracy} if features.has_labels else {}
-        report.log(steps, metrics)
-    return {**metrics, DATA_DIGEST: features.digest}
+    def predecessor(self, config: RunConfig) -> str | None:
+        """Name of the stage whose model it starts from; None for the model before training."""
+        available = [name for name in self.starts_from if name in config.stages]
+        return next(iter([*available, *self.starts_from[-1:]]), None)
 
+    def start(self, experiment: Experiment) -> Pretrained:
+        """Loads the model that the stage starts from.
 
-def _say_start(run: Experiment, stage: str, start: int, total: int) -> None:
-    if start:
-        run.announce(f"{stage}: going on from batch {start} of {total}")
+        Raises:
+          UserError: the stage that makes this model has not been run; names it.
+        """
+        predecessor = self.predecessor(experiment.config)
+        return experiment.load(predecessor, self.name) if predecessor else experiment.base_model()
 
 
-def _report(run: Experiment, stage: str, total_steps: int) -> StageReport:
-    return StageReport(run.directory(stage), stage, total_steps, silent=not run.layout.is_main)
+def configured(config: RunConfig) -> list[Stage]:
+    """Returns the configured stages, in order."""
+    return [STAGES[name] for name in config.stages]
 
 
-# Parts of a training stage --------------------------------------------------------------------------
+def compared_models(config: RunConfig) -> list[Stage]:
+    """Returns the stages whose models stage evaluate compares: finetune first, the final model last."""
+    trained = [stage for stage in configured(config) if stage.trains]
+    compared = [stage for stage in trained if stage.compared or stage is trained[-1]]
+    return compared if compared and not compared[0].reduces else [STAGES["finetune"], *compared]
 
 
-def _predecessor(run: Experiment, stage: str) -> str:
-    """The stage whose model a training stage starts from."""
-    if stage == "joint":
-        return "policy"
-    return "init" if stage == "policy" and "init" in run.config.stages else "finetune"
+def objective_of(stage: Stage, config: RunConfig, model: TokenReducingModel, total_steps: int) -> ObjectiveFn:
+    """Returns what a training stage minimizes, as a function of parameters, micro-batch, key and step."""
+    section: TrainingConfig = getattr(config, stage.name)
+    compute = stage.objective
+    if compute is None:
+        raise ValueError(f"stage {stage.name} has no objective")
 
-
-def _finetune_objective(run: Experiment, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
-    config = run.config.finetune
-
-    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
-        batch = _with_padding(config, module, batch)
-        return objectives.dense_objective(
-            module,
-            params,
-            batch,
-            dropout_rng=_dropout_rng(config, rng, batch),
-            execute=FORWARD[config.backend],
-        )
-
-    return objective
-
-
-def _init_objective(run: Experiment, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
-    config: InitConfig = run.config.init
-
-    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
-        batch = _with_padding(config, module, batch)
-        return objectives.initialization_objective(
-            module,
-            params,
-            batch,
-            per_length_scale=config.per_length_scale,
-            keep=config.keep,
-            dropout_rng=_dropout_rng(config, rng, batch),
-            execute=FORWARD[config.backend],
-        )
+    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> Objective:
+        if section.published_padding and model.config.reads_all_tokens:
+            batch = {**batch, "head_mask": jnp.ones_like(batch["mask"])}
+        forward = {
+            "model": model,
+            "params": params,
+            "batch": batch,
+            "dropout_rng": _dropout_rng(rng, batch) if section.dropout else None,
+            "execute": BACKENDS[section.backend],
+        }
+        return compute(Update(config, batch, rng, step, total_steps, forward))
 
     return objective
 
 
-def _policy_objective(run: Experiment, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
-    config: PolicyConfig = run.config.policy
-    guided_steps = math.ceil(config.guide_rate * total_steps)
+def _dropout_rng(rng: jax.Array, batch: Batch) -> jax.Array:
+    """Returns the dropout key of a micro-batch; those of one update differ by their examples.
 
-    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
-        batch = _with_padding(config, module, batch)
-        imitating = step < guided_steps if "guide" in batch else False
-        samples = objectives.sample_policy(
-            module,
-            params,
-            batch,
-            rule=objectives.sampling_rule(rng, batch, config.num_samples, imitating),
-            num_samples=config.num_samples,
-            alpha=config.alpha,
-            max_length=module.config.max_length,
-            dropout_rng=_dropout_rng(config, rng, batch),
-            execute=FORWARD[config.backend],
-        )
-        return objectives.policy_objective(batch, samples)
-
-    return objective
-
-
-def _joint_objective(run: Experiment, module: TokenReducingModel, total_steps: int) -> ObjectiveFn:
-    config: JointConfig = run.config.joint
-    num_samples = config.num_samples or run.config.policy.num_samples
-
-    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> objectives.Objective:
-        batch = _with_padding(config, module, batch)
-        samples = objectives.sample_policy(
-            module,
-            params,
-            batch,
-            rule=objectives.sampling_rule(rng, batch, num_samples, imitating=False),
-            num_samples=num_samples,
-            alpha=config.alpha,
-            max_length=module.config.max_length,
-            temperature=config.temperature,
-            dropout_rng=_dropout_rng(config, rng, batch),
-            execute=FORWARD[config.backend],
-        )
-        return objectives.joint_objective(batch, samples)
-
-    return objective
-
-
-_OBJECTIVES: dict[str, Callable[[Experiment, TokenReducingModel, int], ObjectiveFn]] = {
-    "finetune": _finetune_objective,
-    "init": _init_objective,
-    "policy": _policy_objective,
-    "joint": _joint_objective,
-}
-_TRAINS = {
-    "finetune": optimizer.trains_dense,
-    "init": optimizer.trains_selectors,
-    "policy": optimizer.trains_selectors,
-    "joint": optimizer.trains_all,
-}
-
-
-def _with_padding(config: TrainingConfig, module: TokenReducingModel, batch: Batch) -> Batch:
-    """The batch with padding as the published code treats it, where the stage asks for that."""
-    if not (config.published_padding and module.config.reads_all_tokens):
-        return batch
-    return {**batch, "head_mask": jnp.ones_like(batch["mask"])}
-
-
-def _dropout_rng(config: TrainingConfig, rng: jax.Array, batch: Batch) -> jax.Array | None:
-    """A key for dropout where the stage has it on; micro-batches of one update differ by their examples.
-
-    Of the `rbg` kind: the masks of a step are as many random numbers as its attention weights, and
+    The key is of the `rbg` kind: the masks of a step are as many random numbers as its attention weights, and
     the default generator would take half of a step's time on a CPU.
     """
-    if not config.dropout:
-        return None
     key = jax.random.fold_in(jax.random.fold_in(rng, 1), batch["index"][0])
     data = jax.random.key_data(key)
     return jax.random.wrap_key_data(jnp.concatenate([data, data]), impl="rbg")
 
 
-def rule_and_backend(config: RunConfig, stage: str) -> dict[str, Any]:
-    """Returns how a stage's model is evaluated: the dense stage without reduction."""
-    if stage == "finetune":
-        return {"rule": "dense"}
-    return {"rule": config.evaluate.rule, "backend": config.evaluate.backend}
+# Objectives ---------------------------------------------------------------------------------------
 
 
-def _dev_evaluation(run: Experiment, stage: str, start: Pretrained) -> Callable[[Params], dict[str, float]]:
-    """Evaluates parameters on the development set, the dense stage without reduction."""
-    how = rule_and_backend(run.config, stage)
-    features = run.features("dev", start)
-    runner = run.runner(start.config, run.config.evaluate.batch_size)
+def _finetune(update: Update) -> Objective:
+    return objectives.dense_objective(**update.forward)
 
-    def evaluate(params: Params) -> dict[str, float]:
-        outputs = runner.run(params, features, **how)
-        kept = {f"kept_tokens_{stage}": float(x) for stage, x in enumerate(outputs.num_kept.mean(0))}
-        return {**run.score("dev", start, outputs).metrics, **kept}
 
-    return evaluate
+def _init(update: Update) -> Objective:
+    section = update.config.init
+    return objectives.initialization_objective(
+        **update.forward, per_length_scale=section.per_length_scale, keep=section.keep
+    )
+
+
+def _policy(update: Update) -> Objective:
+    section = update.config.policy
+    guided = update.step < math.ceil(section.guide_rate * update.total_steps)
+    samples = _samples(update, section.num_samples, section.alpha, "guide" in update.batch and guided)
+    return objectives.policy_objective(update.batch, samples)
+
+
+def _joint(update: Update) -> Objective:
+    section, num_samples = update.config.joint, _joint_samples(update.config)
+    samples = _samples(update, num_samples, section.alpha, temperature=section.temperature)
+    return objectives.joint_objective(update.batch, samples)
+
+
+def _samples(
+    update: Update,
+    num_samples: int,
+    alpha: float,
+    imitating: jax.Array | bool = False,
+    temperature: float = 1.0,
+) -> objectives.PolicySamples:
+    return objectives.sample_policy(
+        **update.forward,
+        rule=objectives.sampling_rule(update.rng, update.batch, num_samples, imitating),
+        num_samples=num_samples,
+        alpha=alpha,
+        max_length=update.forward["model"].config.max_length,
+        temperature=temperature,
+    )
+
+
+def _joint_samples(config: RunConfig) -> int:
+    return config.joint.num_samples or config.policy.num_samples
+
+
+# Stages without updates ---------------------------------------------------------------------------
+
+
+def _score(experiment: Experiment) -> dict[str, Any]:
+    """Writes residual scores of all training tokens, `scores.npy`, float32 [rows, stages, max_length]."""
+    devices, model = experiment.devices, STAGES["score"].start(experiment)
+    experiment.check_inputs("score", model, ("train",))
+    examples, module = experiment.features("train", model), experiment.module(model.config)
+    max_length = model.config.max_length
+    size = devices.rounded(experiment.config.score.batch_size)
+    batches = list(length_batches(examples, size, width_buckets(max_length)))
+
+    def scores_and_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        values, _, loss = residual.residual_scores(module, params, batch)
+        return values, loss
+
+    mapped = devices.by_rows(scores_and_losses, out_specs=ROWS)
+    score = jax.jit(mapped) if devices.is_single else jax.jit(mapped, out_shardings=devices.whole)
+    params = devices.replicate(model.params)
+    with _outputs(experiment, "score", model, examples, size, len(batches)) as (report, arrays):
+        scores = arrays.array(SCORES, (examples.num_rows, model.config.num_selectors, max_length))
+        losses = arrays.array(LOSSES, (len(examples),))
+        for done, (index, width) in enumerate(batches[arrays.start :], arrays.start + 1):
+            result = score(params, devices.place_rows(pad_batch(examples, index, size, width)))
+            values, loss = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
+            stage_inputs.check_finite("score", examples, index, size, {"loss": loss, "score": values})
+            rows = batch_rows(examples, index, size)
+            scores[rows[rows >= 0], :, :width] = values[rows >= 0]
+            losses[index] = loss[: len(index)]
+            report.progress(done, len(index))
+            arrays.progress(done)
+            stop_here(devices, "in score")
+        if not devices.is_main:  # only the main process has the arrays
+            return {}
+        arrays.finish(SCORES)
+        summary = {"loss": float(np.asarray(losses).mean(dtype=np.float64))}
+        report.log(len(batches), summary)
+    return {**summary, stage_inputs.DATA_DIGEST: examples.digest}
+
+
+def _teacher(experiment: Experiment) -> dict[str, Any]:
+    """Writes the logits of the fine-tuned model on the training examples, shaped as `Outputs.logits`.
+
+    One array is `logits.npy`, several are `logits_NAME.npy` each.
+    """
+    devices, model = experiment.devices, STAGES["teacher"].start(experiment)
+    experiment.check_inputs("teacher", model, ("train",))
+    examples = experiment.features("train", model)
+    size = devices.rounded(experiment.config.teacher.batch_size)
+
+    def check(examples: Examples, index: np.ndarray, logits: Any) -> None:
+        stage_inputs.check_finite("teacher", examples, index, size, {"a logit": logits})
+
+    engine = experiment.engine(model.config, size, check)
+    steps = engine.num_batches(examples)
+    with _outputs(experiment, "teacher", model, examples, size, steps) as (report, arrays):
+        names: list[str] = []
+
+        def allocate(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            names.append(LOGITS.format(f"_{name}" if name else ""))
+            array: np.ndarray = arrays.array(names[-1], shape)
+            return array
+
+        def progress(done: int, num_examples: int) -> None:
+            report.progress(done, num_examples)
+            arrays.progress(done)
+            stop_here(devices, "in teacher")
+
+        outputs = engine.run(
+            model.params, examples, rule="dense", progress=progress, allocate=allocate, start=arrays.start
+        )
+        if not devices.is_main:  # only the main process has the arrays
+            return {}
+        arrays.finish(*names)
+        summary = {"accuracy": outputs.accuracy} if examples.has_labels else {}
+        report.log(steps, summary)
+    return {**summary, stage_inputs.DATA_DIGEST: examples.digest}
+
+
+@contextlib.contextmanager
+def _outputs(
+    experiment: Experiment, stage: str, model: Pretrained, examples: Examples, size: int, steps: int
+) -> Iterator[tuple[StageReport, ResumableArrays]]:
+    """Opens the report and the arrays of a stage that computes `steps` batches of `size` examples."""
+    devices, directory = experiment.devices, experiment.directory(stage)
+    fingerprint = experiment.fingerprint(stage, examples)
+    fingerprint |= {"of": params_digest(model.params), "batch": size}
+    with (
+        StageReport(directory, stage, steps, silent=not devices.is_main) as report,
+        ResumableArrays(directory, fingerprint, steps, devices) as arrays,
+    ):
+        if arrays.start:
+            logger.info("%s: going on from batch %d of %d", stage, arrays.start, steps)
+        yield report, arrays
+
+
+def _evaluate(experiment: Experiment) -> dict[str, Any]:
+    from trbert_jax.training.evaluation import evaluate_stage  # imports this module
+
+    return evaluate_stage(experiment)
+
+
+# FLOPs and memory ---------------------------------------------------------------------------------
+
+
+def _dense_flops(
+    config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
+) -> np.ndarray:
+    return flops.exact_dense_flops(EncoderShape.of(model), lengths).astype(np.float64)
+
+
+def _score_flops(
+    config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
+) -> np.ndarray:
+    """Adds the gradient of states, not of parameters, through the last layers."""
+    layer = flops.layer_macs(lengths, model.hidden_size, model.intermediate_size)
+    layers = model.num_layers - 1 - residual.score_layers(model)[1]
+    return _dense_flops(config, model, lengths, shares) + 2.0 * layers * layer
+
+
+def _policy_flops(
+    config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
+) -> np.ndarray:
+    """Forward passes only: the gradient ends at the selectors."""
+    return flops.sampled_flops(EncoderShape.of(model), lengths, config.policy.num_samples, shares)
+
+
+def _joint_flops(
+    config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
+) -> np.ndarray:
+    return 3 * flops.sampled_flops(EncoderShape.of(model), lengths, _joint_samples(config), shares)
+
+
+def _joint_layers(config: RunConfig, model: ModelConfig) -> float:
+    first, *others = EncoderShape.of(model).segments
+    kept = (_joint_samples(config) * n * flops.ASSUMED_KEPT ** (i + 1) for i, n in enumerate(others))
+    return first + sum(kept)
+
+
+# The stages ---------------------------------------------------------------------------------------
+
+STAGES: dict[str, Stage] = {}  # in the order in which they run
+
+
+def register_stage(stage: Stage) -> None:
+    """Adds a stage to `STAGES`, at its place in `config.STAGES`.
+
+    Raises:
+      ValueError: the stage is registered already.
+    """
+    if stage.name in STAGES:
+        raise ValueError(f"stage {stage.name} is registered already")
+    STAGES[stage.name] = stage
+    for name in [name for name in settings.STAGES if name in STAGES]:
+        STAGES[name] = STAGES.pop(name)
+
+
+for _stage in (
+    Stage(settings=settings.FinetuneConfig, trains=step.trains_dense, objective=_finetune, compared=True),
+    Stage(
+        settings=settings.ScoreConfig,
+        starts_from=("finetune",),
+        run=_score,
+        flops=_score_flops,
+        kept_layers=lambda config, model: model.num_layers - residual.score_layers(model)[1],
+    ),
+    Stage(
+        settings=settings.InitConfig,
+        starts_from=("finetune",),
+        trains=step.trains_selectors,
+        objective=_init,
+        inputs=lambda section: stage_inputs.ranks,
+        reduces=True,
+    ),
+    Stage(
+        settings=settings.PolicyConfig,
+        starts_from=("init", "finetune"),
+        trains=step.trains_selectors,
+        objective=_policy,
+        inputs=lambda section: stage_inputs.guide if section.guide_rate > 0 else None,
+        reduces=True,
+        compared=True,
+        flops=_policy_flops,
+        kept_layers=lambda config, model: 1,
+    ),
+    Stage(
+        settings=settings.TeacherConfig,
+        starts_from=("finetune",),
+        run=_teacher,
+        flops=_dense_flops,
+        kept_layers=lambda config, model: 1,
+    ),
+    Stage(
+        settings=settings.JointConfig,
+        starts_from=("policy",),
+        trains=step.trains_all,
+        objective=_joint,
+        inputs=lambda section: stage_inputs.teacher_logits if section.distill else None,
+        reduces=True,
+        compared=True,
+        flops=_joint_flops,
+        kept_layers=_joint_layers,
+    ),
+    Stage(
+        settings=settings.EvaluateConfig,
+        run=_evaluate,
+        flops=_dense_flops,
+        kept_layers=lambda config, model: 1,
+    ),
+):
+    register_stage(_stage)

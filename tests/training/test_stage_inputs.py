@@ -1,16 +1,19 @@
-"""Scores and logits on disk: written batch by batch, gone on with after a kill, read by rows."""
+"""Residual scores and teacher logits on disk: written batch by batch, resumed after a kill, read by rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
@@ -18,24 +21,24 @@ import tiny_runs
 
 from trbert_jax.config import load_config
 from trbert_jax.errors import UserError
-from trbert_jax.inference import engine as runner
+from trbert_jax.inference import engine
 from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.parallel import DeviceMesh, single_device
+from trbert_jax.reduction import selection
 from trbert_jax.reduction.residual_scores import rank_targets
-from trbert_jax.training import stage_inputs as row_files
-from trbert_jax.training import stages
+from trbert_jax.training import stage_inputs, stages
 from trbert_jax.training.experiment import Experiment
-from trbert_jax.training.stage_inputs import GroupSums, RankTargets, ResumableArrays
+from trbert_jax.training.stage_inputs import ResumableArrays
 
 BATCHES, SHAPE = 5, (10, 3)
 
 
 class Killed(BaseException):
-    """Stands for a process that is gone."""
+    """Stands for the end of the process."""
 
 
 def fill(folder: Path, fingerprint: Any = "a", kill_in: int | None = None) -> int:
-    """Writes two entries a batch; returns where it began."""
+    """Writes two entries per batch; returns the first batch it wrote."""
     with ResumableArrays(folder, {"of": fingerprint}, BATCHES, single_device()) as files:
         array, helper = files.array("x.npy", SHAPE), files.array("helper.npy", (10,))
         for step in range(files.start, BATCHES):
@@ -50,12 +53,12 @@ def fill(folder: Path, fingerprint: Any = "a", kill_in: int | None = None) -> in
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notes after every batch how far it is."""
-    monkeypatch.setattr(row_files, "SAVE_SECONDS", 0.0)
+    """Records progress after every batch."""
+    monkeypatch.setattr(stage_inputs, "SAVE_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("eager")
-def test_going_on(tmp_path: Path) -> None:
+def test_a_killed_run_resumes(tmp_path: Path) -> None:
     assert fill(tmp_path / "whole") == 0
     assert [path.name for path in (tmp_path / "whole").iterdir()] == ["x.npy"]
     whole = np.load(tmp_path / "whole" / "x.npy")
@@ -71,62 +74,38 @@ def test_going_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("spoil", ["other fingerprint", "cut", "gone", "progress"])
-def test_what_cannot_be_trusted_is_begun_anew(tmp_path: Path, spoil: str) -> None:
+@pytest.mark.parametrize("damage", ["other fingerprint", "replaced", "cut", "gone", "progress"])
+def test_untrusted_files_are_replaced(tmp_path: Path, damage: str) -> None:
     fill(tmp_path / "whole")
     with pytest.raises(Killed):
         fill(tmp_path / "p", kill_in=3)
-    partial, progress = tmp_path / "p" / "x.npy.partial", tmp_path / "p" / row_files.PROGRESS
-    if spoil == "cut":
+    partial, progress = tmp_path / "p" / "x.npy.partial", tmp_path / "p" / stage_inputs.PROGRESS
+    if damage == "cut":
         os.truncate(partial, 150)
-    elif spoil == "gone":
+    elif damage == "gone":
         partial.unlink()
-    elif spoil == "progress":
+    elif damage == "progress":
         progress.write_text('{"batches": ', encoding="utf-8")
-    assert fill(tmp_path / "p", fingerprint="b" if spoil == "other fingerprint" else "a") == 0
-    assert (tmp_path / "p" / "x.npy").read_bytes() == (tmp_path / "whole" / "x.npy").read_bytes()
-
-
-@pytest.mark.usefixtures("eager")
-def test_progress_of_another_model_does_not_come_back(tmp_path: Path) -> None:
-    """Files begun anew and killed at once are not those that the old progress was about."""
-    fill(tmp_path / "whole")
-    for fingerprint, kill_in in (("a", 3), ("b", 0)):
+    elif damage == "replaced":  # the old progress is not about the files of a later run
         with pytest.raises(Killed):
-            fill(tmp_path / "p", fingerprint, kill_in)
-    assert fill(tmp_path / "p", "a") == 0
+            fill(tmp_path / "p", "b", kill_in=0)
+    assert fill(tmp_path / "p", fingerprint="b" if damage == "other fingerprint" else "a") == 0
     assert (tmp_path / "p" / "x.npy").read_bytes() == (tmp_path / "whole" / "x.npy").read_bytes()
 
 
-def test_nothing_is_left_that_nobody_goes_on_from(tmp_path: Path) -> None:
+def test_no_files_remain_without_progress_or_in_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(Killed):
-        fill(tmp_path, kill_in=3)  # before it has noted anything
+        fill(tmp_path, kill_in=3)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_other_processes_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeviceMesh, "is_main", False)
     assert fill(tmp_path) == 0
     assert list(tmp_path.iterdir()) == []
 
 
-# Room ---------------------------------------------------------------------------------------------
-
-
-def test_a_full_disk_is_an_error_before_the_first_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(UserError, match=r"x\.npy: cannot be written, No space left.*takes 248 bytes"):
-        fill(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, None])
-def test_file_systems_that_cannot_reserve(
+def test_file_systems_without_reservation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
 ) -> None:
     def refuse(*arguments: object) -> None:
@@ -137,10 +116,20 @@ def test_file_systems_that_cannot_reserve(
     else:
         monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
     path = tmp_path / "x.npy.partial"
-    row_files._reserve_npy(path, (1_000, 1_000))
+    stage_inputs._reserve_npy(path, (1_000, 1_000))
     assert path.stat().st_size == 128 + 4_000_000
-    assert path.stat().st_blocks * 512 >= 4_000_000, "no holes"
+    assert path.stat().st_blocks * 512 >= 4_000_000, "the file is not sparse"
     assert not np.load(path).any()
+
+
+def test_a_full_disk_fails_before_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match=r"x\.npy: .*No space left.* 248 bytes"):
+        fill(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -158,9 +147,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full_indeed(small_disk: Path) -> None:
+def test_a_small_disk(small_disk: Path) -> None:
     with ResumableArrays(small_disk, {}, BATCHES, single_device()) as files:
-        with pytest.raises(UserError, match=r"big\.npy: cannot be written, No space.*takes 800,128 bytes"):
+        with pytest.raises(UserError, match=r"big\.npy: .*No space.* 800,128 bytes"):
             files.array("big.npy", (1000, 200))
         assert list(small_disk.iterdir()) == []
         files.array("small.npy", (1000,))[:] = 1
@@ -168,24 +157,55 @@ def test_a_disk_that_is_full_indeed(small_disk: Path) -> None:
 
 # Reading ------------------------------------------------------------------------------------------
 
+OPTIONS, WIDTH, SHARED = 4, 7, [4, 5]  # two questions
 
-def test_ranks_and_sums_of_some_rows_are_those_of_all() -> None:
-    scores = np.random.default_rng(0).random((12, 2, 7)).astype(np.float32)
-    lengths = np.random.default_rng(1).integers(1, 8, 12)
-    rows = np.array([7, 0, 3, 3, 11])
-    whole = rank_targets(scores, lengths)
-    np.testing.assert_array_equal(RankTargets(scores, lengths)[rows], whole[rows])
-    sums = np.repeat(scores.reshape(4, 3, 2, 7).sum(1), 3, axis=0)
-    np.testing.assert_array_equal(GroupSums(scores, 3)[rows], sums[rows])
-    shared = RankTargets(GroupSums(scores, 3), lengths)
-    np.testing.assert_array_equal(shared[rows], rank_targets(sums, lengths)[rows])
+
+def read(path: Path, row_targets: dict[str, Any], name: str = "guide") -> Callable[[np.ndarray], np.ndarray]:
+    rows = 2 * OPTIONS
+    experiment = types.SimpleNamespace(
+        output_of=lambda stage, name, needed_by: path, finished=lambda stage: {}
+    )
+    examples = types.SimpleNamespace(
+        row_targets=row_targets, group=OPTIONS, num_rows=rows, digest="", row_lengths=np.arange(1, 9) % WIDTH
+    )
+    reader = stage_inputs.guide if name == "guide" else stage_inputs.ranks
+    stage_input = reader(cast(Any, experiment), "policy", cast(Any, examples), "classification")[name]
+    assert isinstance(stage_input, stage_inputs.StageInput)
+    return stage_input.read
+
+
+def test_rows_that_decide_together_have_one_guide(tmp_path: Path) -> None:
+    """Their residual scores are summed, so that they keep the same shared tokens."""
+    path, rows = tmp_path / "scores.npy", np.arange(2 * OPTIONS)
+    scores = np.random.default_rng(0).random((2 * OPTIONS, 2, WIDTH)).astype(np.float32)
+    np.save(path, scores)
+    np.testing.assert_array_equal(read(path, {})(rows), scores)
+    lengths = np.repeat(SHARED, OPTIONS)
+    sums = read(path, {"shared_length": lengths})
+    guide, some = sums(rows), np.array([6, 2, 6, 0])
+    np.testing.assert_array_equal(sums(some), guide[some])
+    np.testing.assert_allclose(guide, np.repeat(scores.reshape(2, 4, 2, WIDTH).sum(1), 4, 0), rtol=1e-6)
+    ranks = read(path, {"shared_length": lengths}, "rank")
+    np.testing.assert_array_equal(ranks(some), rank_targets(guide, lengths)[some])
+
+    shared = jnp.arange(WIDTH) < lengths[:, None]
+    valid = shared | (jnp.arange(WIDTH) < 6)
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 0.1, valid.shape).astype(np.float32))
+    rule = selection.imitate(jnp.asarray(guide), jnp.ones(2 * OPTIONS, bool), selection.keep_all)
+    passage = selection.SharedPassage(shared, OPTIONS)
+    keep = np.asarray(selection.select(logits, valid, 0, rule, passage).keep).reshape(2, OPTIONS, WIDTH)
+    for question, length in enumerate(SHARED):
+        kept = keep[question]
+        assert (kept[:, :length] == kept[0, :length]).all()
+        assert 0 < kept[0, :length].sum() < length
+        assert kept[:, length:6].all()
 
 
 # Stages -------------------------------------------------------------------------------------------
 
 
-class CountsBatches:
-    """Stands for `pad_batch`; counts calls and is killed in one."""
+class CountedBatches:
+    """Replaces `pad_batch`; counts its calls and raises in one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
         self.calls, self.kill_at, self.original = 0, -1, module.pad_batch
@@ -200,19 +220,20 @@ class CountsBatches:
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("stage", ["score", "teacher"])
-def test_a_killed_stage_goes_on_and_ends_with_the_same_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+def test_a_killed_stage_resumes_and_ends_with_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stage: str
 ) -> None:
+    caplog.set_level(logging.INFO)
     shape = dataclasses.replace(tiny_models.BERT, num_layers=2)
     model = Pretrained(shape, tiny_models.tiny_params(shape), tiny_models.tiny_tokenizer())
     monkeypatch.setattr(Experiment, "load", lambda run, stage, needed_by: model)
     config = load_config(tiny_runs.write_config(tmp_path, model={"max_length": shape.max_length}))
-    said = list[str]()
-    counted = CountsBatches(monkeypatch, stages if stage == "score" else runner)
-    run_stage = stages.score_stage if stage == "score" else stages.teacher_stage
+    counted = CountedBatches(monkeypatch, stages if stage == "score" else engine)
 
     def run(name: str) -> Any:
-        return run_stage(Experiment(dataclasses.replace(config, workdir=str(tmp_path / name)), said.append))
+        compute = stages.STAGES[stage].run
+        assert compute is not None
+        return compute(Experiment(dataclasses.replace(config, workdir=str(tmp_path / name))))
 
     whole = run("whole")
     assert counted.calls == 6
@@ -221,9 +242,9 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_files(
         run("parts")
     assert run("parts") == whole
     assert counted.calls == 4 + 3
-    assert said[-1] == f"{stage}: going on from batch 3 of 6"
+    assert f"{stage}: going on from batch 3 of 6" in caplog.messages
     for name in ("scores.npy" if stage == "score" else "logits.npy", "metrics.jsonl"):
         one, two = (tmp_path / folder / stage / name for folder in ("whole", "parts"))
         assert one.read_bytes() == two.read_bytes()
     assert not list((tmp_path / "parts" / stage).glob("*partial*"))
-    assert not (tmp_path / "parts" / stage / row_files.PROGRESS).exists()
+    assert not (tmp_path / "parts" / stage / stage_inputs.PROGRESS).exists()
