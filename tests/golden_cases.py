@@ -411,7 +411,7 @@ def run_residual(case: Case) -> dict[str, Any]:
     layers = (case.constants["reduction_layers"], case.constants["back_layer"])
     before, back = residual.score_layers(case.config)
     assert layers == (list(before), back), f"{case.name}: scores of layers {layers}, ours are {before, back}"
-    scores = _masked_scores if case.execute is forward else residual.residual_scores
+    scores = _masked_scores if case.execute is forward else objectives.score_tokens
     score, logits, loss = jax.jit(lambda p: scores(case.model, p, case.batch))(case.params)
     # Published scores are of the batch-mean loss, ours of every example's own.
     return {"score": score / len(score), "logits": logits, "loss": loss.mean()}
@@ -420,7 +420,7 @@ def run_residual(case: Case) -> dict[str, Any]:
 def _masked_scores(
     model: TokenReducingModel, params: Any, batch: dict[str, Any]
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """As `residual.residual_scores`, which runs packed: the padded reference for it."""
+    """As `objectives.score_tokens`, which runs packed: the padded reference for it."""
     run = functools.partial(model.apply, {"params": params})
     before, back = residual.score_layers(model.config)
     tokens = run(batch["input_ids"], batch["mask"], batch.get("token_type_ids"), method="embed")

@@ -27,10 +27,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "io": {"errors"},
     "parallel": BASE,
     "compilation_cache": set(),
-    "config": BASE | {"datasets", "reduction"},
-    "reduction": BASE | {"model", "tasks"},
+    "config": BASE | {"datasets", "model", "reduction"},  # tables free of JAX
+    "reduction": BASE,
     "datasets": BASE,
-    "model": LEAVES,
+    "model": BASE | {"reduction", "parallel"},
     "tasks": LEAVES | {"model", "datasets"},
     "inference": LEAVES | {"model", "datasets", "tasks", "compilation_cache"},
     "training": LEAVES | {"model", "datasets", "tasks", "inference"},

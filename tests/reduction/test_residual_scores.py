@@ -14,10 +14,11 @@ from tiny_batches import random_batch, take
 
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, TokenReducingModel, forward, head_inputs
-from trbert_jax.reduction.residual_scores import rank_targets, residual_scores, score_layers
+from trbert_jax.reduction.residual_scores import rank_targets, score_layers
 from trbert_jax.reduction.selection import TokenSet
 from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.losses import Rows, cross_entropy
+from trbert_jax.training.objectives import score_tokens
 
 BERT = tiny_models.BERT
 LENGTHS = [6, 1, 4]
@@ -34,7 +35,7 @@ PARAMS = tiny_models.tiny_params(BERT)
 
 @jax.jit
 def scores_of(params: Any, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return residual_scores(MODEL, params, batch)
+    return score_tokens(MODEL, params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -98,7 +99,7 @@ def test_scores_for_every_head_are_finite_differences(folder: Path) -> None:
     case = golden_cases.load(folder)
     model = TokenReducingModel(case.config)
     batch = {key: value for key, value in case.batch.items() if key != "head_mask"}  # real tokens only
-    score, _, loss = jax.jit(functools.partial(residual_scores, model))(case.params, batch)
+    score, _, loss = jax.jit(functools.partial(score_tokens, model))(case.params, batch)
     by_example = np.asarray(score).reshape(len(loss), -1, *score.shape[1:])  # [B, G, stages, S]
     for stage, start in enumerate(score_layers(case.config)[0]):
         largest = by_example[:, :, stage].reshape(len(loss), -1)

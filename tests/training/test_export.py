@@ -25,8 +25,8 @@ from trbert_jax.inference.engine import CompiledForward
 from trbert_jax.model.model import TokenReducingModel, init_params
 from trbert_jax.model.tiles import Tiling
 from trbert_jax.parallel import AXES, KEPT, ROWS, WHOLE, DeviceMesh
-from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction.rules import rule_names
+from trbert_jax.training import objectives
 from trbert_jax.training import step as steps
 
 DEVICES, ROWS_A_DEVICE = 8, 4
@@ -147,7 +147,7 @@ def export_scores(layout: DeviceMesh, dtype: Any) -> None:
     model = TokenReducingModel(MODEL, dtype)
 
     def scores_and_losses(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        values, _, loss = residual.residual_scores(model, params, batch)
+        values, _, loss = objectives.score_tokens(model, params, batch)
         return values, loss
 
     mapped = layout.by_rows(scores_and_losses, out_specs=ROWS)

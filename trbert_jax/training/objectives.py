@@ -21,8 +21,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from trbert_jax.model.heads import Logits
-from trbert_jax.model.model import Batch, ModelOutput, Params, TokenReducingModel, forward
+from trbert_jax.model.model import Batch, ModelOutput, Params, TokenReducingModel, forward, head_inputs
+from trbert_jax.model.packed import PackedEncoder, PackedTokens
 from trbert_jax.reduction import policy_loss as policy
+from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction import selector_init as initialization
 from trbert_jax.tasks import TASKS
@@ -77,6 +79,19 @@ def dense_objective(
         answers = task.example_logits(logits, rows).argmax(-1)
         metrics["accuracy"] = (answers == batch["labels"]).astype(jnp.float32)
     return Objective(loss, batch["valid"].astype(jnp.float32), metrics)
+
+
+def score_tokens(
+    model: TokenReducingModel, params: Params, batch: Batch
+) -> tuple[jax.Array, Logits, jax.Array]:
+    """Computes the residual scores float32 [B * G, stages, S] of a batch, the dense logits and losses [B]."""
+    encoder = PackedEncoder.of(model, len(batch["input_ids"]))
+
+    def loss(tokens: PackedTokens, layers: range) -> tuple[jax.Array, Logits]:
+        logits = encoder.finish(params, tokens, layers, head_inputs(batch))
+        return TASKS[model.config.task].loss(logits, Rows(batch)), logits
+
+    return residual.residual_scores(model.config, encoder, params, batch, loss)
 
 
 def initialization_objective(

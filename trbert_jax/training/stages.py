@@ -244,7 +244,7 @@ def _score(experiment: Experiment) -> dict[str, Any]:
     batches = list(length_batches(examples, size, width_buckets(max_length)))
 
     def scores_and_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        values, _, loss = residual.residual_scores(module, params, batch)
+        values, _, loss = objectives.score_tokens(module, params, batch)
         return values, loss
 
     mapped = devices.by_rows(scores_and_losses, out_specs=ROWS)
