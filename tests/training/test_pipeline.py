@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
-from trbert_jax.datasets.dataset import Dataset, read_dataset
+from trbert_jax.datasets.text_files import read_file
 from trbert_jax.reduction import flops
 from trbert_jax.training import stages
 from trbert_jax.training.logging import read_metrics
@@ -145,10 +145,9 @@ def test_numbers_follow_from_the_predictions(finished: Finished, name: str, stag
 def test_the_model_is_ready_for_use(finished: Finished) -> None:
     """It predicts what predictions.jsonl holds, and `trbert evaluate` finds the same numbers."""
     lines = tiny_runs.read_lines(finished.work / "predictions.jsonl")
-    data = read_dataset(finished.folder / "data" / "test.jsonl", ("negative", "positive"))
     model = TRBert.from_pretrained(finished.work / "model")
     assert model.default_rule == "threshold"
-    for line, prediction in zip(lines, model.predict(texts(data)), strict=True):
+    for line, prediction in zip(lines, model.predict(texts(finished, "test")), strict=True):
         assert (line["prediction"], line["num_tokens"]) == (prediction.label, prediction.num_tokens)
         assert line["kept"] == [stage.tolist() for stage in prediction.kept]
         np.testing.assert_allclose(list(line["scores"].values()), prediction.scores, atol=1e-5)
@@ -161,8 +160,9 @@ def test_the_model_is_ready_for_use(finished: Finished) -> None:
         assert evaluated[name] == pytest.approx(reduced[name])
 
 
-def texts(data: Dataset) -> list[str]:
-    return [example.text for example in data.examples]
+def texts(finished: Finished, split: str) -> list[str]:
+    examples = read_file(finished.folder / "data" / f"{split}.jsonl", ("negative", "positive"))
+    return [example.text for example in examples]
 
 
 # What the stages leave ----------------------------------------------------------------------------
@@ -217,8 +217,7 @@ def test_each_stage_trains_its_own(finished: Finished) -> None:
 
 def test_scores_and_teacher_logits(finished: Finished) -> None:
     model = finished.model("finetune")
-    data = read_dataset(finished.folder / "data" / "train.jsonl", ("negative", "positive"))
-    predictions = model.predict(texts(data), rule="dense")
+    predictions = model.predict(texts(finished, "train"), rule="dense")
     logits = np.load(finished.work / "teacher" / "logits.npy")
     np.testing.assert_allclose(jax.nn.softmax(logits), [p.scores for p in predictions], atol=1e-5)
     scores = np.load(finished.work / "score" / "scores.npy")

@@ -127,8 +127,7 @@ def _trivia_qa(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]
     for pages, document in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
         for i, page in enumerate(_rows(item, pages, ("filename", document))):
             with bad.record(f"{where}: {pages}[{i}]", item, "question_id"):
-                name = reading.text(page, "filename")
-                context = triviaqa.first_words(reading.text(page, document), triviaqa.MAX_WORDS)
+                name, context = reading.text(page, "filename"), reading.text(page, document)
                 yield triviaqa.make_question(question_id, question, answers, name, context, where)
 
 

@@ -35,34 +35,16 @@ MAX_WORDS = 800  # of a document, the default of the authors' own conversion to 
 _SOURCES = {"EntityPages": "wikipedia", "SearchResults": "web"}
 
 
-def read(
-    path: Path,
-    bad: BadRecords,
-    labels: Sequence[str] = (),
-    *,
-    evidence: Path | None = None,
-    max_documents: int | None = None,
-    max_words: int = MAX_WORDS,
-) -> Iterator[SpanQuestion]:
+def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[SpanQuestion]:
     """Yields the questions of either format; an object at the top is the published one, a list the other.
 
-    Args:
-      path: the JSON file, `qa/wikipedia-train.json` or the like.
-      bad: how to handle bad records: an evidence file that is missing or empty, no alias, ...
-      labels: ignored.
-      evidence: folder that holds `wikipedia` and `web`; by default `evidence` beside the folder of `path`,
-        or in it.
-      max_documents: number of documents to read of each question, entity pages first; None for all.
-      max_words: number of words to keep of a document; the answer is searched in these only.
-
-    Raises:
-      UserError: no evidence folder.
+    The evidence lies in the folder `evidence` beside the folder of `path`, or in it.
     """
     document = reading.load_json(path)
     if isinstance(document, list):
         yield from _listed(document, path, bad)
         return
-    evidence = _find_evidence(path) if evidence is None else evidence
+    evidence = _find_evidence(path)
     with reading.record(str(path)):
         questions = reading.items(document, "Data")
     with_answer = reading.any_has(questions, "Answer")
@@ -74,34 +56,25 @@ def read(
             answers: tuple[str, ...] = ()
             if with_answer:
                 answers = accepted_answers(item, "Answer", "NormalizedAliases", "HumanAnswers")
-            pages = [
-                (page, evidence / folder, f"{place}.{field}[{k}]")
-                for field, folder in _SOURCES.items()
-                if field in item
-                for k, page in enumerate(reading.items(item, field))
-            ]
-            for page, folder, where in pages[:max_documents]:
-                with bad.record(where, item, "QuestionId"):
-                    name = reading.text(page, "Filename")
-                    context = first_words(_read_evidence(name, folder), max_words)
-                    made = make_question(question_id, question, answers, name, context, where)
-                    yield dataclasses.replace(made, scored_as=question_id) if one_answer else made
+            for field, folder in _SOURCES.items():
+                for k, page in enumerate(reading.items(item, field) if field in item else []):
+                    where = f"{place}.{field}[{k}]"
+                    with bad.record(where, item, "QuestionId"):
+                        name = reading.text(page, "Filename")
+                        document = _read_evidence(name, evidence / folder)
+                        made = make_question(question_id, question, answers, name, document, where)
+                        yield dataclasses.replace(made, scored_as=question_id) if one_answer else made
 
 
 def make_question(
-    question_id: str, question: str, answers: tuple[str, ...], name: str, context: str, where: str
+    question_id: str, question: str, answers: tuple[str, ...], name: str, document: str, where: str
 ) -> SpanQuestion:
-    """Returns the record of a published question and one of its documents.
+    """Returns the record of a published question and one of its documents, cut to `MAX_WORDS` words.
 
-    Args:
-      question_id: the published id; with the name of the document it is the id of the record,
-        `tc_33--Andrew_Lloyd_Webber.txt`.
-      question: its text.
-      answers: strings that the official scorer accepts; empty if they are withheld.
-      name: of the document's file, as published.
-      context: beginning of the document, in which the answer is searched.
-      where: for messages.
+    The id of the record is that of the question with the name of the document's file,
+    `tc_33--Andrew_Lloyd_Webber.txt`.
     """
+    context = first_words(document)
     spans = find_aliases(context, answers)
     return SpanQuestion(f"{question_id}--{name}", question, context, spans, answers, False, where)
 
@@ -130,8 +103,8 @@ def accepted_answers(item: Any, key: str, aliases: str, *others: str) -> tuple[s
     return accepted
 
 
-def first_words(document: str, count: int) -> str:
-    """Returns the first `count` words of a text, divided at white space, with all that is between them."""
+def first_words(document: str, count: int = MAX_WORDS) -> str:
+    """Returns the first words of a text, divided at white space, with all that is between them."""
     end = 0
     for word in itertools.islice(re.finditer(r"\S+", document), count):
         end = word.end()

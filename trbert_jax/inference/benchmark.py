@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.datasets.dataset import Example
+from trbert_jax.datasets.records import Example
 from trbert_jax.errors import UserError
 from trbert_jax.inference.answering import read_questions
 from trbert_jax.inference.benchmark_report import (

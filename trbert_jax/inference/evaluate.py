@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trbert_jax.datasets.dataset import read_dataset
+from trbert_jax.datasets.text_files import read_file
 from trbert_jax.errors import UserError
 from trbert_jax.inference.answering import Questions, read_questions
 from trbert_jax.inference.engine import InferenceEngine, Outputs
@@ -69,8 +69,8 @@ def evaluate_file(
         questions = read_questions(model, Path(data_file), skip_bad_records)
         features = questions.examples
     else:
-        dataset = read_dataset(data_file, model.config.labels)
-        features = encode_texts(dataset.examples, model.tokenizer, model.config.max_length)
+        records = read_file(data_file, model.config.labels)
+        features = encode_texts(records, model.tokenizer, model.config.max_length)
 
     def judge(outputs: Outputs) -> dict[str, float]:
         return {"accuracy": outputs.accuracy} if questions is None else questions.score(outputs).metrics

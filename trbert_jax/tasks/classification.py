@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from trbert_jax.datasets.dataset import Example
+from trbert_jax.datasets.records import Example
 from trbert_jax.errors import UserError
 from trbert_jax.io import atomic_file
 from trbert_jax.model.config import InputConfig
