@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import VOCABULARY, tiny_tokenizer
+
+from trbert_jax.datasets.records import Example
+from trbert_jax.errors import UserError
+from trbert_jax.tasks import classification
+from trbert_jax.tasks.classification import encode_texts
+from trbert_jax.tasks.examples import Examples
+
+TEXTS = ["the film was good", "it", "the plot was bad and dull and not good !", "a film"]
+
+
+def make(texts: list[str] = TEXTS) -> list[Example]:
+    return [Example(f"t.jsonl:{i + 1}", text, i % 2) for i, text in enumerate(texts)]
+
+
+def row(examples: Examples, i: int) -> list[str]:
+    return [VOCABULARY[t] for t in examples.row(i)]
+
+
+def test_rows_labels_and_cut_texts(caplog: pytest.LogCaptureFixture) -> None:
+    examples = encode_texts(make(), tiny_tokenizer(), 8)
+    assert row(examples, 0) == ["[CLS]", "the", "film", "was", "good", "[SEP]"]
+    assert row(examples, 2) == ["[CLS]", "the", "plot", "was", "bad", "and", "dull", "[SEP]"]
+    assert examples.lengths.tolist() == [6, 3, 8, 4]
+    assert examples.labels.tolist() == [0, 1, 0, 1]
+    assert (examples.ids[2], examples.token_types, examples.num_truncated) == ("t.jsonl:3", None, 1)
+    assert "1 of 4 texts" in caplog.text
+
+
+@pytest.mark.parametrize(("max_length", "cut"), [(12, 0), (11, 1), (6, 1), (5, 2), (3, 3)])
+def test_cut_texts_are_counted(max_length: int, cut: int) -> None:
+    examples = encode_texts(make(), tiny_tokenizer(), max_length)
+    assert examples.num_truncated == cut
+    assert examples.lengths.max() <= max_length
+
+
+def test_truncation_and_padding_stored_with_a_tokenizer_are_ignored() -> None:
+    plain, stored = tiny_tokenizer(), tiny_tokenizer()
+    stored.backend_tokenizer.enable_truncation(4)
+    stored.backend_tokenizer.enable_padding(length=10)
+    expected, examples = (encode_texts(make(), t, 16) for t in (plain, stored))
+    assert examples.tokens.tolist() == expected.tokens.tolist()
+    assert examples.digest == expected.digest
+    assert stored.backend_tokenizer.truncation["max_length"] == 4
+    for i, text in enumerate(TEXTS):
+        assert expected.row(i).tolist() == plain(text)["input_ids"]
+
+
+def test_the_cache_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = encode_texts(make(), tiny_tokenizer(), 8, tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npz"]
+    monkeypatch.setattr(classification, "_tokenize", None)  # the cache has to do
+    second = encode_texts(make(), tiny_tokenizer(), 8, tmp_path / "cache")
+    for field in dataclasses.fields(Examples):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+def changed_tokenizer() -> Any:
+    from tokenizers import normalizers
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def changed(**values: Any) -> list[Example]:
+    first, *others = make()
+    return [dataclasses.replace(first, **values), *others]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"records": changed(text="the film was bad")},
+        {"records": changed(label=1)},
+        {"records": changed(id="u.jsonl:1")},
+        {"records": make([*TEXTS, "a plot"])},
+        {"records": make(["the film was goodi", "t", *TEXTS[2:]])},  # the same characters in all
+        {"records": make(TEXTS[::-1])},
+        {"tokenizer": changed_tokenizer()},
+        {"max_length": 9},
+    ],
+)
+def test_another_input_does_not_read_the_cache(tmp_path: Path, change: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"records": make(), "tokenizer": tiny_tokenizer(), "max_length": 8}
+    first = encode_texts(**arguments, cache_dir=tmp_path)
+    second = encode_texts(**{**arguments, **change}, cache_dir=tmp_path)
+    assert first.digest != second.digest
+    assert len(list(tmp_path.iterdir())) == 2
+    without_cache = encode_texts(**{**arguments, **change})
+    assert second.tokens.tolist() == without_cache.tokens.tolist()
+    assert second.labels.tolist() == without_cache.labels.tolist()
+
+
+def flip(content: bytes) -> bytes:
+    middle = content.index(b"NUMPY") + 200
+    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        flip,
+        lambda content: content.replace(b"offsets.npy", b"offzets.npy"),
+        lambda _: b"",
+        lambda _: b"not an archive",
+    ],
+)
+def test_a_damaged_cache_is_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any) -> None:
+    first = encode_texts(make(), tiny_tokenizer(), 20, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    second = encode_texts(make(), tiny_tokenizer(), 20, tmp_path)
+    assert str(path) in caplog.text
+    assert second.tokens.tolist() == first.tokens.tolist()
+    caplog.clear()
+    encode_texts(make(), tiny_tokenizer(), 20, tmp_path)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("offsets", [[0, 6, 9, 17], [0, 6, 9, 17, 99], [0, 9, 6, 17, 21]])
+def test_a_cache_that_contradicts_itself_is_rebuilt(tmp_path: Path, offsets: list[int]) -> None:
+    first = encode_texts(make(), tiny_tokenizer(), 8, tmp_path)
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    np.savez(path, allow_pickle=False, **{**arrays, "offsets": np.array(offsets, np.int64)})
+    assert encode_texts(make(), tiny_tokenizer(), 8, tmp_path).offsets.tolist() == first.offsets.tolist()
+
+
+def test_unusable_inputs_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        encode_texts(make(), tiny_tokenizer(), 8, tmp_path / "file" / "cache")
+    with pytest.raises(UserError, match=r"t.jsonl:2: .*no tokens"):
+        encode_texts(make(["good", "\u200b\u0000"]), tiny_tokenizer(), 8)
+    with pytest.raises(ValueError, match="max_length is 2"):
+        encode_texts(make(), tiny_tokenizer(), 2)
+    tokenizer = tiny_tokenizer()
+    tokenizer.sep_token = None
+    with pytest.raises(UserError, match=r"\[SEP\]"):
+        encode_texts(make(), tokenizer, 8)

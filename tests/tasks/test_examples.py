@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tiny_qa import span_question
+
+from trbert_jax.datasets.records import Span
+from trbert_jax.tasks.examples import (
+    Counts,
+    Examples,
+    Ragged,
+    digest_of,
+    epoch_order,
+    length_batches,
+    pad_batch,
+    width_buckets,
+)
+
+CLS = 101
+LENGTHS = np.random.default_rng(1).integers(3, 65, 101).tolist()
+
+
+def make(lengths: list[int], token_types: bool = False) -> Examples:
+    rng = np.random.default_rng(0)
+    rows = [np.concatenate([[CLS], rng.integers(1, 99, n - 1)]).astype(np.int32) for n in lengths]
+    tokens = np.concatenate(rows)
+    return Examples(
+        tokens=tokens,
+        offsets=np.cumsum([0, *lengths], dtype=np.int64),
+        token_types=(tokens % 2).astype(np.int8) if token_types else None,
+        labels=np.arange(len(lengths), dtype=np.int32) % 3,
+        ids=[str(i) for i in range(len(lengths))],
+        num_truncated=0,
+        digest="",
+    )
+
+
+def test_ragged_arrays() -> None:
+    ragged = Ragged.of([np.array([1, 2]), np.array([], int), np.array([3])])
+    assert [array.tolist() for array in ragged] == [[1, 2], [], [3]]
+    assert (ragged.values.dtype, ragged.offsets.dtype) == (np.int32, np.int64)
+    assert ragged.padded().tolist() == [[1, 2], [-1, -1], [3, -1]]
+    assert ragged.padded(1).tolist() == [[1], [-1], [3]]
+    joined = Ragged.join([ragged, Ragged.of([]), ragged])
+    assert [array.tolist() for array in joined] == [[1, 2], [], [3]] * 2
+    pairs = Ragged.of([np.zeros((0, 2)), np.ones((2, 2))], width=2)
+    assert pairs.padded(3).tolist() == [[[-1, -1]] * 3, [[1, 1], [1, 1], [-1, -1]]]
+
+
+def test_rows_of_two_segments() -> None:
+    a, b = np.array([1, 2], np.int32), np.array([3], np.int32)
+    rows = [((a, b), (b,)), ((b,), ()), ((b,), (a, a))]
+    examples = Examples.of_pairs(rows, ["x", "y", "z"], counts=Counts(), digest="")
+    assert [examples.row(i).tolist() for i in range(3)] == [[1, 2, 3, 3], [3], [3, 1, 2, 1, 2]]
+    assert examples.token_types is not None
+    assert examples.token_types.tolist() == [0, 0, 0, 1, 0, 0, 1, 1, 1, 1]
+    assert examples.labels.tolist() == [-1, -1, -1]
+    assert (examples.tokens.dtype, examples.token_types.dtype) == (np.int32, np.int8)
+    assert len(Examples.of_pairs([], [], counts=Counts(), digest="")) == 0
+
+
+@pytest.mark.parametrize("max_length", [3, 18, 32, 33, 96, 100, 256, 512, 1000, 1024, 4096])
+def test_width_buckets(max_length: int) -> None:
+    widths = width_buckets(max_length)
+    assert widths[-1] == max_length
+    assert list(widths) == sorted(set(widths))
+    assert len(widths) <= 5
+    assert all(width % 16 == 0 for width in widths[:-1])
+
+
+def test_width_buckets_at_usual_lengths() -> None:
+    assert width_buckets(512) == (64, 128, 256, 384, 512)
+    assert width_buckets(96) == (32, 48, 80, 96)
+
+
+def test_epoch_order() -> None:
+    order = epoch_order(1000, seed=42, epoch=0)
+    assert sorted(order.tolist()) == list(range(1000))
+    others = [epoch_order(1000, 42, 1), epoch_order(1000, 43, 0), epoch_order(1000, 0, 42)]
+    assert all(order.tolist() != other.tolist() for other in others)
+    assert epoch_order(8, 42, 0).tolist() == [3, 4, 2, 7, 6, 1, 5, 0]  # on every machine
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 101, 128])
+def test_length_batches_cover_all_examples(batch_size: int) -> None:
+    examples, widths = make(LENGTHS), (16, 32, 64)
+    batches = list(length_batches(examples, batch_size, widths))
+    assert sorted(np.concatenate([index for index, _ in batches]).tolist()) == list(range(101))
+    assert [len(index) for index, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    for index, width in batches:
+        longest = examples.lengths[index].max()
+        assert width == min(w for w in widths if w >= longest)
+    assert [width for _, width in batches] == sorted((width for _, width in batches), reverse=True)
+
+
+def test_length_batches_pad_little() -> None:
+    examples = make(LENGTHS)
+    area = sum(8 * width for _, width in length_batches(examples, 8, (16, 32, 48, 64)))
+    assert area < 1.35 * examples.lengths.sum()
+    assert examples.lengths.sum() * 1.7 < 64 * 101
+
+
+@pytest.mark.parametrize("token_types", [False, True])
+def test_pad_batch(token_types: bool) -> None:
+    examples = make(LENGTHS, token_types)
+    index = np.array([7, 3, 99])
+    batch = pad_batch(examples, index, 5, 64)
+    dtypes = {name: array.dtype for name, array in batch.items() if name != "token_type_ids"}
+    assert dtypes == dict.fromkeys(("input_ids", "labels", "index"), np.int32) | {"mask": bool, "valid": bool}
+    assert ("token_type_ids" in batch) == token_types
+    for row, i in enumerate(index):
+        tokens = examples.row(i)
+        assert batch["input_ids"][row].tolist() == [*tokens, *[0] * (64 - len(tokens))]
+        assert batch["mask"][row].tolist() == [k < len(tokens) for k in range(64)]
+        if token_types:
+            assert batch["token_type_ids"][row, : len(tokens)].tolist() == (tokens % 2).tolist()
+    assert batch["labels"].tolist() == [*examples.labels[index], 0, 0]
+    assert batch["valid"].tolist() == [True] * 3 + [False] * 2
+    assert batch["index"].tolist() == [7, 3, 99, -1, -1]
+    # A padding row is a single [CLS].
+    assert batch["input_ids"][3:].tolist() == [[CLS] + [0] * 63] * 2
+    assert batch["mask"][3:].tolist() == [[True] + [False] * 63] * 2
+    empty = pad_batch(examples, np.zeros(0, np.int64), 2, 8)
+    assert (empty["valid"].any(), empty["mask"].sum()) == (False, 2)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    examples = make([4, 20])
+    with pytest.raises(ValueError, match="2 examples"):
+        pad_batch(examples, np.array([0, 1]), 1, 32)
+    with pytest.raises(ValueError, match="20 tokens"):
+        pad_batch(examples, np.array([0, 1]), 2, 8)
+    with pytest.raises(ValueError, match="20 tokens"):
+        list(length_batches(examples, 2, (8, 16)))
+
+
+@pytest.mark.parametrize("token_types", [False, True])
+def test_take(token_types: bool) -> None:
+    examples = make([4, 9, 6], token_types)
+    some = examples.take([2, 0, 2])
+    assert [some.row(i).tolist() for i in range(3)] == [examples.row(i).tolist() for i in (2, 0, 2)]
+    assert (some.labels.tolist(), some.ids) == ([2, 0, 2], ["2", "0", "2"])
+    assert some.digest not in (examples.digest, examples.take([2, 0]).digest)
+    if token_types:
+        assert some.token_types is not None
+        assert some.token_types.tolist() == (some.tokens % 2).tolist()
+    assert len(examples.take(np.zeros(0, np.int64))) == 0
+
+
+def test_counts_in_words() -> None:
+    assert Counts(3, 5).describe() == "3 questions, 5 inputs"
+    lossy = Counts(3, 5, num_dropped=1)
+    assert "; 1 questions left out" in lossy.describe()
+    assert [Counts(3, 5).is_lossy, lossy.is_lossy] == [False, True]
+
+
+def test_digest() -> None:
+    question = span_question("a b", "a")
+    different = [
+        ("ab", "c"),
+        ("a", "bc"),
+        (("ab", "c"),),
+        (1,),
+        ("1",),
+        (1.0,),
+        (True,),
+        (None,),
+        (np.array([1], np.int32),),
+        (np.array([1], np.int64),),
+        (np.array([[1]], np.int64),),
+        (question,),
+        (dataclasses.replace(question, spans=(Span(2, 3),)),),
+        (dataclasses.replace(question, impossible=True),),
+    ]
+    assert len({digest_of(*values) for values in different}) == len(different)
+    assert digest_of(question) == digest_of(dataclasses.replace(question, where="elsewhere"))
+    assert digest_of([1, "x"]) == digest_of((1, "x"))
+    with pytest.raises(TypeError, match="set has no digest"):
+        digest_of({1})
+
+
+def test_digest_is_that_of_earlier_versions() -> None:
+    """Else old checkpoints would not resume."""
+    assert digest_of("span", span_question("a b", "a"), np.arange(3)).startswith("825cf6718e3af554c56e")

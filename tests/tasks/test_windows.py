@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tiny_qa import context_chars, one_hot, qa_tokenizer, row, span_question, texts, types
+
+from trbert_jax.datasets.records import Span, SpanQuestion
+from trbert_jax.errors import UserError
+from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.spans import MRQA, SQUAD, decode_spans, encode_windows
+from trbert_jax.tasks.windows import WindowSettings, most_context
+
+TOKENIZER = qa_tokenizer()
+# Room for 4 pieces of the context beside "who ?": windows begin at 0, 2, 4, ...
+SMALL = WindowSettings(max_length=9, max_question_length=3, step=2)
+
+
+def build(*questions: SpanQuestion, settings: WindowSettings = SMALL, **options: bool) -> Examples:
+    return encode_windows(questions, TOKENIZER, settings, **options)
+
+
+def starts(examples: Examples) -> list[int]:
+    return examples.row_targets["starts"][:, 0].tolist()
+
+
+def counted(examples: Examples) -> dict[str, int]:
+    assert examples.counts is not None
+    return {k: v for k, v in dataclasses.asdict(examples.counts).items() if v}
+
+
+def test_one_window() -> None:
+    examples = build(span_question("Paris is in France", "France", question="Where?"), settings=SQUAD)
+    assert row(examples, 0) == "[CLS] where ? [SEP] paris is in france [SEP]"
+    assert types(examples, 0) == [0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert (starts(examples), examples.row_targets["ends"].tolist()) == ([7], [[7]])
+    assert examples.layout.max_context.tolist() == [False] * 4 + [True] * 4 + [False]
+    assert examples.layout.text(0, 4, 7) == "Paris is in France"
+    assert examples.row_targets["starts"].dtype == np.int32
+
+
+def test_windows_of_a_long_context() -> None:
+    examples = build(span_question("a b c d e f g h i", "e f"))
+    windows = examples.layout
+    contexts = ("a b c d", "c d e f", "e f g h", "g h i")
+    assert [row(examples, i) for i in range(4)] == [f"[CLS] who ? [SEP] {c} [SEP]" for c in contexts]
+    assert (windows.first_piece.tolist(), windows.question_rows.tolist()) == ([0, 2, 4, 6], [0, 4])
+    assert (starts(examples), examples.row_targets["ends"][:, 0].tolist()) == ([0, 6, 4, 0], [0, 7, 5, 0])
+    assert counted(examples) == {"num_examples": 1, "num_rows": 4, "num_without_answer": 2}
+    # c d: by 0.01 * size they are even, so the first window has them; i is in the last one only.
+    flags = [windows.max_context[examples.offsets[i] + 4 :][: windows.num_pieces[i]] for i in range(4)]
+    assert ["".join("x" if f else "." for f in some) for some in flags] == ["xxx.", ".xx.", ".xx.", ".xx"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"), [("d", [7, 5]), ("c d", [6, 4]), ("b c", [5, 0]), ("d e", [0, 5])]
+)
+def test_an_answer_at_the_border_of_a_window(answer: str, expected: list[int]) -> None:
+    assert starts(build(span_question("a b c d e", answer))) == expected
+    assert len(build(span_question("a b c d", "a"))) == 1  # one that just fits
+
+
+def test_steps_leave_no_gap() -> None:
+    examples = build(span_question("a b c d e f", "a"), settings=dataclasses.replace(SMALL, step=128))
+    assert row(examples, 1) == "[CLS] who ? [SEP] e f [SEP]"
+
+
+def test_impossible_questions_point_at_cls_and_stay() -> None:
+    for training in (False, True):
+        examples = build(span_question("a b c d e", impossible=True), training=training, discard=training)
+        assert (starts(examples), counted(examples)) == ([0, 0], {"num_examples": 1, "num_rows": 2})
+
+
+def test_training_leaves_out_answers_that_cannot_be_found() -> None:
+    # The tokenizer removes the characters between b and c.
+    lost = span_question("a b \u200b\u200b c", spans=(Span(4, 6),), id="lost")
+    none, fine = span_question("a b", id="none"), span_question("a b", "b", id="fine")
+    examples = build(lost, none, fine, training=True)
+    assert (examples.ids, counted(examples)["num_dropped"]) == (["fine"], 2)
+    examples = build(lost, none, fine)
+    assert (examples.ids, starts(examples)) == (["lost", "none", "fine"], [0, 0, 5])
+
+
+def test_training_may_discard_windows_without_the_answer() -> None:
+    question = span_question("a b c d e f g h i", "e f")
+    kept = build(question, training=True, discard=True)
+    assert (kept.layout.first_piece.tolist(), starts(kept)) == ([2, 4], [6, 4])
+    assert counted(kept)["num_discarded"] == 2
+    everything = build(question)  # the flags are those of all windows
+    flags = everything.layout.max_context[everything.offsets[1] : everything.offsets[3]]
+    assert kept.layout.max_context.tolist() == flags.tolist()
+    too_long = span_question("a b c d e", "a b c d e")
+    assert counted(build(too_long, training=True, discard=True))["num_dropped"] == 1
+    assert starts(build(too_long, training=True)) == [0, 0]
+
+
+def test_the_first_answer_is_the_target() -> None:
+    assert starts(build(span_question("a b c", "c", "a"))) == [6]
+
+
+@pytest.mark.parametrize(
+    ("context", "answer"),
+    [
+        ("In the Café.", "Café"),
+        ("cafe\u0301 x", "cafe\u0301"),
+        ("x 東京。", "東京"),
+        ("in 東京", "京"),
+        ("ok 🎉 ok", "🎉"),
+        ("I ❤️ it", "❤️"),
+        ("a\u202fb", "b"),
+        ("Japanese", "Japan"),
+        ("Zürich", "Zür"),
+    ],
+)
+def test_answers_of_other_scripts(context: str, answer: str) -> None:
+    examples = build(span_question(context, answer), settings=SQUAD)
+    (start,), (end,) = examples.row_targets["starts"][0], examples.row_targets["ends"][0]
+    assert examples.layout.text(0, start, end) == answer
+
+
+def test_mrqa_markers() -> None:
+    examples = build(span_question("[DOC] [TLE] Paris [PAR] x", "x"), settings=MRQA)
+    assert row(examples, 0) == "[CLS] who ? [SEP] [unused3] [unused2] paris [unused1] x [SEP]"
+    assert starts(examples) == [8]
+    assert examples.layout.text(0, 6, 8) == "Paris [PAR] x"
+
+
+def test_unusable_questions_are_named() -> None:
+    too_long = span_question("a", "a", question="who is the king", id="q7")
+    with pytest.raises(UserError, match=r"f.json: data\[0\]: question 'q7': question: .*none of 6"):
+        build(too_long, settings=WindowSettings(max_length=6, max_question_length=3, step=2))
+    for question, field in (
+        (span_question("a", question="\u200b"), "question"),
+        (span_question("\u200b"), "context"),
+    ):
+        with pytest.raises(UserError, match=f"question 'q': {field}: has no tokens"):
+            build(question)
+
+
+def test_digest_follows_the_inputs() -> None:
+    question = span_question("a b c", "c")
+    variants = [
+        build(question),
+        build(question, training=True),
+        build(question, training=True, discard=True),
+        build(question, settings=dataclasses.replace(SMALL, step=1)),
+        build(dataclasses.replace(question, id="r")),
+        encode_windows([question], qa_tokenizer(("##s",)), SMALL),
+    ]
+    assert len({examples.digest for examples in variants}) == len(variants)
+    assert build(question).digest == variants[0].digest
+
+
+@st.composite
+def questions(draw: st.DrawFn) -> tuple[SpanQuestion, WindowSettings]:
+    """An answer of whole pieces, and windows of any size."""
+    context = draw(texts)
+    chars = build(span_question(context), settings=SQUAD).layout.chars.values
+    first = draw(st.integers(0, len(chars) - 1))
+    last = draw(st.integers(first, min(first + 5, len(chars) - 1)))
+    span = Span(int(chars[first, 0]), int(chars[last, 1]))
+    step = draw(st.one_of(st.none(), st.integers(1, 12)))
+    settings = WindowSettings(draw(st.integers(6, 40)), 2, step)
+    return span_question(context, context[span.start : span.end], spans=(span,)), settings
+
+
+@settings(deadline=None)
+@given(questions())
+def test_windows_cover_the_context_and_keep_the_text(example: tuple[SpanQuestion, WindowSettings]) -> None:
+    question, settings = example
+    examples = build(question, settings=settings)
+    whole = build(question, settings=dataclasses.replace(SQUAD, max_length=10_000)).row(0)[4:-1].tolist()
+    windows, covered, owned = examples.layout, set[int](), list[int]()
+    assert examples.lengths.max() <= settings.max_length
+    for i in range(len(windows)):
+        first, count, begin = (
+            int(a[i]) for a in (windows.first_piece, windows.num_pieces, windows.context_start)
+        )
+        assert examples.row(i)[begin : begin + count].tolist() == whole[first : first + count]
+        covered |= set(range(first, first + count))
+        flags = windows.max_context[examples.offsets[i] + begin :][:count]
+        owned += (first + np.flatnonzero(flags)).tolist()
+        for k, (start, end) in enumerate(context_chars(examples, i)):
+            assert windows.text(i, begin + k, begin + k).startswith(question.context[start:end])
+    assert covered == set(range(len(whole)))
+    assert sorted(owned) == sorted(covered)  # every piece has most context in exactly one window
+
+
+@settings(deadline=None)
+@given(questions())
+def test_targets_are_the_answer_where_it_fits(example: tuple[SpanQuestion, WindowSettings]) -> None:
+    question, settings = example
+    examples = build(question, settings=settings)
+    span, ends = question.spans[0], examples.row_targets["ends"][:, 0]
+    for i, start in enumerate(starts(examples)):
+        chars = context_chars(examples, i)
+        fits = (chars[:, 0] == span.start).any() and (chars[:, 1] == span.end).any()
+        assert fits == (start > 0)
+        if fits:  # the text may have combining marks besides
+            assert examples.layout.text(i, start, ends[i]).startswith(question.answers[0])
+
+
+@settings(deadline=None)
+@given(questions())
+def test_sure_logits_give_the_answer_back(example: tuple[SpanQuestion, WindowSettings]) -> None:
+    question, settings = example
+    examples = build(question, settings=settings)
+    first = np.array(starts(examples))
+    flags = examples.layout.max_context[examples.offsets[:-1] + first] & (first > 0)
+    assume(flags.any())
+    i = int(np.flatnonzero(flags)[0])
+    start, end = first[i], examples.row_targets["ends"][i, 0]
+    for threshold in (None, 0.0):
+        answers = decode_spans(examples, one_hot(examples, i, start, end), threshold)
+        assert answers.texts["q"] == examples.layout.text(i, start, end)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(1, 12))
+def test_most_context_is_the_published_rule(steps: list[int], size: int) -> None:
+    starts = np.cumsum([0, *(min(step, size) for step in steps)])
+    sizes = np.full(len(starts), size)
+    sizes[-1] = max(1, size - 2)
+    flags = most_context(starts, sizes)
+    for piece in range(flags.shape[1]):
+        best, owner = -np.inf, -1
+        for k, (start, length) in enumerate(zip(starts, sizes, strict=True)):
+            if start <= piece < start + length:
+                score = min(piece - start, start + length - 1 - piece) + 0.01 * length
+                if score > best:
+                    best, owner = score, k
+        if owner >= 0:
+            assert np.flatnonzero(flags[:, piece]).tolist() == [owner]
