@@ -40,7 +40,7 @@ def make(lengths: list[int], token_types: bool = False) -> Examples:
 def test_ragged_arrays() -> None:
     ragged = Ragged.of([np.array([1, 2]), np.array([], int), np.array([3])])
     assert [array.tolist() for array in ragged] == [[1, 2], [], [3]]
-    assert (ragged.values.dtype, ragged.offsets.dtype) == (np.int32, np.int64)
+    assert [ragged.values.dtype, ragged.offsets.dtype] == [np.dtype(np.int32), np.dtype(np.int64)]
     assert ragged.padded().tolist() == [[1, 2], [-1, -1], [3, -1]]
     assert ragged.padded(1).tolist() == [[1], [-1], [3]]
     joined = Ragged.join([ragged, Ragged.of([]), ragged])
@@ -57,7 +57,7 @@ def test_rows_of_two_segments() -> None:
     assert examples.token_types is not None
     assert examples.token_types.tolist() == [0, 0, 0, 1, 0, 0, 1, 1, 1, 1]
     assert examples.labels.tolist() == [-1, -1, -1]
-    assert (examples.tokens.dtype, examples.token_types.dtype) == (np.int32, np.int8)
+    assert [examples.tokens.dtype, examples.token_types.dtype] == [np.dtype(np.int32), np.dtype(np.int8)]
     assert len(Examples.of_pairs([], [], counts=Counts(), digest="")) == 0
 
 
@@ -123,7 +123,8 @@ def test_pad_batch(token_types: bool) -> None:
     assert batch["input_ids"][3:].tolist() == [[CLS] + [0] * 63] * 2
     assert batch["mask"][3:].tolist() == [[True] + [False] * 63] * 2
     empty = pad_batch(examples, np.zeros(0, np.int64), 2, 8)
-    assert (empty["valid"].any(), empty["mask"].sum()) == (False, 2)
+    assert not empty["valid"].any()
+    assert empty["mask"].sum() == 2
 
 
 def test_what_does_not_fit_is_refused() -> None:
