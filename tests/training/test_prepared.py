@@ -275,4 +275,5 @@ def test_the_set_in_memory_is_replaced_whole() -> None:
     assert {field.name for field in dataclasses.fields(Examples)} == {
         "tokens", "offsets", "token_types", "labels", "ids", "num_truncated", "digest", "first_row", "group",
         "row_targets", "targets",
+        "counts", "records", "layout",  # of the tokenized split alone, for notes and scores
     }  # fmt: skip

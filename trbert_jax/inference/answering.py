@@ -11,7 +11,7 @@ docs/question_answering.md lists the fields of a question.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,6 @@ from trbert_jax.tasks import Score, Task
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.splits import encode_usable, notes_of, saved_task
-
-Announce = Callable[[str], Any]
-
-
-def _say_nothing(line: str) -> None:
-    pass
 
 
 class Questions:
@@ -91,7 +85,6 @@ def answer_questions(
     backend: str = DEFAULT_BACKEND,
     threshold: float = DEFAULT_THRESHOLD,
     source: str = "question",
-    announce: Announce = _say_nothing,
 ) -> list[dict[str, Any]]:
     """Answers questions.
 
@@ -100,7 +93,6 @@ def answer_questions(
       requests: JSON objects, see docs/question_answering.md.
       batch_size, rule, backend, threshold: see `TRBert.predict`.
       source: what messages call the place the questions come from.
-      announce: called with lines of text about what was cut.
 
     Returns:
       For each question `id`, `answer` (text, letter of the option, or candidate), for several hops
@@ -118,7 +110,6 @@ def answer_questions(
         rule=rule,
         backend=backend,
         threshold=threshold,
-        announce=announce,
     )
     return list(found)
 
@@ -131,7 +122,6 @@ def answer_stream(
     rule: str | None = None,
     backend: str = DEFAULT_BACKEND,
     threshold: float = DEFAULT_THRESHOLD,
-    announce: Announce = _say_nothing,
 ) -> Iterator[dict[str, Any]]:
     """Answers any number of questions, of which only `WINDOW` batches are in memory at a time.
 
@@ -139,7 +129,6 @@ def answer_stream(
       model: trained on a question answering data set.
       requests: of each question what messages call its place, and the JSON object; read as needed.
       batch_size, rule, backend, threshold: see `TRBert.predict`.
-      announce: called with lines of text about what was cut, for each window.
 
     Returns:
       As `answer_questions`, in the order of the questions.

@@ -75,9 +75,7 @@ def answer_lines(
 
     # The second holds what is read but not yet answered.
     requests, asked = itertools.tee(_requests(not_blank(lines, str(path or "input"))))
-    for answer, (_, request) in zip(
-        answer_stream(model, requests, announce=announce, **options), asked, strict=False
-    ):
+    for answer, (_, request) in zip(answer_stream(model, requests, **options), asked, strict=False):
         yield json.dumps({**request, **answer} if with_text else answer, ensure_ascii=False)
 
 
