@@ -1,4 +1,4 @@
-"""`trbert train` in processes of their own, alone or several that join each other."""
+"""Programs in processes of their own, alone or several that join each other."""
 
 from __future__ import annotations
 
@@ -7,60 +7,62 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).parent
+Ended = tuple[int, str, str]  # exit code, stdout, stderr
 
 
-def environment(devices: int) -> dict[str, str]:
-    """Of a process with so many devices, which finds the helpers of the tests."""
+def environment(devices: int, **variables: str) -> dict[str, str]:
+    """Returns the environment of a process with this many devices that finds the tests' helpers."""
     return {
         **os.environ,
+        **variables,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
     }
 
 
-def command(config: Path, *arguments: str, before: str = "") -> list[str]:
-    """`trbert train`, after some lines of Python where a test needs them."""
+def start(command: Sequence[str], devices: int, folder: Path | None = None, **env: str) -> Any:
+    """Starts a Python program, in which warnings are errors."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", *command],
+        env=environment(devices, **env),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train_command(config: Path, *arguments: str, before: str = "") -> list[str]:
+    """Returns the arguments of `trbert train`, after some lines of Python."""
     call = f"{before}\nimport sys; from trbert_jax.cli import main; sys.exit(main())"
-    return [sys.executable, "-W", "error", "-c", call, "train", "--config", str(config), *arguments]
+    return ["-c", call, "train", "--config", str(config), *arguments]
 
 
-def run_processes(
-    configs: list[Path], *arguments: str, folders: list[Path] | None = None
-) -> list[tuple[int, str, str]]:
-    """One process a configuration, together: exit code, stdout and stderr of each."""
-    return finish(start_processes(configs, environment(2), *arguments, folders=folders))
+def train(config: Path, devices: int, *arguments: str, before: str = "") -> Ended:
+    """Runs `trbert train` alone."""
+    return finish([start(train_command(config, *arguments, before=before), devices)])[0]
 
 
-def start_processes(
-    configs: list[Path], environment: dict[str, str], *arguments: str, folders: list[Path] | None = None
-) -> list[subprocess.Popen[str]]:
-    """One process a configuration, which are to join each other."""
-    port = free_port()
-    return [
-        subprocess.Popen(
-            command(
-                config,
-                f"--coordinator=127.0.0.1:{port}",
-                f"--num-processes={len(configs)}",
-                f"--process-id={number}",
-                "--join-timeout=60",
-                *arguments,
-            ),
-            env=environment,
-            cwd=folders[number] if folders else None,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number, config in enumerate(configs)
+def start_together(
+    configs: Sequence[Path], devices: int = 2, folders: Sequence[Path] | None = None, **env: str
+) -> list[Any]:
+    """Starts `trbert train` once per configuration; the processes are to join each other."""
+    joining = [
+        f"--coordinator=127.0.0.1:{free_port()}",
+        f"--num-processes={len(configs)}",
+        "--join-timeout=60",
     ]
+    commands = [train_command(config, *joining, f"--process-id={i}") for i, config in enumerate(configs)]
+    return [start(c, devices, folders[i] if folders else None, **env) for i, c in enumerate(commands)]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: int = 1200) -> list[tuple[int, str, str]]:
-    """Waits for them: exit code, stdout and stderr of each."""
+def finish(processes: Sequence[Any], timeout: int = 1200) -> list[Ended]:
+    """Waits for the end of all."""
     try:
         ended = [process.communicate(timeout=timeout) for process in processes]
     finally:
@@ -69,8 +71,8 @@ def finish(processes: list[subprocess.Popen[str]], timeout: int = 1200) -> list[
     return [(process.returncode, *out) for process, out in zip(processes, ended, strict=True)]
 
 
-def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
-    """Returns once a file or folder is there."""
+def wait_for(path: Path, processes: Sequence[Any]) -> None:
+    """Returns as soon as a file or folder exists."""
     while not path.exists():
         assert all(process.poll() is None for process in processes), finish(processes)
         time.sleep(0.02)

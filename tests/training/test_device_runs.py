@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_runs
 from safetensors.numpy import load_file
-from tiny_processes import command, environment, run_processes
+from tiny_processes import finish, start_together, train
 
 # Adam makes much of how a gradient near zero is rounded: without optimization too much for the bounds here.
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -56,15 +55,10 @@ loop.update_batches = stopping
 
 
 def run_all(config: Path, devices: int, *arguments: str, before: str = "", code: int = 0) -> str:
-    process = subprocess.run(
-        command(config, *arguments, before=before),
-        env=environment(devices),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == code, process.stderr
-    return process.stdout
+    """Runs `trbert train`; returns what it prints to stdout and stderr."""
+    returned, out, err = train(config, devices, *arguments, before=before)
+    assert returned == code, err
+    return out + err
 
 
 def assert_same_training(one: Path, other: Path, trained: Sequence[str] = TRAINED) -> None:
@@ -164,7 +158,7 @@ def test_two_processes_with_two_devices_each(four_devices: Path, tmp_path: Path,
     """Compute what one process with four does."""
     tiny_runs.write_dataset(tmp_path / "data")
     config = tiny_runs.write_config(tmp_path, parallel={"strategy": strategy}, **NO_DROPOUT)
-    outputs = run_processes([config, config])
+    outputs = finish(start_together([config, config]))
     assert [code for code, _, _ in outputs] == [0, 0], outputs
     assert "4 devices" in outputs[0][1]
     assert f"strategy {strategy}" in outputs[0][1]
@@ -180,29 +174,7 @@ def test_four_devices_compute_what_one_does(one_device: Path, four_devices: Path
 
 
 def test_devices_that_cannot_share_a_batch(tmp_path: Path) -> None:
-    tiny_runs.write_dataset(tmp_path / "data")
-    process = subprocess.run(
-        command(tiny_runs.write_config(tmp_path)),
-        env=environment(3),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 2
-    assert "finetune.batch_size is 8, which 3 devices cannot share evenly; set it to a multiple of 3" in (
-        process.stderr
-    )
-
-
-def test_a_later_stage_that_devices_cannot_share_is_told_first(tmp_path: Path) -> None:
-    tiny_runs.write_dataset(tmp_path / "data")
-    process = subprocess.run(
-        command(tiny_runs.write_config(tmp_path, policy={"batch_size": 3})),
-        env=environment(2),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 2
-    assert "policy.batch_size is 3, which 2 devices cannot share evenly" in process.stderr
+    """Of a later stage, before the first one starts."""
+    err = run_all(tiny_runs.write_config(tmp_path, policy={"batch_size": 3}), 2, code=2)
+    assert "policy.batch_size" in err
     assert not (tmp_path / "work").exists()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
-from tiny_processes import TESTS, environment
+from tiny_processes import TESTS, finish, start
 
 from trbert_jax import parallel
 from trbert_jax.errors import UserError
@@ -21,15 +19,10 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 
 def check(name: str, *arguments: str) -> Any:
-    process = subprocess.run(
-        [sys.executable, "-W", "error", str(TESTS / "training" / "device_checks.py"), name, *arguments],
-        env=environment(8),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    program = str(TESTS / "training" / "device_checks.py")
+    ((code, out, err),) = finish([start([program, name, *arguments], 8)])
+    assert code == 0, err
+    return json.loads(out)
 
 
 def assert_same(found: dict[str, Any], ways: set[str]) -> None:
