@@ -1,0 +1,94 @@
+"""A new object of each registry works end to end after one registration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from tiny_published import Published
+
+from trbert_jax.config import load_config
+from trbert_jax.datasets import DATASETS, BadRecords, DataSet, find_dataset, register_dataset
+from trbert_jax.datasets.reading import read_lines
+from trbert_jax.datasets.records import Example, Span, SpanQuestion
+from trbert_jax.datasets.registry import each_split
+from trbert_jax.errors import UserError
+
+
+@pytest.fixture
+def datasets() -> Iterator[None]:
+    """Removes the data sets that a test registers."""
+    before = dict(DATASETS)
+    yield
+    DATASETS.clear()
+    DATASETS.update(before)
+
+
+@pytest.mark.usefixtures("datasets")
+def test_dataset_of_texts(tmp_path: Path) -> None:
+    def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> Iterator[Example]:
+        for number, line in read_lines(path):
+            with bad.record(f"{path}:{number}"):
+                label, text = line.rstrip("\n").split("\t")
+                yield Example(f"{path.name}:{number}", text, labels.index(label))
+
+    register_dataset(
+        DataSet(
+            name="dummy",
+            task="classification",
+            read=read,
+            files=each_split("{split}.tsv"),
+            labels=("bad", "good"),
+            dev_from_train=True,
+        )
+    )
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, count in (("train", 40), ("test", 8)):
+        texts = [record["text"] for record in tiny_runs.records(count, seed=count)]
+        lines = (f"{'good' if 'good' in text else 'bad'}\t{text}\n" for text in texts)
+        (data / f"{split}.tsv").write_text("".join(lines))
+    config = tiny_runs.write_config(tmp_path, data={"name": "dummy"}, finetune={"epochs": 1})
+    tiny_runs.train(config, "--stages", "finetune")
+    saved = json.loads((tmp_path / "work/finetune/model/config.json").read_text())
+    assert list(saved["id2label"].values()) == ["bad", "good"]
+    (data / "test.tsv").write_text("fine\ta film\n")
+    with pytest.raises(UserError, match=r"test.tsv:1: "):
+        DATASETS["dummy"].read_split(data, "test")
+    with pytest.raises(ValueError, match="dummy"):
+        register_dataset(DATASETS["dummy"])
+    with pytest.raises(UserError, match="did you mean dummy"):
+        find_dataset("dumy")
+
+
+@pytest.mark.usefixtures("datasets")
+def test_dataset_of_questions(tmp_path: Path) -> None:
+    def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> Iterator[SpanQuestion]:
+        for number, line in read_lines(path):
+            with bad.record(f"{path}:{number}"):
+                question, context, answer = line.rstrip("\n").split("|")
+                span = Span(context.index(answer), context.index(answer) + len(answer))
+                yield SpanQuestion(
+                    str(number), question, context, (span,), (answer,), False, f"{path}:{number}"
+                )
+
+    files: dict[str, tuple[str, ...]] = {"train": ("questions.txt",), "dev": ("questions.txt",), "test": ()}
+    register_dataset(
+        DataSet(name="dummy", task="span", style="mrqa", read=read, files=files, dev_as_test=True)
+    )
+    (tmp_path / "questions.txt").write_text("who ?|the king of france|king\nwhere ?|in paris|paris\n")
+    config = tiny_runs.write_config(tmp_path, data={"name": "dummy", "path": str(tmp_path)})
+    assert load_config(config).data.name == "dummy"
+    dummy = Published("dummy", tmp_path, max_length=16)
+    assert dummy.rows("test")[0] == "[CLS] who ? [SEP] the king of france [SEP]"
+    metrics, predictions = dummy.score("test", dummy.sure_of([(5, 5), (5, 5)]))
+    assert predictions["predictions.json"] == {"1": "king", "2": "paris"}
+    assert metrics["exact_match"] == 100
+    with (tmp_path / "questions.txt").open("a") as stream:
+        stream.write("who ?|the king|queen\n")
+    bad = BadRecords(skip=True)
+    assert len(DATASETS["dummy"].read_split(tmp_path, "test", bad)) == 2
+    assert "questions.txt:3" in str(bad.skipped[0])
