@@ -73,7 +73,7 @@ class Case:
     start: str = "fresh"
     made_by: str | None = None
     code: int = 2
-    leaves: str = r"work/config\.json|work/cache/features-\w+\.npz"
+    leaves: str = r"work/\.lock|work/config\.json|work/cache/features-\w+\.npz"
     denied: str | None = None
 
 

@@ -39,7 +39,7 @@ def test_help_explains_itself(command: tuple[str, ...], capsys: pytest.CaptureFi
     assert main([*command, "--help"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "example" in out
+    assert "xample" in out
     assert f"  trbert {' '.join(command)}" in out
     if not command:
         assert all(name in out for name in COMMANDS)
@@ -50,52 +50,55 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"trbert {__version__}\n"
 
 
-JOIN = ["train", "--config", "c", "--coordinator", "a:1", "--num-processes", "2", "--process-id", "1"]
+TRAIN, EVALUATE = "train --config c", "evaluate --model m --data d"
+JOIN = f"{TRAIN} --coordinator a:1 --num-processes 2 --process-id"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "named"),
     [
-        ([], "COMMAND"),
-        (["fly"], "invalid choice: 'fly'"),
-        (["train"], "--config"),
-        (["train", "--config", "c.yaml", "--fast"], "unrecognized arguments: --fast"),
-        (["train", "--conf", "c.yaml"], "--config"),
-        (["train", "--config", "c.yaml", "--stages", "a,,b"], "argument --stages"),
-        (["evaluate"], "--model and --data"),
-        (["evaluate", "--model", "m"], "--model and --data"),
-        (["evaluate", "--model", "m", "--data", "d", "seed=1"], "key=value go with --all-checkpoints"),
-        (["evaluate", "--all-checkpoints"], "needs --config"),
-        (["evaluate", "--all-checkpoints", "--config", "c", "--data", "d"], "from --config alone"),
-        (["evaluate", "--model", "m", "--data", "d", "--batch-size", "0"], "argument --batch-size"),
-        (["evaluate", "--model", "m", "--data", "d", "--rule", "warp"], "'warp'"),
-        (["evaluate", "--model", "m", "--data", "d", "--threshold", "1"], "above 0 and below 1"),
-        (["predict", "--model", "m", "--threshold", "half", "a"], "above 0 and below 1"),
-        (["evaluate", "--all-checkpoints", "--config", "c", "--threshold", "0.4"], "from --config alone"),
-        (["evaluate", "--model", "m", "--data", "d", "--rule", "dense", "--baselines"], "drops none"),
-        (["train", "--config", "c", "--coordinator", "a:1"], "go together"),
-        (["train", "--config", "c", "--process-id", "0", "--num-processes", "2"], "go together"),
-        ([*JOIN, "--distributed"], "without --distributed"),
-        ([*JOIN, "--process-id", "2"], "--process-id 2 is not below --num-processes 2"),
-        (["train", "--config", "c", "--profile-steps", "5:3"], "FIRST:END was expected"),
-        (["predict", "text"], "--model"),
-        (["predict", "--model", "m", "--batch-size", "many"], "argument --batch-size"),
-        (["benchmark", "--data", "d"], "one of --model and --random"),
-        (["benchmark", "--data", "d", "--model", "m", "--random", "minilm"], "one of --model and --random"),
-        (["benchmark", "--data", "d", "--model", "m", "--batch-sizes", "1,0"], "argument --batch-sizes"),
-        (["benchmark", "--data", "d", "--model", "m", "--dtype", "float16"], "'float16'"),
-        (["convert", "--input", "a", "--output", "b", "--keep-layers", "0,x"], "argument --keep-layers"),
-        (["convert", "--input", "a", "--output", "b", "stray"], "unrecognized arguments: stray"),
-        (["split-hyperpartisan", "--input", "a"], "--output"),
+        ("", "COMMAND"),
+        ("fly", "'fly'"),
+        ("train", "--config"),
+        (f"{TRAIN} --fast", "--fast"),
+        ("train --conf c.yaml", "--config"),
+        (f"{TRAIN} --stages a,,b", "--stages"),
+        (f"{TRAIN} --coordinator a:1", "--num-processes"),
+        (f"{TRAIN} --process-id 0 --num-processes 2", "--coordinator"),
+        (f"{JOIN} 1 --distributed", "--distributed"),
+        (f"{JOIN} 2", "--process-id 2"),
+        (f"{TRAIN} --profile-steps 5:3", "FIRST:END"),
+        (f"{TRAIN} --devices 2", "--dry-run"),
+        ("evaluate", "--model and --data"),
+        ("evaluate --model m", "--model and --data"),
+        (f"{EVALUATE} seed=1", "--all-checkpoints"),
+        ("evaluate --all-checkpoints", "--config"),
+        ("evaluate --all-checkpoints --config c --data d", "--config"),
+        ("evaluate --all-checkpoints --config c --threshold 0.4", "--config"),
+        (f"{EVALUATE} --batch-size 0", "--batch-size"),
+        (f"{EVALUATE} --rule warp", "'warp'"),
+        (f"{EVALUATE} --execution masked", "--rule and --backend"),
+        (f"{EVALUATE} --threshold 1", "--threshold"),
+        (f"{EVALUATE} --rule dense --baselines", "--rule dense"),
+        ("predict --model m --threshold half a", "--threshold"),
+        ("predict text", "--model"),
+        ("predict --model m --batch-size many", "--batch-size"),
+        ("benchmark --data d", "--random"),
+        ("benchmark --data d --model m --random minilm", "--random"),
+        ("benchmark --data d --model m --batch-sizes 1,0", "--batch-sizes"),
+        ("benchmark --data d --model m --executions packed", "--variants"),
+        ("benchmark --data d --model m --dtype float16", "'float16'"),
+        ("convert --input a --output b --keep-layers 0,x", "--keep-layers"),
+        ("convert --input a --output b stray", "stray"),
+        ("split-hyperpartisan --input a", "--output"),
     ],
 )
-def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
+def test_wrong_arguments(command: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("trbert: error: ")
-    assert message in err
-    assert "--help`" in err
+    assert named in err
     assert err.count("\n") == 1
 
 
@@ -131,35 +134,31 @@ def end_training(fake: Callable[..., None], error: BaseException) -> int:
     return main(["train", "--config", "c.yaml"])
 
 
-def test_a_users_mistake_is_one_line(fake: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    assert end_training(fake, UserError("c.yaml: seed: a number was expected")) == 2
-    assert capsys.readouterr().err == "trbert: error: c.yaml: seed: a number was expected\n"
-
-
-def test_interrupted_training_says_how_to_go_on(
-    fake: Callable[..., None], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("c.yaml: seed: expected a number"), 2, "error: c.yaml: seed: expected a number"),
+        (KeyboardInterrupt(), 130, "run the same command again"),
+        (PreemptedError("policy: told to stop; saved at step 3 of 9"), 143, "step 3 of 9; run the same"),
+    ],
+)
+def test_training_ends_with_one_line(
+    error: BaseException,
+    code: int,
+    words: str,
+    fake: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert end_training(fake, KeyboardInterrupt()) == 130
+    assert end_training(fake, error) == code
     err = capsys.readouterr().err
-    assert "run the same command again to go on from the last checkpoint" in err
-
-
-def test_training_that_was_told_to_stop_says_how_to_go_on(
-    fake: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert end_training(fake, PreemptedError("policy: told to stop; saved at step 3 of 9")) == 143
-    err = capsys.readouterr().err
-    assert "saved at step 3 of 9; run the same command again to go on from the last checkpoint" in err
+    assert err.startswith("trbert: ")
+    assert words in err
+    assert err.count("\n") == 1
 
 
 def test_a_mistake_of_ours_is_not_hidden(fake: Callable[..., None]) -> None:
     with pytest.raises(ZeroDivisionError):
         end_training(fake, ZeroDivisionError())
-
-
-def test_missing_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--config", str(tmp_path / "none.yaml")]) == 2
-    assert "none.yaml: no such file" in capsys.readouterr().err
 
 
 def test_reader_of_the_output_goes_away(tmp_path: Path) -> None:
@@ -210,20 +209,9 @@ def test_evaluate_prints_a_table_and_writes_json(
 
     fake("inference.evaluate", evaluate_file=evaluate_file)
     target = tmp_path / "new" / "result.json"
-    arguments = [
-        "--model",
-        "m",
-        "--data",
-        "d.jsonl",
-        "--batch-size",
-        "4",
-        "--json",
-        str(target),
-        "--baselines",
-        "--threshold",
-        "0.4",
-    ]
-    assert main(["evaluate", *arguments, "--predictions", "p.jsonl", "--rule", "batch_max"]) == 0
+    arguments = "--model m --data d.jsonl --batch-size 4 --baselines --threshold 0.4 --rule batch_max"
+    outputs = ["--json", str(target), "--predictions", "p.jsonl"]
+    assert main(["evaluate", *arguments.split(), *outputs]) == 0
     options = {
         "batch_size": 4,
         "rule": "batch_max",
@@ -271,7 +259,7 @@ def test_compile_needs_a_folder(
 ) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     assert main(["compile", "--model", "m"]) == 2
-    assert "name one that can be written to in JAX_COMPILATION_CACHE_DIR" in capsys.readouterr().err
+    assert "JAX_COMPILATION_CACHE_DIR" in capsys.readouterr().err
 
 
 # convert, split-hyperpartisan ---------------------------------------------------------------------

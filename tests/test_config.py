@@ -111,7 +111,7 @@ def test_old_names_of_keys_are_refused_and_stored_ones_upgraded(tmp_path: Path) 
 
 
 def test_a_new_stage_has_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "STAGES", list(config.STAGES))
+    monkeypatch.setattr(config, "STAGES", dict(config.STAGES))
     monkeypatch.setattr(config, "_run_class", RunConfig)
     config.add_section("polish", ScoreConfig)
     new = load_text(tmp_path, MINIMAL, "stages=[joint, polish, evaluate]", "polish.batch_size=3")

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from trbert_jax.arguments import parse_arguments
+from trbert_jax.cli import parse_arguments
 from trbert_jax.config import STAGES, BackboneConfig, DataConfig, RunConfig
 from trbert_jax.datasets import DATASETS, dataset_names
 from trbert_jax.model.backbones import BACKBONES

@@ -26,26 +26,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "io": {"errors"},
     "parallel": BASE,
-    "compilation_cache": set(),
-    "config": BASE | {"datasets", "model", "reduction"},  # tables free of JAX
-    "reduction": BASE,
+    "config": BASE | {"datasets", "reduction"},
+    "reduction": BASE | {"model", "tasks"},
     "datasets": BASE,
-    "model": BASE | {"reduction", "parallel"},
+    "model": LEAVES,
     "tasks": LEAVES | {"model", "datasets"},
-    "inference": LEAVES | {"model", "datasets", "tasks", "compilation_cache"},
+    "inference": LEAVES | {"model", "datasets", "tasks"},
     "training": LEAVES | {"model", "datasets", "tasks", "inference"},
-    "help_texts": set(),
-    "arguments": BASE | {"help_texts", "reduction"},
-    "cli": LEAVES
-    | {"model", "datasets", "arguments", "inference", "training", "compilation_cache", "parallel"},
+    "cli": LEAVES | {"model", "datasets", "inference", "training"},
     "__main__": {"cli"},
 }
 WITHOUT_JAX = {
     "errors",
     "io",
     "datasets",
-    "compilation_cache",
-    "arguments",
     "cli",
     "config",
 }

@@ -1,13 +1,16 @@
 """The command line: `trbert train`, `evaluate`, `predict`, `compile`, `benchmark`, `convert`, ...
 
-Reads arguments, calls the library, prints. Whatever is slow to import is imported by the command
-that needs it, so that help and a mistyped argument answer at once.
+A command parses arguments, calls the library and prints the result. It imports slow modules itself, so that
+help and wrong arguments are answered at once. The docstring of a command is its help.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import inspect
+import math
 import os
 import shlex
 import signal
@@ -16,22 +19,43 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from trbert_jax import compilation_cache
-from trbert_jax.arguments import parse_arguments
+from trbert_jax import __version__
 from trbert_jax.errors import PreemptedError, UserError
-from trbert_jax.io import atomic_file, check_writable, setup_logging, write_json
+from trbert_jax.io import (
+    CACHE_VARIABLE,
+    atomic_file,
+    check_writable,
+    compilation_cache,
+    enable_compilation_cache,
+    setup_logging,
+    write_json,
+)
+from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES, rule_names
 
 if TYPE_CHECKING:
     from trbert_jax.config import RunConfig
 
+PROGRAM = "trbert"
+DESCRIPTION = """\
+Trains and runs BERT and DistilBERT models that read every word once and then drop the words they no
+longer need (TR-BERT), so that long texts cost less: for text classification, question answering and
+multiple choice. All settings of a training run are in one YAML file.
+"""
+EXAMPLES = """\
+examples:
+  trbert train --config configs/quickstart.yaml
+  trbert predict --model runs/quickstart/model "some text"
+  trbert COMMAND --help
+"""
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-EXIT_TERMINATED = 143  # 128 + SIGTERM: launchers take it for a job to start again
-USES_MODEL = ("train", "evaluate", "predict", "compile")
+EXIT_TERMINATED = 143  # 128 + SIGTERM; launchers restart a job that ends so
 RESUME = "run the same command again to go on from the last checkpoint"
+
+Arguments = argparse.Namespace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,21 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; those of the process by default.
 
     Returns:
-      The exit code: 0, or 2 where the user has to mend something, 130 after Ctrl-C, 141 where the
-      reader of the output has gone, 143 after SIGTERM.
+      The exit code: 0; 2 after a mistake of the user; 130 after Ctrl-C; 141 if the reader of the output has
+      closed it; 143 after SIGTERM.
     """
     try:
-        args = parse_arguments(argv)
-    except SystemExit as stop:  # argparse has printed help, the version or what is wrong
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    except SystemExit as stop:  # argparse has printed help, the version or an error
         return stop.code if isinstance(stop.code, int) else EXIT_USER_ERROR
-    args.command_line = shlex.join(["trbert", *(sys.argv[1:] if argv is None else argv)])
-    if args.command in USES_MODEL:
-        compilation_cache.enable()
-    # Importing transformers without PyTorch is what we mean to do; its advice is no news.
+    # transformers without PyTorch is intended; its advice to install it is no help.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     setup_logging()
     try:
-        COMMANDS[args.command](args)
+        COMMANDS[args.command].run(args)
         sys.stdout.flush()
     except UserError as error:
         _say(f"error: {error}")
@@ -67,51 +88,249 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"{stop}; {RESUME}")
         return EXIT_TERMINATED
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit; let that go nowhere.
+        # The interpreter flushes stdout again at exit; send that nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     return 0
 
 
-# Commands -----------------------------------------------------------------------------------------
+# Parsing ------------------------------------------------------------------------------------------
 
 
-def _config(args: argparse.Namespace) -> RunConfig:
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"{PROGRAM}: error: {message} (see `{self.prog} --help`)\n")
+
+
+Option = tuple[str, dict[str, Any]]
+
+
+def _option(name: str, metavar: str | None, convert: Callable[[str], Any], help: str, **rest: Any) -> Option:
+    return name, {"metavar": metavar, "type": convert, "help": help, **rest}
+
+
+def _switch(name: str, help: str) -> Option:
+    return name, {"action": "store_true", "help": help}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command: `run` executes it, its docstring is the help; `options` are added to its parser."""
+
+    run: Callable[[Arguments], None]
+    options: tuple[Option, ...]
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def _command(name: str, *options: Option) -> Callable[[Callable[[Arguments], None]], Callable[..., None]]:
+    def register(run: Callable[[Arguments], None]) -> Callable[[Arguments], None]:
+        COMMANDS[name] = Command(run, options)
+        return run
+
+    return register
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Parses a command line.
+
+    Returns:
+      `command`, `command_line`, and the options of that command under their own names.
+
+    Raises:
+      SystemExit: after help or the version (code 0), or an error message about an argument (code 2).
+    """
+    parser = _Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for name, command in COMMANDS.items():
+        summary, _, details = inspect.cleandoc(command.run.__doc__ or "").partition("\n\n")
+        subparser = subparsers.add_parser(name, help=summary, description=summary, epilog=details)
+        if name in argv:
+            if "{stages}" in details and {"-h", "--help"} & set(argv):
+                subparser.epilog = details.format(stages=_describe_stages())
+            for option, settings in command.options:
+                subparser.add_argument(option, **settings)
+    args, rest = parser.parse_known_args(argv)
+    chosen = subparsers.choices[args.command]
+    # argparse does not accept positional arguments after options; they belong to the same list.
+    positional = next((action.dest for action in chosen._actions if not action.option_strings), None)
+    end_of_options = rest.index("--") if "--" in rest else len(rest)
+    late, literal = rest[:end_of_options], rest[end_of_options + 1 :]
+    unknown = [word for word in late if positional is None or word.startswith("-")]
+    if unknown:
+        chosen.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if positional:
+        getattr(args, positional).extend(late + literal)
+    args.command_line = shlex.join([PROGRAM, *argv])
+    return args
+
+
+def _describe_stages() -> str:
+    from trbert_jax.config import STAGES  # takes time to load
+
+    return "\n".join((settings.__doc__ or "").replace("Stage", " ", 1) for settings in STAGES.values())
+
+
+def _list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [convert(item.strip()) for item in text.split(",")]
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected names with commas between them")
+    return text
+
+
+def _integer(minimum: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a number of at least {minimum}, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+_count = _integer(1)
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and below 1, got {text!r}")
+    return value
+
+
+def _step_range(text: str) -> tuple[int, int]:
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"expected FIRST:END, such as 10:15, got {text!r}")
+    return int(first), int(end)
+
+
+def _renamed(new: str) -> Callable[[str], NoReturn]:
+    def convert(text: str) -> NoReturn:
+        raise argparse.ArgumentTypeError(f"use {new} instead")
+
+    return convert
+
+
+# Options of several commands ----------------------------------------------------------------------
+
+
+CONFIG = _option("--config", "FILE", Path, "YAML file with the settings of the run", required=True)
+OVERRIDES = _option("overrides", "key=value", str, "settings that replace those of the file", nargs="*")
+SKIP = _switch("--skip-bad-records", "skip, count and list invalid records of questions, rather than stop")
+MODEL = _option("--model", "DIR", str, "folder of a trained model", required=True)
+BATCH_SIZE = _option("--batch-size", "N", _count, "texts per batch (default 32)", default=32)
+_RULES = "; ".join(f"{name}: {RULES[name].description}" for name in rule_names())
+_RULE_HELP = f"how tokens are selected. {_RULES}. Default threshold, or dense if the selectors are untrained"
+_BACKEND_HELP = "packed: compute only the kept tokens (default); masked: compute all, with the same results"
+RULE = (
+    _option("--rule", None, str, _RULE_HELP, choices=rule_names()),
+    _option("--backend", None, str, _BACKEND_HELP, choices=("packed", "masked"), default="packed"),
+    _option("--execution", None, _renamed("--rule and --backend"), argparse.SUPPRESS),
+)
+_THRESHOLD_HELP = "keep tokens whose keep probability is at least P (default 0.5, as published)"
+THRESHOLD = _option("--threshold", "P", _probability, _THRESHOLD_HELP, default=DEFAULT_THRESHOLD)
+TEXT_FILE = 'one text per line; .jsonl: objects with "text"'
+
+
+def _config(args: Arguments) -> RunConfig:
     from trbert_jax.config import load_config
 
     skip = ["data.skip_bad_records=true"] if args.skip_bad_records else []
     return load_config(args.config, [*args.overrides, *skip])
 
 
-def _train(args: argparse.Namespace) -> None:
-    config = _config(args)  # mistakes in it show before the slow import
+def _check_outputs(*paths: Path | None) -> None:
+    """Raises a UserError if a file cannot be written, or if two outputs are the same file."""
+    seen = set[Path]()
+    for path in filter(None, paths):
+        check_writable(path)
+        if path.resolve() in seen:
+            raise UserError(f"{path}: is named for two outputs; give each a file of its own")
+        seen.add(path.resolve())
+
+
+# Commands -----------------------------------------------------------------------------------------
+
+
+@_command(
+    "train",
+    CONFIG,
+    _option("--stages", "A,B", _list_of(_name), "run only these stages"),
+    _switch("--dry-run", "print the plan for --devices of --processes, and do nothing"),
+    _option("--devices", "N", _count, "devices, for --dry-run (default 1)"),
+    _option("--processes", "P", _count, "processes, for --dry-run (default 1)"),
+    _option("--profile-steps", "A:B", _step_range, "record a profile of updates A to B of each stage"),
+    _switch("--distributed", "join the processes that SLURM, Open MPI, Kubernetes or Cloud TPU has started"),
+    _option("--coordinator", "HOST:PORT", str, "join several processes: address of process 0"),
+    _option("--num-processes", "N", _count, "number of processes, for --coordinator"),
+    _option("--process-id", "I", _integer(0), "number of this process, for --coordinator"),
+    _option("--join-timeout", "S", _count, "seconds to wait for the others (default 300)", default=300),
+    SKIP,
+    OVERRIDES,
+)
+def _train(args: Arguments) -> None:
+    """Train a model through all stages, or continue an interrupted run.
+
+    The stages run in order:
+    {stages}
+    Each has a folder in the work directory. The same command run again
+    skips finished stages and continues the one that was interrupted.
+
+    Examples:
+      trbert train --config configs/quickstart.yaml
+      trbert train --config configs/imdb_bert.yaml data.path=~/imdb workdir=/tmp/imdb policy.alpha=2
+      trbert train --config configs/imdb_bert.yaml --stages finetune,score
+    """
+    if not args.dry_run and (args.devices or args.processes):
+        raise UserError("--devices and --processes need --dry-run; a run uses all devices")
+    given = [x is not None for x in (args.coordinator, args.num_processes, args.process_id)]
+    if any(given) and (args.distributed or not all(given)):
+        raise UserError(
+            "--coordinator, --num-processes and --process-id need each other, and no --distributed"
+        )
+    if all(given) and args.process_id >= args.num_processes:
+        raise UserError(f"--process-id {args.process_id} is not below --num-processes {args.num_processes}")
+    config = _config(args)  # before the slow import
     if args.dry_run:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # a plan needs no accelerator, and takes none from others
-        from trbert_jax.training import dry_run as plan
+        os.environ["JAX_PLATFORMS"] = "cpu"  # leave accelerators to others
+        from trbert_jax.training import dry_run
         from trbert_jax.training.experiment import Experiment
 
-        print("\n".join(plan.lines(Experiment(config), args.devices or 1, args.processes or 1)))
+        print("\n".join(dry_run.lines(Experiment(config), args.devices or 1, args.processes or 1)))
         return
-    if args.distributed or args.coordinator:
+    enable_compilation_cache()
+    several = args.distributed or args.coordinator is not None
+    if several:
         from trbert_jax.parallel import join
 
         join(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
     from trbert_jax.training.run import results_table, train
 
-    # Several processes agree on when to stop, which JAX listens for.
-    with contextlib.nullcontext() if args.distributed or args.coordinator else _stopped_by_sigterm():
+    # JAX handles SIGTERM if several processes have to agree on when to stop.
+    with contextlib.nullcontext() if several else _stopped_by_sigterm():
         results = train(config, args.stages, profile_steps=args.profile_steps)
         print("\n".join(results_table(config, results)))
 
 
 @contextlib.contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """Ends what needs no saving; in updates `training.preemption.StopRequest` takes over."""
+    """Ends the command on SIGTERM, except during updates, which `training.preemption` saves first."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise PreemptedError("told to stop")
 
-    if threading.current_thread() is not threading.main_thread():  # may not say what signals do
+    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)
@@ -121,18 +340,48 @@ def _stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_outputs(*paths: Path | None) -> None:
-    """Raises a UserError where a file cannot be written, or two outputs would be the same."""
-    seen = set[Path]()
-    for path in filter(None, paths):
-        check_writable(path)
-        if path.resolve() in seen:
-            raise UserError(f"{path}: is named for two outputs; give each a file of its own")
-        seen.add(path.resolve())
+@_command(
+    "evaluate",
+    _option("--model", "DIR", str, "folder of a trained model"),
+    _option("--data", "FILE", Path, ".jsonl (text, label), .csv (label, text), or questions as published"),
+    BATCH_SIZE,
+    *RULE,
+    THRESHOLD,
+    _option("--json", "FILE", Path, "write the numbers to this file"),
+    _option("--predictions", "FILE", Path, "write a JSON line per text, or the official scorer's input"),
+    _switch("--baselines", f"also evaluate {' and '.join(rule_names('baseline'))} at the same kept counts"),
+    SKIP,
+    _option("--config", "FILE", Path, "settings, for --all-checkpoints"),
+    _switch("--all-checkpoints", "evaluate all checkpoints of a run"),
+    OVERRIDES,
+)
+def _evaluate(args: Arguments) -> None:
+    """Evaluate a model on labeled texts or questions.
 
+    Prints accuracy, tokens kept at each reduction, FLOPs and speed.
 
-def _evaluate(args: argparse.Namespace) -> None:
+    Examples:
+      trbert evaluate --model work/imdb/model --data test.jsonl --json result.json
+      trbert evaluate --model work/imdb/model --data test.jsonl --rule dense
+      trbert evaluate --model work/imdb/model --data test.jsonl --threshold 0.4
+      trbert evaluate --config configs/imdb_bert.yaml --all-checkpoints --json checkpoints.json
+    """
+    if args.all_checkpoints:
+        if not args.config:
+            raise UserError("--all-checkpoints needs --config, the settings the model was trained with")
+        others = args.model or args.data or args.predictions or args.baselines
+        if others or args.threshold != DEFAULT_THRESHOLD:
+            raise UserError("--all-checkpoints takes model, data and settings from --config alone")
+    elif args.config or args.overrides:
+        raise UserError(
+            "--config and key=value need --all-checkpoints; for one model give --model and --data"
+        )
+    elif not (args.model and args.data):
+        raise UserError("--model and --data are needed, or --config with --all-checkpoints")
+    elif args.baselines and args.rule is not None and not RULES[args.rule].drops:
+        raise UserError(f"--baselines keep as many tokens as the model; --rule {args.rule} drops none")
     _check_outputs(args.json, args.predictions)
+    enable_compilation_cache()
     if args.all_checkpoints:
         from trbert_jax.training.evaluation import evaluate_all_checkpoints
 
@@ -148,24 +397,53 @@ def _evaluate(args: argparse.Namespace) -> None:
             backend=args.backend,
             threshold=args.threshold,
             predictions=args.predictions,
-            baselines=args.baselines,
+            baselines=rule_names("baseline") if args.baselines else (),
             skip_bad_records=args.skip_bad_records,
         )
     if args.json:
         write_json(args.json, result)
-    shown = {name: value for name, value in result.items() if name != "data"}  # said while it was read
+    shown = {name: value for name, value in result.items() if name != "data"}  # logged while it was read
     print("\n".join(_table(shown)))
 
 
-def _predict(args: argparse.Namespace) -> None:
+@_command(
+    "predict",
+    MODEL,
+    _option("texts", "TEXT", str, "texts (after `--` if one begins with a dash)", nargs="*"),
+    _option("--file", "FILE", Path, TEXT_FILE),
+    _option("--output", "FILE", Path, "write to this file instead of printing"),
+    BATCH_SIZE,
+    *RULE,
+    THRESHOLD,
+    _switch("--with-text", "repeat the text, or the question, in each line"),
+)
+def _predict(args: Arguments) -> None:
+    """Label texts or answer questions.
+
+    Texts are arguments, lines of --file, or lines of standard input. Prints one JSON object per text, in
+    order: "label", "label_id", "scores" (a probability per label), "kept" (for each reduction the positions
+    of the tokens that remained; 0 is the first token, [CLS]), "num_tokens" (special tokens included),
+    "truncated" (the text was longer than the model reads). A .jsonl file holds an object with "text" in each
+    line; blank lines are skipped.
+
+    A model that answers questions takes a JSON object per line ("question" and "context", say; see
+    docs/question_answering.md) and prints "id", "answer", "num_tokens" and "num_kept".
+
+    Examples:
+      trbert predict --model work/imdb/model "A fine film." "A waste of time."
+      trbert predict --model work/imdb/model --file reviews.jsonl --output predictions.jsonl
+      cat reviews.txt | trbert predict --model work/imdb/model
+      trbert predict --model work/squad/model '{"question": "Who wrote it?", "context": "Ada wrote it."}'
+    """
     from trbert_jax.inference.predict_lines import answer_lines, input_lines, prediction_lines
 
     if args.texts and args.file:
         raise UserError("texts are given both as arguments and by --file; give one of the two")
     if not args.texts and not args.file and sys.stdin.isatty():
-        _say("reading texts from the keyboard, one a line; Ctrl-D ends")
+        _say("reading texts from the keyboard, one per line; Ctrl-D ends")
     lines_in = input_lines(args.texts, args.file)
     _check_outputs(args.output)
+    enable_compilation_cache()
     from trbert_jax.inference.predictor import TRBert
 
     model = TRBert.from_pretrained(args.model)
@@ -173,21 +451,26 @@ def _predict(args: argparse.Namespace) -> None:
     options["threshold"] = args.threshold
     lines_out = answer_lines if model.config.inputs.data else prediction_lines
     lines = lines_out(model, lines_in, args.file, args.with_text, _say, **options)
-    if args.output:
-        with atomic_file(args.output) as stream:
-            _write_lines(stream, lines)
-    else:
-        _write_lines(sys.stdout, lines)
+    with atomic_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as stream:
+        _write_lines(stream, lines)
 
 
-def _compile(args: argparse.Namespace) -> None:
+@_command("compile", MODEL, BATCH_SIZE, *RULE)
+def _compile(args: Arguments) -> None:
+    """Compile a model ahead of its use.
+
+    Compiles what predict and evaluate need with this batch size: one text, a few texts and full batches,
+    short and long ones; for questions full batches. The programs are kept in ~/.cache/trbert_jax (or
+    $JAX_COMPILATION_CACHE_DIR), so that the next process starts at once.
+
+    Example:
+      trbert compile --model work/imdb/model --batch-size 32
+    """
+    enable_compilation_cache()
     from trbert_jax.inference.predictor import TRBert
 
-    if not (directory := compilation_cache.directory()):
-        raise UserError(
-            "nothing would be kept: no folder for compiled programs; name one that can be written to in"
-            f" {compilation_cache.VARIABLE}"
-        )
+    if not (folder := compilation_cache()):
+        raise UserError(f"no folder for compiled programs; name a writable one in {CACHE_VARIABLE}")
     model = TRBert.from_pretrained(args.model)
     if model.config.inputs.data:
         from trbert_jax.inference.answering import compile_questions
@@ -199,10 +482,42 @@ def _compile(args: argparse.Namespace) -> None:
     for program, seconds in programs:
         total += seconds
         print(f"{program}  {seconds:.1f} s", flush=True)
-    print(f"{directory}: programs ready, {total:.1f} s")
+    print(f"{folder}: programs ready, {total:.1f} s")
 
 
-def _benchmark(args: argparse.Namespace) -> None:
+@_command(
+    "benchmark",
+    _option("--model", "DIR", str, "folder of a trained model"),
+    _option("--random", "SIZE", str, "bert-base, minilm or tiny: random weights, the tokenizer of --replay"),
+    _option("--data", "FILE", Path, f"{TEXT_FILE}; or questions as published", required=True),
+    _option("--replay", "DIR", str, "keep the tokens that this model keeps, instead of the model's own"),
+    _option("--batch-sizes", "N,N", _list_of(_count), "default 1,8,32,128, up to the number of texts"),
+    _option("--variants", "A,B", _list_of(_name), "variants to time (default all)"),
+    _option("--executions", None, _renamed("--variants"), argparse.SUPPRESS),
+    _option("--max-texts", "N", _count, "use only the first N texts of the file"),
+    SKIP,
+    _option("--max-length", "N", _count, "tokens after which texts are cut (default the model's)"),
+    _option("--repeats", "N", _count, "time everything N times (default 5)", default=5),
+    _option("--dtype", None, str, "of activations", choices=("float32", "bfloat16"), default="float32"),
+    _option("--json", "FILE", Path, "write a list of records to this file"),
+    _option("--plot", "FILE", Path, "plot the records to this PNG file"),
+)
+def _benchmark(args: Arguments) -> None:
+    """Time the variants of running a model side by side.
+
+    All variants take the same texts in the same batches: packed (computes the kept tokens only), masked
+    (computes all), masked_full (pads all texts to the model's longest), batch_max (the published
+    evaluation), dense and dense_full (drop nothing) and, if PyTorch is installed, huggingface. "realized" in
+    the table is the speed-up over masked_full divided by the ratio of FLOPs: 1 if each FLOP saved saves its
+    time.
+
+    Examples:
+      trbert benchmark --model work/imdb/model --data test.jsonl --max-texts 256 --json speed.json
+      trbert benchmark --model work/imdb/model --data test.jsonl --batch-sizes 32 --plot speed.png
+      trbert benchmark --random bert-base --replay work/imdb/model --data test.jsonl --max-length 256
+    """
+    if bool(args.model) == bool(args.random):
+        raise UserError("one of --model and --random is needed")
     _check_outputs(args.json, args.plot)
     from trbert_jax.inference.benchmark import benchmark_file
     from trbert_jax.inference.benchmark_report import plot_benchmark, table
@@ -228,14 +543,32 @@ def _benchmark(args: argparse.Namespace) -> None:
         plot_benchmark(records, args.plot)
 
 
-def _convert(args: argparse.Namespace) -> None:
+@_command(
+    "convert",
+    _option("--input", "DIR", str, "folder of a checkpoint, or a hub id", required=True),
+    _option("--output", "DIR", Path, "folder to write", required=True),
+    _switch("--overwrite", "replace --output if it exists"),
+    _option("--max-positions", "N", _count, "longest input in tokens; a longer one repeats positions"),
+    _option("--max-length", "N", _count, "tokens after which texts are cut (not stored as published)"),
+    _option("--keep-layers", "0,2,4", _list_of(_integer(0)), "drop all other layers"),
+    _option("--labels", "A,B", _list_of(_name), "names of the labels, in order of their ids"),
+)
+def _convert(args: Arguments) -> None:
+    """Convert a checkpoint to this project's form.
+
+    Reads a Hugging Face BERT or DistilBERT, or a checkpoint of the published TR-BERT code, and writes
+    config.json, model.safetensors and tokenizer files.
+
+    Examples:
+      trbert convert --input downloads/trbert-imdb --output models/imdb
+      trbert convert --input bert-base-uncased --output models/bert-1024 --max-positions 1024
+      trbert convert --input distilbert-base-uncased --output models/distil3 --keep-layers 0,2,4
+    """
     from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 
-    output = Path(args.output)
+    output: Path = args.output
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
-        raise UserError(
-            f"{output}: exists and is not empty; choose another --output or replace it with --overwrite"
-        )
+        raise UserError(f"{output}: exists and is not empty; choose another --output or give --overwrite")
     model = load_pretrained(
         args.input,
         labels=args.labels,
@@ -251,33 +584,50 @@ def _convert(args: argparse.Namespace) -> None:
     )
 
 
-def _prepare_data(args: argparse.Namespace) -> None:
+@_command(
+    "prepare-data",
+    CONFIG,
+    _option("--output", "DIR", Path, "folder of the shards", required=True),
+    _option("--shard-size", "N", _count, "examples per shard (default 4096)", default=4096),
+    _option("--workers", "N", _count, "shards written at a time (default 2)", default=2),
+    SKIP,
+    OVERRIDES,
+)
+def _prepare_data(args: Arguments) -> None:
+    """Tokenize a data set once, into shards.
+
+    The shards are a data set that TensorFlow Datasets reads too. Training reads them with data.prepared=DIR,
+    in the background, each process its own rows. Stopped and started again, the command continues.
+
+    Example:
+      trbert prepare-data --config configs/yelp_f_bert.yaml --output prepared/yelp_f data.path=data/yelp_f
+    """
     config = _config(args)
     from trbert_jax.training.experiment import Experiment
 
     Experiment(config).prepare_data(args.output, args.shard_size, args.workers)
 
 
-def _split_hyperpartisan(args: argparse.Namespace) -> None:
+@_command(
+    "split-hyperpartisan",
+    _option("--input", "PATH", Path, "original_data.txt, articles-*.xml, or a folder", required=True),
+    _option("--output", "DIR", Path, "folder for the three files", required=True),
+)
+def _split_hyperpartisan(args: Arguments) -> None:
+    """Split the Hyperpartisan articles.
+
+    Shuffles with a fixed seed and writes train.jsonl, dev.jsonl and test.jsonl, the published split.
+
+    Example:
+      trbert split-hyperpartisan --input original_data.txt --output data/hyperpartisan
+    """
     from trbert_jax.datasets.hyperpartisan import split_hyperpartisan
 
     for name, count in split_hyperpartisan(args.input, args.output).items():
         print(f"{args.output}/{name}.jsonl: {count} articles")
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "predict": _predict,
-    "compile": _compile,
-    "benchmark": _benchmark,
-    "convert": _convert,
-    "prepare-data": _prepare_data,
-    "split-hyperpartisan": _split_hyperpartisan,
-}
-
-
-# Output of predict and evaluate ---------------------------------------------------------------------
+# Output -------------------------------------------------------------------------------------------
 
 
 def _write_lines(stream: IO[str], lines: Iterable[str]) -> None:
@@ -287,7 +637,7 @@ def _write_lines(stream: IO[str], lines: Iterable[str]) -> None:
 
 
 def _table(result: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Lines `name  value`, nested names joined by dots."""
+    """Yields lines `name  value`; dots join nested names."""
     for name, value in result.items():
         if isinstance(value, dict):
             yield from _table(value, f"{prefix}{name}.")
@@ -303,4 +653,4 @@ def _number(value: Any) -> str:
 
 
 def _say(message: str) -> None:
-    print(f"trbert: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: {message}", file=sys.stderr)

@@ -13,7 +13,7 @@ import functools
 import json
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -31,7 +31,7 @@ COMMAND_LINE = "command line"
 # Types of values ----------------------------------------------------------------------------------
 
 
-def _name_from(names: Callable[[], Sequence[str]]) -> AfterValidator:
+def _name_from(names: Callable[[], Collection[str]]) -> AfterValidator:
     """Restricts a text to the names of a registry, as they are when the settings are loaded."""
 
     def check(value: str) -> str:
@@ -240,7 +240,7 @@ class JointConfig(TrainingConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(StageConfig):
-    """Stage evaluate, and the evaluations during training."""
+    """Stage evaluate: evaluate the models; also the evaluations during training."""
 
     batch_size: Count = 32  # examples per forward pass; affects predictions only under rule batch_max
     split: Literal["test", "dev"] = "test"  # evaluations during training always use dev
@@ -279,7 +279,10 @@ def _sections(cls: type) -> dict[str, type | None]:
     return {name: hints[name] if dataclasses.is_dataclass(hints[name]) else None for name in names}
 
 
-STAGES = [name for name, cls in _sections(RunConfig).items() if cls and issubclass(cls, StageConfig)]
+# The stages in their order: name -> settings.
+STAGES: dict[str, type[StageConfig]] = {
+    name: cls for name, cls in _sections(RunConfig).items() if cls and issubclass(cls, StageConfig)
+}
 _run_class: type[RunConfig] = RunConfig
 
 
@@ -290,7 +293,7 @@ def add_section(name: str, settings: type[StageConfig]) -> None:
     _run_class = dataclasses.make_dataclass(
         "RunConfig", fields, bases=(_run_class,), frozen=True, kw_only=True
     )
-    STAGES.insert(STAGES.index("evaluate"), name)
+    STAGES.update({name: settings, "evaluate": STAGES.pop("evaluate")})
 
 
 # Loading ------------------------------------------------------------------------------------------

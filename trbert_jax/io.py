@@ -1,8 +1,8 @@
-"""Outputs appear whole or not at all: write under a temporary name, then rename.
+"""Read and write files, log to stderr, and place the compilation cache.
 
-A process killed in the middle leaves at most a `*.partial-*` file or folder beside the target,
-never a half-written target. Errors of the operating system that a user can mend (no permission,
-disk full) become `UserError`.
+Outputs appear whole or not at all: they are written under a temporary name and then renamed. A process killed
+in the middle leaves at most a `*.partial-*` file or folder beside the target. Errors of the operating system
+that a user can fix (no permission, disk full) become `UserError`.
 """
 
 from __future__ import annotations
@@ -28,23 +28,6 @@ import yaml
 from trbert_jax.errors import UserError
 
 
-def setup_logging() -> None:
-    """Shows the package's log messages on stderr, from INFO on and each message once."""
-    logger, handler = logging.getLogger("trbert_jax"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    seen: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        new = message not in seen
-        seen.add(message)
-        return new
-
-    handler.addFilter(is_new)
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-
-
 @contextlib.contextmanager
 def _explain(target: Path) -> Iterator[None]:
     try:
@@ -62,7 +45,7 @@ def _explain(target: Path) -> Iterator[None]:
 
 
 def make_directory(path: str | Path) -> Path:
-    """Creates a directory with its parents. Raises `UserError` where that is not allowed."""
+    """Creates a directory and its parents. Raises `UserError` if that is not allowed."""
     path = Path(path)
     with _explain(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -70,7 +53,7 @@ def make_directory(path: str | Path) -> Path:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises `UserError` where a file cannot be written, for callers whose result takes long to compute."""
+    """Raises `UserError` if a file cannot be written; for results that take long to compute."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a directory, a file was expected")
     folder = Path(path).absolute().parent
@@ -85,7 +68,7 @@ def check_writable(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path`; renames it to `path` if the block ends well."""
+    """Opens a temporary file beside `path`; renames it to `path` if the block ends without an error."""
     path = Path(path)
     make_directory(path.parent)
     encoding = None if "b" in mode else "utf-8"
@@ -105,7 +88,7 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary directory; it takes the place of `path` if the block ends well."""
+    """Yields a temporary directory; it replaces `path` if the block ends without an error."""
     path = Path(path)
     make_directory(path.parent)
     if path.exists() and not path.is_dir():
@@ -129,41 +112,31 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def only_process(directory: str | Path) -> Iterator[None]:
-    """Keeps other processes of the same machine out of a directory, until the end or until this one dies.
-
-    By a lock on its file `.lock`, where the system has such locks; the file is gone at the end. Processes of
-    other machines see it if the file system they share passes locks on.
+    """Locks a directory against other processes, until the block or this process ends.
 
     Raises:
-      UserError: another process is in there, named by its number; or the file cannot be written.
+      UserError: another process holds the lock (the message names it), or the lock file cannot be written.
     """
-    path = Path(directory) / ".lock"
-    with contextlib.ExitStack() as stack:
-        while True:
-            with _explain(path):
-                file = stack.enter_context(path.open("a+", encoding="utf-8"))
-            try:
-                # Of the process, not of the open file: one that was forked off and survives does not hold it.
-                import fcntl
+    import filelock
 
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                file.seek(0)
-                raise UserError(
-                    f"{directory}: another process works in there ({file.read().strip() or 'unknown'}); wait "
-                    "for its end or stop it, or choose another directory"
-                ) from error
-            except (ImportError, OSError):  # a system or a file system without locks
-                break
-            # Another process, at its end, may have removed the file after it was opened here.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    break
-        stack.callback(path.unlink, missing_ok=True)  # while the lock is held
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
+    path = Path(directory) / ".lock"
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        with _explain(path):
+            lock.acquire()
+    except filelock.Timeout as error:
+        holder = read_text(path).strip() or "unknown"
+        raise UserError(
+            f"{directory}: another process works in this directory ({holder}); wait for its end or stop it, "
+            "or choose another directory"
+        ) from error
+    with lock:
+        path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+        try:
+            yield
+        finally:
+            lock.release()
+            path.write_text("", encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -174,7 +147,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Reads a JSON file. Raises `UserError` where it is missing, unreadable or malformed."""
+    """Reads a JSON file. Raises `UserError` if it is missing, unreadable or malformed."""
     try:
         return parse_json(read_text(path))
     except ValueError as error:
@@ -205,7 +178,7 @@ def check_unicode(text: str) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """Reads a UTF-8 text file. Raises `UserError` where it is missing or unreadable."""
+    """Reads a UTF-8 text file. Raises `UserError` if it is missing or unreadable."""
     with readable(path):
         try:
             return Path(path).read_bytes().decode("utf-8")
@@ -311,6 +284,66 @@ def hash_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
         return {"bytes": stream.tell(), "blake2b": digest.hexdigest()}
+
+
+# Logging and compilation cache --------------------------------------------------------------------
+
+
+class _StderrHandler(logging.Handler):
+    """Writes each message once to stderr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown = set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = self.format(record)
+        if message not in self._shown:
+            self._shown.add(message)
+            sys.stderr.write(message + "\n")
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Shows the package's messages from `level` on stderr. A message that repeats is shown once."""
+    logger = logging.getLogger(__package__)
+    logger.handlers = [h for h in logger.handlers if not isinstance(h, _StderrHandler)] + [_StderrHandler()]
+    logger.setLevel(level)
+
+
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def enable_compilation_cache() -> None:
+    """Makes JAX keep compiled programs in `~/.cache/trbert_jax/xla`, unless the environment names a folder.
+
+    Call it before JAX is imported. Without a writable folder, JAX keeps nothing.
+    """
+    if CACHE_VARIABLE in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        folder = cache.expanduser() / "trbert_jax" / "xla" / _processor()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # the latter: no home
+        return
+    if os.access(folder, os.W_OK | os.X_OK):
+        os.environ[CACHE_VARIABLE] = str(folder)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def compilation_cache() -> str | None:
+    """Returns the folder of compiled programs, None if they are not kept."""
+    return os.environ.get(CACHE_VARIABLE) or None
+
+
+def _processor() -> str:
+    """Names the kind of processor. Machine code for one may crash another that shares the home folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    features = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return f"{platform.machine()}-{hashlib.sha256(chr(10).join(features).encode()).hexdigest()[:12]}"
 
 
 def _umask() -> int:

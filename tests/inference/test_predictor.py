@@ -245,8 +245,8 @@ def test_nothing_is_compiled_after_the_warm_up(
 
 _CACHED = """
 import sys
-from trbert_jax import compilation_cache
-compilation_cache.enable()
+from trbert_jax.io import enable_compilation_cache
+enable_compilation_cache()
 import jax
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))

@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from trbert_jax import compilation_cache
-from trbert_jax.io import atomic_file
+from trbert_jax.io import atomic_file, compilation_cache
 from trbert_jax.model.heads import Logits
 
 Record = dict[str, Any]
@@ -161,7 +160,7 @@ def machine() -> Record:
         # On a CPU, speed depends on how the allocator hands out XLA's buffers.
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
         # With a cache on disk, compile times may be read times.
-        "compilation_cache": compilation_cache.directory() is not None,
+        "compilation_cache": compilation_cache() is not None,
         **versions,
     }
 
