@@ -1,13 +1,9 @@
-"""A folder in which a run can start, what a mistake in it is, and ways to make one.
-
-Paths are relative to that folder, which holds config.yaml, data/, model/ and, once a run has begun, work/.
-"""
+"""Ways to make a mistake in the current folder, for test_bad_input.py."""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
-import dataclasses
 import errno
 import io
 import json
@@ -23,58 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 from trbert_jax.training import loop
 
-CONFIG = """\
-workdir: work
-data: {name: imdb, path: data}
-model:
-  init: model
-  max_length: 16
-  keep_layers: [0, 1]
-finetune:
-  {batch_size: 4, accumulation_steps: 1, epochs: 2, save_steps: 1, keep_checkpoints: 9, dropout: false}
-"""
 TEXTS = ["the film was good .", "a dull plot !", "it is very bright and good", "I saw a bad film yesterday"]
 RECORDS = [{"text": text, "label": label} for text, label in zip(TEXTS, (1, 0, 1, 0), strict=True)]
 SIZES = {"train": 8, "dev": 2, "test": 3}
 WEIGHTS = "model/model.safetensors"
-
-FINETUNE = "train --config config.yaml --stages finetune"
-EVALUATE = (
-    "evaluate --model model --data data/test.jsonl --json out/result.json --predictions out/lines.jsonl"
-)
-PREDICT = "predict --model model --output out/lines.jsonl good"
-BENCHMARK = (
-    "benchmark --model model --data data/test.jsonl --batch-sizes 1 --variants packed"
-    " --json out/speed.json --plot out/speed.png"
-)
-CONVERT = "convert --input model --output out/model"
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One mistake.
-
-    Attributes:
-      name: what is wrong.
-      command: what the user types after `trbert`.
-      words: all that the message must hold.
-      spoil: makes the mistake, in the current folder.
-      start: the folder before it: `fresh`, `interrupted` (in update 3 of 4) or `finetuned`.
-      made_by: the fixture that has run the command already, for the two that train.
-      code: of the exit; where it is not 2 the words may be in either stream.
-      leaves: regular expression of new files that are no loss.
-      denied: file or folder that the system lets the command neither read nor write.
-    """
-
-    name: str
-    command: str
-    words: tuple[str, ...]
-    spoil: Callable[[], Any] = lambda: None
-    start: str = "fresh"
-    made_by: str | None = None
-    code: int = 2
-    leaves: str = r"work/\.lock|work/config\.json|work/cache/features-\w+\.npz"
-    denied: str | None = None
 
 
 def write(path: str, content: str | bytes) -> Callable[[], Any]:
@@ -139,21 +87,25 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(loop, "update_batches", interrupted)
 
 
-def scores_of_other_data() -> None:
-    Path("work/score").mkdir()
-    Path("work/score/done.json").write_text('{"data_digest": "another"}', encoding="utf-8")
-    np.save("work/score/scores.npy", np.zeros((SIZES["train"], 2, 16), np.float32))
+def scores(content: bytes | None) -> Callable[[], Any]:
+    """Scores that are damaged, or, for None, of other data."""
+
+    def spoil() -> None:
+        Path("work/score").mkdir()
+        Path("work/score/done.json").write_text('{"data_digest": "another"}', encoding="utf-8")
+        np.save("work/score/scores.npy", np.zeros((SIZES["train"], 2, 16), np.float32))
+        if content is not None:
+            Path("work/score/scores.npy").write_bytes(content)
+
+    return spoil
 
 
-def cut_scores() -> None:
-    Path("work/score").mkdir()
-    Path("work/score/done.json").write_text("{}", encoding="utf-8")
-    Path("work/score/scores.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr'")
+def make(path: str, content: str) -> Callable[[], Any]:
+    def spoil() -> None:
+        Path(path).parent.mkdir()
+        Path(path).write_text(content, encoding="utf-8")
 
-
-def unfinished_shards() -> None:
-    Path("shards").mkdir()
-    Path("shards/provenance.json").write_text('{"format": 1}', encoding="utf-8")
+    return spoil
 
 
 def forbid(path: str) -> Callable[[], Any]:
