@@ -1,4 +1,4 @@
-"""Who may import whom, and what an import may cost."""
+"""The package's floors: who may import whom, what an import may cost, and how large it may become."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ import trbert_jax
 PACKAGE = Path(trbert_jax.__file__).parent
 ROOT = PACKAGE.parent
 
-BASE = {"errors", "io"}
-LEAVES = BASE | {"config", "reduction", "parallel"}
-# Each part of the package (a module or a folder) and the parts it may import. A new part needs a line.
-MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
-    "io": {"errors"},
-    "parallel": BASE,
-    "config": BASE | {"datasets", "reduction"},
-    "reduction": BASE | {"model", "tasks"},
-    "datasets": BASE,
-    "model": LEAVES,
-    "tasks": LEAVES | {"model", "datasets"},
-    "inference": LEAVES | {"model", "datasets", "tasks"},
-    "training": LEAVES | {"model", "datasets", "tasks", "inference"},
-    "cli": LEAVES | {"model", "datasets", "inference", "training"},
-    "__main__": {"cli"},
+# The parts of the package (a module or a folder) from below. A part may import those of lower floors, and
+# those to the left of it on its own floor.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "io"),
+    ("parallel", "reduction", "datasets"),
+    ("model",),
+    ("config",),
+    ("tasks",),
+    ("inference",),
+    ("training",),
+    ("cli", "__main__"),
+)
+ORDER = [part for floor in FLOORS for part in floor]
+# Parts and modules that may import less or more than their floor says.
+EXCEPTIONS: dict[str, set[str]] = {
+    "trbert_jax.parallel": {"errors", "io"},
+    "trbert_jax.reduction": {"errors", "io"},
+    "trbert_jax.datasets": {"errors", "io"},
+    # The scores are gradients of a task's loss in the model.
+    "trbert_jax.reduction.residual_scores": {"errors", "io", "model", "tasks"},
+    "trbert_jax.__main__": {"cli"},
 }
-WITHOUT_JAX = {
-    "errors",
-    "io",
-    "datasets",
-    "cli",
-    "config",
-}
+WITHOUT_JAX = {"errors", "io", "datasets", "config", "cli"}
+WITHOUT_JAX_MODULES = {"trbert_jax.reduction.rules", "trbert_jax.model.backbones"}
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
-# Slow to import, or not always installed: imported where they are used, never with the module.
-LAZY = {"tensorflow_datasets", "grain", "array_record", "torch", "matplotlib"}
+# Slow to import, or optional: imported where they are used, never with the module.
+LAZY = {"tensorflow_datasets", "grain", "array_record", "torch", "matplotlib", "transformers"}
 
 
 def part_of(module: str) -> str:
-    """`trbert_jax.datasets.readers` -> `data`."""
+    """`trbert_jax.datasets.registry` -> `datasets`."""
     return module.split(".")[1]
 
 
@@ -100,18 +100,15 @@ def test_no_circles() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_nothing_imports_the_command_line() -> None:
-    """But what runs it as `python -m trbert_jax`, which nothing imports."""
-    assert [part for part, allowed in MAY_IMPORT.items() if "cli" in allowed] == ["__main__"]
-    assert not [part for part, allowed in MAY_IMPORT.items() if "__main__" in allowed]
-
-
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_one_way(module: str) -> None:
+def test_imports_go_down(module: str) -> None:
     part = part_of(module)
-    assert part in MAY_IMPORT, f"{part} is new: say in MAY_IMPORT what it may import"
+    assert part in ORDER, f"{part} is new: put it on a floor"
+    allowed = set(ORDER[: ORDER.index(part)])
+    for name in (f"trbert_jax.{part}", module):
+        allowed = EXCEPTIONS.get(name, allowed)
     used = {part_of(name) for name, _ in imports(module) if name.startswith("trbert_jax.")} - {part}
-    assert used <= MAY_IMPORT[part], f"{module} may not import {sorted(used - MAY_IMPORT[part])}"
+    assert used <= allowed
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -124,9 +121,35 @@ def test_outside_imports(module: str) -> None:
 
 
 def test_parts_without_jax_do_not_load_it_by_a_detour() -> None:
-    names = [module for module in MODULES if part_of(module) in WITHOUT_JAX]
+    names = [module for module in MODULES if part_of(module) in WITHOUT_JAX or module in WITHOUT_JAX_MODULES]
     loaded = run(f"import sys, {', '.join(names)}; print(*(sys.modules.keys() & {ARRAY_LIBRARIES | LAZY!r}))")
     assert loaded == ""
+
+
+def lines(folder: Path) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in folder.rglob("*.py"))
+
+
+def test_the_package_stays_small() -> None:
+    assert len(FLOORS) <= 8
+    entries = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    assert len(entries) <= 14
+
+
+@pytest.mark.skip(reason="to be switched on when the tree is that small")
+def test_sizes() -> None:
+    assert len(list(PACKAGE.rglob("*.py"))) <= 70
+    assert lines(PACKAGE) <= 14_000
+    assert lines(ROOT / "tests") <= 12_000
+
+
+@pytest.mark.skip(reason="to be switched on when the docstrings are rewritten")
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_are_plain_english(module: str) -> None:
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = [ast.get_docstring(n) or "" for n in ast.walk(source_of(module)) if isinstance(n, nodes)]
+    bad = re.compile(r"\AWhat |\bso many\b|\bas it should be\b|\bis told\b")
+    assert [doc for doc in docs if bad.search(doc)] == []
 
 
 def test_import_is_quick_and_light() -> None:
