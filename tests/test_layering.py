@@ -37,8 +37,6 @@ EXCEPTIONS: dict[str, set[str]] = {
     "trbert_jax.parallel": {"errors", "io"},
     "trbert_jax.reduction": {"errors", "io"},
     "trbert_jax.datasets": {"errors", "io"},
-    # The scores are gradients of a task's loss in the model.
-    "trbert_jax.reduction.residual_scores": {"errors", "io", "model", "tasks"},
     "trbert_jax.__main__": {"cli"},
 }
 WITHOUT_JAX = {"errors", "io", "datasets", "config", "cli"}
