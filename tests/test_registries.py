@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,12 +11,16 @@ import pytest
 import tiny_runs
 from tiny_published import Published
 
+from trbert_jax import config as settings
+from trbert_jax.cli import main
 from trbert_jax.config import load_config
 from trbert_jax.datasets import DATASETS, BadRecords, DataSet, find_dataset, register_dataset
 from trbert_jax.datasets.reading import read_lines
 from trbert_jax.datasets.records import Example, Span, SpanQuestion
 from trbert_jax.datasets.registry import each_split
 from trbert_jax.errors import UserError
+from trbert_jax.training import objectives, step
+from trbert_jax.training.stages import STAGES, Stage, Update, register_stage
 
 
 @pytest.fixture
@@ -92,3 +97,54 @@ def test_dataset_of_questions(tmp_path: Path) -> None:
     bad = BadRecords(skip=True)
     assert len(DATASETS["dummy"].read_split(tmp_path, "test", bad)) == 2
     assert "questions.txt:3" in str(bad.skipped[0])
+
+
+@pytest.fixture
+def stage_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undoes registrations."""
+    sections, stages = list(settings.STAGES), dict(STAGES)
+    monkeypatch.setattr(settings, "_run_class", settings._run_class)
+    yield
+    settings.STAGES[:] = sections
+    for name in STAGES.keys() - stages.keys():
+        del STAGES[name]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolishConfig(settings.TrainingConfig):
+    """Train everything once more, without reduction."""
+
+    weight: settings.Positive = 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("stage_registry")
+def test_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def objective(update: Update) -> objectives.Objective:
+        dense = objectives.dense_objective(**update.forward)
+        return dense.replace(total=update.config.polish.weight * dense.total)  # type: ignore[attr-defined]
+
+    register_stage(
+        Stage(
+            settings=PolishConfig,
+            starts_from=("finetune",),
+            trains=step.trains_all,
+            objective=objective,
+            reduces=True,
+        )
+    )
+    training = {"batch_size": 8, "accumulation_steps": 1, "max_steps": 3}
+    path = tiny_runs.write_config(
+        tmp_path,
+        stages=["finetune", "polish", "evaluate"],
+        finetune={"max_steps": 3},
+        polish={**training, "weight": 0.5},
+    )
+    results = tiny_runs.train(path)
+    assert results["stages"]["polish"]["steps"] == 3
+    assert results["config"]["polish"]["weight"] == 0.5
+    assert len(results["reduced"]["kept"]) == 2
+    assert (tmp_path / "work" / "polish" / "model").is_dir()
+    capsys.readouterr()
+    assert main(["train", "--config", str(path), "--dry-run"]) == 0
+    assert any(line.startswith("polish ") for line in capsys.readouterr().out.splitlines())

@@ -254,13 +254,18 @@ def test_finished_stages_are_skipped(
     assert (copy.parent / "work" / "joint" / "done.json").stat().st_mtime_ns == before
 
 
-def test_a_run_begun_by_an_older_version_goes_on(copy: Path, finished: Finished) -> None:
+def test_a_run_of_an_older_version_goes_on(copy: Path, finished: Finished) -> None:
     stored = copy.parent / "work" / "config.json"
     config = json.loads(stored.read_text(encoding="utf-8"))
     del config["joint"]["temperature"]  # as if the key were newer than the run
+    for stage in [*TRAINED, "evaluate"]:
+        config[stage]["execution"] = config[stage].pop("backend")
+    del config["evaluate"]["rule"]
     stored.write_text(json.dumps(config), encoding="utf-8")
     assert tiny_runs.without_times(tiny_runs.train(copy)) == tiny_runs.without_times(finished.results)
-    assert "temperature" in json.loads(stored.read_text(encoding="utf-8"))["joint"]
+    config = json.loads(stored.read_text(encoding="utf-8"))
+    assert "temperature" in config["joint"]
+    assert (config["evaluate"]["rule"], config["evaluate"]["backend"]) == ("threshold", "packed")
 
 
 def test_what_is_evaluated_may_change_until_it_has_been(copy: Path, finished: Finished) -> None:

@@ -17,7 +17,8 @@ import pytest
 import tiny_runs
 
 from trbert_jax.cli import main
-from trbert_jax.training import loop
+from trbert_jax.io import read_json, write_json
+from trbert_jax.training import checkpoints, loop
 from trbert_jax.training.logging import read_metrics
 
 TRAINED = ["finetune", "policy", "joint"]
@@ -69,11 +70,28 @@ class Interruptions:
         monkeypatch.setattr(loop, "update_batches", update_batches)
 
 
+def use_old_keys(work: Path) -> None:
+    """Rewrites stored settings to the keys of version 0.1, where `execution` was rule and backend."""
+    if (work / "config.json").exists():
+        config = read_json(work / "config.json")
+        for stage in config["stages"]:
+            config[stage]["execution"] = config[stage].pop("backend")
+        config["evaluate"]["execution"] = config["evaluate"].pop("backend")
+        assert config["evaluate"].pop("rule") == "threshold"
+        write_json(work / "config.json", config)
+    for path in work.glob("*/checkpoints/step_*/manifest.json"):
+        manifest = {name: value for name, value in read_json(path).items() if name != "digest"}
+        settings = manifest["fingerprint"]["settings"]
+        if "backend" in settings:
+            settings["execution"] = settings.pop("backend")
+        write_json(path, {**manifest, "digest": checkpoints._digest(manifest)})
+
+
 @pytest.mark.slow
 def test_going_on_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In updates 8 and 10 of 12; there are checkpoints of 4, 6, 8 and 12."""
+    """In updates 8 and 10 of 12, by an older version; checkpoints are of steps 4, 6, 8 and 12."""
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     tiny_runs.train(tiny_runs.write_config(tmp_path / "whole", **SHORT))
@@ -82,6 +100,7 @@ def test_going_on_after_an_interruption(
     capsys.readouterr()
     said = []
     for code in (130, 130, 0):
+        use_old_keys(tmp_path / "parts" / "work")
         assert main(["train", "--config", str(config)]) == code
         said.append([line for line in capsys.readouterr().err.splitlines() if "going on" in line])
     assert said == [

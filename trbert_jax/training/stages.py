@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -78,7 +76,7 @@ class Stage:
     """One stage of an experiment: a training stage has `trains` and `objective`, any other stage `run`.
 
     Attributes:
-      settings: class of its section in the configuration, whose name is the stage's name.
+      settings: class of its section in the configuration, which gives the stage its name.
       starts_from: stages whose model it starts from; the first that is configured is used. Empty for the
         model before training.
       trains: model -> which components of the parameters an update changes.
@@ -107,11 +105,10 @@ class Stage:
     )
     kept_layers: Callable[[RunConfig, ModelConfig], float] = _all_layers
 
-    @functools.cached_property
+    @property
     def name(self) -> str:
-        """Name of the stage: the key of its section in the configuration."""
-        sections = typing.get_type_hints(RunConfig)
-        return next(name for name, section in sections.items() if section is self.settings)
+        """Name of the stage and of its section: `joint` for settings of class `JointConfig`."""
+        return self.settings.__name__.removesuffix("Config").lower()
 
     def trained(self, model: ModelConfig) -> Trains:
         """Which components of the parameters an update changes. Raises ValueError for other stages."""
@@ -376,13 +373,15 @@ STAGES: dict[str, Stage] = {}  # in the order in which they run
 
 
 def register_stage(stage: Stage) -> None:
-    """Adds a stage to `STAGES`, at its place in `config.STAGES`.
+    """Adds a stage to `STAGES`; one without a section in the configuration gets it, before stage evaluate.
 
     Raises:
       ValueError: the stage is registered already.
     """
     if stage.name in STAGES:
         raise ValueError(f"stage {stage.name} is registered already")
+    if stage.name not in settings.STAGES:
+        settings.add_section(stage.name, stage.settings)
     STAGES[stage.name] = stage
     for name in [name for name in settings.STAGES if name in STAGES]:
         STAGES[name] = STAGES.pop(name)
