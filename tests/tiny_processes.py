@@ -49,16 +49,23 @@ def train(config: Path, devices: int, *arguments: str, before: str = "") -> Ende
 
 
 def start_together(
-    configs: Sequence[Path], devices: int = 2, folders: Sequence[Path] | None = None, **env: str
+    configs: Sequence[Path], folders: Sequence[Path] | None = None, before: str = "", **env: str
 ) -> list[Any]:
-    """Starts `trbert train` once per configuration; the processes are to join each other."""
+    """Starts `trbert train` per configuration, with two devices each, which join each other."""
     joining = [
         f"--coordinator=127.0.0.1:{free_port()}",
         f"--num-processes={len(configs)}",
         "--join-timeout=60",
     ]
-    commands = [train_command(config, *joining, f"--process-id={i}") for i, config in enumerate(configs)]
-    return [start(c, devices, folders[i] if folders else None, **env) for i, c in enumerate(commands)]
+    return [
+        start(
+            train_command(config, *joining, f"--process-id={i}", before=before),
+            devices=2,
+            folder=folders[i] if folders else None,
+            **env,
+        )
+        for i, config in enumerate(configs)
+    ]
 
 
 def finish(processes: Sequence[Any], timeout: int = 1200) -> list[Ended]:

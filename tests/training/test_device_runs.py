@@ -94,83 +94,60 @@ def assert_same_numbers(one: Path, other: Path) -> None:
         )
 
 
-def whole_run(folder: Path, devices: int, **changes: Any) -> Path:
-    tiny_runs.write_dataset(folder / "data")
-    run_all(tiny_runs.write_config(folder, **NO_DROPOUT, **changes), devices)
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run_all(tiny_runs.write_config(folder, **NO_DROPOUT), 1)
     return folder
 
 
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return whole_run(tmp_path_factory.mktemp("one"), 1)
-
-
-@pytest.fixture(scope="module")
-def four_devices(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return whole_run(tmp_path_factory.mktemp("four"), 4)
+def assert_divided(out: str) -> None:
+    divided = re.findall(r"^(\d+) of \d+ arrays divided$", out, re.MULTILINE)
+    assert len(divided) == len(TRAINED)
+    assert min(map(int, divided)) > 0
 
 
 @pytest.mark.slow
 def test_all_stages_on_eight_devices_that_share_parameters(one_device: Path, tmp_path: Path) -> None:
     """17 test texts, 11 of dev and 42 of training: no number that eight divides."""
-    tiny_runs.write_dataset(tmp_path / "data")
     config = tiny_runs.write_config(tmp_path, parallel={"fsdp": 2}, **NO_DROPOUT)
-    out = run_all(config, 8, before=DIVIDING)
-    assert "8 devices" in out
-    divided = re.findall(r"^(\d+) of \d+ arrays divided$", out, re.MULTILINE)
-    assert len(divided) == len(TRAINED)
-    assert min(map(int, divided)) > 0
+    assert_divided(run_all(config, 8, before=DIVIDING))
     assert_same_numbers(one_device, tmp_path)
 
 
 @pytest.mark.slow
-def test_all_stages_by_pmap_on_eight_devices(one_device: Path, tmp_path: Path) -> None:
-    tiny_runs.write_dataset(tmp_path / "data")
-    config = tiny_runs.write_config(tmp_path, parallel={"strategy": "pmap"}, **NO_DROPOUT)
-    assert "8 devices" in run_all(config, 8)
+@pytest.mark.parametrize("parallel", [{"fsdp": 4}, {"strategy": "pmap"}], ids=["fsdp", "pmap"])
+def test_two_processes_with_two_devices_each(
+    one_device: Path, tmp_path: Path, parallel: dict[str, Any]
+) -> None:
+    """All four devices share the state, or each has its own."""
+    config = tiny_runs.write_config(tmp_path, parallel=parallel, **NO_DROPOUT)
+    before = DIVIDING if "fsdp" in parallel else ""
+    outputs = finish(start_together([config, config], before=before))
+    assert [code for code, _, _ in outputs] == [0, 0], outputs
+    assert "4 devices" in "".join(outputs[0][1:])
+    assert "finetune" not in "".join(outputs[1][1:]), "only the first process speaks"
+    if before:
+        assert_divided(outputs[0][1])
     assert_same_numbers(one_device, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_devices_and_another_strategy(one_device: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_on_other_devices_by_another_strategy(one_device: Path, tmp_path: Path) -> None:
     """Begun on eight devices of which four share the state, told to stop in update 8 of 12."""
-    begun = tmp_path / "begun"
-    begun.mkdir()
+    begun, finetune = tmp_path / "begun", "--stages=finetune"
     tiny_runs.write_dataset(begun / "data")
     data = {"path": str(begun / "data")}  # the folder moves, the data does not
 
     def config(folder: Path, **parallel: Any) -> Path:
         return tiny_runs.write_config(folder, data=data, parallel=parallel, **NO_DROPOUT)
 
-    finetune = "--stages=finetune"
     run_all(config(begun, fsdp=4), 8, finetune, before=DIVIDING + STOPPING, code=143)
-    for name, devices, parallel in (("one", 1, {}), ("pmap", 8, {"strategy": "pmap"}), ("four", 4, {})):
-        folder = tmp_path / name
+    for devices, parallel in ((1, {}), (4, {"strategy": "pmap"})):
+        folder = tmp_path / str(devices)
         shutil.copytree(begun, folder)
-        out = run_all(config(folder, **parallel), devices, finetune)
-        assert "finetune: going on from step 8 of 12" in out
+        assert "from step 8 of 12" in run_all(config(folder, **parallel), devices, finetune)
         assert_same_training(one_device, folder, ["finetune"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["jit", "pmap"])
-def test_two_processes_with_two_devices_each(four_devices: Path, tmp_path: Path, strategy: str) -> None:
-    """Compute what one process with four does."""
-    tiny_runs.write_dataset(tmp_path / "data")
-    config = tiny_runs.write_config(tmp_path, parallel={"strategy": strategy}, **NO_DROPOUT)
-    outputs = finish(start_together([config, config]))
-    assert [code for code, _, _ in outputs] == [0, 0], outputs
-    assert "4 devices" in outputs[0][1]
-    assert f"strategy {strategy}" in outputs[0][1]
-    # Gloo's threads print at the same time: of two messages in one line, the second's line end stays alone.
-    said = [line for line in outputs[1][1].splitlines() if line and "[Gloo]" not in line]
-    assert said == [], "only the first process speaks"
-    assert_same_numbers(four_devices, tmp_path)
-
-
-@pytest.mark.slow
-def test_four_devices_compute_what_one_does(one_device: Path, four_devices: Path) -> None:
-    assert_same_numbers(one_device, four_devices)
 
 
 def test_devices_that_cannot_share_a_batch(tmp_path: Path) -> None:
