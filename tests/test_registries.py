@@ -102,10 +102,11 @@ def test_dataset_of_questions(tmp_path: Path) -> None:
 @pytest.fixture
 def stage_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undoes registrations."""
-    sections, stages = list(settings.STAGES), dict(STAGES)
+    sections, stages = dict(settings.STAGES), dict(STAGES)
     monkeypatch.setattr(settings, "_run_class", settings._run_class)
     yield
-    settings.STAGES[:] = sections
+    settings.STAGES.clear()
+    settings.STAGES.update(sections)
     for name in STAGES.keys() - stages.keys():
         del STAGES[name]
 
