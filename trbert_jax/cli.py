@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import inspect
 import math
 import os
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     setup_logging()
     try:
-        COMMANDS[args.command].run(args)
+        COMMANDS[args.command][0](args)
         sys.stdout.flush()
     except UserError as error:
         _say(f"error: {error}")
@@ -105,31 +104,24 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_USER_ERROR, f"{PROGRAM}: error: {message} (see `{self.prog} --help`)\n")
 
 
-Option = tuple[str, dict[str, Any]]
+Option = tuple[str, dict[str, Any]]  # for `add_argument`; its choices and help may be functions
+Run = Callable[[Arguments], None]
+COMMANDS: dict[str, tuple[Run, tuple[Option, ...]]] = {}
 
 
-def _option(name: str, metavar: str | None, convert: Callable[[str], Any], help: str, **rest: Any) -> Option:
+def _option(name: str, metavar: str | None, convert: Callable[[str], Any], help: Any, **rest: Any) -> Option:
     return name, {"metavar": metavar, "type": convert, "help": help, **rest}
 
 
-def _switch(name: str, help: str) -> Option:
+def _switch(name: str, help: Any) -> Option:
     return name, {"action": "store_true", "help": help}
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """A command: `run` executes it, its docstring is the help; `options` are added to its parser."""
+def _command(name: str, *options: Option) -> Callable[[Run], Run]:
+    """Registers a function as a command; its docstring is the help."""
 
-    run: Callable[[Arguments], None]
-    options: tuple[Option, ...]
-
-
-COMMANDS: dict[str, Command] = {}
-
-
-def _command(name: str, *options: Option) -> Callable[[Callable[[Arguments], None]], Callable[..., None]]:
-    def register(run: Callable[[Arguments], None]) -> Callable[[Arguments], None]:
-        COMMANDS[name] = Command(run, options)
+    def register(run: Run) -> Run:
+        COMMANDS[name] = run, options
         return run
 
     return register
@@ -147,14 +139,15 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     parser = _Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for name, command in COMMANDS.items():
-        summary, _, details = inspect.cleandoc(command.run.__doc__ or "").partition("\n\n")
+    for name, (run, options) in COMMANDS.items():
+        summary, _, details = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
         subparser = subparsers.add_parser(name, help=summary, description=summary, epilog=details)
         if name in argv:
             if "{stages}" in details and {"-h", "--help"} & set(argv):
                 subparser.epilog = details.format(stages=_describe_stages())
-            for option, settings in command.options:
-                subparser.add_argument(option, **settings)
+            for option, settings in options:
+                names = {key: settings[key]() for key in ("choices", "help") if callable(settings.get(key))}
+                subparser.add_argument(option, **settings | names)
     args, rest = parser.parse_known_args(argv)
     chosen = subparsers.choices[args.command]
     # argparse does not accept positional arguments after options; they belong to the same list.
@@ -173,7 +166,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 def _describe_stages() -> str:
     from trbert_jax.config import STAGES  # takes time to load
 
-    return "\n".join((settings.__doc__ or "").replace("Stage", " ", 1) for settings in STAGES.values())
+    docs = {name: (settings.__doc__ or "").splitlines()[0] for name, settings in STAGES.items()}
+    return "\n".join(f"  {name}: {doc.removeprefix(f'Stage {name}: ')}" for name, doc in docs.items())
+
+
+def _rules() -> str:
+    rules = "; ".join(f"{name}: {RULES[name].description}" for name in rule_names())
+    return f"{rules}. Default threshold, or dense if the selectors are untrained"
 
 
 def _list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -225,22 +224,24 @@ def _renamed(new: str) -> Callable[[str], NoReturn]:
 # Options of several commands ----------------------------------------------------------------------
 
 
+BACKEND_HELP = "packed: compute only the kept tokens (default); masked: compute all, with the same results"
+THRESHOLD_HELP = "keep tokens whose keep probability is at least P (default 0.5, as published)"
 CONFIG = _option("--config", "FILE", Path, "YAML file with the settings of the run", required=True)
 OVERRIDES = _option("overrides", "key=value", str, "settings that replace those of the file", nargs="*")
 SKIP = _switch("--skip-bad-records", "skip, count and list invalid records of questions, rather than stop")
 MODEL = _option("--model", "DIR", str, "folder of a trained model", required=True)
 BATCH_SIZE = _option("--batch-size", "N", _count, "texts per batch (default 32)", default=32)
-_RULES = "; ".join(f"{name}: {RULES[name].description}" for name in rule_names())
-_RULE_HELP = f"how tokens are selected. {_RULES}. Default threshold, or dense if the selectors are untrained"
-_BACKEND_HELP = "packed: compute only the kept tokens (default); masked: compute all, with the same results"
 RULE = (
-    _option("--rule", None, str, _RULE_HELP, choices=rule_names()),
-    _option("--backend", None, str, _BACKEND_HELP, choices=("packed", "masked"), default="packed"),
+    _option("--rule", None, str, lambda: f"how tokens are selected. {_rules()}", choices=rule_names),
+    _option("--backend", None, str, BACKEND_HELP, choices=("packed", "masked"), default="packed"),
     _option("--execution", None, _renamed("--rule and --backend"), argparse.SUPPRESS),
 )
-_THRESHOLD_HELP = "keep tokens whose keep probability is at least P (default 0.5, as published)"
-THRESHOLD = _option("--threshold", "P", _probability, _THRESHOLD_HELP, default=DEFAULT_THRESHOLD)
+THRESHOLD = _option("--threshold", "P", _probability, THRESHOLD_HELP, default=DEFAULT_THRESHOLD)
 TEXT_FILE = 'one text per line; .jsonl: objects with "text"'
+
+
+def _chosen(args: Arguments, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
 
 
 def _config(args: Arguments) -> RunConfig:
@@ -349,7 +350,9 @@ def _stopped_by_sigterm() -> Iterator[None]:
     THRESHOLD,
     _option("--json", "FILE", Path, "write the numbers to this file"),
     _option("--predictions", "FILE", Path, "write a JSON line per text, or the official scorer's input"),
-    _switch("--baselines", f"also evaluate {' and '.join(rule_names('baseline'))} at the same kept counts"),
+    _switch(
+        "--baselines", lambda: f"also evaluate {', '.join(rule_names('baseline'))} at the same kept counts"
+    ),
     SKIP,
     _option("--config", "FILE", Path, "settings, for --all-checkpoints"),
     _switch("--all-checkpoints", "evaluate all checkpoints of a run"),
@@ -389,17 +392,11 @@ def _evaluate(args: Arguments) -> None:
     else:
         from trbert_jax.inference.evaluate import evaluate_file
 
-        result = evaluate_file(
-            args.model,
-            args.data,
-            batch_size=args.batch_size,
-            rule=args.rule,
-            backend=args.backend,
-            threshold=args.threshold,
-            predictions=args.predictions,
-            baselines=rule_names("baseline") if args.baselines else (),
-            skip_bad_records=args.skip_bad_records,
+        baselines = rule_names("baseline") if args.baselines else ()
+        options = _chosen(
+            args, "batch_size", "rule", "backend", "threshold", "predictions", "skip_bad_records"
         )
+        result = evaluate_file(args.model, args.data, baselines=baselines, **options)
     if args.json:
         write_json(args.json, result)
     shown = {name: value for name, value in result.items() if name != "data"}  # logged while it was read
@@ -447,8 +444,7 @@ def _predict(args: Arguments) -> None:
     from trbert_jax.inference.predictor import TRBert
 
     model = TRBert.from_pretrained(args.model)
-    options = {"batch_size": args.batch_size, "rule": args.rule, "backend": args.backend}
-    options["threshold"] = args.threshold
+    options = _chosen(args, "batch_size", "rule", "backend", "threshold")
     lines_out = answer_lines if model.config.inputs.data else prediction_lines
     lines = lines_out(model, lines_in, args.file, args.with_text, _say, **options)
     with atomic_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as stream:
@@ -522,19 +518,16 @@ def _benchmark(args: Arguments) -> None:
     from trbert_jax.inference.benchmark import benchmark_file
     from trbert_jax.inference.benchmark_report import plot_benchmark, table
 
+    options = _chosen(
+        args, "random", "batch_sizes", "variants", "max_texts", "max_length", "repeats", "dtype"
+    )
     records = benchmark_file(
         args.data,
         model_dir=args.model,
-        random=args.random,
         replay_dir=args.replay,
-        batch_sizes=args.batch_sizes,
-        variants=args.variants,
-        max_texts=args.max_texts,
-        max_length=args.max_length,
-        repeats=args.repeats,
-        dtype=args.dtype,
         command=args.command_line,
         skip_bad_records=args.skip_bad_records,
+        **options,
     )
     print("\n".join(table(records)))
     if args.json:
@@ -569,13 +562,8 @@ def _convert(args: Arguments) -> None:
     output: Path = args.output
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
         raise UserError(f"{output}: exists and is not empty; choose another --output or give --overwrite")
-    model = load_pretrained(
-        args.input,
-        labels=args.labels,
-        max_positions=args.max_positions,
-        max_length=args.max_length,
-        keep_layers=args.keep_layers,
-    )
+    options = _chosen(args, "labels", "max_positions", "max_length", "keep_layers")
+    model = load_pretrained(args.input, **options)
     save_pretrained(output, model.config, model.params, model.tokenizer, exclude=model.newly_initialized)
     shape = model.config
     print(
