@@ -12,11 +12,12 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Unpack
 
 from trbert_jax.datasets import text_files
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import Example
-from trbert_jax.datasets.registry import DataSet, register_dataset, sample
+from trbert_jax.datasets.registry import DataSet, Options, PathLike, register_dataset, sample
 from trbert_jax.errors import UserError
 
 NUM_CLASSES = 12
@@ -40,24 +41,16 @@ class _StandardLibrary(DataSet):
     No two chunks are alike or overlap. An id is the file and the number of the chunk's first line.
     """
 
-    def read_labels(self, path: str | Path | None, label_field: str = "label") -> tuple[str, ...]:
+    def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
         return _read_all(_root(path))[0]
 
     def read_split(
-        self,
-        path: str | Path | None,
-        split: str,
-        bad: BadRecords | None = None,
-        *,
-        limit: int | None = None,
-        seed: int = 42,
-        text_field: str = "text",
-        label_field: str = "label",
+        self, path: PathLike, split: str, bad: BadRecords | None = None, **options: Unpack[Options]
     ) -> list[Example]:
         _, examples = _read_all(_root(path))
         positions = [i % CHUNKS_PER_CLASS % len(_PATTERN) for i in range(len(examples))]
         members = [e for e, i in zip(examples, positions, strict=True) if _PATTERN[i] == split]
-        return sample(members, limit, seed, split)
+        return sample(members, split, options)
 
 
 register_dataset(
@@ -65,7 +58,7 @@ register_dataset(
 )
 
 
-def _root(path: str | Path | None) -> Path:
+def _root(path: PathLike) -> Path:
     return Path(path).expanduser() if path else Path(sysconfig.get_path("stdlib"))
 
 

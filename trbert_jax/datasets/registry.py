@@ -7,7 +7,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 
@@ -25,9 +25,19 @@ _HOLD_OUT_SEED = 42
 _HOLD_OUT_SHARE = 10  # one in ten
 
 T = TypeVar("T")
+PathLike = str | Path | None
 # Yields the records of a file, in its order, from its path, the handling of bad records and the class names.
 # Raises `UserError` if the file cannot be read.
 Reader = Callable[[Path, BadRecords, Sequence[str]], Iterable[Any]]
+
+
+class Options(TypedDict, total=False):
+    """Options of reading a split."""
+
+    limit: int | None  # number of records at most, a random sample; by default all
+    seed: int  # of the sample; by default 42
+    text_field: str  # if the data set `has_fields`; by default `text`
+    label_field: str  # if the data set `has_fields`; by default `label`
 
 
 def each_split(*names: str) -> dict[str, tuple[str, ...]]:
@@ -72,7 +82,7 @@ class DataSet:
     needs_path: bool = True
     has_fields: bool = False
 
-    def read_labels(self, path: str | Path | None, label_field: str = "label") -> tuple[str, ...]:
+    def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
         """Returns the class names, without reading examples where possible.
 
         Args:
@@ -95,15 +105,7 @@ class DataSet:
         return tuple(names)
 
     def read_split(
-        self,
-        path: str | Path | None,
-        split: str,
-        bad: BadRecords | None = None,
-        *,
-        limit: int | None = None,
-        seed: int = 42,
-        text_field: str = "text",
-        label_field: str = "label",
+        self, path: PathLike, split: str, bad: BadRecords | None = None, **options: Unpack[Options]
     ) -> list[Any]:
         """Reads the records of one split, in the order of the source.
 
@@ -111,10 +113,7 @@ class DataSet:
           path: `data.path`.
           split: `train`, `dev` or `test`.
           bad: how to handle bad records; by default the first one raises.
-          limit: number of records at most, a random sample; None for all.
-          seed: of the sample.
-          text_field: field of the text, if `has_fields`.
-          label_field: field of the label, if `has_fields`.
+          options: see `Options`.
 
         Raises:
           MissingSplitError: the folder has no file for the split.
@@ -143,7 +142,7 @@ class DataSet:
         records = self.read_file(file, bad, self.read_labels(folder))
         if hold_out_dev:
             records = [records[i] for i in hold_out(len(records), str(file), split)]
-        return sample(records, limit, seed, split)
+        return sample(records, split, options)
 
     def read_file(
         self, path: str | Path, bad: BadRecords | None = None, labels: Sequence[str] = ()
@@ -214,15 +213,16 @@ def check_split(split: str) -> None:
         raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
 
 
-def sample(records: Sequence[T], limit: int | None, seed: int, split: str) -> list[T]:
-    """Returns a random sample of at most `limit` records, in their order.
+def sample(records: Sequence[T], split: str, options: Options) -> list[T]:
+    """Returns a random sample of at most `options["limit"]` records, in their order.
 
     A source may be sorted by label, so its first records would not do. The sample for a smaller limit is
     part of the one for a larger limit; each split draws by itself.
     """
+    limit = options.get("limit")
     if limit is None or limit >= len(records):
         return list(records)
-    rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index(split)]))
+    rng = np.random.Generator(np.random.PCG64([options.get("seed", 42), SPLITS.index(split)]))
     return [records[i] for i in sorted(rng.permutation(len(records))[:limit].tolist())]
 
 

@@ -19,13 +19,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from trbert_jax.datasets import mrqa, race, reading, squad, text_files, triviaqa
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import ChoiceQuestion, Example, SpanQuestion
-from trbert_jax.datasets.registry import FAMILIES, DataSet, Reader, check_split, hold_out, sample
+from trbert_jax.datasets.registry import (
+    FAMILIES,
+    DataSet,
+    Options,
+    PathLike,
+    Reader,
+    check_split,
+    hold_out,
+    sample,
+)
 from trbert_jax.errors import MissingSplitError, UserError
 
 logger = logging.getLogger(__name__)
@@ -51,21 +59,13 @@ class TfdsDataSet(DataSet):
     id_field: str = "id"
     needs_path: bool = False
 
-    def read_labels(self, path: str | Path | None, label_field: str = "label") -> tuple[str, ...]:
+    def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
         if self.convert is not None:
             return ()
         return _label_names(self.name, next(iter(_open(self.name, path).values())), label_field)
 
     def read_split(
-        self,
-        path: str | Path | None,
-        split: str,
-        bad: BadRecords | None = None,
-        *,
-        limit: int | None = None,
-        seed: int = 42,
-        text_field: str = "text",
-        label_field: str = "label",
+        self, path: PathLike, split: str, bad: BadRecords | None = None, **options: Unpack[Options]
     ) -> list[Any]:
         check_split(split)
         bad = bad or BadRecords()
@@ -74,14 +74,13 @@ class TfdsDataSet(DataSet):
         source, indices = _find_split(self.name, _open(self.name, path), published)
         place = f"{self.name}: {split}"
         if self.convert is None:
-            chosen = sample(indices, limit, seed, split)
-            return list(_examples(self.name, split, source, chosen, text_field, label_field))
+            return list(_examples(self.name, split, source, sample(indices, split, options), options))
         questions = _questions(place, (source[i] for i in indices), bad, self.convert, self.id_field)
         # trivia_qa lists a document of a question twice if both of its parts have it.
         records = reading.collect(questions, place, bad, "questions", repeats=self.style == "triviaqa")
         if bad.skipped:
             logger.warning("%s: %s", self.name, bad.summary(len(records)))
-        return sample(records, limit, seed, split)
+        return sample(records, split, options)
 
 
 def _questions(
@@ -155,9 +154,8 @@ _CATALOG = {
 }
 
 
-def _examples(
-    name: str, split: str, source: Any, chosen: list[int], text_field: str, label_field: str
-) -> Iterator[Example]:
+def _examples(name: str, split: str, source: Any, chosen: list[int], options: Options) -> Iterator[Example]:
+    text_field, label_field = options.get("text_field", "text"), options.get("label_field", "label")
     _check_field(name, source, "text_field", text_field)
     labels = _label_names(name, source, label_field)
     if not chosen:
@@ -198,7 +196,7 @@ def _rows(item: Any, key: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     return [dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _open(name: str, data_dir: str | Path | None) -> Mapping[str, Any]:
+def _open(name: str, data_dir: PathLike) -> Mapping[str, Any]:
     """Returns all splits of a data set, each a sequence of records that are read on access."""
     import tensorflow_datasets as tfds
 
