@@ -432,7 +432,7 @@ def _predict(args: Arguments) -> None:
       cat reviews.txt | trbert predict --model work/imdb/model
       trbert predict --model work/squad/model '{"question": "Who wrote it?", "context": "Ada wrote it."}'
     """
-    from trbert_jax.inference.predict_lines import answer_lines, input_lines, prediction_lines
+    from trbert_jax.inference.lines import input_lines, output_lines
 
     if args.texts and args.file:
         raise UserError("texts are given both as arguments and by --file; give one of the two")
@@ -445,8 +445,7 @@ def _predict(args: Arguments) -> None:
 
     model = TRBert.from_pretrained(args.model)
     options = _chosen(args, "batch_size", "rule", "backend", "threshold")
-    lines_out = answer_lines if model.config.inputs.data else prediction_lines
-    lines = lines_out(model, lines_in, args.file, args.with_text, _say, **options)
+    lines = output_lines(model, lines_in, args.file, args.with_text, **options)
     with atomic_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as stream:
         _write_lines(stream, lines)
 
@@ -468,14 +467,8 @@ def _compile(args: Arguments) -> None:
     if not (folder := compilation_cache()):
         raise UserError(f"no folder for compiled programs; name a writable one in {CACHE_VARIABLE}")
     model = TRBert.from_pretrained(args.model)
-    if model.config.inputs.data:
-        from trbert_jax.inference.answering import compile_questions
-
-        programs = compile_questions(model, args.batch_size, args.rule, args.backend)
-    else:
-        programs = model.compile(args.batch_size, args.rule, args.backend)
     total = 0.0
-    for program, seconds in programs:
+    for program, seconds in model.compile(args.batch_size, args.rule, args.backend):
         total += seconds
         print(f"{program}  {seconds:.1f} s", flush=True)
     print(f"{folder}: programs ready, {total:.1f} s")

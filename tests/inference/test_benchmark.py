@@ -189,8 +189,8 @@ def fake_records(batch_size: int = 2) -> list[Record]:
 
 def test_records_and_table() -> None:
     records = fake_records()
-    names = ("variant", "examples_per_second", "flops_per_second", "p50_ms", "p99_ms")
-    names += ("speedup_per_flop_saved", "kept")
+    names = ["variant", "examples_per_second", "flops_per_second", "p50_ms", "p99_ms"]
+    names += ["speedup_per_flop_saved", "kept"]
     packed = [records[1][name] for name in names]
     # 3 x faster with 4 x fewer FLOPs
     assert packed == ["packed", *map(pytest.approx, (4, 12e9, 550, 9000, 3 / 4)), [3, 2]]

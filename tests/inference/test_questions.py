@@ -20,7 +20,6 @@ from trbert_jax import TRBert, answer_questions
 from trbert_jax.cli import main
 from trbert_jax.config import BackboneConfig, DataConfig, RunConfig
 from trbert_jax.errors import UserError
-from trbert_jax.inference.answering import answer_stream
 from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction import flops
@@ -424,7 +423,7 @@ def test_questions_are_compiled_ahead(
 def test_questions_are_read_as_they_are_answered(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trbert_jax.inference.answering.WINDOW", 2)
+    monkeypatch.setattr("trbert_jax.inference.predictor.WINDOW", 2)
     model, taken = TRBert.from_pretrained(models["choice"]), []
 
     def source() -> Iterator[tuple[str, Any]]:
@@ -433,7 +432,7 @@ def test_questions_are_read_as_they_are_answered(
             yield f"line {number}", {**CHOICE, "question": "who " * number}
         yield "line 8", {**CHOICE, "id": "1"}
 
-    stream = answer_stream(model, source(), batch_size=2, backend="masked")
+    stream = model.answer_stream(source(), batch_size=2, backend="masked")
     assert not taken
     found = [next(stream)]
     assert taken == [1, 2, 3, 4]  # a window of two batches

@@ -48,7 +48,7 @@ class Finished:
         return tiny_runs.read_results(self.folder)
 
     def model(self, stage: str) -> TRBert:
-        return TRBert.from_pretrained(self.work / stage / "model", announce=lambda line: None)
+        return TRBert.from_pretrained(self.work / stage / "model")
 
 
 pytestmark = pytest.mark.slow  # trains all stages, several times

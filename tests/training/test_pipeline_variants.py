@@ -73,7 +73,7 @@ def test_dense_run_that_takes_the_best_checkpoint(tmp_path: Path, monkeypatch: p
     assert "reduced" not in results
     assert "baselines" not in results
     assert results["dense"].keys() & {"kept", "flops_speedup"} == set()
-    model = TRBert.from_pretrained(folder / "work" / "model", announce=lambda line: None)
+    model = TRBert.from_pretrained(folder / "work" / "model")
     assert (model.config.model_type, model.config.num_layers) == ("distilbert", 3)
     assert model.default_rule == "dense"
     lines = tiny_runs.read_lines(folder / "work" / "predictions.jsonl")

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trbert_jax.datasets import BadRecords
 from trbert_jax.datasets.records import Example
 from trbert_jax.errors import UserError
-from trbert_jax.inference.answering import read_questions
 from trbert_jax.inference.benchmark_report import (
     PreparedRun,
     Record,
@@ -30,8 +30,9 @@ from trbert_jax.inference.benchmark_report import (
     num_cores,
 )
 from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Inputs, bucket_widths
+from trbert_jax.inference.evaluate import read_examples
+from trbert_jax.inference.lines import input_lines, read_texts
 from trbert_jax.inference.predictor import TRBert
-from trbert_jax.inference.text_input import read_texts
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, init_params
 from trbert_jax.model.pretrained import save_pretrained
@@ -323,20 +324,18 @@ def benchmark_file(
         model = TRBert.from_pretrained(model_dir, max_length=max_length, dtype=dtype)
     else:
         raise ValueError("model_dir or random is needed")
-    if model.config.inputs.data:
+    if model.answers_questions:
         if replayed is not None:
             raise UserError("--replay: kept tokens are replayed for models that label texts only")
         if HUGGINGFACE in names and variants is not None:
             raise UserError("--variants: huggingface is compared for models that label texts only")
         names = [name for name in names if name != HUGGINGFACE]
-        examples = read_questions(model, Path(data), skip_bad_records).examples
+        examples = read_examples(model, Path(data), BadRecords(skip=skip_bad_records))
         examples = examples.take(np.arange(min(len(examples), max_texts or len(examples))))
         workload = Workload(examples, model.config.max_length)
     else:
-        texts = list(itertools.islice(read_texts(Path(data)), max_texts))
-        workload = Workload(
-            _encode(texts, model, str(random or model_dir), str(data)), model.config.max_length
-        )
+        texts = list(itertools.islice(read_texts(input_lines([], Path(data)), Path(data)), max_texts))
+        workload = Workload(_encode(texts, model, str(data)), model.config.max_length)
         if replayed is not None:
             logger.info("computing the tokens that %s keeps", replay_dir)
             actions = _actions_of(replayed, str(replay_dir), texts, model, workload)
@@ -427,11 +426,9 @@ def _random_model(size: str, replayed: TRBert | None, dtype: str) -> TRBert:
     return TRBert(config, init_params(config, jax.random.key(0)), replayed.tokenizer, dtype=dtype)
 
 
-def _encode(texts: Sequence[str], model: TRBert, name: str, source: str) -> Examples:
-    if model.tokenizer is None:
-        raise UserError(f"{name}: has no tokenizer files; add those of the model it was made of")
+def _encode(texts: Sequence[str], model: TRBert, source: str) -> Examples:
     examples = tuple(Example(f"{source}: text {number}", text, 0) for number, text in enumerate(texts, 1))
-    return encode_texts(examples, model.tokenizer, model.config.max_length)
+    return encode_texts(examples, model.require_tokenizer(), model.config.max_length)
 
 
 def _actions_of(
@@ -447,7 +444,7 @@ def _actions_of(
             raise UserError(
                 f"--replay: {name} has {theirs} {words}, the model under test {ours}; they must agree"
             )
-    examples = _encode(texts, replayed, name, name)
+    examples = _encode(texts, replayed, name)
     if not np.array_equal(examples.tokens, workload.examples.tokens):
         raise UserError(
             f"--replay: {name} splits the texts into other tokens; the models must share a tokenizer"

@@ -1,4 +1,4 @@
-"""Evaluation: accuracy, kept tokens, FLOPs and speed of a model on labeled texts."""
+"""Evaluate a model on labeled data: metrics, kept tokens, FLOPs and speed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trbert_jax.datasets import BadRecords, find_dataset
 from trbert_jax.datasets.text_files import read_file
-from trbert_jax.errors import UserError
-from trbert_jax.inference.answering import Questions, read_questions
 from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.io import atomic_file, write_json
@@ -18,9 +17,9 @@ from trbert_jax.model.model import Params
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.reduction import flops
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES
-from trbert_jax.tasks import Score
 from trbert_jax.tasks.classification import encode_texts
 from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.splits import encode_usable, notes_of
 
 Judge = Callable[[Outputs], Mapping[str, float]]  # outputs -> the task's metrics
 
@@ -38,111 +37,128 @@ def evaluate_file(
     seed: int = 0,
     skip_bad_records: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates a saved model on a file of labeled texts.
+    """Evaluates a saved model on a file.
 
     Args:
       model_dir: see `TRBert.from_pretrained`.
       data_file: `.jsonl` with `text` and `label`, or `.csv` with label and text; for a model that answers
-        questions a file in the published format of the data set it was trained on.
-      batch_size: examples of one forward pass.
-      rule, backend, threshold: see `TRBert.predict`.
-      predictions: file for one JSON line an example; of questions the JSON that the official scorer reads,
-        with `NAME.null_odds.json` beside `NAME.json` where questions may have no answer.
-      baselines: of `random`, `first_k`: selections that learned nothing, at the same kept counts.
+        questions a file in the published format of its data set.
+      batch_size, rule, backend, threshold: see `TRBert.predict`.
+      predictions: output file, one JSON line per text; of questions the JSON that the official scorer reads,
+        with `NAME.null_odds.json` beside `NAME.json` if questions may have no answer.
+      baselines: of `random`, `first_k`: untrained selections with the same kept counts.
       seed: of the random baseline.
-      skip_bad_records: leave out questions that are not as they should be, and say so.
+      skip_bad_records: skip malformed questions, instead of raising an error.
 
     Returns:
-      The numbers of `summarize`, one entry of them for each baseline, and of questions in `data` what became
-      of them on the way to inputs.
+      The numbers of `summarize`, the same for each baseline, and of questions in `data` what was cut, left
+      out or skipped.
 
     Raises:
       UserError: a model or file that cannot be read, a label the model does not have.
     """
     model = TRBert.from_pretrained(model_dir)
-    rule = rule or model.default_rule
-    if model.tokenizer is None:
-        raise UserError(f"{model_dir}: has no tokenizer files; put those of the model it was made of there")
-    runner = model.engine(batch_size)
-    questions: Questions | None = None
-    if model.config.inputs.data:
-        questions = read_questions(model, Path(data_file), skip_bad_records)
-        features = questions.examples
-    else:
-        records = read_file(data_file, model.config.labels)
-        features = encode_texts(records, model.tokenizer, model.config.max_length)
-
-    def judge(outputs: Outputs) -> dict[str, float]:
-        return {"accuracy": outputs.accuracy} if questions is None else questions.score(outputs).metrics
-
-    outputs = runner.run(model.params, features, rule=rule, backend=backend, threshold=threshold)
-    score = Score(judge(outputs), {}) if questions is None else questions.score(outputs)
-    if predictions is not None and questions is not None:
+    rule, bad = rule or model.default_rule, BadRecords(skip=skip_bad_records)
+    examples = read_examples(model, Path(data_file), bad)
+    engine = model.engine(batch_size)
+    outputs = engine.run(model.params, examples, rule=rule, backend=backend, threshold=threshold)
+    score = model.task.score(examples, outputs.logits)
+    if predictions is not None and not model.answers_questions:
+        write_predictions(predictions, outputs, examples, model.config.labels)
+    elif predictions is not None:
         write_json(predictions, score.files["predictions.json"])
         if "null_odds.json" in score.files:  # the official scorer of SQuAD 2.0 reads both
             write_json(predictions.with_suffix(".null_odds.json"), score.files["null_odds.json"])
-    elif predictions is not None:
-        write_predictions(predictions, outputs, features, model.config.labels)
     settings = {"rule": rule, "backend": backend, "batch_size": batch_size, "threshold": threshold}
     result = {**settings, **summarize(outputs, model.config, score.metrics)}
-    if questions is not None:
-        result["data"] = questions.notes
-    if questions is not None and skip_bad_records:
-        result["skipped_records"] = questions.num_skipped
+    if model.answers_questions:
+        result["data"] = notes_of(examples, bad)
+        if skip_bad_records:
+            result["skipped_records"] = len(bad.skipped)
     if RULES[rule].drops and baselines:
-        result["baselines"] = run_baselines(runner, model.params, features, outputs, baselines, seed, judge)
+
+        def judge(outputs: Outputs) -> Mapping[str, float]:
+            return model.task.score(examples, outputs.logits).metrics
+
+        result["baselines"] = run_baselines(engine, model.params, examples, outputs, baselines, seed, judge)
     return result
 
 
+def read_examples(model: TRBert, path: Path, bad: BadRecords) -> Examples:
+    """Reads labeled texts, or questions in the published format of the model's data set.
+
+    Args:
+      model: the model, which must have a tokenizer.
+      path: of the data.
+      bad: whether malformed questions are skipped; receives those that are.
+
+    Raises:
+      UserError: a file that cannot be read, a label the model does not have, a model without tokenizer.
+    """
+    tokenizer = model.require_tokenizer()
+    if not model.answers_questions:
+        return encode_texts(read_file(path, model.config.labels), tokenizer, model.config.max_length)
+    records = find_dataset(model.config.inputs.data).read_file(path, bad)
+    return encode_usable(model.task, records, tokenizer, bad, str(path))
+
+
 def run_baselines(
-    runner: InferenceEngine,
+    engine: InferenceEngine,
     params: Params,
-    features: Examples,
+    examples: Examples,
     outputs: Outputs,
-    kinds: Sequence[str],
+    rules: Sequence[str],
     seed: int,
     judge: Judge,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates selections that learned nothing, with each example's own kept counts from `outputs`."""
+    """Evaluates baseline rules with the kept counts of `outputs`."""
     result = {}
-    for kind in kinds:
-        found = runner.run(params, features, rule=kind, num_kept=outputs.num_kept, seed=seed)
-        result[kind] = summarize(found, runner.model.config, judge(found))
+    for rule in rules:
+        found = engine.run(params, examples, rule=rule, num_kept=outputs.num_kept, seed=seed)
+        result[rule] = summarize(found, engine.model.config, judge(found))
     return result
 
 
 def run_thresholds(
-    runner: InferenceEngine,
+    engine: InferenceEngine,
     params: Params,
-    features: Examples,
+    examples: Examples,
     judge: Judge,
     thresholds: Sequence[float],
     *,
     rule: str,
     backend: str,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates one model at several points between keeping more and keeping less."""
+    """Evaluates a model at several thresholds."""
     result = {}
     for threshold in thresholds:
-        found = runner.run(params, features, rule=rule, backend=backend, threshold=threshold)
-        result[str(threshold)] = summarize(found, runner.model.config, judge(found))
+        found = engine.run(params, examples, rule=rule, backend=backend, threshold=threshold)
+        result[str(threshold)] = summarize(found, engine.model.config, judge(found))
     return result
 
 
 def summarize(outputs: Outputs, config: ModelConfig, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The numbers of an evaluation; FLOPs are 2 x MACs a row of tokens, padding not counted.
+    """Returns the numbers of an evaluation.
 
-    `metrics` are the task's. `flops` follows the published accounting and `flops_exact` counts what it leaves
-    out (docs/method.md, "FLOPs"); `flops_speedup` is the dense model's `flops` over the reduced ones.
+    Args:
+      outputs: of the model.
+      config: its shape.
+      metrics: of the task.
+
+    Returns:
+      `metrics`, and means of a row: `tokens`, `kept` (at each point of reduction), `flops` (2 x MACs by the
+      published accounting, padding not counted), `flops_exact` (with what that leaves out; docs/method.md,
+      "FLOPs") and `flops_speedup` (the dense model's `flops` over the reduced ones).
     """
     shape, lengths = flops.EncoderShape.of(config), outputs.lengths
     dense = float(flops.dense_flops(shape, lengths).mean())
     summary: dict[str, Any] = {**metrics, "examples": len(lengths)}
     if outputs.kept:
-        used = float(flops.reduced_flops(shape, lengths, outputs.num_kept).mean())
-        exact = float(flops.exact_flops(shape, lengths, outputs.num_kept).mean())
+        num_kept = outputs.num_kept
+        used = float(flops.reduced_flops(shape, lengths, num_kept).mean())
+        exact = float(flops.exact_flops(shape, lengths, num_kept).mean())
         summary |= {"flops": used, "flops_exact": exact, "flops_speedup": dense / used}
-        summary["kept"] = outputs.num_kept.mean(0).tolist()
+        summary["kept"] = num_kept.mean(0).tolist()
     else:
         summary |= {"flops": dense, "flops_exact": float(flops.exact_dense_flops(shape, lengths).mean())}
     base = float(flops.bert_base_flops(lengths, config.num_outputs).mean())
@@ -152,14 +168,13 @@ def summarize(outputs: Outputs, config: ModelConfig, metrics: Mapping[str, float
     return summary
 
 
-def write_predictions(path: str | Path, outputs: Outputs, features: Examples, labels: Sequence[str]) -> None:
-    """Writes one JSON line an example: prediction, probabilities, kept positions, true label."""
-    scores = outputs.probabilities
-    winners = outputs.logits.argmax(-1)
+def write_predictions(path: str | Path, outputs: Outputs, examples: Examples, labels: Sequence[str]) -> None:
+    """Writes one JSON line per text: prediction, probabilities, kept positions, true label."""
+    scores, winners = outputs.probabilities, outputs.logits.argmax(-1)
     with atomic_file(path) as stream:
         for row, winner in enumerate(winners):
             record = {
-                "id": features.ids[row],
+                "id": examples.ids[row],
                 "label": labels[outputs.labels[row]],
                 "prediction": labels[winner],
                 "scores": dict(zip(labels, scores[row].tolist(), strict=True)),

@@ -1,16 +1,20 @@
-"""Using a trained model: texts in, labels and the tokens that decided them out.
+"""Use a trained model: texts in, labels and kept tokens out; or questions in, answers out.
 
     model = TRBert.from_pretrained("runs/quickstart/model")
     for prediction in model.predict(["a gripping film", "two hours I want back"]):
         print(prediction.label, prediction.scores, prediction.num_tokens)
 
-Texts run sorted by length in a few static shapes, each compiled once. A prediction depends on its
-text alone: not on the batch it ran in, nor on the order of the texts.
+    model = TRBert.from_pretrained("work/squad/model")
+    answer_questions(model, [{"question": "Who wrote it?", "context": "It was written by Ada."}])
+
+Inputs run sorted by length in a few static shapes, each compiled once. With rule `threshold` a result depends
+on its own text or question only, not on the batch or the order.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,32 +25,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trbert_jax.datasets import BadRecords
 from trbert_jax.errors import UserError
 from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Outputs, check_backend
+from trbert_jax.io import check_unicode
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.packed import DEFAULT_BACKEND
-from trbert_jax.model.pretrained import Announce, load_pretrained, save_pretrained, to_stderr
+from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
+from trbert_jax.tasks import Task
+from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.splits import encode_usable, saved_task
 
-WINDOW = 32  # batches within which texts are sorted by length
+WINDOW = 32  # batches within which inputs are sorted by length
 SMALL = (1, 4)  # rows of small batches, for requests of a few texts
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the model says about one text.
+    """The prediction for one text.
 
     Attributes:
       label: name of the most probable class.
       label_id: its index.
       scores: float32 [C], probabilities in the order of `TRBert.config.labels`.
-      kept: for each point of reduction the int32 positions, ascending, of the tokens that went on;
-        position 0 ([CLS]) always does. Empty for dense execution.
-      num_tokens: tokens of the text as the model read it, [CLS] and [SEP] included.
+      kept: for each point of reduction the int32 positions, ascending, of the kept tokens; position 0 ([CLS])
+        is always among them. Empty for rule `dense`.
+      num_tokens: tokens that the model read, [CLS] and [SEP] included.
       truncated: whether the text was longer than `TRBert.config.max_length` tokens and was cut.
       text: the text.
       input_ids: int32 [num_tokens].
@@ -69,13 +78,14 @@ class Prediction:
 
 
 class TRBert:
-    """A text classifier with its tokenizer.
+    """A trained model with its tokenizer.
 
     Attributes:
-      config: the model's shape and label names.
+      config: the model's shape, label names, and how inputs are made.
       params: nested dict of float32 arrays.
-      tokenizer: a `transformers.PreTrainedTokenizerFast`, or None (then `predict` is not possible).
-      fresh: parts that nothing has trained, see `Pretrained.newly_initialized`.
+      tokenizer: a `transformers.PreTrainedTokenizerFast`, or None.
+      newly_initialized: parts that were initialized at random, see `Pretrained`.
+      programs: the compiled passes, shared by all batch sizes.
     """
 
     def __init__(
@@ -85,16 +95,16 @@ class TRBert:
         tokenizer: Tokenizer | None = None,
         *,
         dtype: str = "float32",
-        fresh: Collection[str] = (),
+        newly_initialized: Collection[str] = (),
     ) -> None:
-        """Wraps a model; `from_pretrained` is the usual way to one.
+        """Wraps a model; usually called by `from_pretrained`.
 
         Args:
           config: the model's shape.
           params: nested dict of float32 arrays, moved to the default device.
           tokenizer: as returned by `load_tokenizer`.
-          dtype: what to compute in, `float32` or `bfloat16`.
-          fresh: parts of `params` that nothing has trained.
+          dtype: of the computation, `float32` or `bfloat16`.
+          newly_initialized: parts of `params` that were initialized at random.
 
         Raises:
           UserError: an unknown dtype, or a tokenizer with more tokens than the model.
@@ -106,45 +116,86 @@ class TRBert:
         self.config = config
         self.params = jax.device_put(params)
         self.tokenizer = tokenizer
-        self.fresh = tuple(fresh)
-        self._model = TokenReducingModel(config, _DTYPES[dtype])
-        self.programs = CompiledForward(self._model)
+        self.newly_initialized = tuple(newly_initialized)
+        self.programs = CompiledForward(TokenReducingModel(config, _DTYPES[dtype]))
         self._engines: dict[int, InferenceEngine] = {}
 
     @classmethod
     def from_pretrained(
-        cls,
-        path_or_id: str | Path,
-        *,
-        max_length: int | None = None,
-        dtype: str = "float32",
-        announce: Announce = to_stderr,
+        cls, path_or_id: str | Path, *, max_length: int | None = None, dtype: str = "float32"
     ) -> TRBert:
         """Loads a model directory, or a model of the Hugging Face hub.
 
         Args:
           path_or_id: see `load_pretrained`.
           max_length: tokens after which a text is cut; None takes the model's own.
-          dtype: what to compute in, `float32` or `bfloat16`.
-          announce: called with a line of text if parts of the model had to be initialized.
+          dtype: of the computation, `float32` or `bfloat16`.
 
         Raises:
           UserError: no such model, or a damaged one.
         """
         loaded = load_pretrained(path_or_id, max_length=max_length)
-        return cls(
-            loaded.config, loaded.params, loaded.tokenizer, dtype=dtype, fresh=loaded.newly_initialized
-        )
+        parts = loaded.newly_initialized
+        return cls(loaded.config, loaded.params, loaded.tokenizer, dtype=dtype, newly_initialized=parts)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a model directory, see `trbert_jax.model.pretrained.save_pretrained`."""
         params = jax.device_get(self.params)
-        save_pretrained(directory, self.config, params, self.tokenizer, exclude=self.fresh)
+        save_pretrained(directory, self.config, params, self.tokenizer, exclude=self.newly_initialized)
 
     @property
     def default_rule(self) -> str:
         """`threshold`, or `dense` for a model whose selectors are not trained."""
-        return "dense" if "selectors" in self.fresh else DEFAULT_RULE
+        return "dense" if "selectors" in self.newly_initialized else DEFAULT_RULE
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """The task that the model was trained for."""
+        return saved_task(self.config)
+
+    @property
+    def answers_questions(self) -> bool:
+        """Whether the model answers questions; otherwise it labels texts."""
+        return bool(self.config.inputs.data)
+
+    def engine(self, batch_size: int) -> InferenceEngine:
+        """Returns the engine for batches of this many examples, always the same one.
+
+        Raises:
+          UserError: the batch size is no positive whole number.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size is {batch_size!r}; expected a whole number, at least 1")
+        if batch_size not in self._engines:
+            self._engines[batch_size] = InferenceEngine(self.programs.model, batch_size, self.programs)
+        return self._engines[batch_size]
+
+    def compile(
+        self, batch_size: int = 32, rule: str | None = None, backend: str = DEFAULT_BACKEND
+    ) -> Iterator[tuple[str, float]]:
+        """Compiles ahead of time what `predict` or `answer_questions` needs with this batch size.
+
+        Args:
+          batch_size, rule, backend: see `predict`.
+
+        Yields:
+          The name of each program and the seconds that compiling took.
+
+        Raises:
+          UserError: an invalid option; a model without tokenizer that answers questions.
+        """
+        self.engine(batch_size)
+        sizes = [batch_size]
+        if self.answers_questions:
+            request = parse_requests(self.task, [("example", self.task.shortest_request)], set())
+            example = self.task.encode(request, self.require_tokenizer())
+        else:
+            sizes = sorted({_num_rows(count, batch_size) for count in (*SMALL, batch_size)})
+            example = _make_examples([np.zeros(1, np.int32)])
+        for size in sizes:
+            yield from self.engine(size).compile(self.params, example, rule or self.default_rule, backend)
+
+    # Texts
 
     def predict(
         self,
@@ -158,7 +209,7 @@ class TRBert:
 
         Args:
           texts: any number, empty ones too; one longer than `config.max_length` tokens is cut.
-          batch_size: texts a forward pass; has no influence on the results.
+          batch_size: texts per forward pass; does not change the results.
           rule: `threshold` decides on each text by itself. `batch_max` is the published evaluation: each text
             keeps as many tokens as the text of its batch that keeps most, so results depend on the batch.
             `dense` drops nothing. None takes `default_rule`.
@@ -171,46 +222,33 @@ class TRBert:
           Predictions in the order of the texts.
 
         Raises:
-          UserError: something else than a list of strings, a bad option, no tokenizer, a model that answers
-            questions (`trbert_jax.answer_questions`).
+          UserError: something else than a list of strings, an invalid option, a model without tokenizer or
+            one that answers questions (see `answer_questions`).
         """
         _check_texts(texts)
-        return list(self.predict_stream(texts, batch_size, rule, backend, threshold))
+        options = {"rule": rule, "backend": backend, "threshold": threshold}
+        return list(self.predict_stream(texts, batch_size, **options))
 
     def predict_stream(
-        self,
-        texts: Iterable[str],
-        batch_size: int = 32,
-        rule: str | None = None,
-        backend: str = DEFAULT_BACKEND,
-        threshold: float = DEFAULT_THRESHOLD,
+        self, texts: Iterable[str], batch_size: int = 32, **options: Any
     ) -> Iterator[Prediction]:
-        """Classifies any number of texts, of which only a few batches are in memory at a time.
+        """Classifies any number of texts, with only a few batches in memory at a time.
 
-        Texts of like length share a batch within a window of `WINDOW` batches; the next window is read
-        and tokenized while this one is computed.
+        Sorts the texts by length within a window of `WINDOW` batches; reads and tokenizes the next window
+        while this one is computed.
 
         Args:
           texts: read as needed.
-          batch_size, rule, backend, threshold: as in `predict`.
-
-        Returns:
-          Predictions in the order of the texts.
+          batch_size, options: see `predict`.
 
         Raises:
-          UserError: as `predict`; a bad option at once, a bad text when its window is reached.
+          UserError: see `predict`; an invalid option at once, a bad text when its window is reached.
         """
-        if self.config.inputs.data:
+        if self.answers_questions:
             raise UserError(
                 "this model answers questions; ask it with trbert_jax.answer_questions(model, questions)"
             )
-        rule = rule or self.default_rule
-        check_rule(rule, threshold)
-        check_backend(backend)
-        _check_batch_size(batch_size)
-        return self._predict_windows(
-            iter(texts), batch_size, {"rule": rule, "backend": backend, "threshold": threshold}
-        )
+        return self._predict_windows(iter(texts), batch_size, self._options(batch_size, **options))
 
     def _predict_windows(
         self, texts: Iterator[str], batch_size: int, options: dict[str, Any]
@@ -221,119 +259,174 @@ class TRBert:
         if not (window := read()):
             return
         num_read = 0
-        rows = _num_rows(len(window), batch_size)
-        with ThreadPoolExecutor(1) as pool:  # the tokenizer works outside Python's lock
+        engine = self.engine(_num_rows(len(window), batch_size))
+        with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without Python's lock
             encoding = pool.submit(self._encode, window, num_read)
             while window:
-                features, truncated = encoding.result()
+                examples, truncated = encoding.result()
                 num_read += len(window)
                 if following := read():
                     encoding = pool.submit(self._encode, following, num_read)
-                output = self.engine(rows).run(self.params, features, **options)
-                yield from self._predictions(window, features, truncated, output)
+                outputs = engine.run(self.params, examples, **options)
+                yield from self._predictions(window, examples, truncated, outputs)
                 window = following
 
     def _predictions(
-        self, texts: Sequence[str], features: Examples, truncated: Sequence[bool], output: Outputs
+        self, texts: Sequence[str], examples: Examples, truncated: Sequence[bool], outputs: Outputs
     ) -> Iterator[Prediction]:
-        scores = output.probabilities
-        winners = output.logits.argmax(-1)
+        scores, winners = outputs.probabilities, outputs.logits.argmax(-1)
         for i, text in enumerate(texts):
             yield Prediction(
                 label=self.config.labels[winners[i]],
                 label_id=int(winners[i]),
                 scores=scores[i],
-                kept=tuple(stage[i] for stage in output.kept),
-                num_tokens=int(features.lengths[i]),
+                kept=tuple(stage[i] for stage in outputs.kept),
+                num_tokens=int(examples.lengths[i]),
                 truncated=truncated[i],
                 text=text,
-                input_ids=features.tokens[features.offsets[i] : features.offsets[i + 1]],
+                input_ids=examples.tokens[examples.offsets[i] : examples.offsets[i + 1]],
                 _tokenizer=self.tokenizer,
             )
 
-    def compile(
-        self, batch_size: int = 32, rule: str | None = None, backend: str = DEFAULT_BACKEND
-    ) -> Iterator[tuple[str, float]]:
-        """Compiles ahead of time what `predict` needs with this batch size.
-
-        Args:
-          batch_size, rule, backend: as in `predict`.
-
-        Yields:
-          The name of each program and the seconds that compiling it took.
-
-        Raises:
-          UserError: a bad option, a model that answers questions, whose shapes their data set decides.
-        """
-        if self.config.inputs.data:
-            raise UserError(
-                "models that label texts can be compiled ahead; one that answers questions compiles at its "
-                "first batch and finds its programs in the cache from then on"
-            )
-        _check_batch_size(batch_size)
-        example = Examples(
-            tokens=np.zeros(1, np.int32),
-            offsets=np.array([0, 1]),
-            token_types=None,
-            labels=np.zeros(1, np.int32),
-            ids=[""],
-            num_truncated=0,
-            digest="",
-        )
-        for rows in sorted({_num_rows(n, batch_size) for n in (*SMALL, batch_size)}):
-            yield from self.engine(rows).compile(self.params, example, rule or self.default_rule, backend)
-
-    def engine(self, batch_size: int) -> InferenceEngine:
-        """What runs the model in batches of this many rows; kept, because it holds compiled programs."""
-        if batch_size not in self._engines:
-            self._engines[batch_size] = InferenceEngine(self._model, batch_size, self.programs)
-        return self._engines[batch_size]
-
     def _encode(self, texts: Sequence[str], first: int) -> tuple[Examples, list[bool]]:
         _check_texts(texts, first)
+        tokenizer, longest = self.require_tokenizer(), self.config.max_length
+        encoded = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(list(texts))]
+        truncated = [len(ids) > longest for ids in encoded]
+        rows = [
+            [*ids[: longest - 1], tokenizer.sep_token_id] if cut else ids
+            for ids, cut in zip(encoded, truncated, strict=True)
+        ]
+        return _make_examples([np.array(row, np.int32) for row in rows]), truncated
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer.
+
+        Raises:
+          UserError: the model has none.
+        """
         if self.tokenizer is None:
             raise UserError(
-                "this model has no tokenizer; put the tokenizer.json or vocab.txt of the model it was "
-                "made of into its directory and load it again"
+                "this model has no tokenizer; put the tokenizer files (tokenizer.json or vocab.txt) of the "
+                "model it was made of into its directory"
             )
-        encodings = self.tokenizer.backend_tokenizer.encode_batch(list(texts))
-        longest, end = self.config.max_length, self.tokenizer.sep_token_id
-        truncated = [len(encoding.ids) > longest for encoding in encodings]
-        rows = [
-            [*encoding.ids[: longest - 1], end] if cut else encoding.ids
-            for encoding, cut in zip(encodings, truncated, strict=True)
-        ]
-        features = Examples(
-            tokens=np.concatenate([np.array(row, np.int32) for row in rows]),
-            offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
-            token_types=None,
-            labels=np.zeros(len(rows), np.int32),
-            ids=[str(i) for i in range(len(rows))],
-            num_truncated=sum(truncated),
-            digest="",
-        )
-        return features, truncated
+        return self.tokenizer
+
+    def _options(
+        self,
+        batch_size: int,
+        rule: str | None = None,
+        backend: str = DEFAULT_BACKEND,
+        threshold: float = DEFAULT_THRESHOLD,
+    ) -> dict[str, Any]:
+        """Checks the options of a prediction and fills in their defaults."""
+        self.engine(batch_size)
+        rule = rule or self.default_rule
+        check_rule(rule, threshold)
+        check_backend(backend)
+        return {"rule": rule, "backend": backend, "threshold": threshold}
+
+    # Questions
+
+    def answer_stream(
+        self, requests: Iterable[tuple[str, Any]], batch_size: int = 32, **options: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Answers any number of questions, with only `WINDOW` batches in memory at a time.
+
+        Args:
+          requests: of each question its place for messages, and the JSON object; read as needed.
+          batch_size, options: see `predict`.
+
+        Returns:
+          See `answer_questions`.
+
+        Raises:
+          UserError: see `answer_questions`; a bad question when its window is reached.
+        """
+        options = self._options(batch_size, **options)
+        engine, source, ids = self.engine(batch_size), iter(requests), set[str]()
+        while window := list(itertools.islice(source, WINDOW * batch_size)):
+            if not self.answers_questions:
+                raise UserError(
+                    "this model labels texts, or its config.json has no trbert.inputs, which says how "
+                    "questions become its inputs; a model that `trbert train` made for a data set of "
+                    "questions has"
+                )
+            records = parse_requests(self.task, window, ids)
+            examples = encode_usable(self.task, records, self.require_tokenizer(), BadRecords(), "questions")
+            outputs = engine.run(self.params, examples, **options)
+            answers = self.task.score(examples, outputs.logits).files["predictions.json"]
+            supporting = None
+            if self.config.task == "multi_hop":
+                answers, supporting = answers["answer"], answers["sp"]
+            # In pairs the options of a question are examples, named `question:A` and so on.
+            in_pairs = self.task.name == "multiple_choice" and examples.group == 1
+            counts = _count_tokens(examples, outputs, in_pairs)
+            for record in records:
+                hops = {"supporting": supporting[record.id]} if supporting else {}
+                yield {"id": record.id, "answer": answers[record.id], **hops, **counts[record.id]}
+
+
+def answer_questions(
+    model: TRBert, requests: Sequence[Any], *, source: str = "question", **options: Any
+) -> list[dict[str, Any]]:
+    """Answers questions.
+
+    Args:
+      model: trained on a data set of questions.
+      requests: JSON objects; docs/question_answering.md lists their fields.
+      source: name of the questions in messages, before their number.
+      options: `batch_size`, `rule`, `backend` and `threshold`, see `TRBert.predict`.
+
+    Returns:
+      For each question `id`, `answer` (text, letter of the option, or candidate), for multi-hop questions
+      `supporting` (a list of [title, number of the sentence]), `num_tokens` of all its inputs, and
+      `num_kept`, how many of them each point of reduction keeps (empty for rule `dense`).
+
+    Raises:
+      UserError: a model that labels texts, a malformed question, an invalid option.
+    """
+    placed = ((f"{source}:{number}", request) for number, request in enumerate(requests, 1))
+    return list(model.answer_stream(placed, **options))
+
+
+def _count_tokens(examples: Examples, outputs: Outputs, in_pairs: bool) -> dict[str, dict[str, Any]]:
+    """Returns for each question the tokens of its inputs, and how many each point of reduction keeps."""
+    num_kept = outputs.num_kept
+    totals = dict[str, np.ndarray]()
+    for name, rows in zip(examples.ids, examples.rows(np.arange(len(examples))), strict=True):
+        question = name.rpartition(":")[0] if in_pairs else name
+        rows = rows[rows >= 0]
+        counts = np.array([examples.row_lengths[rows].sum(), *num_kept[rows].sum(0)])
+        totals[question] = totals.get(question, 0) + counts
+    return {id: {"num_tokens": int(x[0]), "num_kept": x[1:].tolist()} for id, x in totals.items()}
+
+
+def _make_examples(rows: Sequence[np.ndarray]) -> Examples:
+    """Returns examples of one row each, without labels."""
+    return Examples(
+        tokens=np.concatenate(rows),
+        offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
+        token_types=None,
+        labels=np.zeros(len(rows), np.int32),
+        ids=[str(i) for i in range(len(rows))],
+        num_truncated=0,
+        digest="",
+    )
 
 
 def _num_rows(num_texts: int, batch_size: int) -> int:
-    """Rows of a batch for so many texts: few shapes to compile, and a small one for a small request."""
+    """Returns the rows of a batch: few shapes to compile, and a small one for a request of a few texts."""
     return min([rows for rows in SMALL if rows >= num_texts] + [batch_size])
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise UserError(f"batch_size is {batch_size!r}; expected a whole number, at least 1")
 
 
 def _check_texts(texts: Sequence[str], first: int = 0) -> None:
     if isinstance(texts, str):
         raise UserError("predict takes a list of texts; put the text into one: predict([text])")
-    for i, text in enumerate(texts, first):  # numbered as the caller's, of which these may be a part
+    for i, text in enumerate(texts, first):  # `first`: texts of earlier windows
         if not isinstance(text, str):
             raise UserError(f"texts[{i}] is a {type(text).__name__}; expected a string")
         try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"texts[{i}] is not valid Unicode (character {error.start}: {error.reason})"
-            ) from error
+            check_unicode(text)
+        except ValueError as error:
+            raise UserError(f"texts[{i}] {error}") from error
