@@ -145,5 +145,5 @@ def test_a_label_that_the_model_does_not_have(folder: Path, tmp_path: Path) -> N
 
 def test_a_model_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
     save_pretrained(tmp_path, tiny_models.BERT, tiny_models.tiny_params(tiny_models.BERT), None)
-    with pytest.raises(UserError, match="has no tokenizer files"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         evaluate_file(tmp_path, folder / "data.jsonl")
