@@ -7,10 +7,15 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_runs
+from safetensors import safe_open
+from tiny_models import BERT, tiny_model, tiny_params, tiny_tokenizer
 from tiny_published import Published
 
+import trbert_jax
 from trbert_jax import config as settings
 from trbert_jax.cli import main
 from trbert_jax.config import load_config
@@ -19,8 +24,14 @@ from trbert_jax.datasets.reading import read_lines
 from trbert_jax.datasets.records import Example, Span, SpanQuestion
 from trbert_jax.datasets.registry import each_split
 from trbert_jax.errors import UserError
+from trbert_jax.model.backbones import BACKBONES, register_backbone
+from trbert_jax.model.pretrained import load_pretrained, save_pretrained
+from trbert_jax.reduction.rules import RULES, RuleSpec, register_rule
 from trbert_jax.training import objectives, step
 from trbert_jax.training.stages import STAGES, Stage, Update, register_stage
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+TEXTS = ["the film was not good", "I saw it yesterday and the plot was very dull"]
 
 
 @pytest.fixture
@@ -149,3 +160,72 @@ def test_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["train", "--config", str(path), "--dry-run"]) == 0
     assert any(line.startswith("polish ") for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.fixture
+def rules_and_backbones() -> Iterator[None]:
+    """Removes the rules and backbones that a test registers."""
+    rules, backbones = dict(RULES), dict(BACKBONES)
+    yield
+    for name in RULES.keys() - rules.keys():
+        del RULES[name]
+    for name in BACKBONES.keys() - backbones.keys():
+        del BACKBONES[name]
+
+
+@pytest.mark.usefixtures("rules_and_backbones")
+def test_rule(tmp_path: Path) -> None:
+    """A rule of evaluation: known to the settings, used by both backends."""
+    register_rule(
+        RuleSpec(
+            "even_positions",
+            "keep every second token",
+            lambda inputs: lambda stage, logits, valid: valid & (jnp.arange(valid.shape[1]) % 2 == 0),
+        )
+    )
+    config = load_config(QUICKSTART, ["evaluate.rule=even_positions", "evaluate.thresholds=[]"])
+    model = trbert_jax.TRBert.from_pretrained(tiny_model(tmp_path))
+    for backend in ("packed", "masked"):
+        for prediction in model.predict(TEXTS, rule=config.evaluate.rule, backend=backend):
+            expected = np.arange(0, prediction.num_tokens, 2)
+            assert all(np.array_equal(kept, expected) for kept in prediction.kept)
+    with pytest.raises(UserError, match="threshold"):
+        model.predict(TEXTS, rule="even_positions", threshold=0.4)
+    with pytest.raises(ValueError, match="even_positions"):
+        register_rule(RULES["even_positions"])
+
+
+@pytest.mark.usefixtures("rules_and_backbones")
+def test_backbone(tmp_path: Path) -> None:
+    """A folder in the format of another family: its own keys, names and alias, no pooler, no token types."""
+    bert = BACKBONES["bert"]
+    register_backbone(
+        dataclasses.replace(
+            bert,
+            name="robot",
+            aliases=("robot-v1",),
+            class_name="Robot",
+            keys={**{k: v for k, v in bert.keys.items() if k != "type_vocab_size"}, "hidden_size": "width"},
+            defaults={"type_vocab_size": 0},
+            embeddings=(("word", "words"), ("position", "places"), ("norm", "norm")),
+            stack="tower",
+            layer=tuple((key, f"block.{key}") for key, _ in bert.layer),
+            pooler=False,
+        )
+    )
+    config = dataclasses.replace(BERT, model_type="robot", type_vocab_size=0)
+    save_pretrained(tmp_path / "model", config, tiny_params(config), tiny_tokenizer())
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (values["architectures"], values["width"]) == (["RobotForSequenceClassification"], 16)
+    with safe_open(tmp_path / "model" / "model.safetensors", "np") as weights:
+        names = set(weights.keys())
+    assert {"robot.embeddings.words.weight", "robot.tower.layer.3.block.query.bias"} < names
+    assert {"robot.tower.linear_1.0.weight", "pre_classifier.weight"} < names
+
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**values, "model_type": "robot-v1"}))
+    assert load_pretrained(tmp_path / "model").config == config
+    assert load_config(QUICKSTART, ["model.scratch.model_type=robot"]).model.scratch.model_type == "robot"
+    model = trbert_jax.TRBert.from_pretrained(tmp_path / "model")
+    assert [len(p.scores) for p in model.predict(TEXTS)] == [2, 2]
+    with pytest.raises(ValueError, match="robot-v1"):
+        register_backbone(dataclasses.replace(bert, name="another", aliases=("robot-v1",)))
