@@ -30,7 +30,7 @@ from trbert_jax.training import objectives
 BERT = tiny_models.BERT
 DISTILBERT = dataclasses.replace(tiny_models.DISTILBERT, num_layers=3)
 WIDTH = 18
-# Smaller than the batches: several large tiles, several small ones, several groups and rungs.
+# Smaller than the batches: several large tiles, several small ones, several groups and buckets.
 TILING = Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
 NUM_ROWS = 5
 
@@ -197,16 +197,16 @@ def test_pack_lays_rows_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 4, 5, 18, 256, 512, 1024])
-def test_ladder_ends_at_the_width_and_stays_short(width: int) -> None:
+def test_buckets_end_at_the_width_and_are_few(width: int) -> None:
     for tiling in (TILING, *(Tiling.for_backend(name, rows) for name in ("cpu", "gpu") for rows in (1, 32))):
-        ladder = tiling.ladder(width)
-        assert ladder == tuple(sorted(set(ladder)))
-        assert len(ladder) <= 8
-        assert ladder[-1] >= width
-        assert len(ladder) == 1 or ladder[-2] < width
-        assert all(wide <= narrow + 2 * ladder[0] for narrow, wide in itertools.pairwise(ladder))
+        buckets = tiling.buckets(width)
+        assert buckets == tuple(sorted(set(buckets)))
+        assert len(buckets) <= 8
+        assert buckets[-1] >= width
+        assert len(buckets) == 1 or buckets[-2] < width
+        assert all(wide <= narrow + 2 * buckets[0] for narrow, wide in itertools.pairwise(buckets))
         # A row that starts at the last token, and the last tile, end within the array.
-        assert tiling.capacity(3 * width, width) >= 3 * width - 1 + ladder[-1]
+        assert tiling.capacity(3 * width, width) >= 3 * width - 1 + buckets[-1]
         assert tiling.capacity(3 * width, width) >= -(-3 * width // tiling.tokens) * tiling.tokens
 
 

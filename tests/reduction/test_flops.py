@@ -112,10 +112,10 @@ def test_single_layer_model_reduces_before_its_layer() -> None:
 @pytest.mark.parametrize(
     ("lengths", "kept", "message"),
     [
-        ([10], [[4]], "a column a point of reduction"),
-        ([10], [[4, 2, 1]], "a column a point of reduction"),
-        ([10, 9], [[4, 2]], "a column a point of reduction"),
-        (10, [4, 2], "a column a point of reduction"),
+        ([10], [[4]], "a column per point of reduction"),
+        ([10], [[4, 2, 1]], "a column per point of reduction"),
+        ([10, 9], [[4, 2]], "a column per point of reduction"),
+        (10, [4, 2], "a column per point of reduction"),
         ([10], [[11, 2]], "more tokens than it had"),
         ([10], [[4, 5]], "more tokens than it had"),
     ],

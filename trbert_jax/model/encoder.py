@@ -1,8 +1,7 @@
-"""The encoder with token reduction, masked execution.
+"""Encode with token reduction by masking.
 
-Every array keeps its padded length; a dropped token leaves the key mask and is attended to by
-nobody. Simple, differentiable, and the reference for every faster way to run the same parameters.
-Source: paper, section 3; docs/method.md, "Reduction".
+Every array keeps its padded length; no token attends to a dropped one. Simple, differentiable, and the
+reference for the packed backend. Source: paper, section 3; docs/method.md, "Reduction".
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.layers import Embeddings, TransformerLayer, dense
-from trbert_jax.model.selector import Selector
+from trbert_jax.model.layers import Embeddings, Selector, TransformerLayer, dense
 from trbert_jax.reduction.selection import Rule, Selection, SharedPassage, TokenSet, drop_tokens, restore
 
 
@@ -55,7 +53,7 @@ class Encoder(nn.Module):
         return dataclasses.replace(tokens, states=states)
 
     def before_selection(self, tokens: TokenSet, deterministic: bool = True) -> TokenSet:
-        """Runs the layers before the first point of reduction: what samples of one example share."""
+        """Runs the layers before the first point of reduction, which the samples of an example share."""
         return self.run_layers(tokens, range(self.config.reduction_layers[0]), deterministic)
 
     def from_selection(
@@ -65,22 +63,22 @@ class Encoder(nn.Module):
         deterministic: bool = True,
         passage: SharedPassage | None = None,
     ) -> tuple[TokenSet, tuple[Selection, ...]]:
-        """Runs the rest: at each point of reduction, select, drop, go on.
+        """Runs the other layers; selects and drops tokens at each point of reduction.
 
         Args:
           tokens: the output of `before_selection`, states [B, S, H].
-          rule: see `trbert_jax.reduction.selection`; None runs the dense encoder and asks no selector.
+          rule: see `trbert_jax.reduction.selection`; None runs the dense encoder without selectors.
           passage: see `trbert_jax.reduction.selection.select`.
 
         Returns:
-          The tokens after the last layer, and one `Selection` for each point of reduction. Where the head
-          reads all tokens those that were dropped are among them, see `restore`.
+          The tokens after the last layer, and one `Selection` for each point of reduction. If the head reads
+          all tokens, dropped ones are restored, see `restore`.
         """
         points = self.config.reduction_layers
         if rule is None:
             return self.run_layers(tokens, range(points[0], self.config.num_layers), deterministic), ()
         selections: list[Selection] = []
-        dropped = tokens  # where the head reads all tokens: each as it was when it was last there
+        dropped = tokens  # if the head reads all tokens: each in its latest state
         for stage, (start, stop) in enumerate(
             zip(points, (*points[1:], self.config.num_layers), strict=True)
         ):

@@ -1,8 +1,4 @@
-"""Embeddings and the post-LN transformer layer that BERT and DistilBERT share.
-
-Source: docs/method.md, "Encoder". Both backbones compute the same function; DistilBERT only lacks
-token types and the dropout after the attention's output projection.
-"""
+"""Embeddings, the post-LN transformer layer and the token selector. Source: docs/method.md, "Encoder"."""
 
 from __future__ import annotations
 
@@ -32,20 +28,20 @@ def dense(features: int, config: ModelConfig, dtype: Dtype, name: str | None = N
 
 
 def precision(dtype: Dtype) -> jax.lax.Precision:
-    """Matrix product precision that a compute dtype asks for."""
+    """Returns the precision of matrix products for a compute dtype."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def layer_norm(config: ModelConfig, dtype: Dtype) -> nn.LayerNorm:
     """LayerNorm with float32 statistics whatever the compute dtype.
 
-    In two passes: the one-pass variance loses the digits that parity with the published models needs.
+    Computed in two passes: the one-pass variance loses digits that parity with the published models needs.
     """
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False)
 
 
 class Embeddings(nn.Module):
-    """Word, position and (BERT) token type embeddings, LayerNorm, dropout."""
+    """Word, position and (for some backbones) token type embeddings, LayerNorm, dropout."""
 
     config: ModelConfig
     dtype: Dtype = jnp.float32
@@ -65,7 +61,7 @@ class Embeddings(nn.Module):
     def __call__(
         self, input_ids: jax.Array, token_type_ids: jax.Array | None, deterministic: bool
     ) -> jax.Array:
-        """int32 [B, S] (twice) -> [B, S, H]; absent token types are all 0."""
+        """int32 [B, S] (twice) -> [B, S, H]; token types default to 0."""
         states = self.word(input_ids) + self.position(jnp.arange(input_ids.shape[-1]))
         if self.config.type_vocab_size:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -76,8 +72,8 @@ class Embeddings(nn.Module):
 class TransformerLayer(nn.Module):
     """Self-attention and feed-forward, each followed by dropout, residual and LayerNorm.
 
-    `attention_inputs`, `attend` and `finish` are separate because all but `attend` work on single
-    tokens: they take states of any leading shape, a padded [B, S, H] or a flat [C, H].
+    All methods but `attend` work on single tokens and take states of any leading shape: padded [B, S, H] or
+    flat [C, H].
     """
 
     config: ModelConfig
@@ -148,7 +144,7 @@ class TransformerLayer(nn.Module):
         return context.swapaxes(1, 2).reshape(shape)
 
     def finish(self, states: jax.Array, context: jax.Array, deterministic: bool) -> jax.Array:
-        """What follows attention, token by token: [..., H] (twice) -> [..., H]."""
+        """Computes the rest of the layer, token by token: [..., H] (twice) -> [..., H]."""
         attended = self.attention_output(context)
         if self.config.backbone.attention_output_dropout:
             attended = self.hidden_dropout(attended, deterministic=deterministic)
@@ -161,3 +157,21 @@ class TransformerLayer(nn.Module):
         batch, length, hidden = x.shape
         heads = self.config.num_heads
         return x.reshape(batch, length, heads, hidden // heads).swapaxes(1, 2)
+
+
+class Selector(nn.Module):
+    """The policy network: Linear, exact GELU, Linear to one logit per token; no dropout. Paper, section 3.2.
+
+    Always float32: a keep decision close to one half should not depend on the compute dtype.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.hidden = dense(self.config.selector_hidden, self.config, jnp.float32)
+        self.output = dense(1, self.config, jnp.float32)
+
+    def __call__(self, states: jax.Array) -> jax.Array:
+        """[..., H] -> float32 [...], the logit of the keep probability."""
+        inner = jax.nn.gelu(self.hidden(states.astype(jnp.float32)), approximate=False)
+        return self.output(inner)[..., 0]

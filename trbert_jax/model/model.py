@@ -1,4 +1,4 @@
-"""The whole model of a task: encoder with token reduction and head."""
+"""Join the encoder with token reduction and the head of a task."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Batch = Mapping[str, jax.Array]  # `input_ids`, `mask`, ... of B rows
 
 @struct.dataclass
 class ModelOutput:
-    """Logits of the task's head and one `Selection` for each point of reduction (none if run dense)."""
+    """Logits of the task's head and one `Selection` per point of reduction (none for the dense encoder)."""
 
     logits: Logits
     selections: tuple[Selection, ...]
 
 
 class TokenReducingModel(nn.Module):
-    """An encoder that drops tokens on the way, and the head of a task.
+    """An encoder that drops tokens between its layers, and the head of a task.
 
     Attributes:
       config: the model's shape.
       dtype: compute dtype; parameters, selector logits, softmax and LayerNorm statistics and the
         head's logits stay float32.
-      remat: compute a layer's inner values again in the backward pass rather than keep them.
+      remat: recompute a layer's inner values in the backward pass instead of storing them.
     """
 
     config: ModelConfig
@@ -57,12 +57,11 @@ class TokenReducingModel(nn.Module):
 
         Args:
           batch: `input_ids` int32 [B, S], `mask` bool [B, S] (True for real tokens), optional
-            `token_type_ids` int32 [B, S], and what the head reads besides (`trbert_jax.model.heads`).
-            `shared` bool [B, S] marks what the options of a multiple choice have in common, where they
-            decide on it together.
+            `token_type_ids` int32 [B, S] and the inputs of the head (`Head.inputs`). `shared` bool [B, S]
+            marks the tokens that the options of a multiple choice share, if they decide on them together.
           rule: how tokens are selected (`trbert_jax.reduction.selection`); None runs the dense encoder.
-          num_copies: samples an example, K. What comes before the first point of reduction is
-            computed once and shared; outputs have K * B rows, row `j * B + i` copy j of example i.
+          num_copies: samples of each example, K. The layers before the first point of reduction run once
+            for all; outputs have K * B rows, row `j * B + i` is copy j of example i.
           deterministic: no dropout; otherwise the `dropout` RNG is needed.
         """
         tokens = self.embed(batch["input_ids"], batch["mask"], batch.get("token_type_ids"), deterministic)
@@ -74,10 +73,10 @@ class TokenReducingModel(nn.Module):
         return ModelOutput(self.answer(tokens, head_inputs(batch, num_copies), deterministic), selections)
 
     def answer(self, tokens: TokenSet, inputs: Batch, deterministic: bool = True) -> Logits:
-        """Encoder output -> float32 logits.
+        """Computes float32 logits from the encoder's output.
 
         Args:
-          tokens: what the encoder returns; a head that reads [CLS] alone needs no more than that.
+          tokens: the encoder's output; only its first token if the head reads [CLS] alone.
           inputs: see `head_inputs`.
           deterministic: no dropout.
         """
@@ -86,7 +85,7 @@ class TokenReducingModel(nn.Module):
         states = jnp.where(tokens.valid[..., None], tokens.states, 0)
         return self.head(states, inputs.get("head_mask", tokens.valid), inputs, deterministic)
 
-    # Pieces of the forward pass, for the residual scores and packed execution.
+    # Pieces of the forward pass, for the residual scores and the packed backend.
 
     def embed(
         self,
@@ -95,11 +94,11 @@ class TokenReducingModel(nn.Module):
         token_type_ids: jax.Array | None = None,
         deterministic: bool = True,
     ) -> TokenSet:
-        """Token embeddings; see `Encoder.embed`."""
+        """Embeds the tokens, see `Encoder.embed`."""
         return self.encoder.embed(input_ids, mask, token_type_ids, deterministic)
 
     def run_layers(self, tokens: TokenSet, layers: Sequence[int]) -> TokenSet:
-        """Layers without dropout or reduction; see `Encoder.run_layers`."""
+        """Runs layers without dropout or reduction, see `Encoder.run_layers`."""
         return self.encoder.run_layers(tokens, layers)
 
 
@@ -112,7 +111,7 @@ def forward(
     num_copies: int = 1,
     dropout_rng: jax.Array | None = None,
 ) -> ModelOutput:
-    """Runs the model on a batch; dropout is on exactly if there is an RNG for it."""
+    """Runs the model on a batch, with dropout if given a key for it."""
     return model.apply(
         {"params": params},
         batch,
@@ -135,7 +134,7 @@ def head_inputs(batch: Batch, num_copies: int = 1) -> dict[str, jax.Array]:
 
 
 def shared_passage(config: ModelConfig, batch: Batch, num_copies: int = 1) -> SharedPassage | None:
-    """What the rows of a multiple choice decide on together; None where each decides for itself."""
+    """Returns the tokens that rows of a multiple choice decide on together; None if each decides alone."""
     if "shared" not in batch:
         return None
     passage = SharedPassage(batch["shared"], config.num_labels)
@@ -143,14 +142,14 @@ def shared_passage(config: ModelConfig, batch: Batch, num_copies: int = 1) -> Sh
 
 
 def init_params(config: ModelConfig, rng: jax.Array) -> Params:
-    """Fresh float32 parameters, every selector included: normal(0, initializer_range), biases 0."""
+    """Draws float32 parameters, every selector included: normal(0, initializer_range), biases 0."""
     model = TokenReducingModel(config)
     batch = {"input_ids": jnp.zeros((1, 2), jnp.int32), "mask": jnp.ones((1, 2), bool)}
     batch |= {key: jnp.zeros((1, *shape), jnp.int32) for key, shape in config.head.inputs.items()}
 
     def everything(module: TokenReducingModel) -> jax.Array:
         output = module(batch, rule=keep_all)
-        # A shallow model never asks its second selector, but checkpoints hold it.
+        # A shallow model never uses its second selector, but checkpoints hold it.
         unused = [selector(jnp.zeros((1, config.hidden_size))) for selector in module.encoder.selector]
         return sum(x.sum() for x in [*jax.tree.leaves(output.logits), *unused])
 

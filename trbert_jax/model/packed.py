@@ -1,8 +1,8 @@
-"""Packed execution: the surviving tokens of a whole batch, one after the other in one flat array.
+"""Run the model packed: the remaining tokens of a whole batch, one after the other in one flat array.
 
-The same parameters, selections and results as the masked encoder, but work is done on tokens that
-are there and on no others: what reduction saves in FLOPs it saves in seconds. Padding is never
-computed either. Source: docs/method.md, "Packed execution".
+Elsewhere this is called unpadded. Parameters, selections and results are those of the masked encoder, but
+padding and dropped tokens are never computed, so reduction saves as much time as it saves FLOPs.
+Source: docs/method.md, "Packed execution".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax import struct
 
 from trbert_jax.model import tiles
 from trbert_jax.model.heads import Logits
-from trbert_jax.model.layers import TransformerLayer
+from trbert_jax.model.layers import Selector, TransformerLayer
 from trbert_jax.model.model import (
     Batch,
     ModelOutput,
@@ -29,7 +29,6 @@ from trbert_jax.model.model import (
     head_inputs,
     shared_passage,
 )
-from trbert_jax.model.selector import Selector
 from trbert_jax.model.tiles import Tiling
 from trbert_jax.reduction.selection import Rule, Selection, TokenSet, restore, select
 
@@ -39,11 +38,11 @@ class PackedTokens:
     """The tokens of R rows without gaps: the longest row first, each row's tokens in order.
 
     Attributes:
-      states: [C, H]; what lies behind the last token means nothing.
-      valid: bool [R, S], which positions of the padded batch they are.
-      slot: int32 [R, S], where in `states` each of them lies.
-      order: int32 [R], the rows as they follow each other. Neighbors are of like length, so that attention
-        over a group of them has little to pad.
+      states: [C, H]; meaningless after the last token.
+      valid: bool [R, S], the positions of the tokens in the padded batch.
+      slot: int32 [R, S], the index of each token in `states`.
+      order: int32 [R], the order of the rows. Neighbors have similar lengths, so that attention over a group
+        of them has little to pad.
       scratch: four arrays [C, H] for layers to write to, so that no layer has to clear memory.
     """
 
@@ -69,12 +68,12 @@ class PackedTokens:
         return jnp.sum(self.length)
 
     def unpack(self, num_copies: int = 1) -> TokenSet:
-        """The tokens at their positions in the padded batch, 0 elsewhere; copies of the rows stacked."""
+        """Puts the tokens at their positions in the padded batch, 0 elsewhere, and stacks copies of the rows."""
         states = jnp.where(self.valid[..., None], self.states[self.slot], 0)
         return TokenSet(states, self.valid).repeat(num_copies)
 
     def to_rows(self, values: jax.Array) -> jax.Array:
-        """Values of tokens, [C], at their positions in the padded batch: [R, S], 0 elsewhere."""
+        """Puts values of tokens, [C], at their positions in the padded batch: [R, S], 0 elsewhere."""
         return jnp.where(self.valid, values[self.slot], 0)
 
 
@@ -85,10 +84,10 @@ def pack(
 
     Args:
       states: [N, H].
-      slot: int32 [R, S], where in `states` each token lies; several may share one place.
+      slot: int32 [R, S], the index of each token in `states`; tokens may share one.
       valid: bool [R, S].
       tiling: sizes of the loops.
-      scratch: arrays that may be overwritten, of any capacity.
+      scratch: arrays to overwrite, of any capacity.
     """
     capacity = tiling.capacity(valid.size, valid.shape[-1])
     usable = [x for x in scratch if len(x) == capacity]
@@ -104,7 +103,7 @@ def pack(
 
 
 def _starts(length: jax.Array, order: jax.Array) -> jax.Array:
-    """int32 [R], first slot of each row, where the rows follow each other in this order."""
+    """Returns int32 [R], the first slot of each row if the rows follow each other in this order."""
     following = length[order]
     return jnp.zeros_like(length).at[order].set(jnp.cumsum(following) - following)
 
@@ -119,11 +118,11 @@ def packed_forward(
     dropout_rng: jax.Array | None = None,
     tiling: Tiling | None = None,
 ) -> ModelOutput:
-    """Runs the model on a batch as `model.forward` does, and as exactly; dropout masks are others.
+    """Runs the model on a batch like `model.forward`, equally exactly; dropout masks differ.
 
     Args:
       model, params, batch, rule, num_copies, dropout_rng: as in `trbert_jax.model.model.forward`.
-      tiling: sizes of the loops; by default those that suit the device and the number of rows.
+      tiling: sizes of the loops; None chooses them for the device and the number of rows.
     """
     config = model.config
     encoder = PackedEncoder.of(model, len(batch["input_ids"]) * num_copies, tiling)
@@ -164,13 +163,13 @@ class PackedEncoder:
 
     @classmethod
     def of(cls, model: TokenReducingModel, num_rows: int, tiling: Tiling | None = None) -> PackedEncoder:
-        """With the sizes of loops that suit so many rows on the default device, unless others are given."""
+        """Chooses sizes of loops for the default device and this number of rows, unless given."""
         return cls(model, tiling or Tiling.for_backend(jax.default_backend(), num_rows))
 
     def embed(self, params: Params, batch: Batch, dropout_rng: jax.Array | None = None) -> PackedTokens:
         """`input_ids` int32 [B, S], `mask` bool [B, S] -> the embedded tokens, without padding."""
         types = batch.get("token_type_ids")
-        # Of all parts only this one sees padding: a table lookup, whose derivative is best in one piece.
+        # Only this part sees padding: a table lookup, whose derivative is best in one piece.
         layers = self.model.config.num_layers
         tokens = self._apply(params, "embed", dropout_rng, layers, batch["input_ids"], batch["mask"], types)
         rows, width, hidden = tokens.states.shape
@@ -178,7 +177,7 @@ class PackedEncoder:
         return pack(tokens.states.reshape(-1, hidden), slot, tokens.valid, self.tiling)
 
     def selector_logits(self, params: Params, packed: PackedTokens, stage: int) -> jax.Array:
-        """float32 [R, S], 0 where there is no token."""
+        """Returns float32 [R, S], 0 at positions without a token."""
         selector = Selector(self.model.config)
 
         def judge(params: Any, rng: None, states: jax.Array) -> tuple[jax.Array]:
@@ -190,9 +189,9 @@ class PackedEncoder:
         return packed.to_rows(logits)
 
     def keep(self, packed: PackedTokens, keep: jax.Array, num_copies: int = 1) -> PackedTokens:
-        """Goes on with some tokens of `num_copies` copies of the rows: bool [num_copies * R, S]."""
+        """Keeps some tokens of `num_copies` copies of the rows: bool [num_copies * R, S]."""
         slot = jnp.tile(packed.slot, (num_copies, 1))
-        # The states that are left behind are the next scratch.
+        # The old states become the next scratch.
         return pack(packed.states, slot, keep, self.tiling, (*packed.scratch, packed.states))
 
     def run_layers(
@@ -212,9 +211,9 @@ class PackedEncoder:
     def run_last_layer(
         self, params: Params, packed: PackedTokens, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """The last layer's output for the first token of each row, all that `classify` reads: [R, H].
+        """Returns the last layer's output for the first token of each row, all that the head reads: [R, H].
 
-        The other tokens are needed as keys and values only, a sixth of the layer's work.
+        The other tokens serve as keys and values only, a sixth of the layer's work.
         """
         layer, (params, rng) = self._layer(params, self.model.config.num_layers - 1, dropout_rng)
         attention_rng, token_rng = (None, None) if rng is None else jax.random.split(rng)
@@ -245,9 +244,9 @@ class PackedEncoder:
         """Runs the last layers and the head.
 
         Args:
-          layers: the last ones, in order; may be empty.
+          layers: the last layers, in order; may be empty.
           inputs: see `trbert_jax.model.model.head_inputs`.
-          dropped: for a head that reads all tokens, what to restore; None where nothing was dropped.
+          dropped: for a head that reads all tokens, the tokens to restore; None if none were dropped.
         """
         config = self.model.config
         if config.reads_all_tokens:
@@ -293,7 +292,7 @@ class PackedEncoder:
 
 
 def _rows(packed: PackedTokens) -> tuple[jax.Array, jax.Array, int]:
-    """Starts and lengths of the rows as they follow each other, and the longest that a row can be."""
+    """Returns starts and lengths of the rows in their order, and the largest possible length."""
     return packed.start[packed.order], packed.length[packed.order], packed.valid.shape[-1]
 
 

@@ -1,12 +1,12 @@
-"""Loops whose cost follows a number of tokens that only the device knows.
+"""Loop over as many tokens as there are, a number that only the device knows.
 
 Arrays have a static capacity, of which the first `count` slots hold tokens. Work on single tokens
 runs tile by tile, as many tiles as `count` needs; attention runs in groups of rows, each as wide as
-its longest row needs. Nothing is compiled twice and nothing asks the host. What lies behind the last
-token is finite and never read.
+its longest row needs. Nothing is compiled twice and nothing waits for the host. Slots after the last
+token are finite and never read.
 
-A loop with such a trip count has no derivative in JAX. These have one: the backward pass is the same
-loop over the derivative of its body, which computes the body again rather than store what it needs.
+JAX has no derivative of a loop with a dynamic trip count. These loops define one: the backward pass is
+the same loop over the derivative of its body, which recomputes the body instead of storing it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Tiling:
 
     Attributes:
       tokens: tokens of a large tile.
-      rest: tokens of a small one, for what is left over; divides `tokens`.
+      rest: tokens of a small tile, for the remainder; divides `tokens`.
       group_tokens: tokens of a group of rows in attention, padded to the group's width.
       width_step: widths of attention are multiples of this.
-      row_by_row: whether the rows of a group are copied one by one. On a CPU that is a memory copy each,
-        and gathers are slow; on an accelerator each copy is a launch, and one gather does it for all.
+      row_by_row: whether the rows of a group are copied one by one. On a CPU each is a fast memory copy,
+        and gathers are slow; on an accelerator each copy is a launch, and one gather replaces them all.
     """
 
     tokens: int = 512
@@ -49,35 +49,34 @@ class Tiling:
 
     @classmethod
     def for_backend(cls, name: str, num_rows: int) -> Tiling:
-        """Sizes that suit `cpu`, `gpu` or `tpu` for batches of so many rows (copies counted)."""
+        """Returns sizes for `cpu`, `gpu` or `tpu` and batches of this many rows (copies included)."""
         if name != "cpu":
             # An accelerator wants few large steps: it gains nothing below thousands of tokens.
             return cls(8192, 1024, group_tokens=8192, width_step=64, row_by_row=False)
-        # A few texts have few tokens to begin with: what large tiles round up to would be most of the work.
+        # A few texts have few tokens: large tiles would round them up to several times the work.
         return cls(128, 32, group_tokens=256) if num_rows <= SMALL_REQUEST else cls()
 
     def capacity(self, num_tokens: int, width: int) -> int:
-        """Slots of an array for `num_tokens` tokens in rows of at most `width`."""
-        # Tiles end at or before the next multiple of `tokens`; a row is read over its end.
-        return -(-num_tokens // self.tokens) * self.tokens + self.ladder(width)[-1]
+        """Returns the slots of an array for `num_tokens` tokens in rows of at most `width`."""
+        # Tiles end at or before the next multiple of `tokens`; rows are read past their end.
+        return -(-num_tokens // self.tokens) * self.tokens + self.buckets(width)[-1]
 
     def group(self, width: int) -> int:
-        """Rows of a group of this width."""
+        """Returns the number of rows in a group of this width."""
         return max(1, self.group_tokens // width)
 
-    def ladder(self, width: int) -> tuple[int, ...]:
-        """Widths of attention for rows of at most `width` tokens, ascending; at most eight of them.
+    def buckets(self, width: int) -> tuple[int, ...]:
+        """Returns the widths of attention for rows of at most `width` tokens, ascending; at most eight.
 
-        Each is a loop of its own in every layer, and loops are what compiling takes its time for. So above
-        half of `width` the steps are twice as large: such rows are rounded up by half at most, and that in
-        attention only.
+        Each adds a loop to every layer, and loops dominate the compile time. So the steps double above half
+        of `width`: such rows are rounded up by half at most, and in attention only.
         """
         step = self.width_step * max(1, -(-width // (10 * self.width_step)))
         last = -(-width // step) * step
-        rungs = [step]
-        while rungs[-1] < last:
-            rungs.append(min(rungs[-1] + (step if 2 * rungs[-1] < width else 2 * step), last))
-        return tuple(rungs)
+        widths = [step]
+        while widths[-1] < last:
+            widths.append(min(widths[-1] + (step if 2 * widths[-1] < width else 2 * step), last))
+        return tuple(widths)
 
 
 def map_tokens(
@@ -95,7 +94,7 @@ def map_tokens(
       fn: `(params, rng, *tiles) -> tiles`; works on each token by itself.
       params: its parameters; differentiated.
       inputs: arrays [C, ...]; differentiated.
-      into: arrays [C, ...] whose slots are overwritten; they may be the inputs.
+      into: arrays [C, ...] to overwrite; they may be the inputs.
       count: int32 scalar.
       tiling: sizes of the steps.
       rng: key of dropout; each tile gets its own.
@@ -142,7 +141,7 @@ def map_tokens(
 def gather_tokens(
     states: jax.Array, source: jax.Array, into: jax.Array, count: jax.Array, tiling: Tiling
 ) -> jax.Array:
-    """The first `count` slots become `states[source]`: [C, H], int32 [D], [D, H] -> [D, H]."""
+    """Sets the first `count` slots to `states[source]`: [C, H], int32 [D], [D, H] -> [D, H]."""
 
     def forward(states: jax.Array, source: jax.Array, into: jax.Array, count: jax.Array) -> jax.Array:
         def step(start: jax.Array, size: int, output: jax.Array) -> jax.Array:
@@ -183,23 +182,22 @@ def attend_rows(
     *,
     one_query: bool = False,
 ) -> jax.Array:
-    """Attention within rows, whose tokens lie one after the other in flat arrays.
+    """Attends within rows, whose tokens follow each other in flat arrays.
 
     Args:
       fn: `(query [g, q, H], key, value [g, w, H], mask [g, w], rng=) -> [g, q, H]`.
       qkv: query, key and value, [C, H] each; differentiated.
       into: [C, H], overwritten.
-      start, length: int32 [R], first slot and number of tokens of each row; rows stand in order, the
-        longest first.
-      width: the most tokens a row can have.
+      start, length: int32 [R], first slot and number of tokens of each row, the longest row first.
+      width: the largest possible length.
       tiling: sizes of the steps.
       rng: key of dropout; each group gets its own.
       one_query: each row has a single query: the query and `into` are [R, H].
     """
     num_rows = len(start)
-    # The last group of a width may reach beyond the last row; what it finds there has no tokens, and begins
-    # where the last row ends, so that nothing is written over that.
-    fill = tiling.group(tiling.ladder(width)[0])
+    # The last group of a width may reach past the last row. The padding rows there have no tokens and begin
+    # where the last row ends, so that they overwrite nothing.
+    fill = tiling.group(tiling.buckets(width)[0])
     start = jnp.concatenate([start, jnp.full(fill, start[-1] + length[-1], start.dtype)])
     length = jnp.pad(length, (0, fill))
     if one_query:
@@ -213,7 +211,7 @@ def attend_rows(
 
     def put(x: jax.Array, rows: jax.Array, starts: jax.Array, mask: jax.Array) -> jax.Array:
         if tiling.row_by_row:
-            # Rows are written in order, so what one leaves behind its end the next one overwrites.
+            # Rows are written in order: each overwrites the excess of the one before.
             for row, tokens in zip(starts, rows, strict=True):
                 x = _update(x, tokens, row)
             return x
@@ -246,7 +244,7 @@ def attend_rows(
             mask = jnp.arange(width) < _slice(length, first, group)[:, None]
             attend = functools.partial(fn, rng=_fold(rng, first))
             _, pull = jax.vjp(lambda *qkv: attend(*qkv, mask), *cut_all(qkv, first, starts, width))
-            # Behind a row's end the derivative is 0, and the next row's is put over it.
+            # After a row's end the derivative is 0, and the next row's overwrites it.
             if one_query:
                 above = jnp.where(mask[:, :1], _slice(cotangent, first, group), 0)[:, None]
             else:
@@ -277,13 +275,13 @@ def _over_groups(
     width: int,
     tiling: Tiling,
 ) -> Any:
-    """`step(first row, number of rows, width, carry)` over all rows that have tokens, the longest first.
+    """Runs `step(first row, number of rows, width, carry)` over all rows with tokens, the longest first.
 
-    A loop for each width, whose number of turns follows the rows that need it. A `switch` over the widths
-    in one loop would do the same and is slower on a CPU.
+    One loop per width, with as many turns as rows need it. A `switch` over the widths in a single loop
+    is slower on a CPU.
     """
-    done, ladder = jnp.zeros((), jnp.int32), tiling.ladder(width)
-    for narrower, w in reversed(list(itertools.pairwise((0, *ladder)))):
+    done = jnp.zeros((), jnp.int32)
+    for narrower, w in reversed(list(itertools.pairwise((0, *tiling.buckets(width))))):
         group = tiling.group(w)
         turns = jnp.maximum(-(-(jnp.sum(length > narrower, dtype=jnp.int32) - done) // group), 0)
 
@@ -298,7 +296,7 @@ def _over_groups(
 def _over_tiles(
     step: Callable[[jax.Array, int, Any], Any], carry: Any, count: jax.Array, tiling: Tiling
 ) -> Any:
-    """`step(start, size, carry)` over all tokens: large tiles as long as they are full, then small ones."""
+    """Runs `step(start, size, carry)` over all tokens: large tiles while they are full, then small ones."""
     large, small = tiling.tokens, tiling.rest
     full = count // large
     carry = jax.lax.fori_loop(0, full, lambda i, carry: step(i * large, large, carry), carry)

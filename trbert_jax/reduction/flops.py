@@ -1,10 +1,10 @@
-"""How much computation an encoder does for an example, by a closed form.
+"""Count the FLOPs of an encoder for an example, in closed form.
 
-One FLOP count is 2 x the number of multiply-accumulates (MACs) of the matrix products, per example,
-for its real tokens: padding, embeddings, biases, softmax and layer norm are not counted. Two counts
-of a reduced model exist: the *reported* one, comparable with published numbers, and the *exact* one.
-They differ in the selectors (charged for the tokens they keep, or for those they look at) and in
-the H x H product between encoder and classifier (left out, or counted). docs/method.md, "FLOPs".
+FLOPs are 2 x the multiply-accumulates (MACs) of the matrix products for an example's real tokens; padding,
+embeddings, biases, softmax and layer norm do not count. A reduced model has two counts: the *reported* one,
+comparable with published numbers, and the *exact* one. They differ in the selectors (charged for the tokens
+they keep, or for those they read) and in the H x H product between encoder and classifier (excluded or
+included). Source: docs/method.md, "FLOPs".
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,23 +22,6 @@ Counts = npt.NDArray[np.int64]
 BERT_BASE_LAYERS = 12
 BERT_BASE_HIDDEN = 768
 BERT_BASE_INTERMEDIATE = 3072
-
-
-class ModelShape(Protocol):
-    """The part of a model's configuration that FLOPs depend on."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_outputs(self) -> int: ...
-    @property
-    def selector_hidden(self) -> int: ...
-    @property
-    def reduction_layers(self) -> tuple[int, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +45,13 @@ class EncoderShape:
     selector_hidden: int = 32
 
     @classmethod
-    def of(cls, config: ModelShape) -> EncoderShape:
-        """The shape of a configured model."""
-        return cls(
-            num_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_outputs=config.num_outputs,
-            reduction_layers=config.reduction_layers,
-            selector_hidden=config.selector_hidden,
-        )
+    def of(cls, config: Any) -> EncoderShape:
+        """Takes the sizes of a configured model, `model.config.ModelConfig`."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
     @property
     def segments(self) -> tuple[int, ...]:
-        """Layers before the first point of reduction, between the points, and after the last.
+        """Number of layers before the first point of reduction, between the points, and after the last.
 
         They sum to L: a 12-layer BERT has (1, 5, 6), a 3-layer DistilBERT (1, 2).
         """
@@ -99,7 +75,7 @@ class EncoderShape:
 
 
 def layer_macs(num_tokens: npt.ArrayLike, hidden_size: int, intermediate_size: int) -> Counts:
-    """MACs of one encoder layer over n tokens: 4nH^2 + 2nHI + 2n^2H.
+    """Counts MACs of one encoder layer over n tokens: 4nH^2 + 2nHI + 2n^2H.
 
     Query, key, value and output projections, then the feed-forward layer, then the two products of
     attention.
@@ -117,10 +93,10 @@ def layer_macs(num_tokens: npt.ArrayLike, hidden_size: int, intermediate_size: i
 
 
 def dense_flops(shape: EncoderShape, lengths: npt.ArrayLike) -> Counts:
-    """FLOPs without reduction, as published work reports them.
+    """Counts FLOPs without reduction, as published work reports them.
 
     Args:
-      shape: of the model, with its own depth; the points of reduction play no part.
+      shape: of the model, with its own depth; its points of reduction are ignored.
       lengths: int [n], tokens of each example, special ones included.
 
     Returns:
@@ -131,29 +107,29 @@ def dense_flops(shape: EncoderShape, lengths: npt.ArrayLike) -> Counts:
 
 
 def exact_dense_flops(shape: EncoderShape, lengths: npt.ArrayLike) -> Counts:
-    """FLOPs without reduction, pooler or pre-classifier included: what `exact_flops` compares to."""
+    """Counts FLOPs without reduction, pooler or pre-classifier included, to compare with `exact_flops`."""
     return dense_flops(shape, lengths) + 2 * shape.pooler_macs
 
 
 def bert_base_flops(lengths: npt.ArrayLike, num_outputs: int) -> Counts:
-    """Reported FLOPs of a dense BERT-base, the reference that models of different size share."""
+    """Counts reported FLOPs of a dense BERT-base, the reference for models of all sizes."""
     bert_base = EncoderShape(BERT_BASE_LAYERS, BERT_BASE_HIDDEN, BERT_BASE_INTERMEDIATE, num_outputs)
     return dense_flops(bert_base, lengths)
 
 
 def reduced_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
-    """FLOPs with reduction, as published work reports them: a selector costs what it keeps.
+    """Counts FLOPs with reduction, as published work reports them: selectors pay for the tokens they keep.
 
     Args:
       shape: of the model, T points of reduction.
       lengths: int [n], tokens of each example, special ones included.
-      kept: int [n, T], tokens that go on after each point.
+      kept: int [n, T], tokens kept at each point.
 
     Returns:
       int64 [n].
 
     Raises:
-      ValueError: where `kept` is not [n, T] or keeps more tokens than there were.
+      ValueError: `kept` is not [n, T] or exceeds the number of tokens before.
     """
     tokens = _tokens_per_segment(shape, lengths, kept)
     return 2 * (
@@ -162,7 +138,7 @@ def reduced_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLi
 
 
 def exact_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
-    """FLOPs with reduction, complete: a selector costs what it looks at, the pooler counts.
+    """Counts all FLOPs with reduction: selectors pay for the tokens they read, and the pooler counts.
 
     Arguments, result and errors are those of `reduced_flops`.
     """
@@ -177,12 +153,12 @@ def _encoder_macs(shape: EncoderShape, tokens: Counts) -> Counts:
 
 
 def _tokens_per_segment(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
-    """int64 [n, T + 1]: tokens that the layers of each segment work on."""
+    """Returns int64 [n, T + 1], the tokens in the layers of each segment."""
     lengths, kept = np.asarray(lengths, np.int64), np.asarray(kept, np.int64)
     expected = (*lengths.shape, len(shape.reduction_layers))
     if lengths.ndim != 1 or kept.shape != expected:
         raise ValueError(
-            f"kept is {list(kept.shape)}, expected {list(expected)}: a column a point of reduction"
+            f"kept is {list(kept.shape)}, expected {list(expected)}: a column per point of reduction"
         )
     tokens = np.column_stack([lengths, kept])
     if np.any(np.diff(tokens, axis=1) > 0):

@@ -1,7 +1,6 @@
-"""The policy loss: REINFORCE with an example's own samples as its baseline.
+"""Compute the policy loss: REINFORCE with the mean reward of an example's own samples as the baseline.
 
-K samples of each of B examples stand in arrays [K, B]. Source: paper, section 3.3; docs/method.md,
-"Policy loss".
+Arrays [K, B] hold K samples of each of B examples. Source: paper, section 3.3; docs/method.md, "Policy loss".
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from trbert_jax.reduction.selection import LOG_EPSILON, Selection
 
 
 def selector_nll(selections: Sequence[Selection]) -> jax.Array:
-    """Negative log-probability of the actions taken, float32 [rows].
+    """Computes the negative log-probability of the actions taken, float32 [rows].
 
-    At each point of reduction the mean over the tokens that were judged there, [CLS] included
-    although it is always kept; summed over the points. Differentiable in the selector logits only.
+    The mean over the tokens judged at a point of reduction, [CLS] included although it is always kept,
+    summed over the points. Differentiable in the selector logits only.
     """
 
     def one(selection: Selection) -> jax.Array:
@@ -34,26 +33,26 @@ def selector_nll(selections: Sequence[Selection]) -> jax.Array:
 
 
 def kept_ratio(selections: Sequence[Selection], max_length: int) -> jax.Array:
-    """Kept tokens over the configured maximum length, mean over the points: float32 [rows].
+    """Computes kept tokens over the configured maximum length, mean over the points: float32 [rows].
 
-    The denominator is never the width of an array: trimming padding must not change the reward.
+    The denominator is not the width of an array, because trimming padding must not change the reward.
     """
     return jnp.stack([s.num_kept for s in selections]).mean(0) / max_length
 
 
 def reward(task_loss: jax.Array, ratio: jax.Array, alpha: float) -> jax.Array:
-    """Log-likelihood minus alpha times the kept ratio: [K, B] (twice) -> [K, B], no gradient."""
+    """Computes log-likelihood minus alpha times the kept ratio: [K, B] (twice) -> [K, B], no gradient."""
     chex.assert_equal_shape([task_loss, ratio])
     return jax.lax.stop_gradient(-task_loss - alpha * ratio)
 
 
 def advantage(reward: jax.Array) -> jax.Array:
-    """Reward above the mean of the example's own samples, [K, B] -> [K, B]; not scaled."""
+    """Subtracts the mean reward of the example's own samples, [K, B] -> [K, B]; does not scale."""
     chex.assert_rank(reward, 2)
     return reward - reward.mean(axis=0, keepdims=True)
 
 
 def policy_loss(nll: jax.Array, reward: jax.Array) -> jax.Array:
-    """REINFORCE: [K, B] (twice) -> one value an example, [B]; the callers' mean is over examples."""
+    """Computes the REINFORCE loss of each example, [K, B] (twice) -> [B]; callers average over examples."""
     chex.assert_equal_shape([nll, reward])
     return jnp.mean(jax.lax.stop_gradient(advantage(reward)) * nll, axis=0)

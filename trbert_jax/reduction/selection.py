@@ -1,16 +1,15 @@
-"""The selection step: which tokens an encoder goes on with.
+"""Select the tokens that an encoder keeps.
 
-Everything here is a pure function of small `[B, S]` arrays (B rows, S padded positions), so that
-the selection is the same code whichever way the encoder runs. A *rule* decides at one point of
-reduction; it is any function `(stage, logits, valid) -> keep` with
+Everything here is a pure function of small `[B, S]` arrays (B rows, S padded positions), shared by all
+backends. A *rule* decides at one point of reduction; it is any function `(stage, logits, valid) -> keep` with
 
     stage   int, 0 for the first point of reduction,
     logits  float32 [B, S], the selector's logit of every token,
-    valid   bool [B, S], tokens that are still there,
-    keep    bool [B, S], tokens the rule wants to go on with.
+    valid   bool [B, S], tokens not yet dropped,
+    keep    bool [B, S], tokens the rule wants to keep.
 
-Whatever a rule says, a row keeps its first token ([CLS]) and never gets a token back; `drop_tokens`
-sees to both. Source: paper, section 3; docs/method.md, "Selection".
+A row always keeps its first token ([CLS]) and never gets a token back; `select` ensures both.
+`trbert_jax.reduction.rules` lists the rules by name. Source: paper, section 3; docs/method.md, "Selection".
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ LOG_EPSILON = 1e-6
 
 @struct.dataclass
 class TokenSet:
-    """Hidden states and which of them are tokens that still take part.
+    """Hidden states, and which of them are remaining tokens.
 
     Attributes:
       states: float [B, S, H].
@@ -48,10 +47,10 @@ class TokenSet:
 
 @struct.dataclass
 class SharedPassage:
-    """Tokens that consecutive rows have in common: the article and the question of a multiple choice.
+    """Tokens that consecutive rows share: the article and the question of a multiple choice.
 
-    The rows decide on them together, by the mean of their selectors' logits, so that they keep the same. A
-    rule must treat rows with the same logits alike: whatever it draws has to be the same for them.
+    The rows decide on them together, by the mean of their selector logits, and keep the same tokens. A rule
+    must treat rows with the same logits alike, and draw the same random numbers for them.
 
     Attributes:
       shared: bool [B, S], the same in all rows of a group.
@@ -62,23 +61,23 @@ class SharedPassage:
     group: int = struct.field(pytree_node=False)
 
     def mean(self, logits: jax.Array) -> jax.Array:
-        """[B, S] -> [B, S], each group's mean in each of its rows."""
+        """Averages over each group: [B, S] -> [B, S], the same in all rows of a group."""
         groups = logits.reshape(-1, self.group, logits.shape[-1])
         return jnp.repeat(groups.mean(1), self.group, axis=0)
 
     def repeat(self, num_copies: int) -> SharedPassage:
-        """For `TokenSet.repeat`."""
+        """Repeats the rows like `TokenSet.repeat`."""
         return dataclasses.replace(self, shared=jnp.tile(self.shared, (num_copies, 1)))
 
 
 @struct.dataclass
 class Selection:
-    """What happened at one point of reduction.
+    """The decisions at one point of reduction.
 
     Attributes:
       logits: float32 [B, S], selector logits.
-      scored: bool [B, S], tokens that were there to be judged.
-      keep: bool [B, S], tokens that went on; the first token always does.
+      scored: bool [B, S], tokens that were judged.
+      keep: bool [B, S], tokens that were kept; always the first.
     """
 
     logits: jax.Array
@@ -98,18 +97,18 @@ def select(
 
     Args:
       logits: float32 [B, S].
-      valid: bool [B, S], tokens that are still there.
+      valid: bool [B, S], tokens not yet dropped.
       stage: index of the point of reduction.
       rule: see the module's docstring.
-      passage: tokens that several rows share and decide on together; the others are kept. None: every row
-        decides for itself, on all its tokens.
+      passage: tokens that several rows share and decide on together; all others are kept. None: every row
+        decides on all its tokens.
     """
     scored = valid
     if passage is not None:
         logits, scored = passage.mean(logits), valid & passage.shared
     chosen = rule(stage, logits, scored) & scored
     is_first = jnp.arange(valid.shape[-1]) == 0  # [CLS]
-    not_judged = ~scored  # the row's own tokens, where rows decide on shared ones
+    not_judged = ~scored  # the row's own tokens, if rows decide on shared ones
     keep = valid & (chosen | is_first | not_judged)
     # No gradient passes through the decision: the selectors learn from the policy loss alone.
     return Selection(logits=logits, scored=scored, keep=jax.lax.stop_gradient(keep))
@@ -128,20 +127,18 @@ def drop_tokens(
       passage: see `select`.
 
     Returns:
-      The tokens after it (same static shape, dropped ones no longer valid) and the `Selection`.
+      The tokens after it (same shape, dropped ones no longer valid) and the `Selection`.
     """
     selection = select(logits, tokens.valid, stage, rule, passage)
     return dataclasses.replace(tokens, valid=selection.keep), selection
 
 
 def restore(dropped: TokenSet, tokens: TokenSet) -> TokenSet:
-    """All tokens again: those that are still there as they are, the others as they were when dropped.
-
-    No gradient flows through the states of dropped tokens.
+    """Restores dropped tokens in the state they had when dropped, without gradient.
 
     Args:
-      dropped: the tokens before, each with the state in which it would come back.
-      tokens: of the same batch, those of them that are left.
+      dropped: all tokens, each in the state to restore.
+      tokens: the remaining tokens of the same batch.
     """
     left = jax.lax.stop_gradient(dropped.states)
     return dataclasses.replace(dropped, states=jnp.where(tokens.valid[..., None], tokens.states, left))
@@ -151,34 +148,34 @@ def restore(dropped: TokenSet, tokens: TokenSet) -> TokenSet:
 
 
 def keep_all(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
-    """Drops nothing, but lets the selectors speak (their initialization needs the logits)."""
+    """Keeps all tokens, but runs the selectors (their initialization needs the logits)."""
     return valid
 
 
 def keep_probable(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
     """Keeps every token with a keep probability of at least one half.
 
-    Looks at nothing but the token's own row, so a prediction never depends on what else is in the
-    batch. The default of evaluation and prediction.
+    Depends only on the token's own row, so a prediction does not depend on the rest of the batch. The
+    default of evaluation and prediction.
     """
     return (logits >= 0) & valid
 
 
 def keep_above(min_logit: float | jax.Array) -> Rule:
-    """`keep_probable` with another line between keeping and dropping, see `min_logit`."""
+    """Returns `keep_probable` with another threshold, see `min_logit`."""
     return lambda stage, logits, valid: (logits >= min_logit) & valid
 
 
 def min_logit(threshold: float) -> float:
-    """The logit of a keep probability between 0 and 1; one half gives 0 exactly."""
+    """Returns the logit of a keep probability between 0 and 1; one half gives exactly 0."""
     return math.log(threshold) - math.log(1 - threshold)
 
 
 def keep_batch_max(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
-    """The published evaluation of a batch: every row keeps as many tokens as the row that keeps most.
+    """Keeps as many tokens in every row as in the row that keeps most, as in the published evaluation.
 
-    Rows that want fewer are filled up with their most probable remaining tokens, so results depend
-    on the composition of the batch. Offered for comparison only.
+    Fills the other rows up with their most probable remaining tokens, so results depend on the composition
+    of the batch. For comparison only.
     """
     chosen = keep_probable(stage, logits, valid).at[:, 0].set(True)
     most = jnp.max(jnp.sum(chosen & valid, axis=-1))
@@ -186,7 +183,7 @@ def keep_batch_max(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array
 
 
 def replay(actions: jax.Array) -> Rule:
-    """Keeps what it is told: actions bool [stages, B, S]."""
+    """Returns a rule that repeats given actions, bool [stages, B, S]."""
     return lambda stage, logits, valid: actions[stage] & valid
 
 
@@ -194,8 +191,7 @@ def sample(row_keys: jax.Array) -> Rule:
     """Draws every token's action from its own keep probability.
 
     Args:
-      row_keys: PRNG keys [B], one a row, so that a row's draws depend neither on its place in the
-        batch nor on the batch's size or width.
+      row_keys: PRNG keys [B], one per row, so that a row's draws do not depend on the batch.
     """
 
     def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
@@ -210,8 +206,8 @@ def sample(row_keys: jax.Array) -> Rule:
 def imitate(guide: jax.Array, imitating: jax.Array, otherwise: Rule) -> Rule:
     """Lets some rows follow the residual scores instead of the selector (the warm-up of the policy).
 
-    An imitating row keeps as many tokens as its probabilities sum to, rounded, and takes those with
-    the highest score. Paper, section 3.3; docs/method.md, "Imitation".
+    An imitating row keeps the tokens with the highest scores, as many as its probabilities sum to, rounded.
+    Paper, section 3.3; docs/method.md, "Imitation".
 
     Args:
       guide: float32 [B, stages, S], residual scores, not negative.
@@ -229,12 +225,12 @@ def imitate(guide: jax.Array, imitating: jax.Array, otherwise: Rule) -> Rule:
 
 
 def row_keys(rng: jax.Array, index: jax.Array) -> jax.Array:
-    """One PRNG key a row from the rows' indices in their data set, int32 [B] -> keys [B]."""
+    """Makes one PRNG key per row from the rows' indices in their data set, int32 [B] -> keys [B]."""
     return jax.vmap(lambda i: jax.random.fold_in(rng, i))(index)
 
 
 def keep_first(counts: jax.Array) -> Rule:
-    """Baseline: the first `counts[stage, row]` tokens of a row; counts int32 [stages, B]."""
+    """Baseline: keeps the first `counts[stage, row]` tokens of a row; counts int32 [stages, B]."""
 
     def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
         position = jnp.broadcast_to(jnp.arange(logits.shape[1]), logits.shape)
@@ -244,10 +240,10 @@ def keep_first(counts: jax.Array) -> Rule:
 
 
 def keep_random(counts: jax.Array, row_keys: jax.Array) -> Rule:
-    """Baseline: [CLS] and random others, `counts[stage, row]` tokens in all; counts int32 [stages, B].
+    """Baseline: keeps [CLS] and random others, `counts[stage, row]` tokens in all; counts int32 [stages, B].
 
-    The draws are one fixed order of preference a row, so what the second point keeps is a uniform
-    choice among what the first kept. `row_keys` are PRNG keys [B].
+    Each row draws one order of preference, so that the second point chooses uniformly among the tokens that
+    the first kept. `row_keys` are PRNG keys [B].
     """
 
     def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
@@ -258,7 +254,7 @@ def keep_random(counts: jax.Array, row_keys: jax.Array) -> Rule:
 
 
 def top_tokens(score: jax.Array, valid: jax.Array, count: jax.Array) -> jax.Array:
-    """The `count[row]` valid tokens with the highest score; among equals, those that stand first.
+    """Selects the `count[row]` valid tokens with the highest score; among equals, the first ones.
 
     Args:
       score: [B, S], finite or +inf on valid tokens.

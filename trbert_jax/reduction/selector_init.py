@@ -1,4 +1,4 @@
-"""Selector initialization: regression of the keep probabilities on the ranks of residual scores.
+"""Initialize the selectors: regress the keep probabilities on the ranks of residual scores.
 
 Source: docs/method.md, "Selector initialization".
 """
@@ -18,18 +18,18 @@ from trbert_jax.reduction.selection import Selection
 def rank_error(
     selections: Sequence[Selection], rank: jax.Array, keep: Sequence[float] | None = None
 ) -> jax.Array:
-    """|keep probability - target| of every token, 0 on padding, summed over the points of reduction.
+    """Computes |keep probability - target| of every token, 0 on padding, summed over the points of reduction.
 
-    The target is the rank, or, to keep another share of the tokens than one half, a power of it.
+    The target is the rank, or a power of it to keep another share of the tokens than one half.
 
     Args:
       selections: of a run that drops nothing, logits [B, S].
       rank: float32 [B, stages, S] in [0, 1], see `trbert_jax.reduction.residual_scores.rank_targets`.
-      keep: share in (0, 1) of the tokens whose target is above 1/2, one for each of `selections`; None for
-        one half, as published.
+      keep: share in (0, 1) of the tokens with a target above 1/2, one per selection; None for one half,
+        as published.
 
     Returns:
-      float32 [B, S]; its sum over the number of real tokens is, without `keep`, the published E_0 + E_1.
+      float32 [B, S]. Without `keep`, its sum over the number of real tokens is the published E_0 + E_1.
     """
     chex.assert_rank(rank, 3)
     targets = [rank[:, stage] for stage in range(len(selections))]
