@@ -68,7 +68,7 @@ class PackedTokens:
         return jnp.sum(self.length)
 
     def unpack(self, num_copies: int = 1) -> TokenSet:
-        """Puts the tokens at their positions in the padded batch, 0 elsewhere, and stacks copies of the rows."""
+        """Puts the tokens at their positions in the padded batch, 0 elsewhere; stacks copies of the rows."""
         states = jnp.where(self.valid[..., None], self.states[self.slot], 0)
         return TokenSet(states, self.valid).repeat(num_copies)
 
