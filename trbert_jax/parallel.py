@@ -216,9 +216,8 @@ class DeviceMesh:
             result = work()
         except Exception as caught:  # raised below, after the other processes know
             error = caught
-        known = error is None or isinstance(error, UserError)
-        message = "" if error is None else str(error) if known else f"{type(error).__name__}: {error}"
-        messages = self._exchange(message)
+        kind = "" if error is None or isinstance(error, UserError) else f"{type(error).__name__}: "
+        messages = self._exchange("" if error is None else f"{kind}{error}")
         if error is not None:
             raise error
         for process, message in enumerate(messages):
@@ -232,7 +231,7 @@ class DeviceMesh:
 
     def broadcast(self, text: str) -> str:
         """Returns the first process's `text`, at most `LONGEST_MESSAGE` bytes of it, in every process."""
-        return text if self.num_processes == 1 else self._exchange(text)[0]
+        return self._exchange(text)[0]
 
     def gather(self, value: np.ndarray) -> np.ndarray:
         """Returns the arrays of all processes, [processes, ...]; their shapes must be equal."""
@@ -241,8 +240,6 @@ class DeviceMesh:
 
     def check_agreement(self, what: str, value: Any) -> None:
         """Raises a UserError in every process unless `value` (JSON-like) is equal in all of them."""
-        if self.num_processes == 1:
-            return
         text = json.dumps(value, sort_keys=True, default=str)
         digests = self._exchange(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
         different = ", ".join(str(i) for i, digest in enumerate(digests) if digest != digests[0])
@@ -363,10 +360,7 @@ def join(
 
 @contextlib.contextmanager
 def _exit_after(seconds: float, message: str) -> Iterator[None]:
-    """Ends the process with a message unless the block ends in time.
-
-    JAX's own timeout aborts with a stack trace, which cannot be caught.
-    """
+    """Ends the process unless the block ends in time: JAX's own timeout aborts with a stack trace."""
 
     def end() -> None:
         sys.stderr.write(f"trbert: error: {message}\n")

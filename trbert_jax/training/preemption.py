@@ -19,17 +19,17 @@ from trbert_jax.parallel import DeviceMesh
 _ASKED = itertools.count(1)
 
 
-def _processes_told_to_stop(layout: DeviceMesh) -> bool:
+def _processes_told_to_stop(devices: DeviceMesh) -> bool:
     """Returns whether SIGTERM has reached one of several processes, the same answer in all of them.
 
     Collective: all processes must call it equally often. It returns True once; the caller must then stop.
     """
-    return layout.num_processes > 1 and bool(multihost_utils.reached_preemption_sync_point(next(_ASKED)))
+    return devices.num_processes > 1 and bool(multihost_utils.reached_preemption_sync_point(next(_ASKED)))
 
 
-def stop_here(layout: DeviceMesh, where: str) -> None:
+def stop_here(devices: DeviceMesh, where: str) -> None:
     """Raises a PreemptedError in all of several processes after one was told to stop. Collective."""
-    if _processes_told_to_stop(layout):
+    if _processes_told_to_stop(devices):
         raise PreemptedError(f"told to stop {where}")
 
 
@@ -45,9 +45,9 @@ class StopRequest:
         # Signal handlers can be set in the main thread only.
         self._listens = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
 
-    def requested(self, layout: DeviceMesh) -> bool:
+    def requested(self, devices: DeviceMesh) -> bool:
         """Returns whether to stop after this update. Collective."""
-        return self._asked.is_set() or _processes_told_to_stop(layout)
+        return self._asked.is_set() or _processes_told_to_stop(devices)
 
     def __enter__(self) -> Self:
         if self._listens:
