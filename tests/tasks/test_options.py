@@ -1,0 +1,237 @@
+"""Multiple choice and candidates."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_qa import pieces, qa_tokenizer, row, texts, types
+
+from trbert_jax.datasets.records import CandidateQuestion, ChoiceQuestion
+from trbert_jax.errors import UserError
+from trbert_jax.model.config import InputConfig
+from trbert_jax.tasks.candidates import CandidateTask
+from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.multiple_choice import MultipleChoiceTask, choose_by_pairs, choose_option
+
+TOKENIZER = qa_tokenizer()
+CHOICE = ChoiceQuestion(
+    id="high/1.txt:0",
+    article="The king is in Paris .",
+    question="Who is ?",
+    options=("king", "the queen", "a", "東京"),
+    answer=1,
+    where="high/1.txt: questions[0]",
+)
+
+
+def choices(
+    *questions: ChoiceQuestion,
+    form: str = "shared",
+    max_length: int = 512,
+    training: bool = False,
+    **inputs: Any,
+) -> Examples:
+    task = MultipleChoiceTask(InputConfig(data="race", choices=form, **inputs), max_length)
+    return task.encode(questions, TOKENIZER, training=training)
+
+
+def shared(examples: Examples) -> list[int]:
+    return examples.row_targets["shared_length"][::4].tolist()
+
+
+def test_rows_of_options() -> None:
+    examples = choices(CHOICE, dataclasses.replace(CHOICE, id="b", article="a", question=""))
+    article = "[CLS] the king is in paris . [SEP] who is ?"
+    options = ("king", "the queen", "a", "東 京")
+    assert [row(examples, i) for i in range(4)] == [f"{article} {option} [SEP]" for option in options]
+    assert types(examples, 0) == [0] * 8 + [1] * 5
+    assert (examples.labels.tolist(), shared(examples)) == ([1, 1], [11, 3])
+    withheld = choices(CHOICE, dataclasses.replace(CHOICE, answer=None), form="pairs")
+    assert withheld.labels.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+    assert withheld.ids[:2] == ["high/1.txt:0:A", "high/1.txt:0:B"]
+
+
+def test_the_longest_option_decides_how_much_of_the_article_stays() -> None:
+    examples = choices(CHOICE, max_length=12)  # 12 - 3 - (3 + 2) = 4
+    assert row(examples, 0) == "[CLS] the king is in [SEP] who is ? king [SEP]"
+    assert row(examples, 3) == "[CLS] the king is in [SEP] who is ? 東 京 [SEP]"
+    assert (shared(examples), examples.num_truncated) == ([9], 1)
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "end"),
+    [
+        (4, ["who is ? king", "who is ? the", "who is ? a", "who is ? 東"], 11),
+        (3, ["who is ?"] * 4, 11),
+        # The question alone is longer: the rows are equal up to where they are cut.
+        (2, ["who is"] * 4, 10),
+    ],
+)
+def test_questions_and_options_are_cut_together(length: int, options: list[str], end: int) -> None:
+    examples = choices(CHOICE, max_question_length=length)
+    article = "[CLS] the king is in paris . [SEP]"
+    assert [row(examples, i) for i in range(4)] == [f"{article} {option} [SEP]" for option in options]
+    assert shared(examples) == [end]
+    assert examples.counts is not None
+    assert examples.counts.num_questions_cut == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_length", "field"),
+    [({}, 8, "question"), ({"article": "\u200b"}, 64, "article"), ({"answer": None}, 64, "answer")],
+)
+def test_unusable_choices_are_named(changes: dict[str, Any], max_length: int, field: str) -> None:
+    question = dataclasses.replace(CHOICE, **changes)
+    with pytest.raises(UserError, match=rf"high/1.txt: questions\[0\]: question 'high/1.txt:0': {field}: "):
+        choices(question, max_length=max_length, training=True)
+
+
+def test_digest_of_choices_follows_the_inputs() -> None:
+    variants = [
+        choices(CHOICE),
+        choices(CHOICE, form="pairs"),
+        choices(CHOICE, max_length=40),
+        choices(CHOICE, max_question_length=40),
+        choices(dataclasses.replace(CHOICE, answer=2)),
+        choices(CHOICE, CHOICE),
+    ]
+    assert len({examples.digest for examples in variants}) == len(variants)
+
+
+@settings(deadline=None)
+@given(texts, st.lists(texts, min_size=4, max_size=4), st.integers(12, 60), st.integers(1, 8))
+def test_rows_of_a_question_agree_up_to_the_option(
+    article: str, options: list[str], max_length: int, max_question_length: int
+) -> None:
+    question = dataclasses.replace(CHOICE, article=article, options=tuple(options))
+    examples = choices(question, max_length=max_length, max_question_length=max_question_length)
+    (end,) = shared(examples)
+    for i in range(4):
+        tokens = examples.row(i)
+        assert end < len(tokens) <= max_length  # the last [SEP] is never shared
+        assert tokens[:end].tolist() == examples.row(0)[:end].tolist()
+        assert tokens[-1] == 3
+
+
+def test_chosen_options() -> None:
+    right = [[0.1, 0.3, 0.2, 0.0], [0.5, 0.1, 0.5, 0.2], [-3.0, -1.0, -2.0, -4.0]]
+    for wrong in (np.full(12, 9.0), np.arange(12.0)):  # the other class does not matter
+        logits = np.stack([wrong, np.ravel(right)], axis=1)
+        assert choose_by_pairs(logits).tolist() == [1, 2, 1]  # of two equal ones the later
+    assert choose_option(np.array([[0.0, 2.0, 2.0, 1.0], [3.0, 0.0, 0.0, 0.0]])).tolist() == [1, 0]
+
+
+# Candidates ------------------------------------------------------------------------------------------
+
+QUERY = CandidateQuestion(
+    id="WH_0",
+    query="born_in king",
+    candidates=("paris", "the queen of france", "東京"),
+    supports=("the king was born in paris .", "x"),
+    answer=0,
+    where="train.json: [0]",
+)
+HEAD = "[CLS] born [UNK] in king [unused1] paris [unused1] the queen of france [unused1] 東 京"
+
+
+def candidates(
+    *questions: CandidateQuestion,
+    max_length: int = 1024,
+    max_segments: int = 1,
+    max_document_length: int = 1024,
+    tokenizer: Any = TOKENIZER,
+    training: bool = False,
+) -> Examples:
+    task = CandidateTask(InputConfig(data="wikihop", max_segments=max_segments), max_length)
+    task.max_document_length = max_document_length
+    return task.encode(questions, tokenizer, training=training)
+
+
+def test_one_segment() -> None:
+    examples = candidates(QUERY)
+    assert row(examples, 0) == f"{HEAD} [unused2] the king was born in paris . [unused2] x [SEP]"
+    assert types(examples, 0) == [0] * 15 + [1] * 11
+    positions = examples.row_targets["candidates"]
+    assert positions[0].tolist() == [5, 7, 12] + [-1] * 76
+    assert (examples.labels.tolist(), examples.num_truncated) == ([0], 0)
+    assert row(candidates(dataclasses.replace(QUERY, supports=()), max_length=17), 0) == f"{HEAD} [SEP]"
+
+
+def test_several_segments_share_their_head() -> None:
+    short = dataclasses.replace(QUERY, id="WH_1", supports=("x",))
+    examples = candidates(QUERY, short, max_length=20, max_segments=3)  # 20 - 15 - 1 = 4 pieces of documents
+    documents = ("[unused2] the king was", "born in paris .", "[unused2] x", "[unused2] x")
+    assert [row(examples, i) for i in range(4)] == [f"{HEAD} {document} [SEP]" for document in documents]
+    assert examples.first_row is not None
+    assert (examples.first_row.tolist(), examples.group, examples.num_truncated) == ([0, 3, 4], 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [({"max_length": 20, "max_segments": 2}, 2), ({"max_document_length": 9}, 1), ({"max_length": 25}, 1)],
+)
+def test_documents_that_do_not_fit_are_counted(options: dict[str, int], rows: int) -> None:
+    examples = candidates(QUERY, **options)
+    assert (examples.num_rows, examples.num_truncated) == (rows, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_length", "field"),
+    [
+        ({}, 16, "query"),
+        ({"candidates": tuple(f"x{i}" for i in range(80))}, 999, "candidates"),
+        ({"answer": None}, 99, "answer"),
+    ],
+)
+def test_unusable_queries_are_named(changes: dict[str, Any], max_length: int, field: str) -> None:
+    with pytest.raises(UserError, match=rf"train.json: \[0\]: question 'WH_0': {field}: "):
+        candidates(dataclasses.replace(QUERY, **changes), max_length=max_length, training=True)
+
+
+def test_limits_of_candidates() -> None:
+    assert candidates(dataclasses.replace(QUERY, answer=None), max_length=17).labels.tolist() == [-1]
+    many = candidates(dataclasses.replace(QUERY, candidates=tuple(f"x{i}" for i in range(79))))
+    assert (many.row_targets["candidates"] >= 0).all()
+    with pytest.raises(UserError, match=r"\[unused2\]"):
+        candidates(QUERY, tokenizer=qa_tokenizer(("[unused2]",)))
+
+
+def test_digest_of_candidates_follows_the_inputs() -> None:
+    variants = [
+        candidates(QUERY),
+        candidates(QUERY, max_length=40),
+        candidates(QUERY, max_segments=2),
+        candidates(QUERY, max_document_length=40),
+        candidates(dataclasses.replace(QUERY, candidates=("a", "b"))),
+    ]
+    assert len({examples.digest for examples in variants}) == len(variants)
+
+
+@settings(deadline=None)
+@given(st.lists(texts, min_size=1, max_size=5), st.lists(texts, max_size=3), st.integers(1, 3))
+def test_segments_hold_the_documents(names: list[str], supports: list[str], segments: int) -> None:
+    question = dataclasses.replace(QUERY, candidates=tuple(names), supports=tuple(supports))
+    whole = candidates(question, max_length=10_000, max_document_length=10_000)
+    head = types(whole, 0).count(0)
+    examples = candidates(question, max_length=head + 8, max_segments=segments)
+    parts = [examples.row(i)[head:-1] for i in range(examples.num_rows)]
+    document = whole.row(0)[head:-1]
+    assert np.concatenate(parts).tolist() == document[: segments * 7].tolist()
+    assert examples.num_truncated == (len(document) > segments * 7)
+    for position in examples.row_targets["candidates"][0, : len(names)]:
+        assert pieces(examples.row(0))[position] == "[unused1]"
+
+
+def test_chosen_candidates() -> None:
+    other = dataclasses.replace(QUERY, id="b", candidates=("x", "y", "東京"), answer=None)
+    logits = np.zeros((2, 79), np.float32)
+    logits[0, :4] = -2, -1, -1, 5  # the fourth is padding
+    logits[1, 2] = 1
+    score = CandidateTask(InputConfig(data="wikihop"), 64).score(candidates(QUERY, other), logits)
+    assert score.files["predictions.json"] == {"WH_0": "the queen of france", "b": "東京"}
+    assert score.metrics == {"accuracy": 0}
