@@ -308,6 +308,11 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger = logging.getLogger(__package__)
     logger.handlers = [h for h in logger.handlers if not isinstance(h, _StderrHandler)] + [_StderrHandler()]
     logger.setLevel(level)
+    root = logging.getLogger()
+    if not root.handlers:  # else absl, which orbax uses, adds one that shows our messages again
+        others = logging.StreamHandler()
+        others.addFilter(lambda record: not record.name.startswith(logger.name))
+        root.addHandler(others)
 
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"

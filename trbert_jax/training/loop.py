@@ -81,11 +81,6 @@ class Training:
         return self.experiment.devices
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Settings and data that a checkpoint must have been made with to be resumed from."""
-        return self.experiment.fingerprint(self.name, self.examples)
-
-    @property
     def resamples(self) -> bool:
         """Whether each epoch has new inputs; outputs of earlier stages are about those of epoch 0."""
         return self.experiment.data.task.resamples and not self.inputs
@@ -134,28 +129,21 @@ class Training:
         settings, total = self.settings, self.total_steps
         warmup = min(settings.warmup_steps or int(settings.warmup_fraction * total), total)
         schedule = updates.linear_schedule(settings.learning_rate, total, warmup)
-        adamw = updates.adamw(
-            schedule,
-            self.start.config,
-            weight_decay=settings.weight_decay,
-            clip_norm=settings.clip_norm,
-            epsilon=settings.adam_epsilon,
-        )
-        return adamw, schedule
+        options = {"weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
+        return updates.adamw(schedule, self.start.config, epsilon=settings.adam_epsilon, **options), schedule
 
     def update(self, adamw: Any) -> Any:
         """Returns the compiled update; see `step.update_step`."""
         config, module = self.experiment.config, self.experiment.module(self.start.config)
-        return updates.update_step(
-            objective_of(self.stage, config, module, self.total_steps), adamw, self.devices
-        )
+        objective = objective_of(self.stage, config, module, self.total_steps)
+        return updates.update_step(objective, adamw, self.devices)
 
     def checkpoints(self) -> CheckpointStore:
         """Returns the stage's checkpoints."""
         return CheckpointStore(
             self.directory / "checkpoints",
             keep=self.settings.keep_checkpoints,
-            fingerprint=self.fingerprint,
+            fingerprint=self.experiment.fingerprint(self.name, self.examples),
         )
 
     def evaluate(self, params: Params) -> dict[str, float]:
@@ -198,18 +186,13 @@ def train_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     devices = experiment.devices
     training = devices.together(lambda: prepare(experiment, stage))
     start = training.start
-    devices.check_agreement(f"what stage {stage.name} trains on (settings, data)", training.fingerprint)
+    fingerprint = experiment.fingerprint(stage.name, training.examples)
+    devices.check_agreement(f"what stage {stage.name} trains on (settings, data)", fingerprint)
     experiment.check_inputs(stage.name, start, ("dev",))
     params, summary = train(training)
-    save = functools.partial(
-        save_pretrained,
-        training.directory / "model",
-        start.config,
-        jax.device_get(params),
-        start.tokenizer,
-        exclude=() if stage.reduces else ("selectors",),
-    )
-    devices.on_main(save)
+    exclude = () if stage.reduces else ("selectors",)
+    save = functools.partial(save_pretrained, training.directory / "model", start.config, exclude=exclude)
+    devices.on_main(lambda: save(jax.device_get(params), start.tokenizer))
     return summary
 
 
@@ -239,6 +222,7 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
     rng = jax.random.fold_in(jax.random.key(training.experiment.config.seed), _stage_number(training.name))
     rng = rng if devices.strategy == "pmap" else devices.replicate(rng)
     eval_steps = settings.eval_steps or training.steps_per_epoch
+    flops = functools.partial(training.stage.flops, training.experiment.config, training.start.config)
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
 
     def current() -> Params:
@@ -272,7 +256,7 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
                 check()
                 scalars = {**values, "learning_rate": float(schedule(step))}
                 devices.on_main(functools.partial(report.log, done, scalars))
-                report.log_speed(done, clock.rates(values, training_flops(training), _peak(devices)))
+                report.log_speed(done, clock.rates(values, flops, _peak(devices)))
             report.progress(done, batch.num_examples)
             evaluated = None
             if done % eval_steps == 0 or done == total:
@@ -365,28 +349,25 @@ def read_ahead(training: Training, start: int) -> Iterator[UpdateBatch]:
 
 def checkpoint(training: Training, state: TrainState) -> dict[str, Any]:
     """Returns the arrays from which a run resumes: parameters, optimizer, seed, position in the data."""
-    step = int(state.step)
-    epoch, position = divmod(step, training.steps_per_epoch)
-    return {
+    epoch, position = divmod(int(state.step), training.steps_per_epoch)
+    numbers = {
+        "seed": training.experiment.config.seed,
+        "epoch": epoch,
+        "position": position * training.update_size,
+    }
+    arrays = {
         "trained": state.trained,
         "opt_state": state.opt_state,
-        "step": np.asarray(step, np.int32),
-        "seed": np.asarray(training.experiment.config.seed, np.int64),
-        "epoch": np.asarray(epoch, np.int64),
-        "position": np.asarray(position * training.update_size, np.int64),
+        "step": np.asarray(state.step, np.int32),
     }
+    return arrays | {name: np.asarray(value, np.int64) for name, value in numbers.items()}
 
 
 def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainState:
-    """Reads the state of a checkpoint onto the host, whatever devices wrote it.
-
-    Args:
-      store: the stage's checkpoints.
-      step: which one.
-      like: a state of the same structure and shapes.
+    """Reads the state of a checkpoint onto the host, whatever devices wrote it; `like` has its shapes.
 
     Raises:
-      DamagedCheckpointError: the checkpoint is damaged.
+      DamagedCheckpointError: a file is missing or changed.
     """
     template = {"trained": like.trained, "opt_state": like.opt_state, "step": np.asarray(0, np.int32)}
     template |= {name: np.asarray(0, np.int64) for name in ("seed", "epoch", "position")}
@@ -447,15 +428,6 @@ def _open_report(training: Training, start: int) -> StageReport:
     opened: list[StageReport] = []
     training.devices.on_main(lambda: opened.append(make()))
     return opened[0] if opened else make(silent=True)
-
-
-def training_flops(training: Training) -> Any:
-    """Returns the stage's FLOPs as a function of row lengths and kept shares; see `Stage.flops`."""
-
-    def flops(lengths: np.ndarray, shares: Sequence[float] | None = None) -> np.ndarray:
-        return training.stage.flops(training.experiment.config, training.start.config, lengths, shares)
-
-    return flops
 
 
 def _peak(devices: DeviceMesh) -> float | None:

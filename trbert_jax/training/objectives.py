@@ -1,14 +1,13 @@
-"""What each stage minimizes: pure functions from parameters and a batch to one value an example.
+"""Compute the objective of each stage: pure functions from parameters and a batch to one value per example.
 
 A batch is a dict of arrays of B examples with G rows each (`trbert_jax.tasks.losses.Rows`; G is 1 for most
 tasks): `input_ids` int32 [B * G, S], `mask` bool [B * G, S], optional `token_type_ids` int32 [B * G, S],
-`valid` bool [B] (False for examples that only fill the batch), what the task adds, such as `labels`
-int32 [B], and what the stage adds: `guide` float32 [B * G, stages, S] (residual scores), `rank` (same
-shape), `teacher_logits` (shaped as the teacher's logits of the examples).
+`valid` bool [B] (False for padding examples), the task's targets, such as `labels` int32 [B], and the
+stage's inputs: `guide` float32 [B * G, stages, S] (residual scores), `rank` (same shape), `teacher_logits`
+(shaped as the logits of the examples).
 
-Every objective returns `Objective`; `mean_over_examples` is the only place where examples are
-averaged, so accumulating micro-batches or sharding the batch cannot change what is computed.
-`execute` runs the model, masked or packed: `modeling.model.forward`, `modeling.packed.packed_forward`.
+Examples are averaged only in `mean_over_examples`: micro-batches and devices do not change the result.
+`execute` runs the model: `model.model.forward` or `model.packed.packed_forward`.
 Source: paper, section 3.3; docs/method.md, "Training stages".
 """
 
@@ -39,8 +38,8 @@ class Objective:
 
     Attributes:
       total: float32 [B], what is minimized.
-      weight: float32 [B], each example's share in the mean: 1 for a real example, 0 for filler;
-        selector initialization, a mean over tokens, counts tokens.
+      weight: float32 [B], weight of each example in the mean: 1, or 0 for padding; in selector
+        initialization, a mean over tokens, the number of tokens.
       metrics: name -> float32 [B], logged as means over examples.
     """
 
@@ -49,15 +48,15 @@ class Objective:
     metrics: dict[str, jax.Array]
 
     def sums(self) -> dict[str, jax.Array]:
-        """Weighted sums over examples, which add up over micro-batches and devices."""
+        """Returns weighted sums over examples, to be added up over micro-batches and devices."""
         values = {"loss": self.total, **self.metrics}
-        # where, not a product: a filler row may hold anything, NaN too.
+        # `where`, not a product: a padding row may hold NaN.
         summed = {k: jnp.sum(jnp.where(self.weight > 0, v * self.weight, 0.0)) for k, v in values.items()}
         return {**summed, "weight": jnp.sum(self.weight)}
 
 
 def mean_over_examples(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Means from `Objective.sums`, added up over however many micro-batches."""
+    """Returns means over examples from `Objective.sums`."""
     weight = jnp.maximum(sums["weight"], 1.0)
     return {k: v / weight for k, v in sums.items() if k != "weight"}
 
@@ -70,7 +69,7 @@ def dense_objective(
     dropout_rng: jax.Array | None = None,
     execute: Execute = forward,
 ) -> Objective:
-    """Fine-tuning of the dense model: the task's loss."""
+    """Returns the task's loss of the dense model (stage finetune)."""
     task, rows = TASKS[model.config.task], Rows(batch)
     logits = execute(model, params, batch, rule=None, dropout_rng=dropout_rng).logits
     loss = task.loss(logits, rows)
@@ -104,11 +103,10 @@ def initialization_objective(
     dropout_rng: jax.Array | None = None,
     execute: Execute = forward,
 ) -> Objective:
-    """Selector initialization: mean over tokens of |keep probability - rank|, summed over selectors.
+    """Returns the mean over tokens of |keep probability - rank|, summed over selectors (stage init).
 
-    `keep`: see `initialization.rank_error`. `per_length_scale` also multiplies by the mean of 1 / length
-    over the (micro-)batch, as the published code does; with it alone, how an update is divided into
-    micro-batches matters.
+    `keep`: see `selector_init.rank_error`. `per_length_scale` multiplies by the mean of 1 / length over the
+    micro-batch, as the published code does; only then do micro-batches change the result.
     """
     output = execute(model, params, batch, rule=tokens.keep_all, dropout_rng=dropout_rng)
     rows = Rows(batch)
@@ -124,7 +122,7 @@ def initialization_objective(
 
 @struct.dataclass
 class PolicySamples:
-    """K sampled runs of a batch: everything [K, B] but `logits` and `selections`, of K * B * G rows."""
+    """K sampled runs of a batch: arrays [K, B], but `logits` and `selections` have K * B * G rows."""
 
     task_loss: jax.Array
     selector_nll: jax.Array
@@ -147,10 +145,10 @@ def sample_policy(
     dropout_rng: jax.Array | None = None,
     execute: Execute = forward,
 ) -> PolicySamples:
-    """Runs every example K times under a (sampling) rule and rewards the runs.
+    """Runs every example K times with a sampling rule and computes the rewards.
 
-    The task loss, and with it the reward, is the distillation loss where the batch brings
-    `teacher_logits` and the cross entropy with the labels otherwise.
+    The task loss, which the reward contains, is the distillation loss if the batch has `teacher_logits`, else
+    the loss of the labels.
     """
     output = execute(model, params, batch, rule=rule, num_copies=num_samples, dropout_rng=dropout_rng)
 
@@ -178,26 +176,26 @@ def sample_policy(
 
 
 def policy_objective(batch: Batch, samples: PolicySamples) -> Objective:
-    """REINFORCE alone: the `policy` stage, which trains the selectors."""
+    """Returns the REINFORCE loss, which trains the selectors (stage policy)."""
     loss = policy.policy_loss(samples.selector_nll, samples.reward)
     return Objective(loss, batch["valid"].astype(jnp.float32), _policy_metrics(samples, loss))
 
 
 def joint_objective(batch: Batch, samples: PolicySamples) -> Objective:
-    """Task (or distillation) loss plus REINFORCE: the `joint` stage, which trains everything."""
+    """Returns the task or distillation loss plus the REINFORCE loss (stage joint)."""
     loss = policy.policy_loss(samples.selector_nll, samples.reward)
     total = samples.task_loss.mean(0) + loss
     return Objective(total, batch["valid"].astype(jnp.float32), _policy_metrics(samples, loss))
 
 
 def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax.Array | bool) -> tokens.Rule:
-    """The rule of a training step: sample; while `imitating`, each example's first copy follows the guide.
+    """Returns a rule that samples; while `imitating`, the first copy of each example follows the guide.
 
     Args:
       rng: key of this step's actions.
-      batch: `index` int32 [B], each row's number in the data set, makes its draws its own;
-        `guide` is needed if `imitating` is not the literal False.
-      num_samples: copies an example, K.
+      batch: `index` int32 [B], the examples' numbers in the data set, from which their keys are derived; and
+        `guide` unless `imitating` is the literal False.
+      num_samples: K, copies of each example.
       imitating: bool scalar, may be traced.
     """
     copy_rngs = jax.random.split(rng, num_samples)
@@ -226,5 +224,5 @@ def _policy_metrics(samples: PolicySamples, loss: jax.Array) -> dict[str, jax.Ar
 
 
 def _per_example(num_kept: jax.Array, like: jax.Array) -> jax.Array:
-    """Kept tokens of each sample of an example, float32 [K, B]: the mean over its rows."""
+    """Returns the kept tokens of each sample of an example, a mean over its rows, float32 [K, B]."""
     return num_kept.reshape(*like.shape, -1).astype(jnp.float32).mean(-1)

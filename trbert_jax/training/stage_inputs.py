@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
-import jax
 import numpy as np
 
 from trbert_jax.errors import UserError
@@ -34,6 +32,7 @@ DATA_DIGEST = "data_digest"  # key of a stage's summary: digest of the examples 
 SCORES, LOGITS = "scores.npy", "logits{}.npy"
 PROGRESS = "progress.json"
 SAVE_SECONDS = 30.0  # of work that a kill may cost
+CHUNK = 2**20  # bytes written at once
 
 
 # Reading --------------------------------------------------------------------------------------------
@@ -246,9 +245,11 @@ def _reserve_npy(path: Path, shape: tuple[int, ...]) -> None:
         with path.open("wb") as stream:
             header = {"descr": "<f4", "fortran_order": False, "shape": tuple(map(int, shape))}
             np.lib.format.write_array_header_1_0(stream, header)
-            stream.flush()
             size += stream.tell()
-            _reserve(stream, size)
+            for begin in range(stream.tell(), size, CHUNK):
+                stream.write(bytes(min(CHUNK, size - begin)))
+            stream.flush()
+            os.fsync(stream.fileno())
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -258,43 +259,22 @@ def _reserve_npy(path: Path, shape: tuple[int, ...]) -> None:
         ) from error
 
 
-def _reserve(stream: IO[bytes], size: int) -> None:
-    """Extends a file to `size` bytes, all of them on the disk."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(stream.fileno(), 0, size)
-            return
-        except OSError as error:  # a file system without this call
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-    chunk = 1 << 20
-    for begin in range(stream.tell(), size, chunk):
-        stream.write(bytes(min(chunk, size - begin)))
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def check_finite(
-    stage: str, examples: Examples, index: np.ndarray, size: int, results: Mapping[str, Any]
-) -> None:
+def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapping[str, np.ndarray]) -> None:
     """Raises a UserError that names the first example of a batch with a value that is not finite.
 
     Args:
-      stage: name of the stage.
       examples: the training examples.
       index: int [b], positions of the batch's examples.
       size: number of examples of the padded batch.
-      results: name -> array or tree of arrays, [size, ...] or [rows of the batch, ...].
+      results: name -> array [size, ...] or [rows of the batch, ...].
     """
     rows = batch_rows(examples, index, size)
-    for name, tree in results.items():
-        for array in map(np.asarray, jax.tree.leaves(tree)):
-            bad = ~np.isfinite(array).reshape(len(array), -1).all(1)
-            bad &= rows >= 0 if len(array) == len(rows) else np.arange(size) < len(index)
-            if bad.any():
-                example = int(index[int(bad.argmax()) * size // len(array)])
-                raise UserError(
-                    f"{stage}: {name} of example {examples.ids[example]} is not finite; the fine-tuned model "
-                    "produces it: look at finetune/metrics.jsonl, try a smaller finetune.learning_rate or "
-                    "model.dtype float32"
-                )
+    for name, array in results.items():
+        bad = ~np.isfinite(array).reshape(len(array), -1).all(1)
+        bad &= rows >= 0 if len(array) == len(rows) else np.arange(size) < len(index)
+        if bad.any():
+            example = examples.ids[int(index[int(bad.argmax()) * size // len(array)])]
+            raise UserError(
+                f"score: {name} of example {example} is not finite; the fine-tuned model produces it: look at "
+                "finetune/metrics.jsonl, try a smaller finetune.learning_rate or model.dtype float32"
+            )

@@ -61,14 +61,43 @@ class Update:
     forward: dict[str, Any]
 
 
-def _dense_update_flops(
+StageFlops = Callable[[RunConfig, ModelConfig, np.ndarray, Sequence[float] | None], np.ndarray]
+
+
+def _dense(passes: int) -> StageFlops:
+    """Returns the FLOPs of passes of the dense model; a backward pass counts as two forward passes."""
+    return lambda config, model, lengths, shares: (
+        passes * flops.exact_dense_flops(EncoderShape.of(model), lengths).astype(np.float64)
+    )
+
+
+_DENSE_UPDATE = _dense(3)
+
+
+def _sampled(passes: int, num_samples: Callable[[RunConfig], int]) -> StageFlops:
+    """Returns the FLOPs of passes of several sampled selections of each example."""
+    return lambda config, model, lengths, shares: (
+        passes * flops.sampled_flops(EncoderShape.of(model), lengths, num_samples(config), shares)
+    )
+
+
+def _score_flops(
     config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
 ) -> np.ndarray:
-    return 3 * _dense_flops(config, model, lengths, shares)
+    """Adds the gradient of states, not of parameters, through the last layers."""
+    layers = model.num_layers - 1 - residual.score_layers(model)[1]
+    layer = flops.layer_macs(lengths, model.hidden_size, model.intermediate_size)
+    return _dense(1)(config, model, lengths, shares) + 2.0 * layers * layer
 
 
-def _all_layers(config: RunConfig, model: ModelConfig) -> float:
-    return model.num_layers
+def _joint_samples(config: RunConfig) -> int:
+    return config.joint.num_samples or config.policy.num_samples
+
+
+def _joint_layers(config: RunConfig, model: ModelConfig) -> float:
+    first, *others = EncoderShape.of(model).segments
+    kept = (_joint_samples(config) * n * flops.ASSUMED_KEPT ** (i + 1) for i, n in enumerate(others))
+    return first + sum(kept)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,10 +115,10 @@ class Stage:
       run: computes a stage without updates, writes its files and returns its summary.
       reduces: whether its model is evaluated with token reduction.
       compared: whether stage evaluate reports its model even if a later stage trains it further.
-      flops: FLOPs of one pass over rows of the given lengths, float64 [R]; a backward pass counts as two
-        forward passes. `shares`: see `reduction.flops.assumed_flops`.
-      kept_layers: number of layers whose inner values a backward pass keeps, for all tokens of a batch; 1 for
-        a stage without a gradient of the encoder.
+      flops: settings, model, row lengths int [R], kept shares (`reduction.flops.assumed_flops`) -> FLOPs of
+        one pass over these rows, float64 [R].
+      kept_layers: number of layers whose inner values the backward pass keeps, for all tokens of a batch;
+        None without a gradient of the encoder.
     """
 
     settings: type
@@ -100,10 +129,8 @@ class Stage:
     run: Callable[[Experiment], dict[str, Any]] | None = None
     reduces: bool = False
     compared: bool = False
-    flops: Callable[[RunConfig, ModelConfig, np.ndarray, Sequence[float] | None], np.ndarray] = (
-        _dense_update_flops
-    )
-    kept_layers: Callable[[RunConfig, ModelConfig], float] = _all_layers
+    flops: StageFlops = _DENSE_UPDATE
+    kept_layers: Callable[[RunConfig, ModelConfig], float] | None = lambda _, model: model.num_layers
 
     @property
     def name(self) -> str:
@@ -111,7 +138,7 @@ class Stage:
         return self.settings.__name__.removesuffix("Config").lower()
 
     def trained(self, model: ModelConfig) -> Trains:
-        """Which components of the parameters an update changes. Raises ValueError for other stages."""
+        """Returns which components of the parameters an update changes. Raises ValueError if none."""
         if self.trains is None:
             raise ValueError(f"stage {self.name} trains nothing")
         return self.trains(model)
@@ -148,7 +175,7 @@ def compared_models(config: RunConfig) -> list[Stage]:
 
 
 def objective_of(stage: Stage, config: RunConfig, model: TokenReducingModel, total_steps: int) -> ObjectiveFn:
-    """Returns what a training stage minimizes, as a function of parameters, micro-batch, key and step."""
+    """Returns a training stage's objective as a function of parameters, micro-batch, key and step."""
     section: TrainingConfig = getattr(config, stage.name)
     compute = stage.objective
     if compute is None:
@@ -224,10 +251,6 @@ def _samples(
     )
 
 
-def _joint_samples(config: RunConfig) -> int:
-    return config.joint.num_samples or config.policy.num_samples
-
-
 # Stages without updates ---------------------------------------------------------------------------
 
 
@@ -253,7 +276,7 @@ def _score(experiment: Experiment) -> dict[str, Any]:
         for done, (index, width) in enumerate(batches[arrays.start :], arrays.start + 1):
             result = score(params, devices.place_rows(pad_batch(examples, index, size, width)))
             values, loss = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
-            stage_inputs.check_finite("score", examples, index, size, {"loss": loss, "score": values})
+            stage_inputs.check_finite(examples, index, size, {"loss": loss, "score": values})
             rows = batch_rows(examples, index, size)
             scores[rows[rows >= 0], :, :width] = values[rows >= 0]
             losses[index] = loss[: len(index)]
@@ -277,11 +300,7 @@ def _teacher(experiment: Experiment) -> dict[str, Any]:
     experiment.check_inputs("teacher", model, ("train",))
     examples = experiment.features("train", model)
     size = devices.rounded(experiment.config.teacher.batch_size)
-
-    def check(examples: Examples, index: np.ndarray, logits: Any) -> None:
-        stage_inputs.check_finite("teacher", examples, index, size, {"a logit": logits})
-
-    engine = experiment.engine(model.config, size, check)
+    engine = experiment.engine(model.config, size)
     steps = engine.num_batches(examples)
     with _outputs(experiment, "teacher", model, examples, size, steps) as (report, arrays):
         names: list[str] = []
@@ -330,43 +349,6 @@ def _evaluate(experiment: Experiment) -> dict[str, Any]:
     return evaluate_stage(experiment)
 
 
-# FLOPs and memory ---------------------------------------------------------------------------------
-
-
-def _dense_flops(
-    config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
-) -> np.ndarray:
-    return flops.exact_dense_flops(EncoderShape.of(model), lengths).astype(np.float64)
-
-
-def _score_flops(
-    config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
-) -> np.ndarray:
-    """Adds the gradient of states, not of parameters, through the last layers."""
-    layer = flops.layer_macs(lengths, model.hidden_size, model.intermediate_size)
-    layers = model.num_layers - 1 - residual.score_layers(model)[1]
-    return _dense_flops(config, model, lengths, shares) + 2.0 * layers * layer
-
-
-def _policy_flops(
-    config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
-) -> np.ndarray:
-    """Forward passes only: the gradient ends at the selectors."""
-    return flops.sampled_flops(EncoderShape.of(model), lengths, config.policy.num_samples, shares)
-
-
-def _joint_flops(
-    config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
-) -> np.ndarray:
-    return 3 * flops.sampled_flops(EncoderShape.of(model), lengths, _joint_samples(config), shares)
-
-
-def _joint_layers(config: RunConfig, model: ModelConfig) -> float:
-    first, *others = EncoderShape.of(model).segments
-    kept = (_joint_samples(config) * n * flops.ASSUMED_KEPT ** (i + 1) for i, n in enumerate(others))
-    return first + sum(kept)
-
-
 # The stages ---------------------------------------------------------------------------------------
 
 STAGES: dict[str, Stage] = {}  # in the order in which they run
@@ -412,15 +394,15 @@ for _stage in (
         inputs=lambda section: stage_inputs.guide if section.guide_rate > 0 else None,
         reduces=True,
         compared=True,
-        flops=_policy_flops,
-        kept_layers=lambda config, model: 1,
+        flops=_sampled(1, lambda config: config.policy.num_samples),
+        kept_layers=None,
     ),
     Stage(
         settings=settings.TeacherConfig,
         starts_from=("finetune",),
         run=_teacher,
-        flops=_dense_flops,
-        kept_layers=lambda config, model: 1,
+        flops=_dense(1),
+        kept_layers=None,
     ),
     Stage(
         settings=settings.JointConfig,
@@ -430,14 +412,14 @@ for _stage in (
         inputs=lambda section: stage_inputs.teacher_logits if section.distill else None,
         reduces=True,
         compared=True,
-        flops=_joint_flops,
+        flops=_sampled(3, _joint_samples),
         kept_layers=_joint_layers,
     ),
     Stage(
         settings=settings.EvaluateConfig,
         run=_evaluate,
-        flops=_dense_flops,
-        kept_layers=lambda config, model: 1,
+        flops=_dense(1),
+        kept_layers=None,
     ),
 ):
     register_stage(_stage)

@@ -1,6 +1,6 @@
-"""One optimizer update: gradients of a stage's objective, accumulated over micro-batches, and AdamW.
+"""Update parameters: gradients of a stage's objective, accumulated over micro-batches, and AdamW.
 
-Source: docs/method.md, "Optimizer".
+Pure functions of arrays, on one device or several. Source: docs/method.md, "Optimizer".
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from trbert_jax.training.objectives import Objective, mean_over_examples
 
 # (all parameters, micro-batch, PRNG key of the update, number of the update) -> Objective
 ObjectiveFn = Callable[[Params, Batch, jax.Array, jax.Array], Objective]
+Trains = Callable[[str], bool]  # name of a component ("layer_3", "head") -> whether it is trained
+_DEVICES = "devices"  # axis of pmap
 
 
 @struct.dataclass
 class TrainState:
-    """What an update changes.
+    """The values that an update changes.
 
     Attributes:
-      step: int32 scalar, updates done.
-      trained: the parameters this stage trains (see `optimizer.split_params`).
+      step: int32 scalar, number of updates done.
+      trained: the parameters that this stage trains (`split_params`).
       opt_state: the optimizer's state.
     """
 
@@ -41,29 +43,27 @@ class TrainState:
 
 
 def init_state(trained: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update."""
+    """Returns the state before the first update."""
     return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
 
 
 def update_step(
     objective: ObjectiveFn, optimizer: optax.GradientTransformation, layout: DeviceMesh | None = None
 ) -> Any:
-    """The compiled update of a stage, `(state, frozen, batches, rng) -> (state, metrics)`.
+    """Returns the compiled update of a stage, `(state, frozen, batches, rng) -> (state, metrics)`.
 
-    The loss is the mean over all real examples of the update, however they are divided into
-    micro-batches and over devices.
+    The loss is the mean over all real examples of the update, however they are divided into micro-batches and
+    over devices.
 
     Args:
       objective: the stage's objective.
       optimizer: its optimizer.
-      layout: the devices; None for one. Then `batches` are rows of all devices, `state` is divided as
-        `layout.divide` does, or for the strategy pmap both are as `per_device` and `copies` make them.
+      layout: the devices; None for one. `place_state`, `place_frozen` and `place_batches` lay out arguments.
 
     Returns:
-      A function of `state` before the update (donated), `frozen` parameters that are only read, `batches`,
-      arrays [accumulation_steps, batch_size, ...], and `rng`, the stage's key, from which the update's own is
-      derived with `state.step`. It returns the state after the update, and metrics: means over examples and
-      the gradient's global norm.
+      A function of `state` (donated), `frozen` parameters, `batches`, arrays [accumulation_steps, batch_size,
+      ...], and `rng`, the stage's key, from which the update's own key is derived with `state.step`. It
+      returns the next state and metrics: means over examples and the gradient's global norm.
     """
     if layout is not None and layout.strategy == "pmap":
         step = functools.partial(train_step, objective, optimizer, add_up=_added_up(_DEVICES))
@@ -89,14 +89,14 @@ def train_step(
     add_up: Callable[[Any], Any] | None = None,
     layout: DeviceMesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update as a pure function; `update_step` says what it takes and returns.
+    """One update as a pure function; see `update_step` for arguments and results.
 
     `add_up` adds gradients and sums up over devices; `layout` does that and divides the results.
     """
 
     def gradients(params: tuple[Params, Params], batches: Batch, rng: jax.Array, step: jax.Array) -> Any:
-        found = accumulated_gradients(objective, *params, batches, rng, step)
-        return add_up(found) if add_up else found
+        result = accumulated_gradients(objective, *params, batches, rng, step)
+        return add_up(result) if add_up else result
 
     if layout is not None and not layout.is_single:
         add_up = _added_up(AXES)
@@ -120,11 +120,11 @@ def accumulated_gradients(
     rng: jax.Array,
     step: jax.Array,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradients of the summed loss and `Objective.sums`, one micro-batch after another.
+    """Returns gradients of the summed loss and `Objective.sums`, added up over micro-batches.
 
     Args:
       objective: the stage's objective.
-      trained, frozen: parameters, with and without a gradient.
+      trained, frozen: parameters with and without a gradient.
       batches: arrays [accumulation_steps, batch_size, ...].
       rng: key of the update.
       step: int32 scalar, number of the update.
@@ -132,12 +132,10 @@ def accumulated_gradients(
 
     def micro_step(batch: Batch) -> tuple[Params, dict[str, jax.Array]]:
         def loss(trained: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            params = merge_params(trained, frozen)
-            sums = objective(params, batch, rng, step).sums()
+            sums = objective(merge_params(trained, frozen), batch, rng, step).sums()
             return sums["loss"], sums
 
-        grads, sums = jax.grad(loss, has_aux=True)(trained)
-        return grads, sums
+        return jax.grad(loss, has_aux=True)(trained)
 
     first = jax.tree.map(lambda x: x[0], batches)
     if jax.tree.leaves(batches)[0].shape[0] == 1:
@@ -151,13 +149,17 @@ def accumulated_gradients(
     return total
 
 
-# One update's arrays on the devices -----------------------------------------------------------------
+def _added_up(axes: str | tuple[str, ...]) -> Callable[[Any], Any]:
+    return functools.partial(jax.lax.psum, axis_name=axes)
+
+
+# Onto the devices and back ------------------------------------------------------------------------
 
 
 def first_state(trained: Params, optimizer: optax.GradientTransformation, layout: DeviceMesh) -> TrainState:
-    """The state before the first update, as `update_step` takes it; `trained` are arrays on the host.
+    """Returns the state before the first update, laid out for `update_step`; `trained` are host arrays.
 
-    Made where it lies: divided, no device ever holds all of it.
+    A divided state is made in place: no device ever holds all of it.
     """
     if layout.is_single or layout.strategy == "pmap":
         return place_state(init_state(jax.tree.map(jnp.array, trained), optimizer), layout)
@@ -167,35 +169,35 @@ def first_state(trained: Params, optimizer: optax.GradientTransformation, layout
 
 
 def place_state(state: TrainState, layout: DeviceMesh) -> TrainState:
-    """The state as `update_step` takes it."""
+    """Lays out a state for `update_step`."""
     if layout.strategy == "pmap":
         return copies(state, layout)
-    if layout.is_single:  # copies of what is on the host: a step writes into its state
+    if layout.is_single:  # copies of host arrays: a step writes into its state
         return jax.tree.map(lambda x: jnp.array(x) if isinstance(x, np.ndarray) else x, state)
     return layout.divide(state)
 
 
 def place_frozen(frozen: Params, layout: DeviceMesh) -> Params:
-    """Parameters that are not trained, as `update_step` takes them."""
+    """Lays out parameters that are not trained for `update_step`."""
     return copies(frozen, layout) if layout.strategy == "pmap" else layout.divide(frozen)
 
 
 def place_batches(batches: Mapping[str, Any], layout: DeviceMesh) -> Batch:
-    """Arrays [accumulation_steps, rows of this process, ...], as `update_step` takes them."""
-    return (
-        per_device(batches, layout) if layout.strategy == "pmap" else layout.place_own_rows(batches, axis=1)
-    )
+    """Lays out arrays [accumulation_steps, rows of this process, ...] for `update_step`."""
+    if layout.strategy == "pmap":
+        return per_device(batches, layout)
+    return layout.place_own_rows(batches, axis=1)
 
 
 def fetch(tree: Any, layout: DeviceMesh) -> Any:
-    """NumPy copies of (a part of) a state, each array once."""
+    """Returns NumPy copies of (a part of) a state, each array once."""
     if layout.strategy == "pmap":
         return jax.tree.map(lambda x: np.array(x.addressable_data(0))[0], tree)
     return layout.fetch(tree)
 
 
 def copies(tree: Any, layout: DeviceMesh) -> Any:
-    """Each array once for each of this process's devices, [devices, ...]."""
+    """Repeats each array for each of this process's devices, [devices, ...]."""
     devices = layout.local_devices
     sharding = NamedSharding(Mesh(np.array(devices), (_DEVICES,)), PartitionSpec(_DEVICES))
 
@@ -209,29 +211,22 @@ def copies(tree: Any, layout: DeviceMesh) -> Any:
 
 def per_device(batches: Mapping[str, Any], layout: DeviceMesh) -> Batch:
     """[accumulation_steps, own rows, ...] -> [own devices, accumulation_steps, rows of a device, ...]."""
-    count = len(layout.local_devices)
 
     def divided(x: Any) -> np.ndarray:
         array = np.asarray(x)
-        return np.moveaxis(array.reshape(array.shape[0], count, -1, *array.shape[2:]), 1, 0)
+        shape = (array.shape[0], len(layout.local_devices), -1, *array.shape[2:])
+        return np.moveaxis(array.reshape(shape), 1, 0)
 
     return jax.tree.map(divided, batches)
 
 
-_DEVICES = "devices"
-
-
-def _added_up(axes: str | tuple[str, ...]) -> Callable[[Any], Any]:
-    return functools.partial(jax.lax.psum, axis_name=axes)
-
-
-Trains = Callable[[str], bool]  # name of a component of the encoder ("layer_3", "head") -> trained?
+# Optimizer ----------------------------------------------------------------------------------------
 
 
 def linear_schedule(peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:
-    """Learning rate of update t (0-based): from 0 up to `peak` over the warm-up, then down to 0.
+    """Returns a learning rate that rises from 0 to `peak` over the warm-up, then falls to 0.
 
-    With a warm-up the first update has rate 0, as published.
+    With a warm-up the first update (0) has rate 0, as published.
     """
     decay = optax.linear_schedule(peak, 0.0, max(total_steps - warmup_steps, 1))
     if not warmup_steps:
@@ -247,7 +242,7 @@ def adamw(
     clip_norm: float = 1.0,
     epsilon: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm of all trained parameters, then AdamW (betas 0.9 and 0.999)."""
+    """Clips by the global norm of all trained parameters, then applies AdamW (betas 0.9 and 0.999)."""
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         scale_by_published_adam(epsilon),
@@ -261,9 +256,8 @@ def scale_by_published_adam(
 ) -> optax.GradientTransformation:
     """Adam with epsilon added to the root of the uncorrected second moment.
 
-    `sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + epsilon)`: against `optax.scale_by_adam`
-    this makes epsilon 30 times larger in the first update, which shows wherever gradients are
-    small, as in word embeddings.
+    `sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + epsilon)`. Compared to `optax.scale_by_adam`, epsilon
+    is 30 times larger in the first update, which matters for small gradients, as of word embeddings.
     """
 
     def init(params: Params) -> optax.ScaleByAdamState:
@@ -298,34 +292,33 @@ def decay_mask(params: Params, config: ModelConfig) -> Any:
 
 
 def split_params(params: Params, trains: Trains) -> tuple[Params, Params]:
-    """Splits a parameter tree into (trained, frozen), so that no gradient is ever computed for the rest."""
-    trained: Params = {"encoder": {}}
-    frozen: Params = {"encoder": {}}
-    for name, value in params["encoder"].items():
-        (trained if trains(name) else frozen)["encoder"][name] = value
-    for name, value in params.items():
-        if name != "encoder":
-            (trained if trains(name) else frozen)[name] = value
-    return trained, frozen
+    """Splits a parameter tree into (trained, frozen), so that no gradient is computed for the frozen part."""
+
+    def part(chosen: bool) -> Params:
+        encoder = {name: x for name, x in params["encoder"].items() if trains(name) == chosen}
+        others = {name: x for name, x in params.items() if name != "encoder" and trains(name) == chosen}
+        return {"encoder": encoder, **others}
+
+    return part(True), part(False)
 
 
 def merge_params(trained: Params, frozen: Params) -> Params:
-    """Undoes `split_params`."""
+    """Joins what `split_params` split."""
     return {**frozen, **trained, "encoder": {**frozen["encoder"], **trained["encoder"]}}
 
 
 def trains_dense(config: ModelConfig) -> Trains:
-    """Fine-tuning: everything but the selectors, which take no part."""
+    """Trains everything but the selectors (fine-tuning)."""
     return lambda name: not name.startswith("selector_")
 
 
 def trains_selectors(config: ModelConfig) -> Trains:
-    """Policy and selector initialization: the selectors that are asked, all else frozen."""
-    asked = {f"selector_{stage}" for stage in range(config.num_reductions)}
-    return lambda name: name in asked
+    """Trains the selectors that the model uses (policy and selector initialization)."""
+    used = {f"selector_{stage}" for stage in range(config.num_reductions)}
+    return lambda name: name in used
 
 
 def trains_all(config: ModelConfig) -> Trains:
-    """Joint training: everything that takes part (a shallow model's second selector does not)."""
-    asked = trains_selectors(config)
-    return lambda name: not name.startswith("selector_") or asked(name)
+    """Trains everything that the model uses; a shallow model does not use its second selector."""
+    used = trains_selectors(config)
+    return lambda name: not name.startswith("selector_") or used(name)
