@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from tiny_models import BERT, tiny_model, tiny_params, tiny_tokenizer
 from tiny_published import Published
 
 import trbert_jax
+from trbert_jax import TRBert, answer_questions
 from trbert_jax import config as settings
 from trbert_jax.cli import main
 from trbert_jax.config import load_config
@@ -25,8 +28,13 @@ from trbert_jax.datasets.records import Example, Span, SpanQuestion
 from trbert_jax.datasets.registry import each_split
 from trbert_jax.errors import UserError
 from trbert_jax.model.backbones import BACKBONES, register_backbone
+from trbert_jax.model.config import InputConfig
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.reduction.rules import RULES, RuleSpec, register_rule
+from trbert_jax.tasks import TASKS, Score, register_task
+from trbert_jax.tasks.base import Fields
+from trbert_jax.tasks.classification import ClassificationTask
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import objectives, step
 from trbert_jax.training.stages import STAGES, Stage, Update, register_stage
 
@@ -36,11 +44,13 @@ TEXTS = ["the film was not good", "I saw it yesterday and the plot was very dull
 
 @pytest.fixture
 def datasets() -> Iterator[None]:
-    """Removes the data sets that a test registers."""
-    before = dict(DATASETS)
+    """Removes the data sets and tasks that a test registers."""
+    registries: list[dict[str, Any]] = [DATASETS, TASKS]
+    before = [dict(registry) for registry in registries]
     yield
-    DATASETS.clear()
-    DATASETS.update(before)
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.mark.usefixtures("datasets")
@@ -108,6 +118,50 @@ def test_dataset_of_questions(tmp_path: Path) -> None:
     bad = BadRecords(skip=True)
     assert len(DATASETS["dummy"].read_split(tmp_path, "test", bad)) == 2
     assert "questions.txt:3" in str(bad.skipped[0])
+
+
+@pytest.mark.usefixtures("datasets")
+def test_task(tmp_path: Path) -> None:
+    """Labels of the first words of a text: a task with the head, and so the loss, of classification."""
+
+    @register_task
+    class DummyTask(ClassificationTask):
+        name = "dummy"
+        shortest_request: ClassVar[dict[str, Any]] = {"review": "a"}
+
+        @property
+        def head(self) -> str:
+            return "classification"
+
+        @classmethod
+        def complete(cls, inputs: InputConfig, train: Any) -> InputConfig:
+            return inputs  # as of other questions, so that the saved model names the data set
+
+        def encode(self, records: Sequence[Any], tokenizer: Any, **options: Any) -> Examples:
+            halves = [dataclasses.replace(r, text=" ".join(r.text.split()[:5])) for r in records]
+            return super().encode(halves, tokenizer, **options)
+
+        def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
+            answers = [self.labels[k] for k in logits.argmax(-1)]
+            files = {"predictions.json": dict(zip(examples.ids, answers, strict=True))}
+            right = [self.labels[k] if k >= 0 else None for k in examples.labels]
+            return Score({"accuracy": sum(map(operator.eq, answers, right)) / len(answers)}, files)
+
+        def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> Example:
+            return Example(id, Fields(request, where).text("review"), -1)
+
+    register_dataset(dataclasses.replace(DATASETS["imdb"], name="dummy", task="dummy"))
+    config = tiny_runs.write_config(tmp_path, data={"name": "dummy"}, stages=["finetune", "evaluate"])
+    results = tiny_runs.train(config)
+    assert results["dense"]["tokens"] <= 2 + 5
+    answers = json.loads((tmp_path / "work/predictions.json").read_text())
+    assert set(answers.values()) <= {"negative", "positive"}
+    model = TRBert.from_pretrained(tmp_path / "work/model")
+    (answer,) = answer_questions(model, [{"review": "the film was very good and bad"}])
+    assert answer["answer"] in ("negative", "positive")
+    assert answer["num_tokens"] == 2 + 5
+    with pytest.raises(UserError, match="question:1: no field 'review'"):
+        answer_questions(model, [{"text": "a film"}])
 
 
 @pytest.fixture

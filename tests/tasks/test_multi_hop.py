@@ -248,7 +248,7 @@ def test_pretokenized_paragraphs_become_the_same_inputs() -> None:
 
 
 def test_mistakes_in_pretokenized_paragraphs() -> None:
-    words = {"words": ["The", "Japanese.", "King"], "piece_words": [0, 1, 1, 1, -1]}
+    words: dict[str, Any] = {"words": ["The", "Japanese.", "King"], "piece_words": [0, 1, 1, 1, -1]}
     paragraph = paragraph_from_pieces(TOKENIZER, "t", ["the", "japan", "##ese", ".", "king"], **words)
     assert paragraph.text == "The Japanese. King"
     assert paragraph.chars.tolist() == [[0, 3], [4, 13], [4, 13], [4, 13], [-1, -1]]
@@ -383,7 +383,7 @@ def test_a_cut_input_and_one_without_text() -> None:
 
 
 def test_gaps_in_pretokenized_text() -> None:
-    words = {"words": ["The", "Kings"], "piece_words": [0, -1, 1, 1]}
+    words: dict[str, Any] = {"words": ["The", "Kings"], "piece_words": [0, -1, 1, 1]}
     paragraph = paragraph_from_pieces(TOKENIZER, "t", ["the", "[UNK]", "king", "##s"], **words)
     examples = packed(TokenizedQuestion("h0", "who ?", "x", (paragraph,), "f"))
     # 4 to 6 are markers and title; the 7, a gap 8, king ##s 9 and 10.

@@ -175,7 +175,7 @@ def test_several_segments_share_their_head() -> None:
     ("options", "rows"),
     [({"max_length": 20, "max_segments": 2}, 2), ({"max_document_length": 9}, 1), ({"max_length": 25}, 1)],
 )
-def test_documents_that_do_not_fit_are_counted(options: dict[str, int], rows: int) -> None:
+def test_documents_that_do_not_fit_are_counted(options: dict[str, Any], rows: int) -> None:
     examples = candidates(QUERY, **options)
     assert (examples.num_rows, examples.num_truncated) == (rows, 1)
 
