@@ -61,8 +61,8 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[Sp
                     where = f"{place}.{field}[{k}]"
                     with bad.record(where, item, "QuestionId"):
                         name = reading.text(page, "Filename")
-                        document = _read_evidence(name, evidence / folder)
-                        made = make_question(question_id, question, answers, name, document, where)
+                        text = _read_evidence(name, evidence / folder)
+                        made = make_question(question_id, question, answers, name, text, where)
                         yield dataclasses.replace(made, scored_as=question_id) if one_answer else made
 
 

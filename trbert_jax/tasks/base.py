@@ -12,6 +12,7 @@ import jax
 
 from trbert_jax.datasets.reading import BadRecord, UnusableRecords, unusable
 from trbert_jax.errors import UserError
+from trbert_jax.io import check_unicode
 from trbert_jax.model.config import InputConfig
 from trbert_jax.model.heads import Logits
 from trbert_jax.tasks.examples import Examples
@@ -254,9 +255,9 @@ def _text(value: Any, where: str, may_be_empty: bool = False) -> str:
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
         raise UserError(f"{where} is {value!r}; expected a string with something in it")
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of an escaped pair: JSON allows it, Unicode does not
-        raise UserError(f"{where} is not valid Unicode (character {error.start}: {error.reason})") from error
+        check_unicode(value)
+    except ValueError as error:
+        raise UserError(f"{where} {error}") from error
     return value
 
 
