@@ -108,16 +108,6 @@ def make(path: str, content: str) -> Callable[[], Any]:
     return spoil
 
 
-def forbid(path: str) -> Callable[[], Any]:
-    def spoil() -> None:
-        Path(path).mkdir()
-        Path(path).chmod(0o555)
-        if os.access(path, os.W_OK):
-            pytest.skip("no folder is read-only to root")
-
-    return spoil
-
-
 @contextlib.contextmanager
 def denying(denied: Path) -> Iterator[None]:
     """The system's refusals for a file or a folder, to whomever: to root it refuses nothing by itself."""

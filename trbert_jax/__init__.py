@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trbert_jax.config import load_config
+    from trbert_jax.errors import UserError
     from trbert_jax.inference.predictor import TRBert, answer_questions
 
 __version__ = "0.1.0"
-__all__ = ["TRBert", "__version__", "answer_questions", "load_config"]
+__all__ = ["TRBert", "UserError", "__version__", "answer_questions", "load_config"]
 
 _MODULES = {
+    "UserError": "trbert_jax.errors",
     "TRBert": "trbert_jax.inference.predictor",
     "answer_questions": "trbert_jax.inference.predictor",
     "load_config": "trbert_jax.config",

@@ -303,11 +303,11 @@ class _StderrHandler(logging.Handler):
             sys.stderr.write(message + "\n")
 
 
-def setup_logging(level: int = logging.INFO) -> None:
-    """Shows the package's messages from `level` on stderr. A message that repeats is shown once."""
+def setup_logging() -> None:
+    """Shows the package's messages, INFO and above, on stderr. A message that repeats is shown once."""
     logger = logging.getLogger(__package__)
     logger.handlers = [h for h in logger.handlers if not isinstance(h, _StderrHandler)] + [_StderrHandler()]
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     root = logging.getLogger()
     if not root.handlers:  # else absl, which orbax uses, adds one that shows our messages again
         others = logging.StreamHandler()
