@@ -319,8 +319,8 @@ NO_MODEL = {"model_dir": None, "random": "tiny"}
         ({"batch_sizes": (1, 5)}, None, "--batch-sizes: 5 is more than the 4 texts of"),
         (NO_MODEL, None, "--random .* --replay DIR"),
         ({**NO_MODEL, "random": "huge"}, tiny_models.BERT, "--random: .*'huge'; expected one of bert-base"),
-        ({}, SHALLOW, "--replay: .*other has 1 points of reduction, the model under test 2"),
-        ({}, SHORT, "--replay: .*other has 12 tokens of a text at most, the model under test 18"),
+        ({}, SHALLOW, "--replay: .*other has num_reductions 1, the model under test 2"),
+        ({}, SHORT, "--replay: .*other has max_length 12, the model under test 18"),
         ({}, "other tokens", "--replay: .*other splits the texts into other tokens"),
     ],
 )

@@ -125,9 +125,9 @@ class Exporting(CompiledForward):
     """Lowers for another platform where `CompiledForward` would compile."""
 
     def _compile(self, program: Any, params: Any, batch: Any, divide: bool) -> Any:
-        mapped = self.layout.by_rows(program, out_specs=(ROWS, KEPT)) if divide else program
-        placed = shapes(batch, self.layout, ROWS if divide else WHOLE)
-        check(jax.jit(mapped, out_shardings=self.layout.whole), params, placed)
+        mapped = self.devices.by_rows(program, out_specs=(ROWS, KEPT)) if divide else program
+        placed = shapes(batch, self.devices, ROWS if divide else WHOLE)
+        check(jax.jit(mapped, out_shardings=self.devices.whole), params, placed)
 
 
 def export_predictor(rule: str, backend: str, layout: DeviceMesh, dtype: Any) -> None:

@@ -126,15 +126,7 @@ class Workload:
 def prepare(
     name: str, programs: CompiledForward, params: Params, workload: Workload, batch_size: int
 ) -> PreparedRun:
-    """Compiles a variant for all batches of a workload and runs each batch once.
-
-    Args:
-      name: key of `VARIANTS`.
-      programs: compiled passes of the model, which are reused.
-      params: the model's parameters, on the device.
-      workload: the texts.
-      batch_size: texts of a batch.
-    """
+    """Compiles a variant for all batches of a workload and runs each batch once."""
     variant, config = VARIANTS[name], programs.model.config
     rule = RULES[variant.rule]
     if workload.actions is not None:
@@ -296,15 +288,13 @@ def benchmark_file(
     Args:
       data: `.jsonl` with `text`, or one text per line; for a model that answers questions a file in the
         published format of its data set.
-      model_dir: see `TRBert.from_pretrained`.
+      model_dir, max_length, dtype: see `TRBert.from_pretrained`.
       random: in place of a model, a key of `SIZES`: random weights, tokenizer and labels of `replay_dir`.
       replay_dir: a model whose kept tokens the model under test keeps.
       batch_sizes: None takes those of `BATCH_SIZES` that the texts are enough for.
       variants: keys of `VARIANTS`, and `huggingface`; None takes all that can run.
       max_texts: number of texts (of questions: inputs) to read; None reads all.
-      max_length: tokens after which a text is cut, and width of full-length batches; None takes the model's.
       repeats: passes over all variants.
-      dtype: `float32` or `bfloat16`.
       command: what the user typed, for the records.
       skip_bad_records: skip malformed questions, instead of raising an error.
 
@@ -343,11 +333,8 @@ def benchmark_file(
     count = len(workload.examples)
     sizes = list(dict.fromkeys(batch_sizes or [size for size in BATCH_SIZES if size <= count]))
     if max(sizes) > count:
-        raise UserError(
-            f"--batch-sizes: {max(sizes)} is more than the {count} texts of {data}; give more texts or "
-            "smaller batches"
-        )
-    about = {
+        raise UserError(f"--batch-sizes: {max(sizes)} is more than the {count} texts of {data}")
+    about: Record = {
         "dtype": dtype,
         "model": str(random or model_dir),
         "replay": None if replay_dir is None else str(replay_dir),
@@ -357,46 +344,37 @@ def benchmark_file(
         **described(Path(data)),
         **machine(),
     }
-    return [
-        {**record, **about}
-        for size in sizes
-        for record in _benchmark(model, workload, names, size, repeats, dtype)
-    ]
+    exact = TRBert(model.config, model.params)
+
+    @functools.cache
+    def float32_run(name: str) -> PreparedRun:
+        return prepare(name, exact.programs, exact.params, workload, min(_REFERENCE_BATCH, count))
+
+    records = []
+    for size in sizes:
+        runs = []
+        for name in names:
+            logger.info("batch size %d: preparing %s", size, name)
+            if name == HUGGINGFACE:
+                runs.append(prepare_huggingface(model.config, model.params, workload, size, dtype))
+            else:
+                runs.append(prepare(name, model.programs, model.params, workload, size))
+        seconds = time_runs({run.name: run.calls for run in runs}, repeats, f"batch size {size}: ")
+        about["tokens"] = float(workload.whole_batches(size).row_lengths.mean())
+        for run, record in zip(runs, make_records(runs, seconds, size), strict=True):
+            changes = {} if dtype == "float32" else _drift_from(float32_run, run, workload)
+            records.append({**record, **changes, **about})
+    return records
 
 
-def _benchmark(
-    model: TRBert, workload: Workload, names: Sequence[str], batch_size: int, repeats: int, dtype: str
-) -> Iterator[Record]:
-    """Times all variants at one batch size."""
-    runs = []
-    for name in names:
-        logger.info("batch size %d: preparing %s", batch_size, name)
-        if name == HUGGINGFACE:
-            runs.append(prepare_huggingface(model.config, model.params, workload, batch_size, dtype))
-        else:
-            runs.append(prepare(name, model.programs, model.params, workload, batch_size))
-    calls = {run.name: run.calls for run in runs}
-    seconds = time_runs(calls, repeats, label=f"batch size {batch_size}: ")
-    lengths = workload.whole_batches(batch_size).row_lengths
-    for run, record in zip(runs, make_records(runs, seconds, batch_size), strict=True):
-        changes = {} if dtype == "float32" else _drift_from_float32(run, model, workload)
-        yield {**record, **changes, "tokens": float(lengths.mean())}
-
-
-def _drift_from_float32(run: PreparedRun, model: TRBert, workload: Workload) -> dict[str, float | None]:
+def _drift_from(
+    float32_run: Callable[[str], PreparedRun], run: PreparedRun, workload: Workload
+) -> dict[str, float | None]:
     if run.name == "batch_max":  # its results depend on the batches, which would have to be the same
         return dict.fromkeys(("kept_changed_tokens", "kept_changed_texts", "labels_changed"))
-    reference = _float32_run("dense" if run.keep is None else "packed", model, workload)
+    reference = float32_run("dense" if run.keep is None else "packed")
     keep = None if workload.actions is not None else reference.keep
     return drift(run, reference.logits, keep, workload.examples.row_lengths)
-
-
-@functools.lru_cache(maxsize=2)
-def _float32_run(name: str, model: TRBert, workload: Workload) -> PreparedRun:
-    exact = TRBert(model.config, model.params)
-    return prepare(
-        name, exact.programs, exact.params, workload, min(_REFERENCE_BATCH, len(workload.examples))
-    )
 
 
 def _check_variants(names: Sequence[str] | None) -> list[str]:
@@ -407,10 +385,7 @@ def _check_variants(names: Sequence[str] | None) -> list[str]:
         if name not in known:
             raise UserError(f"--variants: unknown variant {name!r}; expected some of {', '.join(known)}")
     if HUGGINGFACE in names and not torch_available():
-        raise UserError(
-            "--variants: huggingface needs PyTorch for the device that JAX runs on; install it:"
-            " pip install 'trbert-jax[torch]'"
-        )
+        raise UserError("--variants: huggingface needs PyTorch: pip install 'trbert-jax[torch]'")
     return list(dict.fromkeys(names))
 
 
@@ -418,9 +393,7 @@ def _random_model(size: str, replayed: TRBert | None, dtype: str) -> TRBert:
     if size not in SIZES:
         raise UserError(f"--random: unknown size {size!r}; expected one of {', '.join(SIZES)}")
     if replayed is None:
-        raise UserError(
-            "--random takes tokenizer and kept tokens from another model; name it with --replay DIR"
-        )
+        raise UserError("--random needs the tokenizer and kept tokens of another model: --replay DIR")
     fields = ("vocab_size", "max_positions", "max_length", "labels")
     config = dataclasses.replace(SIZES[size], **{name: getattr(replayed.config, name) for name in fields})
     return TRBert(config, init_params(config, jax.random.key(0)), replayed.tokenizer, dtype=dtype)
@@ -435,20 +408,13 @@ def _actions_of(
     replayed: TRBert, name: str, texts: Sequence[str], model: TRBert, workload: Workload
 ) -> np.ndarray:
     """Returns what the replayed model keeps, bool [n, stages, max_length]."""
-    for field, words in (
-        ("num_reductions", "points of reduction"),
-        ("max_length", "tokens of a text at most"),
-    ):
+    for field in ("num_reductions", "max_length"):
         theirs, ours = getattr(replayed.config, field), getattr(model.config, field)
         if theirs != ours:
-            raise UserError(
-                f"--replay: {name} has {theirs} {words}, the model under test {ours}; they must agree"
-            )
+            raise UserError(f"--replay: {name} has {field} {theirs}, the model under test {ours}")
     examples = _encode(texts, replayed, name)
     if not np.array_equal(examples.tokens, workload.examples.tokens):
-        raise UserError(
-            f"--replay: {name} splits the texts into other tokens; the models must share a tokenizer"
-        )
+        raise UserError(f"--replay: {name} splits the texts into other tokens; it needs the same tokenizer")
     engine = replayed.engine(min(_REFERENCE_BATCH, len(examples)))
     outputs = engine.run(replayed.params, examples, rule=replayed.default_rule)
     return outputs.kept_masks(workload.max_length)

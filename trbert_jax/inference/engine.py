@@ -58,16 +58,16 @@ def check_backend(backend: str) -> None:
 class CompiledForward:
     """The compiled forward passes of one model: one for each rule, backend and batch shape.
 
-    With several devices in `layout` each computes its share of a batch's rows, and every process gets all
+    With several `devices` each computes its share of a batch's rows, and every process gets all
     results. The number of examples of a batch must then be a multiple of the devices (`DeviceMesh.rounded`).
 
     Attributes:
       compile_seconds: (rule, backend, rows, width) -> seconds that compiling took.
     """
 
-    def __init__(self, model: TokenReducingModel, layout: DeviceMesh | None = None) -> None:
+    def __init__(self, model: TokenReducingModel, devices: DeviceMesh | None = None) -> None:
         self.model = model
-        self.layout = layout or single_device()
+        self.devices = devices or single_device()
         self.compile_seconds: dict[tuple[str, str, int, int], float] = {}
         self._compiled: dict[tuple[str, str, int, int], Program] = {}
 
@@ -112,11 +112,11 @@ class CompiledForward:
         return self._compiled[key]
 
     def _compile(self, program: Program, params: Params, batch: Inputs, divide: bool) -> Program:
-        if self.layout.is_single:
+        if self.devices.is_single:
             return jax.jit(program).lower(params, batch).compile()
-        place = self.layout.place_rows if divide else self.layout.replicate
-        mapped = self.layout.by_rows(program, out_specs=(ROWS, KEPT)) if divide else program
-        whole = self.layout.whole
+        place = self.devices.place_rows if divide else self.devices.replicate
+        mapped = self.devices.by_rows(program, out_specs=(ROWS, KEPT)) if divide else program
+        whole = self.devices.whole
         compiled = jax.jit(mapped, out_shardings=whole).lower(params, place(batch)).compile()
 
         def run(params: Params, batch: Inputs) -> tuple[Logits, jax.Array]:
@@ -201,7 +201,7 @@ class InferenceEngine:
         self.model = model
         self._after_batch = after_batch
         self.programs = programs or CompiledForward(model)
-        self.batch_size = self.programs.layout.rounded(batch_size)
+        self.batch_size = self.programs.devices.rounded(batch_size)
 
     def num_batches(self, examples: Examples) -> int:
         """Returns the number of batches of a run over `examples`."""
@@ -274,7 +274,7 @@ class InferenceEngine:
         stages = self.model.config.num_reductions if rule.drops else 0
         kept = tuple([np.zeros(0, np.int32)] * examples.num_rows for _ in range(stages))
         store, seconds = None, 0.0
-        params = self.programs.layout.replicate(params)
+        params = self.programs.devices.replicate(params)
         for step, (index, batch) in enumerate(batches, start + 1):
             program = self.programs.get(params, batch, rule, backend)
             begun = time.perf_counter()

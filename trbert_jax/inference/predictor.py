@@ -78,14 +78,17 @@ class Prediction:
 
 
 class TRBert:
-    """A trained model with its tokenizer.
+    """A trained model with its tokenizer; `from_pretrained` makes one.
 
     Attributes:
       config: the model's shape, label names, and how inputs are made.
-      params: nested dict of float32 arrays.
+      params: nested dict of float32 arrays, on the default device.
       tokenizer: a `transformers.PreTrainedTokenizerFast`, or None.
       newly_initialized: parts that were initialized at random, see `Pretrained`.
       programs: the compiled passes, shared by all batch sizes.
+
+    Raises:
+      UserError: a dtype other than `float32` and `bfloat16`, a tokenizer with more tokens than the model.
     """
 
     def __init__(
@@ -97,18 +100,6 @@ class TRBert:
         dtype: str = "float32",
         newly_initialized: Collection[str] = (),
     ) -> None:
-        """Wraps a model; usually called by `from_pretrained`.
-
-        Args:
-          config: the model's shape.
-          params: nested dict of float32 arrays, moved to the default device.
-          tokenizer: as returned by `load_tokenizer`.
-          dtype: of the computation, `float32` or `bfloat16`.
-          newly_initialized: parts of `params` that were initialized at random.
-
-        Raises:
-          UserError: an unknown dtype, or a tokenizer with more tokens than the model.
-        """
         if dtype not in _DTYPES:
             raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
         if tokenizer is not None:
@@ -159,11 +150,7 @@ class TRBert:
         return bool(self.config.inputs.data)
 
     def engine(self, batch_size: int) -> InferenceEngine:
-        """Returns the engine for batches of this many examples, always the same one.
-
-        Raises:
-          UserError: the batch size is no positive whole number.
-        """
+        """Returns the engine for batches of this many examples; raises UserError if that is no number."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size is {batch_size!r}; expected a whole number, at least 1")
         if batch_size not in self._engines:
@@ -175,16 +162,8 @@ class TRBert:
     ) -> Iterator[tuple[str, float]]:
         """Compiles ahead of time what `predict` or `answer_questions` needs with this batch size.
 
-        Args:
-          batch_size, rule, backend: see `predict`.
-
-        Yields:
-          The name of each program and the seconds that compiling took.
-
-        Raises:
-          UserError: an invalid option; a model without tokenizer that answers questions.
+        Yields the name of each program and the seconds that compiling took. Arguments: see `predict`.
         """
-        self.engine(batch_size)
         sizes = [batch_size]
         if self.answers_questions:
             request = parse_requests(self.task, [("example", self.task.shortest_request)], set())
@@ -300,11 +279,7 @@ class TRBert:
         return _make_examples([np.array(row, np.int32) for row in rows]), truncated
 
     def require_tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer.
-
-        Raises:
-          UserError: the model has none.
-        """
+        """Returns the tokenizer. Raises UserError if the model has none."""
         if self.tokenizer is None:
             raise UserError(
                 "this model has no tokenizer; put the tokenizer files (tokenizer.json or vocab.txt) of the "
