@@ -19,7 +19,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -329,7 +328,6 @@ def join(
       UserError: the environment does not describe a run, the coordinator cannot be reached, or its port is
         taken by another program.
     """
-    end = time.monotonic() + timeout
     late = f"processes did not join within {timeout} s; check that all were started and their network"
     cannot = (
         "--distributed: the environment does not describe a run; it must be that of SLURM, Open MPI, "
@@ -342,15 +340,14 @@ def join(
             f"{who} cannot join at {coordinator}; check that no other program uses the port and that each "
             "process has its own --process-id"
         )
-        host, port = _address(coordinator)
+        port = _port(coordinator)
         if process_id == 0:
             logger.info("%s waits at %s for the others, at most %d s", who, coordinator, timeout)
             _check_port_free(port, cannot)
         else:
-            late += " and that process 0 of this run listens there"
-            _wait_for(host, port, timeout)
+            late += ", that process 0 of this run listens there, and the firewall"
     try:
-        with _exit_after(max(end - time.monotonic(), 1), f"{late}, or raise --join-timeout"):
+        with _exit_after(timeout, f"{late}, or raise --join-timeout"):
             jax.distributed.initialize(
                 coordinator, num_processes, process_id, initialization_timeout=timeout + _GRACE
             )
@@ -376,11 +373,11 @@ def _exit_after(seconds: float, message: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _address(coordinator: str) -> tuple[str, int]:
+def _port(coordinator: str) -> int:
     host, separator, port = coordinator.rpartition(":")
     if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator is {coordinator!r}; expected HOST:PORT, such as node0:8476")
-    return host.strip("[]"), int(port)
+    return int(port)
 
 
 def _check_port_free(port: int, cannot: str) -> None:
@@ -392,19 +389,3 @@ def _check_port_free(port: int, cannot: str) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"{cannot} ({error.strerror})") from error
-
-
-def _wait_for(host: str, port: int, timeout: int) -> None:
-    """Returns as soon as something listens at the address."""
-    end, reason = time.monotonic() + timeout, ""
-    while time.monotonic() < end:
-        try:
-            socket.create_connection((host, port), timeout=min(5, timeout)).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-        time.sleep(min(0.5, timeout))
-    raise UserError(
-        f"the coordinator at {host}:{port} could not be reached within {timeout} s ({reason}); start process "
-        "0 there, check address and firewall, or raise --join-timeout"
-    )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
+import jax
 import numpy as np
 
 from trbert_jax.errors import UserError
@@ -44,27 +45,36 @@ class Progress:
     """Progress of a stage on stderr: a bar on a terminal, else a line every 10 seconds.
 
     The first update, which compiles the program, counts neither in the rate nor in the time left.
-
-    Args:
-      name: name of the stage.
-      total: updates in all.
     """
 
     def __init__(self, name: str, total: int) -> None:
         self._name, self._total = name, total
-        self._scalars: dict[str, float] = {}
         self._bar: Any = None
+        self._scalars: dict[str, float] = {}
 
     def update(self, step: int, num_examples: int) -> None:
-        """Moves to `step`, whose update took `num_examples` examples."""
-        rate = self._bar and self._bar.format_dict["rate"]
-        parts = [f"{rate * num_examples:.3g} examples/s"] if rate else []
-        text = ", ".join([*parts, *(f"{name} {value:.3g}" for name, value in self._scalars.items())])
+        """Moves to `step` of the total, whose update took `num_examples` examples."""
+        from tqdm import tqdm
+
         if self._bar is None:
-            self._bar = self._open(step, text)
-        else:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
+            terminal = sys.stderr.isatty()
+            bar = "|{bar}|" if terminal else "step"
+            self._bar = tqdm(
+                desc=self._name,
+                total=self._total,
+                initial=step,
+                postfix=self._text(),
+                file=sys.stderr if terminal else _Lines(),
+                dynamic_ncols=terminal,
+                mininterval=0.1 if terminal else LINE_SECONDS,
+                miniters=1,
+                bar_format=f"{{desc}}: {bar} {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}{{postfix}}]",
+            )
+            return
+        rate = self._bar.format_dict["rate"]
+        speed = [f"{rate * num_examples:.3g} examples/s"] if rate else []
+        self._bar.set_postfix_str(self._text(*speed), refresh=False)
+        self._bar.update(step - self._bar.n)
 
     def show(self, scalars: Mapping[str, float]) -> None:
         """Shows these scalars from now on."""
@@ -75,22 +85,8 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _open(self, step: int, text: str) -> Any:
-        from tqdm import tqdm
-
-        terminal = sys.stderr.isatty()
-        bar = "|{bar}|" if terminal else "step"
-        return tqdm(
-            desc=self._name,
-            total=self._total,
-            initial=step,
-            postfix=text,
-            file=sys.stderr if terminal else _Lines(),
-            dynamic_ncols=terminal,
-            mininterval=0.1 if terminal else LINE_SECONDS,
-            miniters=1,
-            bar_format=f"{{desc}}: {bar} {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}{{postfix}}]",
-        )
+    def _text(self, *speed: str) -> str:
+        return ", ".join([*speed, *(f"{name} {value:.3g}" for name, value in self._scalars.items())])
 
 
 class _Lines:
@@ -104,17 +100,11 @@ class _Lines:
         sys.stderr.flush()
 
 
-class StageReport:
+class StageReport(contextlib.ExitStack):
     """Metrics and progress of one stage; a context manager.
 
-    A stage that resumes from `start_step` loses the metrics of later steps, which it will write again.
-
-    Args:
-      stage_dir: the stage's folder.
-      stage_name: name shown beside the progress.
-      total_steps: updates in all.
-      start_step: updates done before.
-      silent: write and show nothing, in processes other than the first.
+    A stage that resumes from `start_step` loses the metrics of later steps, which it will write again. If
+    `silent`, in processes other than the first, nothing is written or shown.
 
     Raises:
       UserError: the folder cannot be written to, or its metrics.jsonl is malformed.
@@ -128,18 +118,31 @@ class StageReport:
         start_step: int = 0,
         silent: bool = False,
     ) -> None:
-        self._silent, self._files = silent, contextlib.ExitStack()
+        super().__init__()
+        self._silent = silent
         if silent:
             return
+        from tensorboardX import SummaryWriter  # slow to import
+
         folder = make_directory(stage_dir)
-        path = folder / METRICS_NAME
-        _drop_after(path, start_step)
-        self._metrics = self._files.enter_context(path.open("a", encoding="utf-8"))
-        self._speed = self._files.enter_context((folder / SPEED_NAME).open("a", encoding="utf-8"))
-        self._tensorboard = _open_tensorboard(folder / "tensorboard", start_step)
+        metrics, speed = folder / METRICS_NAME, folder / SPEED_NAME
+        # Keeps whole lines of steps up to the start.
+        rows = read_metrics(metrics) if start_step and metrics.exists() else []
+        with atomic_file(metrics) as stream:
+            stream.writelines(_to_line(row) for row in rows if row["step"] <= start_step)
+        self._metrics = self.enter_context(metrics.open("a", encoding="utf-8"))
+        self._speed = self.enter_context(speed.open("a", encoding="utf-8"))
+        # TensorBoard hides older events of later steps. Files are named by the second; the suffix keeps a
+        # quick restart from overwriting the last one.
+        self._tensorboard = SummaryWriter(
+            str(folder / "tensorboard"),
+            purge_step=start_step + 1,
+            flush_secs=10,
+            filename_suffix=f".step_{start_step:08d}",
+        )
         self._progress = Progress(stage_name, total_steps)
-        for item in (self._tensorboard, self._progress):
-            self._files.callback(item.close)
+        self.callback(self._tensorboard.close)
+        self.callback(self._progress.close)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes scalars of a step as one line; values that are not finite become null.
@@ -155,6 +158,11 @@ class StageReport:
         if not self._silent:
             self._write(self._speed, step, scalars)
 
+    def progress(self, step: int, num_examples: int) -> None:
+        """Shows that the update of `step`, of `num_examples` examples, is done."""
+        if not self._silent:
+            self._progress.update(step, num_examples)
+
     def _write(self, stream: IO[str], step: int, scalars: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in scalars.items()}
         try:
@@ -165,41 +173,10 @@ class StageReport:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, int(step))
 
-    def progress(self, step: int, num_examples: int) -> None:
-        """Shows that the update of `step`, of `num_examples` examples, is done."""
-        if not self._silent:
-            self._progress.update(step, num_examples)
-
-    def close(self) -> None:
-        """Ends the progress and closes the files. Does nothing the second time."""
-        self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _to_line(row: Mapping[str, float]) -> str:
     finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
     return json.dumps(finite, ensure_ascii=False) + "\n"
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Keeps only whole lines of steps up to `step` in metrics.jsonl; creates it if needed."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
-    with atomic_file(path) as stream:
-        stream.writelines(map(_to_line, rows))
-
-
-def _open_tensorboard(directory: Path, start_step: int) -> Any:
-    """Opens TensorBoard events; TensorBoard hides older events of steps after `start_step`."""
-    from tensorboardX import SummaryWriter  # slow to import
-
-    # Files are named by the second; the suffix keeps a quick restart from overwriting the last one.
-    suffix = f".step_{start_step:08d}"
-    return SummaryWriter(str(directory), purge_step=start_step + 1, flush_secs=10, filename_suffix=suffix)
 
 
 # Speed --------------------------------------------------------------------------------------------
@@ -267,35 +244,34 @@ class StepClock:
 
 
 class Profile:
-    """Records a profile of some updates for TensorBoard or Perfetto; a context manager."""
+    """Records a profile of the updates from `steps[0]` to before `steps[1]`; a context manager.
+
+    TensorBoard and Perfetto show it.
+    """
 
     def __init__(self, directory: Path, steps: tuple[int, int] | None) -> None:
         self._directory, self._steps, self._runs = directory, steps or (0, 0), False
 
     def at(self, step: int) -> None:
         """Starts or stops at the beginning of this update, 0-based."""
-        import jax
-
         first, end = self._steps
-        if self._runs and step >= end:
-            self._stop()
-        elif not self._runs and first <= step < end:
+        if not self._runs and first <= step < end:
             jax.profiler.start_trace(str(self._directory))
             self._runs = True
+        elif step >= end:
+            self._stop()
 
     def _stop(self) -> None:
-        import jax
-
-        jax.profiler.stop_trace()
-        self._runs = False
-        logger.info("profile of updates %s: %s", self._steps, self._directory)
+        if self._runs:
+            jax.profiler.stop_trace()
+            self._runs = False
+            logger.info("profile of updates %s: %s", self._steps, self._directory)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._runs:
-            self._stop()
+        self._stop()
 
 
 # Reading and drawing ------------------------------------------------------------------------------

@@ -215,8 +215,6 @@ def write_prepared(
                     logger.warning("%s: is not as it was written; rewritten", path)
                 missing.append((path, examples, range(number * shard_size, (number + 1) * shard_size)))
     total = len(files) + len(missing)
-    if files:
-        logger.info("%d of %d shards exist already", len(files), total)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         jobs = {pool.submit(_write_shard, schema, *job): job[0].name for job in missing}
         try:
@@ -304,24 +302,18 @@ def _write_metadata(
     infos = []
     for split, examples in splits.items():
         paths = shard_paths(directory, split, len(examples), shard_size)
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=directory, dataset_name=NAME, split=split, filetype_suffix="array_record"
-        )
+        names = {"dataset_name": NAME, "split": split, "filetype_suffix": "array_record"}
         infos.append(
             tfds.core.SplitInfo(
                 name=split,
                 shard_lengths=[min(shard_size, len(examples) - i * shard_size) for i in range(len(paths))],
                 num_bytes=sum(path.stat().st_size for path in paths),
-                filename_template=template,
+                filename_template=tfds.core.ShardedFileTemplate(directory, **names),
             )
         )
-    tfds.folder_dataset.write_metadata(
-        data_dir=str(directory),
-        features=schema.features,
-        split_infos=infos,
-        version=VERSION,
-        check_data=False,  # that would need TensorFlow
-    )
+    # Checking the data would need TensorFlow.
+    options = {"features": schema.features, "split_infos": infos, "version": VERSION, "check_data": False}
+    tfds.folder_dataset.write_metadata(data_dir=str(directory), **options)
 
 
 class _Schema:
