@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from trbert_jax.training import loop
+from trbert_jax.training import batches
 
 TEXTS = ["the film was good .", "a dull plot !", "it is very bright and good", "I saw a bad film yesterday"]
 RECORDS = [{"text": text, "label": label} for text, label in zip(TEXTS, (1, 0, 1, 0), strict=True)]
@@ -77,14 +77,14 @@ def set_json(path: str, **values: Any) -> Callable[[], Any]:
 
 def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C at the start of an update."""
-    original = loop.update_batches
+    original = batches.update_batches
 
-    def interrupted(training: loop.Training, at: int, width: int) -> Any:
+    def interrupted(training: batches.Training, at: int, width: int) -> Any:
         if at == step:
             signal.raise_signal(signal.SIGINT)
         return original(training, at, width)
 
-    monkeypatch.setattr(loop, "update_batches", interrupted)
+    monkeypatch.setattr(batches, "update_batches", interrupted)
 
 
 def scores(content: bytes | None) -> Callable[[], Any]:

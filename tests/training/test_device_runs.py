@@ -41,16 +41,16 @@ steps.first_state = placed
 # Before the command: at the start of the update number 7 it is told to stop.
 STOPPING = """
 import signal
-from trbert_jax.training import loop
+from trbert_jax.training import batches
 
-update_batches = loop.update_batches
+update_batches = batches.update_batches
 
 def stopping(training, step, width):
     if step == 7:
         signal.raise_signal(signal.SIGTERM)
     return update_batches(training, step, width)
 
-loop.update_batches = stopping
+batches.update_batches = stopping
 """
 
 

@@ -18,7 +18,7 @@ import tiny_runs
 
 from trbert_jax.cli import main
 from trbert_jax.io import read_json, write_json
-from trbert_jax.training import checkpoints, loop
+from trbert_jax.training import batches, checkpoints
 from trbert_jax.training.logging import read_metrics
 
 TRAINED = ["finetune", "policy", "joint"]
@@ -58,16 +58,16 @@ class Interruptions:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *where: tuple[str, int]) -> None:
         self.begun: collections.Counter[tuple[str, int]] = collections.Counter()
-        left, original = set(where), loop.update_batches
+        left, original = set(where), batches.update_batches
 
-        def update_batches(training: loop.Training, step: int, width: int) -> Any:
+        def update_batches(training: batches.Training, step: int, width: int) -> Any:
             if (training.name, step) in left:
                 left.remove((training.name, step))
                 raise KeyboardInterrupt
             self.begun[training.name, step] += 1
             return original(training, step, width)
 
-        monkeypatch.setattr(loop, "update_batches", update_batches)
+        monkeypatch.setattr(batches, "update_batches", update_batches)
 
 
 def use_old_keys(work: Path) -> None:

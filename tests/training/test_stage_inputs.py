@@ -26,9 +26,10 @@ from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.parallel import DeviceMesh, single_device
 from trbert_jax.reduction import selection
 from trbert_jax.reduction.residual_scores import rank_targets
-from trbert_jax.training import stage_inputs, stages
+from trbert_jax.training import stage_inputs
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.stage_inputs import ResumableArrays
+from trbert_jax.training.stages import STAGES
 
 BATCHES, SHAPE = 5, (10, 3)
 
@@ -218,12 +219,12 @@ def test_a_killed_stage_resumes_and_ends_with_the_same_files(
     model = Pretrained(shape, tiny_models.tiny_params(shape), tiny_models.tiny_tokenizer())
     monkeypatch.setattr(Experiment, "load", lambda run, stage, needed_by: model)
     config = load_config(tiny_runs.write_config(tmp_path, model={"max_length": shape.max_length}))
-    counted = CountedBatches(monkeypatch, stages if stage == "score" else engine)
+    counted = CountedBatches(monkeypatch, stage_inputs if stage == "score" else engine)
 
     def run(name: str) -> Any:
-        compute = stages.STAGES[stage].run
+        compute = STAGES[stage].run
         assert compute is not None
-        return compute(Experiment(dataclasses.replace(config, workdir=str(tmp_path / name))))
+        return compute(Experiment(dataclasses.replace(config, workdir=str(tmp_path / name))), STAGES[stage])
 
     whole = run("whole")
     assert counted.calls == 6

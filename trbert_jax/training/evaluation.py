@@ -24,6 +24,7 @@ from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.tasks import Score
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import loop, stages
+from trbert_jax.training.batches import prepare
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Progress
 from trbert_jax.training.preemption import stop_here
@@ -180,7 +181,7 @@ def evaluate_all_checkpoints(config: RunConfig) -> dict[str, Any]:
     for stage in stages.configured(config):
         if not (experiment.directory(stage.name) / "checkpoints").is_dir():
             continue
-        training = loop.prepare(experiment, stage)
+        training = prepare(experiment, stage)
         model, store = training.start, training.checkpoints()
         engine = experiment.engine(model.config, config.evaluate.batch_size)
         trained, frozen = training.trained_and_frozen()

@@ -102,7 +102,7 @@ def _run_stage(experiment: Experiment, stage: Stage) -> None:
     start = time.perf_counter()
     devices.on_main(functools.partial(make_directory, directory))
     stop_here(devices, f"before {stage.name}")
-    summary = stage.run(experiment) if stage.run else train_stage(experiment, stage)
+    summary = stage.run(experiment, stage) if stage.run else train_stage(experiment, stage)
     seconds = time.perf_counter() - start
     notes = {"data": experiment.data.notes} if experiment.data.notes else {}
     devices.on_main(

@@ -12,24 +12,37 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import jax
 import numpy as np
 
 from trbert_jax.errors import UserError
 from trbert_jax.io import make_directory, read_json, write_json
-from trbert_jax.parallel import DeviceMesh
+from trbert_jax.model.model import Batch, Params
+from trbert_jax.model.pretrained import Pretrained
+from trbert_jax.parallel import ROWS, DeviceMesh
 from trbert_jax.reduction.residual_scores import rank_targets
 from trbert_jax.tasks import TASKS
-from trbert_jax.tasks.examples import Examples, batch_rows
-from trbert_jax.training.experiment import Experiment
+from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
+from trbert_jax.training import objectives
+from trbert_jax.training.experiment import Experiment, params_digest
+from trbert_jax.training.logging import StageReport
+from trbert_jax.training.preemption import stop_here
+
+if TYPE_CHECKING:
+    from trbert_jax.training.stages import Stage
+
+logger = logging.getLogger(__name__)
 
 DATA_DIGEST = "data_digest"  # key of a stage's summary: digest of the examples its arrays are about
 SCORES, LOGITS = "scores.npy", "logits{}.npy"
+LOSSES = "losses.npy"  # of the scored examples; only their mean is kept
 PROGRESS = "progress.json"
 SAVE_SECONDS = 30.0  # of work that a kill may cost
 CHUNK = 2**20  # bytes written at once
@@ -126,7 +139,120 @@ def _load(experiment: Experiment, path: Path, examples: Examples, count: int) ->
     return array
 
 
-# Writing --------------------------------------------------------------------------------------------
+# Stages that write them ---------------------------------------------------------------------------
+
+
+def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
+    """Writes residual scores of all training tokens, `scores.npy`, float32 [rows, stages, max_length]."""
+    devices, model = experiment.devices, stage.start(experiment)
+    experiment.check_inputs("score", model, ("train",))
+    examples, module = experiment.features("train", model), experiment.module(model.config)
+    max_length = model.config.max_length
+    size = devices.rounded(experiment.config.score.batch_size)
+    batches = list(length_batches(examples, size, width_buckets(max_length)))
+
+    def scores_and_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        values, _, loss = objectives.score_tokens(module, params, batch)
+        return values, loss
+
+    mapped = devices.by_rows(scores_and_losses, out_specs=ROWS)
+    score = jax.jit(mapped) if devices.is_single else jax.jit(mapped, out_shardings=devices.whole)
+    params = devices.replicate(model.params)
+    with _outputs(experiment, "score", model, examples, size, len(batches)) as (report, arrays):
+        scores = arrays.array(SCORES, (examples.num_rows, model.config.num_selectors, max_length))
+        losses = arrays.array(LOSSES, (len(examples),))
+        for done, (index, width) in enumerate(batches[arrays.start :], arrays.start + 1):
+            result = score(params, devices.place_rows(pad_batch(examples, index, size, width)))
+            values, loss = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
+            check_finite(examples, index, size, {"loss": loss, "score": values})
+            rows = batch_rows(examples, index, size)
+            scores[rows[rows >= 0], :, :width] = values[rows >= 0]
+            losses[index] = loss[: len(index)]
+            report.progress(done, len(index))
+            arrays.progress(done)
+            stop_here(devices, "in score")
+        if not devices.is_main:  # only the main process has the arrays
+            return {}
+        arrays.finish(SCORES)
+        summary = {"loss": float(np.asarray(losses).mean(dtype=np.float64))}
+        report.log(len(batches), summary)
+    return {**summary, DATA_DIGEST: examples.digest}
+
+
+def teacher_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
+    """Writes the logits of the fine-tuned model on the training examples, shaped as `Outputs.logits`.
+
+    One array is `logits.npy`, several are `logits_NAME.npy` each.
+    """
+    devices, model = experiment.devices, stage.start(experiment)
+    experiment.check_inputs("teacher", model, ("train",))
+    examples = experiment.features("train", model)
+    size = devices.rounded(experiment.config.teacher.batch_size)
+    engine = experiment.engine(model.config, size)
+    steps = engine.num_batches(examples)
+    with _outputs(experiment, "teacher", model, examples, size, steps) as (report, arrays):
+        names: list[str] = []
+
+        def allocate(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            names.append(LOGITS.format(f"_{name}" if name else ""))
+            array: np.ndarray = arrays.array(names[-1], shape)
+            return array
+
+        def progress(done: int, num_examples: int) -> None:
+            report.progress(done, num_examples)
+            arrays.progress(done)
+            stop_here(devices, "in teacher")
+
+        outputs = engine.run(
+            model.params, examples, rule="dense", progress=progress, allocate=allocate, start=arrays.start
+        )
+        if not devices.is_main:  # only the main process has the arrays
+            return {}
+        arrays.finish(*names)
+        summary = {"accuracy": outputs.accuracy} if examples.has_labels else {}
+        report.log(steps, summary)
+    return {**summary, DATA_DIGEST: examples.digest}
+
+
+@contextlib.contextmanager
+def _outputs(
+    experiment: Experiment, stage: str, model: Pretrained, examples: Examples, size: int, steps: int
+) -> Iterator[tuple[StageReport, ResumableArrays]]:
+    """Opens the report and the arrays of a stage that computes `steps` batches of `size` examples."""
+    devices, directory = experiment.devices, experiment.directory(stage)
+    fingerprint = experiment.fingerprint(stage, examples)
+    fingerprint |= {"of": params_digest(model.params), "batch": size}
+    with (
+        StageReport(directory, stage, steps, silent=not devices.is_main) as report,
+        ResumableArrays(directory, fingerprint, steps, devices) as arrays,
+    ):
+        if arrays.start:
+            logger.info("%s: going on from batch %d of %d", stage, arrays.start, steps)
+        yield report, arrays
+
+
+def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapping[str, np.ndarray]) -> None:
+    """Raises a UserError that names the first example of a batch with a value that is not finite.
+
+    Args:
+      examples: the training examples.
+      index: int [b], positions of the batch's examples.
+      size: number of examples of the padded batch.
+      results: name -> array [size, ...] or [rows of the batch, ...].
+    """
+    rows = batch_rows(examples, index, size)
+    for name, array in results.items():
+        bad = ~np.isfinite(array).reshape(len(array), -1).all(1)
+        bad &= rows >= 0 if len(array) == len(rows) else np.arange(size) < len(index)
+        if bad.any():
+            example = examples.ids[int(index[int(bad.argmax()) * size // len(array)])]
+            raise UserError(
+                f"score: {name} of example {example} is not finite, from the fine-tuned model; look at "
+                "finetune/metrics.jsonl, try a smaller finetune.learning_rate or model.dtype float32"
+            )
+
+
+# Arrays ---------------------------------------------------------------------------------------------
 
 
 class ResumableArrays:
@@ -257,24 +383,3 @@ def _reserve_npy(path: Path, shape: tuple[int, ...]) -> None:
             f"{path.with_suffix('')}: cannot be written, {error.strerror}; it takes {size:,} bytes. "
             "Make room, or choose another `workdir`"
         ) from error
-
-
-def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapping[str, np.ndarray]) -> None:
-    """Raises a UserError that names the first example of a batch with a value that is not finite.
-
-    Args:
-      examples: the training examples.
-      index: int [b], positions of the batch's examples.
-      size: number of examples of the padded batch.
-      results: name -> array [size, ...] or [rows of the batch, ...].
-    """
-    rows = batch_rows(examples, index, size)
-    for name, array in results.items():
-        bad = ~np.isfinite(array).reshape(len(array), -1).all(1)
-        bad &= rows >= 0 if len(array) == len(rows) else np.arange(size) < len(index)
-        if bad.any():
-            example = examples.ids[int(index[int(bad.argmax()) * size // len(array)])]
-            raise UserError(
-                f"score: {name} of example {example} is not finite; the fine-tuned model produces it: look at "
-                "finetune/metrics.jsonl, try a smaller finetune.learning_rate or model.dtype float32"
-            )

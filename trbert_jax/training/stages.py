@@ -5,11 +5,10 @@ To add a stage, register one `Stage`. Source: docs/method.md, "Training stages".
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,22 +21,17 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params, TokenReducingModel
 from trbert_jax.model.packed import BACKENDS
 from trbert_jax.model.pretrained import Pretrained
-from trbert_jax.parallel import ROWS
 from trbert_jax.reduction import flops
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction.flops import EncoderShape
-from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import objectives, stage_inputs, step
-from trbert_jax.training.experiment import Experiment, params_digest
-from trbert_jax.training.logging import StageReport
+from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.objectives import Objective
-from trbert_jax.training.preemption import stop_here
-from trbert_jax.training.stage_inputs import LOGITS, SCORES, ResumableArrays, StageInputs
+from trbert_jax.training.stage_inputs import StageInputs
 from trbert_jax.training.step import ObjectiveFn, Trains
 
 logger = logging.getLogger(__name__)
-
-LOSSES = "losses.npy"  # of the scored examples; only their mean is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +106,7 @@ class Stage:
       objective: computes what updates minimize.
       inputs: settings -> the function of `stage_inputs` that reads the outputs of earlier stages that its
         batches contain; None for no such outputs.
-      run: computes a stage without updates, writes its files and returns its summary.
+      run: experiment, this stage -> summary; computes a stage without updates and writes its files.
       reduces: whether its model is evaluated with token reduction.
       compared: whether stage evaluate reports its model even if a later stage trains it further.
       flops: settings, model, row lengths int [R], kept shares (`reduction.flops.assumed_flops`) -> FLOPs of
@@ -126,7 +120,7 @@ class Stage:
     trains: Callable[[ModelConfig], Trains] | None = None
     objective: Callable[[Update], Objective] | None = None
     inputs: Callable[[Any], Callable[[Experiment, str, Examples, str], StageInputs] | None] = lambda _: None
-    run: Callable[[Experiment], dict[str, Any]] | None = None
+    run: Callable[[Experiment, Any], dict[str, Any]] | None = None
     reduces: bool = False
     compared: bool = False
     flops: StageFlops = _DENSE_UPDATE
@@ -251,105 +245,14 @@ def _samples(
     )
 
 
-# Stages without updates ---------------------------------------------------------------------------
+# The stages ---------------------------------------------------------------------------------------
 
 
-def _score(experiment: Experiment) -> dict[str, Any]:
-    """Writes residual scores of all training tokens, `scores.npy`, float32 [rows, stages, max_length]."""
-    devices, model = experiment.devices, STAGES["score"].start(experiment)
-    experiment.check_inputs("score", model, ("train",))
-    examples, module = experiment.features("train", model), experiment.module(model.config)
-    max_length = model.config.max_length
-    size = devices.rounded(experiment.config.score.batch_size)
-    batches = list(length_batches(examples, size, width_buckets(max_length)))
-
-    def scores_and_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        values, _, loss = objectives.score_tokens(module, params, batch)
-        return values, loss
-
-    mapped = devices.by_rows(scores_and_losses, out_specs=ROWS)
-    score = jax.jit(mapped) if devices.is_single else jax.jit(mapped, out_shardings=devices.whole)
-    params = devices.replicate(model.params)
-    with _outputs(experiment, "score", model, examples, size, len(batches)) as (report, arrays):
-        scores = arrays.array(SCORES, (examples.num_rows, model.config.num_selectors, max_length))
-        losses = arrays.array(LOSSES, (len(examples),))
-        for done, (index, width) in enumerate(batches[arrays.start :], arrays.start + 1):
-            result = score(params, devices.place_rows(pad_batch(examples, index, size, width)))
-            values, loss = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
-            stage_inputs.check_finite(examples, index, size, {"loss": loss, "score": values})
-            rows = batch_rows(examples, index, size)
-            scores[rows[rows >= 0], :, :width] = values[rows >= 0]
-            losses[index] = loss[: len(index)]
-            report.progress(done, len(index))
-            arrays.progress(done)
-            stop_here(devices, "in score")
-        if not devices.is_main:  # only the main process has the arrays
-            return {}
-        arrays.finish(SCORES)
-        summary = {"loss": float(np.asarray(losses).mean(dtype=np.float64))}
-        report.log(len(batches), summary)
-    return {**summary, stage_inputs.DATA_DIGEST: examples.digest}
-
-
-def _teacher(experiment: Experiment) -> dict[str, Any]:
-    """Writes the logits of the fine-tuned model on the training examples, shaped as `Outputs.logits`.
-
-    One array is `logits.npy`, several are `logits_NAME.npy` each.
-    """
-    devices, model = experiment.devices, STAGES["teacher"].start(experiment)
-    experiment.check_inputs("teacher", model, ("train",))
-    examples = experiment.features("train", model)
-    size = devices.rounded(experiment.config.teacher.batch_size)
-    engine = experiment.engine(model.config, size)
-    steps = engine.num_batches(examples)
-    with _outputs(experiment, "teacher", model, examples, size, steps) as (report, arrays):
-        names: list[str] = []
-
-        def allocate(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            names.append(LOGITS.format(f"_{name}" if name else ""))
-            array: np.ndarray = arrays.array(names[-1], shape)
-            return array
-
-        def progress(done: int, num_examples: int) -> None:
-            report.progress(done, num_examples)
-            arrays.progress(done)
-            stop_here(devices, "in teacher")
-
-        outputs = engine.run(
-            model.params, examples, rule="dense", progress=progress, allocate=allocate, start=arrays.start
-        )
-        if not devices.is_main:  # only the main process has the arrays
-            return {}
-        arrays.finish(*names)
-        summary = {"accuracy": outputs.accuracy} if examples.has_labels else {}
-        report.log(steps, summary)
-    return {**summary, stage_inputs.DATA_DIGEST: examples.digest}
-
-
-@contextlib.contextmanager
-def _outputs(
-    experiment: Experiment, stage: str, model: Pretrained, examples: Examples, size: int, steps: int
-) -> Iterator[tuple[StageReport, ResumableArrays]]:
-    """Opens the report and the arrays of a stage that computes `steps` batches of `size` examples."""
-    devices, directory = experiment.devices, experiment.directory(stage)
-    fingerprint = experiment.fingerprint(stage, examples)
-    fingerprint |= {"of": params_digest(model.params), "batch": size}
-    with (
-        StageReport(directory, stage, steps, silent=not devices.is_main) as report,
-        ResumableArrays(directory, fingerprint, steps, devices) as arrays,
-    ):
-        if arrays.start:
-            logger.info("%s: going on from batch %d of %d", stage, arrays.start, steps)
-        yield report, arrays
-
-
-def _evaluate(experiment: Experiment) -> dict[str, Any]:
+def _evaluate(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     from trbert_jax.training.evaluation import evaluate_stage  # imports this module
 
     return evaluate_stage(experiment)
 
-
-# The stages ---------------------------------------------------------------------------------------
 
 STAGES: dict[str, Stage] = {}  # in the order in which they run
 
@@ -374,7 +277,7 @@ for _stage in (
     Stage(
         settings=settings.ScoreConfig,
         starts_from=("finetune",),
-        run=_score,
+        run=stage_inputs.score_stage,
         flops=_score_flops,
         kept_layers=lambda config, model: model.num_layers - residual.score_layers(model)[1],
     ),
@@ -400,7 +303,7 @@ for _stage in (
     Stage(
         settings=settings.TeacherConfig,
         starts_from=("finetune",),
-        run=_teacher,
+        run=stage_inputs.teacher_stage,
         flops=_dense(1),
         kept_layers=None,
     ),
