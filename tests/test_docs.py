@@ -103,6 +103,10 @@ def test_page(page: Path) -> None:
     assert len(set(headings(page))) == len(headings(page))  # else a link or citation is ambiguous
 
 
+def test_readme_fits_on_a_page() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
 def test_broken_things_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
