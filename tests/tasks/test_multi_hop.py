@@ -13,14 +13,11 @@ from tiny_qa import VOCABULARY, pieces, qa_tokenizer, row, texts, types
 from trbert_jax.datasets.records import MultiHopQuestion, Paragraph
 from trbert_jax.errors import UserError
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.multi_hop import decode_multi_hop
+from trbert_jax.tasks.multi_hop import decode_multi_hop, drawn_orders, file_orders, pack
 from trbert_jax.tasks.paragraphs import (
     MultiHopParagraphs,
     TokenizedQuestion,
-    drawn_orders,
     encode_paragraphs,
-    file_orders,
-    pack,
     paragraph_from_pieces,
     tokenize_questions,
 )

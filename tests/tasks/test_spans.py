@@ -21,7 +21,6 @@ from trbert_jax.tasks.spans import (
     TRIVIAQA,
     SpanAnswers,
     SpanTask,
-    best_of_records,
     decode_segments,
     decode_spans,
     encode_segments,
@@ -321,17 +320,15 @@ def test_a_segment_gives_its_answer_back(contexts: list[str], max_length: int, d
     begin, count = int(windows.context_start[i]), int(windows.num_pieces[i])
     first = data.draw(st.integers(begin, begin + count - 1))
     last = data.draw(st.integers(first, begin + count - 1))
-    found, _ = decode_segments(examples, one_hot(examples, i, first, last))
+    found = decode_segments(examples, one_hot(examples, i, first, last))
     assert found[windows.ids[windows.question[i]]] == windows.text(i, first, last)
 
 
-def test_no_possible_answer_of_a_segment() -> None:
-    examples = segments(span_question("a b"))
-    values = logits(examples, start={(0, 0): 1}, end={(0, 0): 1})
-    assert decode_segments(examples, values, n_best=1) == ({"q": ""}, {"q": -math.inf})
-
-
 def test_the_best_of_records_that_are_scored_together() -> None:
-    texts, scores = {"x": "a", "y": "b", "z": ""}, {"x": 1.0, "y": 2.0, "z": -math.inf}
-    assert best_of_records(texts, scores, {"x": "q", "y": "q", "z": "z"}) == {"q": "b", "z": ""}
-    assert best_of_records(texts, {**scores, "x": 2.0}, dict.fromkeys("xyz", "q")) == {"q": "a"}
+    """The first among equals; "" where no answer is possible."""
+    records = [dataclasses.replace(span_question(c, id=c), scored_as=s) for c, s in ("aq", "bq", "cz")]
+    examples = segments(*records)
+    for second, answer in ((2.0, "b"), (1.0, "a")):
+        start = {(0, 4): 1.0, (1, 4): second, (2, 0): 9.0}
+        values = logits(examples, start=start, end=start)
+        assert decode_segments(examples, values, n_best=1) == {"q": answer, "z": ""}

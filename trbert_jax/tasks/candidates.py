@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -38,13 +37,7 @@ class CandidateTask(Task):
         return asked + [text for record in records for text in record.supports]
 
     def encode(
-        self,
-        records: Sequence[CandidateQuestion],
-        tokenizer: Any,
-        *,
-        training: bool = False,
-        seed: int = 0,
-        cache_dir: Path | None = None,
+        self, records: Sequence[CandidateQuestion], tokenizer: Any, *, training: bool = False, **_: Any
     ) -> Examples:
         """Makes one or more segments of every query; see `Task.encode`.
 

@@ -44,13 +44,7 @@ class ClassificationTask(Task):
         return [record.text for record in records]
 
     def encode(
-        self,
-        records: Sequence[Example],
-        tokenizer: Any,
-        *,
-        training: bool = False,
-        seed: int = 0,
-        cache_dir: Path | None = None,
+        self, records: Sequence[Example], tokenizer: Any, *, cache_dir: Path | None = None, **_: Any
     ) -> Examples:
         return encode_texts(records, tokenizer, self.max_length, cache_dir)
 

@@ -8,7 +8,6 @@ shared        the options select the tokens of article and question together; on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -49,13 +48,7 @@ class MultipleChoiceTask(Task):
         return asked + list(dict.fromkeys(record.article for record in records))
 
     def encode(
-        self,
-        records: Sequence[ChoiceQuestion],
-        tokenizer: Any,
-        *,
-        training: bool = False,
-        seed: int = 0,
-        cache_dir: Path | None = None,
+        self, records: Sequence[ChoiceQuestion], tokenizer: Any, *, training: bool = False, **_: Any
     ) -> Examples:
         """Makes four rows of every question, `[CLS] article [SEP] question option [SEP]`; see `Task.encode`.
 

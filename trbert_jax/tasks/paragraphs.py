@@ -1,7 +1,6 @@
-"""Tokenize the paragraphs of multi-hop questions and pack them into inputs.
+"""Tokenize the paragraphs of multi-hop questions and find sentences and answers in them.
 
-Paragraphs are tokenized once, and packed in any order: `[CLS] question [SEP] paragraphs [SEP]`, each of
-them `[unused1] title [unused2] text`. See docs/question_answering.md, "Paragraphs of a question".
+See docs/question_answering.md, "Paragraphs of a question".
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ import numpy as np
 from trbert_jax.datasets.records import MultiHopQuestion, Paragraph
 from trbert_jax.errors import UserError
 from trbert_jax.tasks.base import RecordErrors
-from trbert_jax.tasks.examples import Counts, Examples, Ragged, digest_of
+from trbert_jax.tasks.examples import Counts, Ragged, digest_of
 from trbert_jax.tasks.text_encoder import TextEncoder, locate
 
-MAX_ANSWERS = 8  # slots of an input, as published
-MAX_SENTENCES = 80
 SPAN, YES, NO = range(3)  # kinds of answers
 _TITLE, _CONTEXT = "[unused1]", "[unused2]"
 _CHUNK = 1000  # questions whose paragraphs are separate arrays at a time
@@ -368,146 +365,3 @@ def _chunks(
         texts = [question for question in chunk if isinstance(question, MultiHopQuestion)]
         tokenized = tokenize_questions(texts, encoder)
         yield [q if isinstance(q, TokenizedQuestion) else next(tokenized) for q in chunk]
-
-
-# Order and packing -----------------------------------------------------------------------------------
-
-
-def file_orders(paragraphs: MultiHopParagraphs) -> list[np.ndarray]:
-    """Orders paragraphs as the source does, until the input is full; for evaluation.
-
-    Returns:
-      For each question the numbers of its paragraphs, int64; the last may be cut.
-    """
-    orders = []
-    for i in range(len(paragraphs)):
-        first, last = paragraphs.offsets[i : i + 2]
-        filled = np.cumsum(paragraphs.tokens.lengths[first:last])
-        count = np.searchsorted(filled, paragraphs.room[i]) + 1
-        orders.append(np.arange(first, min(first + count, last)))
-    return orders
-
-
-def drawn_orders(paragraphs: MultiHopParagraphs, seed: int, epoch: int) -> list[np.ndarray]:
-    """Takes the gold paragraphs and, drawn at random, others until the input is full; for training.
-
-    The last one added, which may be cut, comes last; the order of the rest is drawn too. Each draw depends
-    only on seed, epoch and the number of the question.
-
-    Args:
-      paragraphs: of n questions.
-      seed: of the run, not negative.
-      epoch: 0-based; each has its own orders.
-
-    Returns:
-      See `file_orders`.
-    """
-    orders = []
-    for i in range(len(paragraphs)):
-        # + 1: a final 0 would give the random numbers of (seed, epoch), which order the examples.
-        rng = np.random.Generator(np.random.PCG64([seed, epoch, i + 1]))
-        first, last = paragraphs.offsets[i : i + 2]
-        lengths, gold = paragraphs.tokens.lengths[first:last], paragraphs.gold[first:last]
-        orders.append(first + _draw(lengths, gold, int(paragraphs.room[i]), rng))
-    return orders
-
-
-def _draw(lengths: np.ndarray, gold: np.ndarray, room: int, rng: np.random.Generator) -> np.ndarray:
-    chosen, others = np.flatnonzero(gold), rng.permutation(np.flatnonzero(~gold))
-    # A paragraph is added if those before it do not fill the input.
-    before = lengths[chosen].sum() + np.cumsum(lengths[others]) - lengths[others]
-    added = others[before < room]
-    if not len(added):
-        return rng.permutation(chosen)
-    return np.append(rng.permutation(np.concatenate([chosen, added[:-1]])), added[-1])
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Packing:
-    """The places of paragraphs in inputs; `Examples.layout` of multi-hop questions.
-
-    Attributes:
-      paragraphs: of n questions.
-      orders: n int64 arrays, the paragraphs of each input; the last may be cut.
-      facts: int32 [sentences, 2] of each input: paragraph and number in it of every sentence of the
-        target `sentences`.
-    """
-
-    paragraphs: MultiHopParagraphs
-    orders: Sequence[np.ndarray]
-    facts: Ragged
-
-
-def pack(paragraphs: MultiHopParagraphs, orders: Sequence[np.ndarray], records: Sequence[Any]) -> Examples:
-    """Packs the paragraphs of every question into one input.
-
-    Args:
-      paragraphs: of n questions.
-      orders: for each, its paragraphs in the order wanted; what does not fit is cut.
-      records: see `Examples`.
-
-    Returns:
-      n examples with a `Packing` and the targets
-        starts, ends: int32 [n, 8], first and last token of each answer; 0, [CLS], if there is none.
-        sentences: int32 [n, 80, 2], first and last token of every sentence that is in the input as a
-          whole.
-        sentence_labels: int32 [n, 80], 1 supporting, 0 not, -1 withheld.
-        kind: int32 [n], see `kind_of`; 0 if it is withheld.
-      Positions are inclusive, and -1 for padding.
-    """
-    answers, sentences, labels, facts, rows, without = [], [], [], [], [], 0
-    for i, order in enumerate(orders):
-        query, room = paragraphs.queries[i], paragraphs.room[i]
-        source, _ = _members(paragraphs.tokens, order)
-        rows.append(
-            (
-                (paragraphs.cls, query, paragraphs.sep),
-                (paragraphs.tokens.values[source[:room]], paragraphs.sep),
-            )
-        )
-        lengths = paragraphs.tokens.lengths[order]
-        begin = len(query) + 2 + np.cumsum(lengths) - lengths  # of each paragraph, in the row
-        end = len(query) + 2 + min(room, len(source))
-
-        source, owner = _members(paragraphs.spans, order)
-        spans = paragraphs.spans.values[source] + begin[owner, None]
-        spans = spans[spans[:, 1] <= end][:MAX_ANSWERS] - [0, 1]
-        if not len(spans):
-            first, last = paragraphs.offsets[i : i + 2]
-            has_span = paragraphs.spans.offsets[last] > paragraphs.spans.offsets[first]
-            without += bool(paragraphs.kinds[i] <= SPAN and has_span)
-            spans = np.zeros((1, 2), np.int64)
-        answers.append(spans)
-
-        source, owner = _members(paragraphs.sentences, order)
-        ranges = paragraphs.sentences.values[source] + begin[owner, None]
-        kept = np.flatnonzero((ranges[:, 0] < ranges[:, 1]) & (ranges[:, 1] <= end))[:MAX_SENTENCES]
-        sentences.append(ranges[kept] - [0, 1])
-        labels.append(paragraphs.supporting.values[source[kept]])
-        paragraph = order[owner[kept]]
-        number = source[kept] - paragraphs.sentences.offsets[paragraph]
-        facts.append(np.stack([paragraph, number], axis=1))
-    ends = Ragged.of(answers, width=2).padded(MAX_ANSWERS)
-    return Examples.of_pairs(
-        rows,
-        paragraphs.ids,
-        counts=dataclasses.replace(paragraphs.counts, num_without_answer=without),
-        targets={
-            "starts": ends[:, :, 0].copy(),
-            "ends": ends[:, :, 1].copy(),
-            "sentences": Ragged.of(sentences, width=2).padded(MAX_SENTENCES),
-            "sentence_labels": Ragged.of(labels).padded(MAX_SENTENCES),
-            "kind": np.maximum(paragraphs.kinds, 0).astype(np.int32),
-        },
-        digest=digest_of("packed", paragraphs.digest, list(orders)),
-        records=records,
-        layout=Packing(paragraphs, orders, Ragged.of(facts, width=2)),
-    )
-
-
-def _members(ragged: Ragged, arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the positions of the values of some arrays, and the place in `arrays` of each one's array."""
-    counts = ragged.offsets[arrays + 1] - ragged.offsets[arrays]
-    owner = np.repeat(np.arange(len(arrays)), counts)
-    before = np.cumsum(counts) - counts
-    return np.arange(counts.sum()) + (ragged.offsets[arrays] - before)[owner], owner

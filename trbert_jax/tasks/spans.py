@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -21,7 +20,7 @@ from trbert_jax.datasets import find_dataset
 from trbert_jax.datasets.records import SpanQuestion
 from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks.base import Fields, Score, Task, register_task
-from trbert_jax.tasks.examples import Counts, Examples, Ragged, digest_of
+from trbert_jax.tasks.examples import Examples, Ragged, digest_of
 from trbert_jax.tasks.losses import Rows, any_of, distillation
 from trbert_jax.tasks.scorers import score_mrqa, score_squad, score_triviaqa
 from trbert_jax.tasks.text_encoder import TextEncoder
@@ -89,13 +88,7 @@ class SpanTask(Task):
         return [record.question for record in records] + list(contexts)
 
     def encode(
-        self,
-        records: Sequence[SpanQuestion],
-        tokenizer: Any,
-        *,
-        training: bool = False,
-        seed: int = 0,
-        cache_dir: Path | None = None,
+        self, records: Sequence[SpanQuestion], tokenizer: Any, *, training: bool = False, **_: Any
     ) -> Examples:
         """Divides contexts into windows and finds the answers in them; see `Task.encode`.
 
@@ -130,8 +123,7 @@ class SpanTask(Task):
     def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
         logits, records = np.asarray(logits), examples.records
         if self.is_segmented:
-            scored_ids = {record.id: record.scored_id for record in records}
-            best = best_of_records(*decode_segments(examples, logits), scored_ids)
+            best = decode_segments(examples, logits)
             gold = {record.scored_id: list(record.answers) for record in records if record.answers}
             return Score(score_triviaqa(gold, best) if gold else {}, {"predictions.json": best})
         threshold = None
@@ -216,14 +208,8 @@ def encode_windows(
     return Examples.of_pairs(
         rows,
         [windows.ids[i] for i in windows.question],
-        counts=Counts(
-            num_examples=len(questions),
-            num_rows=len(rows),
-            num_truncated=builder.num_truncated,
-            num_questions_cut=builder.num_questions_cut,
-            num_without_answer=without,
-            num_discarded=discarded,
-            num_dropped=dropped,
+        counts=builder.counts(
+            len(rows), num_without_answer=without, num_discarded=discarded, num_dropped=dropped
         ),
         row_targets={"starts": starts_and_ends[:, :1], "ends": starts_and_ends[:, 1:]},
         digest=digest_of("span", encoder.description, settings, training, discard, list(questions)),
@@ -278,14 +264,7 @@ def encode_segments(
     return Examples.of_pairs(
         rows,
         windows.ids,
-        counts=Counts(
-            num_examples=len(questions),
-            num_rows=len(rows),
-            num_truncated=builder.num_truncated,
-            num_questions_cut=builder.num_questions_cut,
-            num_without_answer=without,
-            num_dropped=dropped,
-        ),
+        counts=builder.counts(len(rows), num_without_answer=without, num_dropped=dropped),
         first_row=windows.question_rows,
         group=settings.max_windows or 1,
         row_targets={"starts": ends[:, :, 0].copy(), "ends": ends[:, :, 1].copy()},
@@ -415,45 +394,31 @@ def decode_segments(
     logits: np.ndarray,
     n_best: int = N_BEST_SEGMENTS,
     max_answer_length: int = MAX_ANSWER_LENGTH,
-) -> tuple[dict[str, str], dict[str, float]]:
-    """Finds the best answer in all segments of each question.
+) -> dict[str, str]:
+    """Finds the best answer in all segments of the records that are scored together.
 
     Args:
       examples: from `encode_segments`.
       logits, n_best, max_answer_length: see `decode_spans`.
 
     Returns:
-      id -> answer, "" if no pair of start and end can be one (the official scorer counts it as wrong,
-      like the published "NoAnswerFound"), and id -> its score, start logit + end logit; -inf for "".
+      Id by which a record is scored (`SpanQuestion.scored_as`) -> answer, "" if no pair of start and end
+      can be one; the official scorer counts it as wrong, like the published "NoAnswerFound". The first
+      record wins among equals.
     """
     windows: Windows = examples.layout
     pairs = best_pairs(examples, logits, n_best, max_answer_length, max_context_only=False)
-    sums, texts, scores = pairs.start_logit + pairs.end_logit, {}, {}
+    sums = pairs.start_logit + pairs.end_logit
+    scored_ids = {record.id: record.scored_id for record in examples.records}
+    texts, scores = dict[str, str](), dict[str, float]()
     for i, id in enumerate(windows.ids):
         first, last = pairs.question_offsets[i : i + 2]
-        texts[id], scores[id] = "", -math.inf
+        text, score = "", -math.inf
         if first < last:
             best = first + int(np.argmax(sums[first:last]))
-            texts[id] = windows.text(pairs.row[best], pairs.start[best], pairs.end[best])
-            scores[id] = float(sums[best])
-    return texts, scores
-
-
-def best_of_records(
-    texts: Mapping[str, str], scores: Mapping[str, float], scored_ids: Mapping[str, str]
-) -> dict[str, str]:
-    """Chooses the answer with the highest score among the records that are scored together.
-
-    Args:
-      texts, scores: from `decode_segments`.
-      scored_ids: id of each record -> the id by which it is scored, see `SpanQuestion.scored_as`.
-
-    Returns:
-      The latter id -> answer; the first record wins among equals.
-    """
-    best: dict[str, str] = {}
-    for record in texts:
-        scored_id = scored_ids[record]
-        if scored_id not in best or scores[record] > scores[best[scored_id]]:
-            best[scored_id] = record
-    return {scored_id: texts[record] for scored_id, record in best.items()}
+            text = windows.text(pairs.row[best], pairs.start[best], pairs.end[best])
+            score = float(sums[best])
+        scored_id = scored_ids[id]
+        if scored_id not in texts or score > scores[scored_id]:
+            texts[scored_id], scores[scored_id] = text, score
+    return texts

@@ -15,7 +15,7 @@ import numpy as np
 
 from trbert_jax.datasets.records import Span, SpanQuestion
 from trbert_jax.tasks.base import RecordErrors
-from trbert_jax.tasks.examples import Examples, Ragged
+from trbert_jax.tasks.examples import Counts, Examples, Ragged
 from trbert_jax.tasks.text_encoder import TextEncoder, cut_text, locate
 
 _CHUNK = 256  # windows that are searched at a time
@@ -145,6 +145,10 @@ class WindowBuilder:
         starts, sizes = self.windows_of(i)
         self._kept.append((i, starts[wanted], sizes[wanted], most_context(starts, sizes)[wanted]))
         self.num_truncated += bool(starts[-1] + sizes[-1] < self._context_lengths[i])
+
+    def counts(self, num_rows: int, **lost: int) -> Counts:
+        """Returns what the questions lost; `lost` adds to it."""
+        return Counts(len(self._questions), num_rows, self.num_truncated, self.num_questions_cut, **lost)
 
     def finish(self) -> tuple[list[Any], Windows]:
         """Returns the rows for `Examples.of_pairs` and the windows, in the order they were kept."""
