@@ -18,7 +18,8 @@ from tiny_processes import finish, start_together, train
 pytestmark = pytest.mark.usefixtures("optimized")
 MODEL = "model.safetensors"
 TRAINED = ("finetune", "init", "policy", "joint")
-NO_DROPOUT = {stage: {"dropout": False, "learning_rate": 1e-2} for stage in TRAINED}
+NO_DROPOUT: dict[str, Any] = {stage: {"dropout": False, "learning_rate": 1e-2} for stage in TRAINED}
+NO_DROPOUT["model"] = {"scratch": {**tiny_runs.SCRATCH, "num_layers": 2}}  # compilation is most of the time
 
 # Before the command: arrays of a tiny model count as large enough to be divided, and each state says how many
 # of its arrays are.
