@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_qa import VOCABULARY, pieces, qa_tokenizer, row, texts, types
+from tiny_qa import VOCABULARY, pieces, qa_tokenizer, row, texts
 
 from trbert_jax.datasets.records import MultiHopQuestion, Paragraph
 from trbert_jax.errors import UserError
@@ -66,25 +66,6 @@ def real(targets: np.ndarray) -> list[Any]:
 
 def ends(examples: Examples) -> list[tuple[int, int]]:
     return list(zip(real(examples.targets["starts"][0]), real(examples.targets["ends"][0]), strict=True))
-
-
-def test_paragraphs_in_the_order_of_the_file() -> None:
-    examples = packed(QUESTION)
-    assert row(examples, 0) == " ".join([HEAD, *PARAGRAPHS, "[SEP]"])
-    assert types(examples, 0) == [0] * 8 + [1] * (len(examples.tokens) - 8)
-    assert ends(examples) == [(SECOND + 11, SECOND + 11), (THIRD + 3, THIRD + 3)]
-    assert examples.targets["kind"].tolist() == [0]
-    assert real(examples.targets["sentences"][0]) == [
-        [8 + 4, 8 + 6],
-        [8 + 7, 8 + 8],
-        [SECOND + 3, SECOND + 8],
-        [SECOND + 9, SECOND + 15],
-        [SECOND + 16, SECOND + 17],
-        [THIRD + 3, THIRD + 7],
-    ]
-    assert real(examples.targets["sentence_labels"][0]) == [0, 0, 0, 1, 0, 1]
-    assert examples.layout.facts[0].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2], [2, 0]]
-    assert {a.dtype for a in examples.targets.values()} == {np.dtype(np.int32)}
 
 
 def test_a_full_input_is_cut() -> None:
@@ -270,15 +251,6 @@ def test_mistakes_in_pretokenized_paragraphs() -> None:
 def test_unusable_questions_are_named(changes: dict[str, Any], max_length: int, field: str) -> None:
     with pytest.raises(UserError, match=rf"dev.json: \[0\]: question 'h0': {field}: "):
         build(dataclasses.replace(QUESTION, **changes), max_length=max_length, training=True)
-
-
-def test_long_questions_and_missing_markers() -> None:
-    examples = packed(QUESTION, max_question_length=3)
-    assert row(examples, 0).startswith("[CLS] where was the [SEP] [unused1] x y")
-    assert examples.counts is not None
-    assert examples.counts.num_questions_cut == 1
-    with pytest.raises(UserError, match=r"\[unused1\]"):
-        encode_paragraphs([QUESTION], qa_tokenizer(("[unused1]",)), 64, 80)
 
 
 def test_digest_follows_the_inputs() -> None:

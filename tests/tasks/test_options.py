@@ -44,25 +44,6 @@ def shared(examples: Examples) -> list[int]:
     return examples.row_targets["shared_length"][::4].tolist()
 
 
-def test_rows_of_options() -> None:
-    examples = choices(CHOICE, dataclasses.replace(CHOICE, id="b", article="a", question=""))
-    article = "[CLS] the king is in paris . [SEP] who is ?"
-    options = ("king", "the queen", "a", "東 京")
-    assert [row(examples, i) for i in range(4)] == [f"{article} {option} [SEP]" for option in options]
-    assert types(examples, 0) == [0] * 8 + [1] * 5
-    assert (examples.labels.tolist(), shared(examples)) == ([1, 1], [11, 3])
-    withheld = choices(CHOICE, dataclasses.replace(CHOICE, answer=None), form="pairs")
-    assert withheld.labels.tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
-    assert withheld.ids[:2] == ["high/1.txt:0:A", "high/1.txt:0:B"]
-
-
-def test_the_longest_option_decides_how_much_of_the_article_stays() -> None:
-    examples = choices(CHOICE, max_length=12)  # 12 - 3 - (3 + 2) = 4
-    assert row(examples, 0) == "[CLS] the king is in [SEP] who is ? king [SEP]"
-    assert row(examples, 3) == "[CLS] the king is in [SEP] who is ? 東 京 [SEP]"
-    assert (shared(examples), examples.num_truncated) == ([9], 1)
-
-
 @pytest.mark.parametrize(
     ("length", "options", "end"),
     [
@@ -150,34 +131,6 @@ def candidates(
     task = CandidateTask(InputConfig(data="wikihop", max_segments=max_segments), max_length)
     task.max_document_length = max_document_length
     return task.encode(questions, tokenizer, training=training)
-
-
-def test_one_segment() -> None:
-    examples = candidates(QUERY)
-    assert row(examples, 0) == f"{HEAD} [unused2] the king was born in paris . [unused2] x [SEP]"
-    assert types(examples, 0) == [0] * 15 + [1] * 11
-    positions = examples.row_targets["candidates"]
-    assert positions[0].tolist() == [5, 7, 12] + [-1] * 76
-    assert (examples.labels.tolist(), examples.num_truncated) == ([0], 0)
-    assert row(candidates(dataclasses.replace(QUERY, supports=()), max_length=17), 0) == f"{HEAD} [SEP]"
-
-
-def test_several_segments_share_their_head() -> None:
-    short = dataclasses.replace(QUERY, id="WH_1", supports=("x",))
-    examples = candidates(QUERY, short, max_length=20, max_segments=3)  # 20 - 15 - 1 = 4 pieces of documents
-    documents = ("[unused2] the king was", "born in paris .", "[unused2] x", "[unused2] x")
-    assert [row(examples, i) for i in range(4)] == [f"{HEAD} {document} [SEP]" for document in documents]
-    assert examples.first_row is not None
-    assert (examples.first_row.tolist(), examples.group, examples.num_truncated) == ([0, 3, 4], 3, 0)
-
-
-@pytest.mark.parametrize(
-    ("options", "rows"),
-    [({"max_length": 20, "max_segments": 2}, 2), ({"max_document_length": 9}, 1), ({"max_length": 25}, 1)],
-)
-def test_documents_that_do_not_fit_are_counted(options: dict[str, Any], rows: int) -> None:
-    examples = candidates(QUERY, **options)
-    assert (examples.num_rows, examples.num_truncated) == (rows, 1)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,6 @@ def test_pieces_and_their_characters() -> None:
     assert (cut.num_tokens.tolist(), cut.chars.values.shape) == ([3, 1], (0, 2))
 
 
-def test_distinct_texts_are_kept_once() -> None:
-    encoded, index = ENCODER.encode_distinct(["a", "b", "a", "a"])
-    assert (pieces(encoded.tokens.values), index.tolist()) == (["a", "b"], [0, 1, 0, 0])
-
-
 def test_tokens_are_those_of_the_tokenizer() -> None:
     text = "Who was the King of France?"
     assert [2, *ENCODER.encode([text]).tokens[0], 3] == qa_tokenizer()(text)["input_ids"]
