@@ -15,7 +15,7 @@ import pytest
 from fake_model import FakeModel, lines_of
 from tiny_models import tiny_model
 
-from trbert_jax import __version__
+from trbert_jax import __version__, config
 from trbert_jax.cli import main
 from trbert_jax.errors import PreemptedError, UserError
 
@@ -232,8 +232,10 @@ def test_evaluate_prints_a_table_and_writes_json(
     ]
 
 
-def test_evaluate_all_checkpoints(fake: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    fake("config", load_config=lambda path, overrides: [path, *overrides])
+def test_evaluate_all_checkpoints(
+    fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(config, "load_config", lambda path, overrides: [path, *overrides])
     fake("training.evaluation", evaluate_all_checkpoints=lambda config: {str(config[0]): config[1:]})
     assert main(["evaluate", "--config", "c.yaml", "--all-checkpoints", "seed=1"]) == 0
     assert capsys.readouterr().out.split() == ["c.yaml", "seed=1"]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from trbert_jax.config import (
     upgrade,
 )
 from trbert_jax.errors import UserError
+from trbert_jax.model.packed import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = "workdir: runs/x\ndata: {name: stdlib}\nmodel: {init: scratch}\n"
@@ -118,6 +120,10 @@ def test_a_new_stage_has_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert to_dict(new)["polish"] == {"batch_size": 3}
     with pytest.raises(UserError, match=r"command line: stages: "):
         load_text(tmp_path, MINIMAL, "stages=[polish, joint]")
+
+
+def test_backends_are_those_of_the_model() -> None:
+    assert set(get_args(config.Backend)) == set(BACKENDS)
 
 
 # Mistakes: line, key and hint ---------------------------------------------------------------------

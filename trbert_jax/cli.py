@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn, get_args
 
 from trbert_jax import __version__
 from trbert_jax.errors import PreemptedError, UserError
@@ -175,6 +175,12 @@ def _rules() -> str:
     return f"{rules}. Default threshold, or dense if the selectors are untrained"
 
 
+def _backends() -> tuple[str, ...]:
+    from trbert_jax.config import Backend  # takes time to load
+
+    return get_args(Backend)
+
+
 def _list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [convert(item.strip()) for item in text.split(",")]
 
@@ -233,7 +239,7 @@ MODEL = _option("--model", "DIR", str, "folder of a trained model", required=Tru
 BATCH_SIZE = _option("--batch-size", "N", _count, "texts per batch (default 32)", default=32)
 RULE = (
     _option("--rule", None, str, lambda: f"how tokens are selected. {_rules()}", choices=rule_names),
-    _option("--backend", None, str, BACKEND_HELP, choices=("packed", "masked"), default="packed"),
+    _option("--backend", None, str, BACKEND_HELP, choices=_backends, default="packed"),
     _option("--execution", None, _renamed("--rule and --backend"), argparse.SUPPRESS),
 )
 THRESHOLD = _option("--threshold", "P", _probability, THRESHOLD_HELP, default=DEFAULT_THRESHOLD)

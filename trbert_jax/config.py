@@ -57,7 +57,7 @@ NonNegative = Annotated[Number, Field(ge=0)]
 # The baseline of a sample is the mean over all samples of its example: with one, every advantage is 0.
 NumSamples = Annotated[int, Field(strict=True, ge=2)]
 MaxLength = Annotated[int, Field(strict=True, ge=3)]  # [CLS], one token, [SEP]
-Backend = Literal["packed", "masked"]
+Backend = Literal["packed", "masked"]  # see `model.packed`
 StageName = Annotated[Text, _name_from(lambda: STAGES)]
 RuleName = Annotated[Text, _name_from(rule_names)]
 BackboneName = Annotated[Text, _name_from(lambda: tuple(BACKBONES))]
@@ -296,6 +296,11 @@ def add_section(name: str, settings: type[StageConfig]) -> None:
     STAGES.update({name: settings, "evaluate": STAGES.pop("evaluate")})
 
 
+@functools.cache
+def _adapter(cls: type[RunConfig]) -> TypeAdapter[RunConfig]:
+    return TypeAdapter(cls)
+
+
 # Loading ------------------------------------------------------------------------------------------
 
 # Former name of a key, in any section -> its former value -> the key and value of today.
@@ -338,7 +343,7 @@ def load_stored(path: str | Path) -> RunConfig:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns the settings as nested dicts and lists, for JSON and YAML; `load_config` reads them back."""
-    result: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    result: dict[str, Any] = _adapter(type(config)).dump_python(config, mode="json")
     return result
 
 
@@ -392,7 +397,7 @@ def _build(values: Mapping[str, Any], path: str) -> RunConfig:
 
     given = {key: value for key, value in values.items() if value is not None}  # null: a section left empty
     try:
-        config = TypeAdapter(_run_class).validate_python(given)
+        config = _adapter(_run_class).validate_python(given)
     except ValidationError as error:
         # An unknown key first: a misspelled one is the reason why another is missing.
         first = min(error.errors(), key=lambda e: e["type"] != _UNKNOWN)
@@ -414,13 +419,7 @@ def _explain(key: str, error: Mapping[str, Any]) -> str:
     if kind == "missing":
         return "missing, a value is required"
     text = "Input should be a section of keys" if kind == "dataclass_type" else error["msg"]
-    for pydantics, ours in (
-        ("Input ", ""),
-        ("String ", ""),
-        ("valid tuple", "list"),
-        ("valid boolean", "flag"),
-    ):
-        text = text.replace(pydantics, ours)
+    text = text.removeprefix("Input ").removeprefix("String ").replace("valid tuple", "list")
     known = re.findall(r"[\w:]+", error.get("ctx", {}).get("expected", ""))
     shown = json.dumps(value, default=str, ensure_ascii=False)
     quote = f"; quote it: '{shown}'" if kind == "string_type" and not isinstance(value, (dict, list)) else ""
