@@ -157,7 +157,7 @@ def start(config: Path) -> subprocess.Popen[str]:
 
 
 def latest(checkpoints: Path) -> int:
-    steps = [int(path.name[5:]) for path in checkpoints.glob("step_*") if "partial" not in path.name]
+    steps = [int(path.name[5:]) for path in checkpoints.glob("step_*") if path.name[5:].isdigit()]
     return max(steps, default=0)
 
 
