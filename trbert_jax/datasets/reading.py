@@ -239,13 +239,13 @@ def collect(
     return list(found.values())
 
 
-# Fields. Each raises `ValueError` with the name of the field and what was expected. --------------------
+# Fields. Each function raises `ValueError` with the name of the field and what was expected. -----------
 
 
-def field(item: Any, key: str | int) -> Any:
-    """Returns a field of an object, or an item of a list."""
-    if isinstance(key, int):
-        return item[key]
+def field(item: Any, key: str | int | None) -> Any:
+    """Returns a field of an object, an item of a list, or `item` itself without a key."""
+    if key is None or isinstance(key, int):
+        return item if key is None else item[key]
     if not isinstance(item, dict):
         raise ValueError(f"is {describe(item)}; expected an object with the field {key!r}")
     if key not in item:
@@ -257,12 +257,11 @@ def text(item: Any, key: str | int, *, may_be_empty: bool = False) -> str:
     """Returns a string, in valid Unicode and with more than white space unless it may be empty."""
     value = field(item, key)
     if not isinstance(value, str):
-        raise _wrong(key, f"is {describe(value)}; expected a text")
-    if not may_be_empty and (not value or value.isspace()):
-        raise _wrong(key, "is empty; expected a text")
-    if not value.isascii():
-        with within(_name(key)):
-            check_unicode(value)
+        raise _wrong(key, value, "a text")
+    with within(_name(key)):
+        if not may_be_empty and (not value or value.isspace()):
+            raise ValueError("is empty; expected a text")
+        check_unicode(value)
     return value
 
 
@@ -282,11 +281,8 @@ def texts(
 def integer(item: Any, key: str | int, low: int = 0, high: int | None = None) -> int:
     """Returns a whole number from `low` to `high`, both included."""
     value = field(item, key)
-    limits = f"a whole number from {low}" + ("" if high is None else f" to {high}")
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _wrong(key, f"is {describe(value)}; expected {limits}")
-    if value < low or (high is not None and value > high):
-        raise _wrong(key, f"is {value}; expected {limits}")
+    if type(value) is not int or value < low or (high is not None and value > high):
+        raise _wrong(key, value, f"a whole number from {low}{'' if high is None else f' to {high}'}")
     return value
 
 
@@ -294,17 +290,18 @@ def flag(item: Any, key: str | int) -> bool:
     """Returns true or false, also of the numbers 1 and 0."""
     value = field(item, key)
     if not isinstance(value, int) or value not in (0, 1):
-        raise _wrong(key, f"is {describe(value)}; expected true or false")
+        raise _wrong(key, value, "true or false")
     return bool(value)
 
 
 def items(item: Any, key: str | int | None = None, count: int | None = None) -> list[Any]:
     """Returns a list, of `count` items if given: a field, or `item` itself without a key."""
-    value = item if key is None else field(item, key)
+    value = field(item, key)
     if not isinstance(value, list):
-        raise _wrong(key, f"is {describe(value)}; expected a list")
+        raise _wrong(key, value, "a list")
     if count is not None and len(value) != count:
-        raise _wrong(key, f"has {len(value)} items; expected {count}")
+        name = "" if key is None else f"{_name(key)}: "
+        raise ValueError(f"{name}has {len(value)} items; expected {count}")
     return value
 
 
@@ -329,9 +326,10 @@ def shorten(value: str) -> str:
     return value if len(value) <= _SHOWN else f"{value[: _SHOWN - 4]} ..."
 
 
-def _name(key: str | int) -> str:
-    return f"[{key}]" if isinstance(key, int) else key
+def _name(key: str | int | None) -> str:
+    return f"[{key}]" if isinstance(key, int) else key or ""
 
 
-def _wrong(key: str | int | None, reason: str) -> ValueError:
-    return ValueError(reason if key is None else f"{_name(key)}: {reason}")
+def _wrong(key: str | int | None, value: Any, expected: str) -> ValueError:
+    name = "" if key is None else f"{_name(key)}: "
+    return ValueError(f"{name}is {describe(value)}; expected {expected}")

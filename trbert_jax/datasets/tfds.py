@@ -156,7 +156,7 @@ _CATALOG = {
 
 def _examples(name: str, split: str, source: Any, chosen: list[int], options: Options) -> Iterator[Example]:
     text_field, label_field = options.get("text_field", "text"), options.get("label_field", "label")
-    _check_field(name, source, "text_field", text_field)
+    _feature(name, source, "text_field", text_field)
     labels = _label_names(name, source, label_field)
     if not chosen:
         raise UserError(f"{name}: the split for {split} has no examples")
@@ -230,8 +230,7 @@ def _find_split(name: str, sources: Mapping[str, Any], split: str) -> tuple[Any,
 
 
 def _label_names(name: str, source: Any, label_field: str) -> tuple[str, ...]:
-    _check_field(name, source, "label_field", label_field)
-    names = getattr(source.dataset_info.features[label_field], "names", None)
+    names = getattr(_feature(name, source, "label_field", label_field), "names", None)
     if not names:
         raise UserError(
             f"data.label_field: {label_field!r} of {name} is not a class label; choose a field that is"
@@ -239,7 +238,8 @@ def _label_names(name: str, source: Any, label_field: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_field(name: str, source: Any, key: str, field: str) -> None:
+def _feature(name: str, source: Any, key: str, field: str) -> Any:
     features = source.dataset_info.features
     if field not in features:
         raise UserError(f"data.{key}: {name} has no field {field!r}; it has: {', '.join(features)}")
+    return features[field]
