@@ -297,7 +297,7 @@ def add_section(name: str, settings: type[StageConfig]) -> None:
 
 
 @functools.cache
-def _adapter(cls: type[RunConfig]) -> TypeAdapter[RunConfig]:
+def _adapter(cls: Any) -> TypeAdapter[RunConfig]:
     return TypeAdapter(cls)
 
 
