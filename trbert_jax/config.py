@@ -296,11 +296,6 @@ def add_section(name: str, settings: type[StageConfig]) -> None:
     STAGES.update({name: settings, "evaluate": STAGES.pop("evaluate")})
 
 
-@functools.cache
-def _adapter(cls: Any) -> TypeAdapter[RunConfig]:
-    return TypeAdapter(cls)
-
-
 # Loading ------------------------------------------------------------------------------------------
 
 # Former name of a key, in any section -> its former value -> the key and value of today.
@@ -343,7 +338,7 @@ def load_stored(path: str | Path) -> RunConfig:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns the settings as nested dicts and lists, for JSON and YAML; `load_config` reads them back."""
-    result: dict[str, Any] = _adapter(type(config)).dump_python(config, mode="json")
+    result: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return result
 
 
@@ -397,7 +392,7 @@ def _build(values: Mapping[str, Any], path: str) -> RunConfig:
 
     given = {key: value for key, value in values.items() if value is not None}  # null: a section left empty
     try:
-        config = _adapter(_run_class).validate_python(given)
+        config = TypeAdapter(_run_class).validate_python(given)
     except ValidationError as error:
         # An unknown key first: a misspelled one is the reason why another is missing.
         first = min(error.errors(), key=lambda e: e["type"] != _UNKNOWN)
