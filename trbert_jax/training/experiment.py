@@ -43,17 +43,10 @@ from trbert_jax.training.prepared import load_prepared, read_provenance, write_p
 logger = logging.getLogger(__name__)
 
 # Settings that may change between calls of one experiment: they do not change what is in the directory.
-_FREE_KEYS = (
-    "workdir",
-    "stages",
-    "data.cache_dir",
-    "data.prepared",
-    "parallel.strategy",
-    "parallel.fsdp",
-    "parallel.remat",
-)
+_FREE_KEYS = {"workdir", "stages", "data.cache_dir", "data.prepared"}
+_FREE_KEYS |= {"parallel.strategy", "parallel.fsdp", "parallel.remat"}
 # Settings that only stage evaluate reads: free until it has finished.
-_EVALUATION_KEYS = ("evaluate.split", "evaluate.baselines", "evaluate.thresholds")
+_EVALUATION_KEYS = {"evaluate.split", "evaluate.baselines", "evaluate.thresholds"}
 SHARED_TIMEOUT = 20  # seconds until a file of one process must be visible to the others
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -99,9 +92,8 @@ class Experiment:
         """
         path = self.directory(stage) / name
         if self.finished(stage) is None or not path.exists():
-            if stage not in self.config.stages:
-                advice = f"add {stage} to `stages`"
-            else:
+            advice = f"add {stage} to `stages`"
+            if stage in self.config.stages:
                 advice = f"run that first (`--stages {stage},{needed_by}`, or leave --stages out to run all)"
             raise UserError(f"stage {needed_by} needs {path}, which stage {stage} makes; {advice}")
         return path
@@ -161,7 +153,7 @@ class Experiment:
         path = self.workdir / "config.json"
         if not path.exists():
             return
-        free = _FREE_KEYS if self.finished("evaluate") else _FREE_KEYS + _EVALUATION_KEYS
+        free = _FREE_KEYS if self.finished("evaluate") else _FREE_KEYS | _EVALUATION_KEYS
         try:
             stored = to_dict(load_stored(path))  # keys that are newer than the file get their defaults
         except UserError:  # a key that this version does not know counts as a difference
@@ -216,14 +208,10 @@ class Experiment:
 
     def _pretrained(self) -> Pretrained:
         model = self.config.model
+        task, names = self.data.task, ("max_positions", "keep_layers", "max_length")
+        options = {name: getattr(model, name) for name in names}
         loaded = load_pretrained(
-            model.init,
-            task=self.data.task.head,
-            labels=self.data.task.labels or None,
-            max_positions=model.max_positions,
-            keep_layers=model.keep_layers,
-            max_length=model.max_length,
-            seed=self.config.seed,
+            model.init, task=task.head, labels=task.labels or None, seed=self.config.seed, **options
         )
         tokenizer = load_tokenizer(model.tokenizer) if model.tokenizer else loaded.tokenizer
         if tokenizer is None:
@@ -244,15 +232,10 @@ class Experiment:
             logger.info("trained a WordPiece vocabulary of %d tokens on %d texts", len(tokenizer), len(texts))
         backbone = BACKBONES[shape.model_type]
         sizes: dict[str, Any] = {
-            "model_type": backbone.name,
+            **dataclasses.asdict(shape),
             "task": self.data.task.head,
             "vocab_size": max(tokenizer.get_vocab().values()) + 1,  # a vocabulary may have gaps
-            "hidden_size": shape.hidden_size,
-            "num_layers": shape.num_layers,
-            "num_heads": shape.num_heads,
-            "intermediate_size": shape.intermediate_size,
             "max_positions": model.max_positions or model.max_length,
-            "initializer_range": shape.initializer_range,
             "labels": self.data.task.labels or ModelConfig.labels,
             "max_length": model.max_length,
         }
