@@ -244,8 +244,8 @@ def load(folder: Path, execution: str = "masked") -> Case:
     if config.task == "multiple_choice":
         options = arrays["input_ids"].shape[1]
         config = dataclasses.replace(config, labels=tuple("ABCDEFGH"[:options]))
-    tree, report = from_original_names(read_weights(folder), config)
-    if report.missing:  # the dense cases come without selectors, which take no part in them
+    tree, _ = from_original_names(read_weights(folder), config)
+    if "selector_0" not in tree["encoder"]:  # the dense cases have no selectors
         fresh = init_params(config, jax.random.key(0))["encoder"]
         tree["encoder"] |= {name: fresh[name] for name in ("selector_0", "selector_1")}
     params = jax.tree.map(jnp.asarray, tree)

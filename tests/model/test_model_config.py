@@ -10,8 +10,7 @@ import pytest
 from tiny_checkpoints import CONFIGS
 
 from trbert_jax.errors import UserError
-from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.pretrained import model_config_from_dict, model_config_to_dict
+from trbert_jax.model.config import ModelConfig, model_config_from_dict, model_config_to_dict
 
 
 def test_defaults_are_the_frameworks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_models
+from safetensors.numpy import load_file
 from tiny_checkpoints import CONFIGS, assert_same_params, edit_json, edit_weights, quietly
 from tiny_models import BERT, DISTILBERT, tiny_model, tiny_params, tiny_weights
 
+from trbert_jax.errors import UserError
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import TokenReducingModel
-from trbert_jax.model.pretrained import load_pretrained, load_tokenizer, save_pretrained
-from trbert_jax.model.tokenizers import read_line_breaks_as_spaces
+from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.weights import to_original_names
 
 
@@ -162,27 +164,38 @@ def test_published_model_types(tmp_path: Path, config: ModelConfig, published: s
     assert loaded.tokenizer is not None
 
 
-def test_line_breaks_as_spaces_stay_with_the_tokenizer(tmp_path: Path) -> None:
-    tokenizer = tiny_models.tiny_tokenizer()
-    assert len(tokenizer("a<br />film<br>.").tokens()) > 5
-    read_line_breaks_as_spaces(tokenizer)
-    save_pretrained(tmp_path, BERT, tiny_params(BERT), tokenizer)
-    loaded = load_tokenizer(tmp_path)
-    assert loaded("a<br /><br/>film<br>.").tokens() == ["[CLS]", "a", "film", ".", "[SEP]"]
-    assert loaded("a < br film").tokens() == tiny_models.tiny_tokenizer()("a < br film").tokens()
+def test_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="hf download some-body/some-model --local-dir"):
+        load_pretrained("some-body/some-model")  # the tests run offline
+    with pytest.raises(UserError, match="nothing/here"):
+        load_pretrained(tmp_path / "nothing" / "here")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        load_pretrained(tmp_path / "file")
 
 
-def test_tokenizer_from_a_bare_vocabulary(tmp_path: Path) -> None:
-    (tmp_path / "vocab.txt").write_text("\n".join(tiny_models.VOCABULARY) + "\n")
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 4}')
-    ours, theirs = load_tokenizer(tmp_path), tiny_models.tiny_tokenizer()
-    text = "I saw the goods, not badly!"
-    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+@pytest.mark.parametrize("kind", ["safetensors", pytest.param("bin", marks=pytest.mark.torch)])
+def test_hub_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The PyTorch file is fetched only if there is no safetensors file."""
+    remote, cache = tiny_model(tmp_path / "remote"), tmp_path / "cache"
+    if kind == "bin":
+        torch = pytest.importorskip("torch")
+        tensors = {k: torch.from_numpy(v) for k, v in load_file(remote / "model.safetensors").items()}
+        torch.save(tensors, remote / "pytorch_model.bin")
+        (remote / "model.safetensors").unlink()
+    else:
+        (remote / "pytorch_model.bin").write_bytes(b"not wanted")
+    (remote / "tf_model.h5").write_bytes(b"not wanted")
+    cache.mkdir()
 
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        assert name == "some-body/some-model"
+        for pattern in allow_patterns:
+            for file in remote.glob(pattern):
+                shutil.copyfile(file, cache / file.name)
+        return str(cache)
 
-def test_stored_truncation_and_padding_are_switched_off(tmp_path: Path) -> None:
-    tokenizer = tiny_models.tiny_tokenizer().backend_tokenizer
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=12)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert len(load_tokenizer(tmp_path).backend_tokenizer.encode("the film was very very dull").ids) == 8
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert_same_params(quietly("some-body/some-model").params, tiny_params(BERT))
+    assert not (cache / "tf_model.h5").exists()
+    assert (cache / "pytorch_model.bin").exists() == (kind == "bin")

@@ -1,7 +1,6 @@
-"""List the backbones by name: how each differs from BERT, in memory and on disk. Free of JAX.
+"""List the backbones: post-LN encoders that differ in names and details. To add one, register one `Backbone`.
 
-All backbones are post-LN encoders that `trbert_jax.model` computes; a record holds the differences.
-To add a backbone of that kind, register one `Backbone`. Source: docs/method.md, "Encoder", "Checkpoints".
+Free of JAX, because the settings are made from this table. Source: docs/method.md, "Encoder", "Checkpoints".
 """
 
 from __future__ import annotations

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,17 +23,10 @@ from trbert_jax.model.config import (
     model_config_to_dict,
 )
 from trbert_jax.model.heads import HEADS
-from trbert_jax.model.tokenizers import (
-    Tokenizer,
-    check_vocabulary,
-    find_tokenizer,
-    load_tokenizer,
-    save_tokenizer,
-)
+from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, find_tokenizer, save_tokenizer
 from trbert_jax.model.weights import (
     SAFETENSORS,
     TORCH,
-    NameReport,
     Parameter,
     Tree,
     from_original_names,
@@ -48,37 +39,10 @@ from trbert_jax.model.weights import (
     write_weights,
 )
 
-__all__ = [
-    "Pretrained",
-    "load_pretrained",
-    "load_tokenizer",
-    "model_config_from_dict",
-    "model_config_to_dict",
-    "read_weights",
-    "save_pretrained",
-]
-
 logger = logging.getLogger(__name__)
 
-Announce = Callable[[str], Any]  # still used by callers; to be replaced by loggers
-
-
-def to_stderr(message: str) -> None:
-    """Writes a message where it does not mix with a program's output."""
-    sys.stderr.write(f"{message}\n")
-
-
-# The files of a model's directory.
-_MODEL_FILES = {
-    "config.json",
-    SAFETENSORS,
-    TORCH,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-}
+_TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+_MODEL_FILES = {"config.json", SAFETENSORS, TORCH, "added_tokens.json", "vocab.txt"} | _TOKENIZER_FILES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,29 +105,33 @@ def load_pretrained(
     weights = read_weights(directory)
 
     if task is not None and task != config.task:
-        config = _change_task(config, weights, task, directory)
+        config = _change_task(config, weights, task)
     counts_labels = config.task == "classification" and "classifier.weight" in weights
     if labels_from_dict(values) is None and counts_labels:
         rows = weights["classifier.weight"].shape[0]
         config = dataclasses.replace(config, labels=tuple(str(i) for i in range(rows)))
-    tree, report = from_original_names(weights, config)
-    _check_report(report, config, directory)
+    tree, differences = from_original_names(weights, config)
+    if differences:
+        kind = f"{config.model_type} model for {config.task} with {config.num_layers} layers"
+        raise UserError("\n  ".join((f"{directory}: the weights are not those of a {kind}", *differences)))
 
     if labels is not None:
-        config = _change_labels(config, tree, tuple(labels), directory)
+        config = _change_labels(config, tree, tuple(labels))
     if keep_layers is not None:
-        config = _keep_layers(config, tree, list(keep_layers), directory)
+        config = _keep_layers(config, tree, list(keep_layers))
     if max_positions is not None:
-        config = _resize_positions(config, tree, max_positions, directory)
+        config = _resize_positions(config, tree, max_positions)
     if max_length is not None:
-        config = _set_max_length(config, max_length)
+        if not 2 <= max_length <= config.max_positions:
+            raise UserError(
+                f"max_length is {max_length}; the model has {config.max_positions} positions, so expected "
+                f"2 to {config.max_positions}. Set max_positions to extend the position table"
+            )
+        config = dataclasses.replace(config, max_length=max_length)
     new = _initialize_missing(config, tree, seed)
     if new:
-        logger.warning(
-            "%s: not in the checkpoint, initialized at random, to be trained before use: %s",
-            directory,
-            ", ".join(new),
-        )
+        parts = ", ".join(new)
+        logger.warning("%s: initialized at random, to be trained before use: %s", directory, parts)
     tokenizer = find_tokenizer(directory, config.backbone.special_tokens)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, str(directory))
@@ -222,47 +190,18 @@ def _check_replaceable(directory: Path) -> None:
         )
 
 
-def _check_report(report: NameReport, config: ModelConfig, directory: Path) -> None:
-    """Raises `UserError` unless the checkpoint is this model; whole parts but the encoder may be missing."""
-    lacking = set(report.missing)
-    present = {p.part for p in parameters(config) if p not in lacking} | {"encoder"}
-    missing = [p for p in report.missing if p.part in present]
-    problems = []
-    if report.mismatched:
-        problems.append("parameters with another shape than config.json says:")
-        problems += [
-            f"  {name}: {list(found)} in the checkpoint, {list(expected)} expected"
-            for name, found, expected in report.mismatched
-        ]
-    if missing:
-        problems.append("parameters missing from the checkpoint:")
-        problems += [f"  {p.name} {list(p.shape)}" for p in missing]
-    if report.unexpected:
-        problems.append("names in the checkpoint that this model has no place for:")
-        problems += [f"  {name}" for name in report.unexpected]
-    if problems:
-        raise UserError(
-            f"{directory}: the weights are not those of a {config.model_type} model for {config.task} "
-            f"with {config.num_layers} layers\n" + "\n".join(problems)
-        )
-
-
-def _change_task(
-    config: ModelConfig, weights: dict[str, np.ndarray], task: str, directory: Path
-) -> ModelConfig:
+def _change_task(config: ModelConfig, weights: dict[str, np.ndarray], task: str) -> ModelConfig:
     """Returns the configuration for another task; removes the checkpoint's own head from its weights."""
     layers = {"pre_classifier", *(layer for head in HEADS.values() for layer in head.layers)}
-    removed = sorted(name for name in weights if name.startswith(tuple(f"{layer}." for layer in layers)))
+    removed = sorted(name for name in weights if name.partition(".")[0] in layers)
     for name in removed:
         del weights[name]
     if removed:
-        logger.info(
-            "%s: its head is for %s, not %s; left out: %s", directory, config.task, task, ", ".join(removed)
-        )
+        logger.info("left out the head for %s: %s", config.task, ", ".join(removed))
     return dataclasses.replace(config, task=task)
 
 
-def _change_labels(config: ModelConfig, tree: Tree, labels: tuple[str, ...], directory: Path) -> ModelConfig:
+def _change_labels(config: ModelConfig, tree: Tree, labels: tuple[str, ...]) -> ModelConfig:
     if len(set(labels)) < len(labels) or not labels:
         raise UserError(f"label names must be given and differ: {', '.join(labels) or 'none given'}")
     old, new = config.labels, dataclasses.replace(config, labels=labels)
@@ -271,43 +210,32 @@ def _change_labels(config: ModelConfig, tree: Tree, labels: tuple[str, ...], dir
     if classifier is None or old == labels or config.task != "classification":
         return new
     if len(old) != len(labels):
-        logger.info(
-            "%s: left out its classifier for %d labels instead of %d", directory, len(old), len(labels)
-        )
+        logger.info("left out the classifier, which has %d labels instead of %d", len(old), len(labels))
         del tree["head"]["classifier"]
     elif set(old) == set(labels):
-        logger.info("%s: reordered the classifier's labels: %s", directory, ", ".join(labels))
+        logger.info("reordered the classifier's labels: %s", ", ".join(labels))
         order = [old.index(label) for label in labels]
-        tree["head"]["classifier"] = {
-            "kernel": np.ascontiguousarray(classifier["kernel"][:, order]),
-            "bias": classifier["bias"][order],
-        }
+        kernel = np.ascontiguousarray(classifier["kernel"][:, order])
+        tree["head"]["classifier"] = {"kernel": kernel, "bias": classifier["bias"][order]}
     elif any(label not in (str(i), f"LABEL_{i}") for i, label in enumerate(old)):
         # The frameworks write LABEL_0, ... for labels without a name.
-        logger.warning(
-            "%s: renamed the classifier's labels, %s, to %s, in this order",
-            directory,
-            ", ".join(old),
-            ", ".join(labels),
-        )
+        logger.warning("renamed the classifier's labels, %s, to %s", ", ".join(old), ", ".join(labels))
     return new
 
 
-def _keep_layers(config: ModelConfig, tree: Tree, layers: list[int], directory: Path) -> ModelConfig:
+def _keep_layers(config: ModelConfig, tree: Tree, layers: list[int]) -> ModelConfig:
     if not layers or len(set(layers)) < len(layers) or not all(0 <= i < config.num_layers for i in layers):
         raise UserError(
             f"keep_layers is {layers}; expected different numbers from 0 to {config.num_layers - 1}, "
             "the checkpoint's layers"
         )
-    kept = {f"layer_{new}": tree["encoder"][f"layer_{old}"] for new, old in enumerate(layers)}
-    for i in range(config.num_layers):
-        del tree["encoder"][f"layer_{i}"]
-    tree["encoder"].update(kept)
-    logger.info("%s: kept layers %s of %d", directory, ", ".join(map(str, layers)), config.num_layers)
+    all_layers = [tree["encoder"].pop(f"layer_{i}") for i in range(config.num_layers)]
+    tree["encoder"].update({f"layer_{new}": all_layers[old] for new, old in enumerate(layers)})
+    logger.info("kept layers %s of %d", ", ".join(map(str, layers)), config.num_layers)
     return dataclasses.replace(config, num_layers=len(layers))
 
 
-def _resize_positions(config: ModelConfig, tree: Tree, rows: int, directory: Path) -> ModelConfig:
+def _resize_positions(config: ModelConfig, tree: Tree, rows: int) -> ModelConfig:
     if rows < 2:
         raise UserError(f"max_positions is {rows}; at least 2 are needed, for [CLS] and [SEP]")
     if rows == config.max_positions:
@@ -316,17 +244,8 @@ def _resize_positions(config: ModelConfig, tree: Tree, rows: int, directory: Pat
     position = tree["encoder"]["embeddings"]["position"]
     position["embedding"] = position["embedding"][np.arange(rows) % config.max_positions]
     how = "repeated" if rows > config.max_positions else "cut"
-    logger.info("%s: %s the position table of %d rows to make %d", directory, how, config.max_positions, rows)
+    logger.info("%s the position table of %d rows to make %d", how, config.max_positions, rows)
     return dataclasses.replace(config, max_positions=rows, max_length=min(rows, config.max_length))
-
-
-def _set_max_length(config: ModelConfig, max_length: int) -> ModelConfig:
-    if not 2 <= max_length <= config.max_positions:
-        raise UserError(
-            f"max_length is {max_length}; the model has {config.max_positions} positions, so expected "
-            f"2 to {config.max_positions}. Set max_positions to extend the position table"
-        )
-    return dataclasses.replace(config, max_length=max_length)
 
 
 def _initialize_missing(config: ModelConfig, tree: Tree, seed: int) -> tuple[str, ...]:

@@ -76,21 +76,6 @@ class Parameter:
         return self.path[-1] == "kernel"
 
 
-@dataclasses.dataclass(frozen=True)
-class NameReport:
-    """Differences between a checkpoint's names and a model's.
-
-    Attributes:
-      missing: parameters the checkpoint lacks.
-      unexpected: names on disk that are no parameters of the model.
-      mismatched: `(name, shape on disk, shape of the model)`.
-    """
-
-    missing: tuple[Parameter, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
-
-
 @functools.lru_cache(maxsize=32)
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """Lists every parameter of a model, in the order of the computation."""
@@ -125,7 +110,7 @@ def _modules(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], str, str]]:
         yield ("head", layer), layer, layer
 
 
-def from_original_names(weights: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[Tree, NameReport]:
+def from_original_names(weights: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[Tree, list[str]]:
     """Builds a parameter tree from a checkpoint.
 
     The model's prefix (`bert.`, `distilbert.`) is optional. Ignores pre-training heads, stored constants
@@ -136,10 +121,11 @@ def from_original_names(weights: Mapping[str, np.ndarray], config: ModelConfig) 
       config: the model's shape.
 
     Returns:
-      The tree of all parameters found with the right shape, and the differences.
+      The tree of all parameters found with the right shape, and the differences, one line each. It is no
+      difference if a whole part other than the encoder is missing.
     """
     found: dict[str, np.ndarray] = {}
-    unexpected = []
+    differences = []
     expected = {p.name: p for p in parameters(config)}
     of_sentence = (f"{config.backbone.name}.pooler.", "pre_classifier.") if config.reads_all_tokens else ()
     for name, array in weights.items():
@@ -147,21 +133,23 @@ def from_original_names(weights: Mapping[str, np.ndarray], config: ModelConfig) 
         if full is None or full.startswith(of_sentence):
             continue
         if full not in expected or full in found:
-            unexpected.append(name)
+            differences.append(f"{name}: not a parameter of this model")
         else:
             found[full] = array
 
     tree: Tree = {}
-    missing, mismatched = [], []
+    present = {"encoder", *(expected[name].part for name in found)}
     for p in expected.values():
         if p.name not in found:
-            missing.append(p)
+            if p.part in present:
+                differences.append(f"{p.name} {list(p.shape)}: missing")
         elif found[p.name].shape != p.shape:
-            mismatched.append((p.name, tuple(found[p.name].shape), p.shape))
+            shape = list(found[p.name].shape)
+            differences.append(f"{p.name}: {shape} in the checkpoint, {list(p.shape)} expected")
         else:
             array = found[p.name]
             set_leaf(tree, p.path, np.ascontiguousarray(array.T) if p.transposed else array)
-    return tree, NameReport(tuple(missing), tuple(unexpected), tuple(mismatched))
+    return tree, differences
 
 
 def to_original_names(tree: Tree, config: ModelConfig) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""List the reduction rules by name: how each decides which tokens to keep, and what it needs to know.
+"""List the reduction rules by name. To add one, register one `RuleSpec`.
 
-The table is free of JAX, so that the configuration and the command line can be made from it; a rule's
-`build` imports `trbert_jax.reduction.selection` when it is called. To add a rule, register one `RuleSpec`.
+Free of JAX until a rule is built, because the settings and the command line are made from this table.
 """
 
 from __future__ import annotations
@@ -91,95 +90,55 @@ def check_rule(name: str, threshold: float = DEFAULT_THRESHOLD) -> None:
         raise UserError(f"threshold is {threshold!r}, but rule {name} has none; use rule {DEFAULT_RULE}")
 
 
-# Evaluation and prediction ---------------------------------------------------------------------------
-
-
-def _threshold(inputs: Inputs) -> Rule:
+def _selection() -> Any:
     from trbert_jax.reduction import selection
 
-    return selection.keep_above(inputs["min_logit"][0])
+    return selection
 
 
-def _batch_max(inputs: Inputs) -> Rule:
-    from trbert_jax.reduction import selection
-
-    return selection.keep_batch_max
-
-
-register_rule(
+for _spec in (
     RuleSpec(
         "threshold",
         "keep each token whose keep probability reaches the threshold",
-        _threshold,
+        lambda inputs: _selection().keep_above(inputs["min_logit"][0]),
         inputs=("min_logit",),
-    )
-)
-register_rule(
+    ),
     RuleSpec(
         "batch_max",
         "as published: fill each row up to the row of the batch that keeps most",
-        _batch_max,
+        lambda inputs: _selection().keep_batch_max,
         exact=False,
-    )
-)
-register_rule(
-    RuleSpec("dense", "keep all tokens; do not ask the selectors", lambda inputs: None, drops=False)
-)
-
-
-# Baselines at given kept counts ----------------------------------------------------------------------
-
-
-def _random(inputs: Inputs) -> Rule:
-    from trbert_jax.reduction import selection
-
-    return selection.keep_random(inputs["num_kept"].T, inputs["row_keys"])
-
-
-def _first_k(inputs: Inputs) -> Rule:
-    from trbert_jax.reduction import selection
-
-    return selection.keep_first(inputs["num_kept"].T)
-
-
-register_rule(
+    ),
+    RuleSpec("dense", "keep all tokens; do not run the selectors", lambda inputs: None, drops=False),
     RuleSpec(
         "random",
         "keep [CLS] and random other tokens",
-        _random,
+        lambda inputs: _selection().keep_random(inputs["num_kept"].T, inputs["row_keys"]),
         use="baseline",
         inputs=("num_kept", "row_keys"),
-    )
-)
-register_rule(RuleSpec("first_k", "keep the first tokens", _first_k, use="baseline", inputs=("num_kept",)))
-
-
-# Training --------------------------------------------------------------------------------------------
-
-
-def _sample(inputs: Inputs) -> Rule:
-    from trbert_jax.reduction import selection
-
-    return selection.sample(inputs["row_keys"])
-
-
-def _imitate(inputs: Inputs) -> Rule:
-    from trbert_jax.reduction import selection
-
-    return selection.imitate(inputs["guide"], inputs["imitating"], selection.sample(inputs["row_keys"]))
-
-
-register_rule(
+    ),
     RuleSpec(
-        "sample", "draw each token's action from its keep probability", _sample, "train", inputs=("row_keys",)
-    )
-)
-register_rule(
+        "first_k",
+        "keep the first tokens",
+        lambda inputs: _selection().keep_first(inputs["num_kept"].T),
+        use="baseline",
+        inputs=("num_kept",),
+    ),
+    RuleSpec(
+        "sample",
+        "draw each token's action from its keep probability",
+        lambda inputs: _selection().sample(inputs["row_keys"]),
+        use="train",
+        inputs=("row_keys",),
+    ),
     RuleSpec(
         "imitate",
         "keep the tokens with the highest residual scores in some rows, sample in the others",
-        _imitate,
+        lambda inputs: _selection().imitate(
+            inputs["guide"], inputs["imitating"], _selection().sample(inputs["row_keys"])
+        ),
         use="train",
         inputs=("row_keys", "guide", "imitating"),
-    )
-)
+    ),
+):
+    register_rule(_spec)
