@@ -69,7 +69,6 @@ class CheckpointStore:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self.directory, self._keep = Path(directory), keep
         self._fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as read back
-        self._handler = _HashingHandler(multiprocessing_options=_this_process())
         self._manager: _Manager | None = None
 
     def folder(self, step: int) -> Path:
@@ -95,14 +94,11 @@ class CheckpointStore:
         metrics: Mapping[str, float] | None = None,
         metric: float | None = None,
     ) -> None:
-        """Starts to write a checkpoint; afterwards old ones are deleted, except the best.
-
-        The write continues in the background: call `wait` to be sure that it is complete, and do not change
-        `state` until then.
+        """Writes a checkpoint in the background, then deletes old ones except the best.
 
         Args:
           step: updates done; larger than the step of every checkpoint.
-          state: pytree of arrays.
+          state: pytree of arrays, which must not change until `wait` returns.
           metrics: scalars to save with it.
           metric: score that selects the best checkpoint, the larger the better; None or a value that is not
             finite is never the best.
@@ -124,19 +120,19 @@ class CheckpointStore:
             "arrays": _describe(leaves),
         }
         manifests[step] = manifest
-        self._handler.manifest = manifest
         # Orbax refuses empty arrays; the manifest has their shapes.
         arrays = {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf.size}
         with self._failing(step):
             if self._manager is None:
-                self._manager = _Manager(make_directory(self.directory).absolute(), self._handler)
+                self._manager = _Manager(make_directory(self.directory).absolute())
+            self._manager.handler.manifest = manifest
             self._manager.kept = {*list(manifests)[-self._keep :], _best(manifests)}
             self._manager.save(step, args=ocp.args.Composite(**{ARRAYS: ocp.args.PyTreeSave(arrays)}))
 
     def wait(self) -> None:
         """Waits until the last checkpoint is written. Raises `UserError` if that failed."""
         if self._manager is not None:
-            with self._failing(self._handler.manifest["step"]):
+            with self._failing(self._manager.handler.manifest["step"]):
                 self._manager.wait_until_finished()
             shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
@@ -261,7 +257,8 @@ class _Manager(ocp.CheckpointManager):
 
     kept: set[int | None]
 
-    def __init__(self, directory: Path, handler: _HashingHandler) -> None:
+    def __init__(self, directory: Path) -> None:
+        self.handler = _HashingHandler(multiprocessing_options=_this_process())
         options = ocp.CheckpointManagerOptions(
             create=False,
             step_prefix="step",
@@ -274,7 +271,7 @@ class _Manager(ocp.CheckpointManager):
             multiprocessing_options=_this_process(),
         )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add(ARRAYS, ocp.args.PyTreeSave, handler)
+        registry.add(ARRAYS, ocp.args.PyTreeSave, self.handler)
         super().__init__(directory, options=options, handler_registry=registry)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
