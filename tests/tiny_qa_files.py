@@ -16,31 +16,17 @@ MOUNTAIN = "Mont\u00a0Blanc rises to 4,808 m.\u2028The Élysée in  Paris is low
 
 def squad_document() -> Any:
     """Version 2.0: several answers, a repeated one, multi-byte text, a question without answer."""
-    questions = [
-        {
-            "id": "q1",
-            "question": "How high is it?",
-            "answers": [
-                {"text": "4,808 m", "answer_start": MOUNTAIN.index("4,808")},
-                {"text": "4,808", "answer_start": MOUNTAIN.index("4,808")},
-                {"text": "4,808", "answer_start": MOUNTAIN.index("4,808")},
-            ],
-            "is_impossible": False,
-        },
-        {
-            "id": "q2",
-            "question": "Which city is far?",
-            "answers": [{"text": "東京", "answer_start": MOUNTAIN.index("東")}],
-            "is_impossible": False,
-        },
-        {
-            "id": "q3",
-            "question": "Who climbed it?",
-            "answers": [],
-            "is_impossible": True,
-            "plausible_answers": [{"text": "Paris", "answer_start": MOUNTAIN.index("Paris")}],
-        },
+
+    def answers(*texts: str) -> list[dict[str, Any]]:
+        return [{"text": text, "answer_start": MOUNTAIN.index(text)} for text in texts]
+
+    questions: list[dict[str, Any]] = [
+        {"id": "q1", "question": "How high is it?", "answers": answers("4,808 m", "4,808", "4,808")},
+        {"id": "q2", "question": "Which city is far?", "answers": answers("東京")},
+        {"id": "q3", "question": "Who climbed it?", "answers": [], "plausible_answers": answers("Paris")},
     ]
+    for question in questions:
+        question["is_impossible"] = not question["answers"]
     other = {"id": "q4", "question": "What is here?", "answers": [{"text": "words", "answer_start": 5}]}
     return {
         "version": "v2.0",
@@ -53,38 +39,26 @@ def squad_document() -> Any:
 
 def mrqa_document() -> Any:
     """A header and two contexts; the first question has two answers, the second of them twice."""
-    first, second = MOUNTAIN.index("Paris"), MOUNTAIN.index("東")
-    questions = [
-        {
-            "qid": "n1",
-            "id": "story#1",
-            "question": "Where?",
-            "answers": ["Paris", "東京"],
-            "detected_answers": [
-                {"text": "Paris", "char_spans": [[first, first + 4]]},
-                {"text": "東京", "char_spans": [[second, second + 1], [second, second + 1]]},
-            ],
-        },
-        {
-            "id": "n2",
-            "question": "What?",
-            "answers": ["the elysee"],
-            "detected_answers": [
-                {"text": "the elysee", "char_spans": [[MOUNTAIN.index("The"), MOUNTAIN.index(" in")]]}
-            ],
-        },
-    ]
+    first, second, article = MOUNTAIN.index("Paris"), MOUNTAIN.index("東"), MOUNTAIN.index("The")
+    paris = {"text": "Paris", "char_spans": [[first, first + 4]]}
+    tokyo = {"text": "東京", "char_spans": [[second, second + 1], [second, second + 1]]}
+    elysee = {"text": "the elysee", "char_spans": [[article, MOUNTAIN.index(" in")]]}
     found = {"text": "b c", "char_spans": [[2, 4]], "token_spans": [[1, 2]]}
-    other = {"qid": "n3", "question": "Which?", "answers": ["b c"], "detected_answers": [found]}
+
+    def question(text: str, *detected: dict[str, Any], **ids: str) -> dict[str, Any]:
+        answers = [answer["text"] for answer in detected]
+        return {**ids, "question": text, "answers": answers, "detected_answers": list(detected)}
+
+    questions = [question("Where?", paris, tokyo, qid="n1", id="story#1"), question("What?", elysee, id="n2")]
     return [
         {"header": {"dataset": "NewsQA", "split": "dev"}},
         {"id": "", "context": MOUNTAIN, "qas": questions, "context_tokens": []},
-        {"id": "", "context": "a b c", "qas": [other]},
+        {"id": "", "context": "a b c", "qas": [question("Which?", found, qid="n3")]},
     ]
 
 
 def race_document() -> Any:
-    """Articles by file; in one the questions are few, in one there is none."""
+    """Articles by file; one has few questions, one has none."""
     return {
         "high/2.txt": {
             "article": "Élodie reads.",
@@ -131,35 +105,17 @@ def hotpotqa_document() -> Any:
 
 def hotpotqa_graph_document() -> Any:
     """Two lines of training; the second has a third paragraph without support, and an empty sentence."""
-    gold = [
-        {
-            "name": "Léon_(film)",
-            "context": ["le", "##on", "is", "a", "film"],
-            "spans": [[0, 1], [4, 4]],
-            "sent_pos": [[0, 2], [2, 5]],
-            "supp_label": [1, 0],
-            "has_supp": True,
-        },
-        {
-            "name": "Nikita",
-            "context": ["older"],
-            "spans": [],
-            "sent_pos": [[0, 1]],
-            "supp_label": [1],
-            "has_supp": 1,
-        },
-    ]
-    other = {
-        "name": "Other",
-        "context": ["no", "[SEP]"],
-        "spans": [],
-        "sent_pos": [[0, 2], [2, 2]],
-        "supp_label": [0, 0],
-        "has_supp": False,
-    }
+
+    def node(name: str, context: str, spans: Any, sent_pos: Any, supp_label: Any) -> dict[str, Any]:
+        fields = {"name": name, "context": context.split(), "spans": spans, "sent_pos": sent_pos}
+        return {**fields, "supp_label": supp_label, "has_supp": any(supp_label)}
+
+    film = node("Léon_(film)", "le ##on is a film", [[0, 1], [4, 4]], [[0, 2], [2, 5]], [1, 0])
+    older = {**node("Nikita", "older", [], [[0, 1]], [1]), "has_supp": 1}
+    other = node("Other", "no [SEP]", [], [[0, 2], [2, 2]], [0, 0])
     return [
-        {"question": "Which film?", "answer": "Léon", "edge": [[0, 1]], "node": gold},
-        {"question": "Is it?", "answer": "yes", "edge": [], "node": [*gold, other]},
+        {"question": "Which film?", "answer": "Léon", "edge": [[0, 1]], "node": [film, older]},
+        {"question": "Is it?", "answer": "yes", "edge": [], "node": [film, older, other]},
     ]
 
 
@@ -259,23 +215,15 @@ def wikihop_document() -> Any:
     ]
 
 
-def _dump(document: Any) -> bytes:
-    text = json.dumps(document, ensure_ascii=False)
-    try:
-        return text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair can only be written as an escape
-        return json.dumps(document).encode()
-
-
 def write_json(path: Path, document: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_dump(document))
+    path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     return path
 
 
 def write_lines(path: Path, document: Any) -> Path:
     """JSON lines, gzip-compressed where the name says so; characters of every kind as they are."""
-    content = b"".join(_dump(line) + b"\n" for line in document)
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in document).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
