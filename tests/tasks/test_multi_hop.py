@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_qa import VOCABULARY, pieces, qa_tokenizer, row, texts
 
-from trbert_jax.datasets.records import MultiHopQuestion, Paragraph
+from trbert_jax.datasets.records import GraphParagraph, GraphQuestion, MultiHopQuestion, Paragraph, Span
 from trbert_jax.errors import UserError
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.multi_hop import decode_multi_hop, drawn_orders, file_orders, pack
@@ -18,7 +18,7 @@ from trbert_jax.tasks.paragraphs import (
     MultiHopParagraphs,
     TokenizedQuestion,
     encode_paragraphs,
-    paragraph_from_pieces,
+    question_from_graph,
     tokenize_questions,
 )
 from trbert_jax.tasks.text_encoder import TextEncoder
@@ -203,45 +203,51 @@ def test_draws_depend_on_seed_epoch_and_question_alone() -> None:
     assert relative(3, 42, 0) == first[:3]
 
 
+def graph(*paragraphs: GraphParagraph) -> TokenizedQuestion:
+    question = GraphQuestion("h0", QUESTION.question, QUESTION.answer or "", paragraphs, QUESTION.where)
+    return question_from_graph(question, TOKENIZER)
+
+
 def test_pretokenized_paragraphs_become_the_same_inputs() -> None:
-    source = tokenized(QUESTION)
-    paragraphs = tuple(
-        paragraph_from_pieces(
-            TOKENIZER,
-            p.title,
-            pieces(p.tokens),
-            sentences=[(int(a), int(b)) for a, b in p.sentences],
-            supporting=p.supporting.tolist(),
-            spans=[(int(a), int(b)) for a, b in p.spans],
-            gold=p.gold,
+    def ranges(pairs: np.ndarray) -> tuple[Span, ...]:
+        return tuple(Span(int(a), int(b)) for a, b in pairs)
+
+    source = tokenized(QUESTION).paragraphs
+    order = (1, 2, 0)  # the gold ones first
+    question = graph(
+        *(
+            GraphParagraph(
+                source[k].title,
+                tuple(pieces(source[k].tokens)),
+                ranges(source[k].sentences),
+                tuple(map(bool, source[k].supporting)),
+                ranges(source[k].spans),
+                (),
+                (),
+            )
+            for k in order
         )
-        for p in source.paragraphs
     )
-    ours, theirs = packed(dataclasses.replace(source, paragraphs=paragraphs)), packed(QUESTION)
+    paragraphs = tuple(QUESTION.paragraphs[k] for k in order)
+    ours, theirs = packed(question), packed(dataclasses.replace(QUESTION, paragraphs=paragraphs))
     assert ours.tokens.tolist() == theirs.tokens.tolist()
     for name, targets in theirs.targets.items():
         np.testing.assert_array_equal(ours.targets[name], targets)
-    assert ours.layout.paragraphs.gold.tolist() == [False, True, True]
+    assert ours.layout.paragraphs.gold.tolist() == [True, True, False]
     assert (ours.layout.paragraphs.chars.values == -1).all()
 
 
-def test_mistakes_in_pretokenized_paragraphs() -> None:
-    words: dict[str, Any] = {"words": ["The", "Japanese.", "King"], "piece_words": [0, 1, 1, 1, -1]}
-    paragraph = paragraph_from_pieces(TOKENIZER, "t", ["the", "japan", "##ese", ".", "king"], **words)
+def test_words_and_withheld_labels_of_pretokenized_paragraphs() -> None:
+    words = ("The", "Japanese.", "King")
+    wordpieces = ("the", "japan", "##ese", ".", "king")
+    (paragraph,) = graph(
+        GraphParagraph("t", wordpieces, (Span(0, 4),), (), (), words, (0, 1, 1, 1, -1))
+    ).paragraphs
     assert paragraph.text == "The Japanese. King"
     assert paragraph.chars.tolist() == [[0, 3], [4, 13], [4, 13], [4, 13], [-1, -1]]
+    assert (paragraph.supporting.tolist(), paragraph.gold) == ([-1], False)
     with pytest.raises(UserError, match=r"t: .*'##zz'"):
-        paragraph_from_pieces(TOKENIZER, "t", ["the", "##zz"])
-    mistakes: list[dict[str, Any]] = [
-        {"words": ["a"], "piece_words": [1]},
-        {"words": ["a"], "piece_words": []},
-        {"spans": [(0, 2)]},
-        {"spans": [(1, 0)]},
-        {"sentences": [(-1, 1)]},
-    ]
-    for values in mistakes:
-        with pytest.raises(ValueError, match="t: "):
-            paragraph_from_pieces(TOKENIZER, "t", ["the"], **values)
+        graph(GraphParagraph("t", ("the", "##zz"), (), (), (), (), ()))
 
 
 @pytest.mark.parametrize(
@@ -352,9 +358,9 @@ def test_a_cut_input_and_one_without_text() -> None:
 
 
 def test_gaps_in_pretokenized_text() -> None:
-    words: dict[str, Any] = {"words": ["The", "Kings"], "piece_words": [0, -1, 1, 1]}
-    paragraph = paragraph_from_pieces(TOKENIZER, "t", ["the", "[UNK]", "king", "##s"], **words)
-    examples = packed(TokenizedQuestion("h0", "who ?", "x", (paragraph,), "f"))
+    wordpieces = ("the", "[UNK]", "king", "##s")
+    question = graph(GraphParagraph("t", wordpieces, (), (), (), ("The", "Kings"), (0, -1, 1, 1)))
+    examples = packed(dataclasses.replace(question, question="who ?", answer="x"))
     # 4 to 6 are markers and title; the 7, a gap 8, king ##s 9 and 10.
     found = decode(examples, {7: 5.0, 9: 1.0}, {9: 5.0, 10: 1.0, 7: 0.0})
     assert found["answer"] == {"h0": "Kings"}

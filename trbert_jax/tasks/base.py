@@ -177,18 +177,14 @@ def register_task(task: T) -> T:
 
 
 class RecordErrors:
-    """Collects the records that cannot become inputs.
-
-    Args:
-      training: whether a missing answer is an error.
-    """
+    """Collects the records that cannot become inputs; in training those without an answer too."""
 
     def __init__(self, training: bool = False) -> None:
         self._training = training
         self._found: dict[str, BadRecord] = {}
 
     def add(self, record: Any, field: str, reason: str) -> None:
-        """Notes an error; the first one of a record counts."""
+        """Notes an error; only the first one of a record counts."""
         self._found.setdefault(record.id, unusable(record, field, reason))
 
     def check(self, record: Any, texts: Mapping[str, int], room: int, max_length: int) -> bool:
@@ -265,13 +261,12 @@ def parse_requests(task: Task, requests: Iterable[tuple[str, Any]], ids: set[str
     """Turns requests into records.
 
     Args:
-      task: that the requests are for.
-      requests: the place of each request, for messages, and the JSON object.
-      ids: of all earlier requests; those of these are added. A request without an id gets its number.
+      task: the task asked.
+      requests: place, for messages, and JSON object of each request.
+      ids: of all earlier requests; receives those of these. A request without an id gets its number.
 
     Raises:
-      UserError: a request that is no object or has an id for the second time, and see
-        `Task.parse_request`.
+      UserError: a request is no object or repeats an id, and see `Task.parse_request`.
     """
     records = []
     for where, request in requests:

@@ -13,7 +13,6 @@ import numpy as np
 BUCKET_SHARES = (0.125, 0.25, 0.5, 0.75)  # shares of the maximum length
 _BUCKET_STEP = 16  # widths are multiples of this
 _SMALLEST_BUCKET = 32
-_PADDING = {"i": -1}  # by kind of dtype; 0 for others
 _FORMAT = "trbert_jax question answering features 1"  # a new number invalidates old artifacts
 
 
@@ -69,21 +68,10 @@ class Ragged:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What encoding a data set cut, left out or could not find.
+    """What encoding a data set cut, left out or could not find; see `_LOST` for all but the first two."""
 
-    Attributes:
-      num_examples: records given.
-      num_rows: rows made of them.
-      num_truncated: records some of whose text is in no row.
-      num_questions_cut: questions cut to their maximum length.
-      num_without_answer: rows without the answer, although the source gives one; they point at [CLS].
-      num_discarded: rows left out of training for that reason.
-      num_dropped: questions left out of training, since no row holds their answer or the tokenizer
-        keeps none of its characters.
-    """
-
-    num_examples: int = 0
-    num_rows: int = 0
+    num_examples: int = 0  # records given
+    num_rows: int = 0  # rows made of them
     num_truncated: int = 0
     num_questions_cut: int = 0
     num_without_answer: int = 0
@@ -93,21 +81,21 @@ class Counts:
     @property
     def is_lossy(self) -> bool:
         """Whether any text, row or question was lost."""
-        return any(dataclasses.astuple(self)[2:])
+        return any(getattr(self, name) for name in _LOST)
 
     def describe(self) -> str:
         """Returns one line for the user."""
-        parts = [f"{self.num_examples} questions, {self.num_rows} inputs"]
-        for number, label in (
-            (self.num_truncated, "questions with text that fits into no input"),
-            (self.num_questions_cut, "questions cut"),
-            (self.num_without_answer, "inputs without the answer to their question"),
-            (self.num_discarded, "inputs without the answer left out"),
-            (self.num_dropped, "questions left out, their answer cannot be found in the tokens"),
-        ):
-            if number:
-                parts.append(f"{number} {label}")
-        return "; ".join(parts)
+        lost = [f"{number} {_LOST[name]}" for name in _LOST if (number := getattr(self, name))]
+        return "; ".join([f"{self.num_examples} questions, {self.num_rows} inputs", *lost])
+
+
+_LOST = {
+    "num_truncated": "questions with text that fits into no input",
+    "num_questions_cut": "questions cut to their maximum length",
+    "num_without_answer": "inputs without the answer to their question, which point at [CLS]",
+    "num_discarded": "inputs left out of training for lack of the answer",
+    "num_dropped": "questions left out of training, their answer cannot be found in the tokens",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -307,10 +295,6 @@ def length_batches(
 
     Yields:
       Positions of a batch's examples, int64 [<= batch_size], and the smallest width that holds them.
-      Every example comes once.
-
-    Raises:
-      ValueError: an example is longer than the largest width.
     """
     lengths = examples.lengths
     order = np.argsort(-lengths, kind="stable")
@@ -353,8 +337,11 @@ def pad_batch(examples: Examples, indices: np.ndarray, batch_size: int, width: i
     columns = np.arange(width)
     mask = columns < lengths[:, None]  # [B * G, W]
 
+    def padding(values: np.ndarray) -> int:
+        return -1 if values.dtype.kind == "i" else 0
+
     def by_example(values: np.ndarray) -> np.ndarray:
-        array = np.full((batch_size, *values.shape[1:]), _PADDING.get(values.dtype.kind, 0), values.dtype)
+        array = np.full((batch_size, *values.shape[1:]), padding(values), values.dtype)
         array[: len(chosen)] = values[chosen]
         return array
 
@@ -370,7 +357,7 @@ def pad_batch(examples: Examples, indices: np.ndarray, batch_size: int, width: i
     batch |= {name: by_example(values) for name, values in examples.targets.items()}
     for name, values in examples.row_targets.items():
         shape = valid_rows.reshape(-1, *(1,) * (values.ndim - 1))
-        targets = np.where(shape, values[rows], _PADDING.get(values.dtype.kind, 0)).astype(values.dtype)
+        targets = np.where(shape, values[rows], padding(values)).astype(values.dtype)
         if name == "shared_length":
             batch["shared"] = columns < targets[:, None]
         else:

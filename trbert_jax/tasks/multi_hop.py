@@ -24,9 +24,8 @@ from trbert_jax.tasks.paragraphs import (
     SPAN,
     YES,
     MultiHopParagraphs,
-    TokenizedQuestion,
     encode_paragraphs,
-    paragraph_from_pieces,
+    question_from_graph,
 )
 from trbert_jax.tasks.scorers import score_hotpotqa
 from trbert_jax.tasks.text_encoder import cut_text
@@ -73,7 +72,7 @@ class MultiHopTask(Task):
         Training leaves out questions whose answer is found in no paragraph.
         """
         paragraphs = encode_paragraphs(
-            [_from_graph(r, tokenizer) if isinstance(r, GraphQuestion) else r for r in records],
+            [question_from_graph(r, tokenizer) if isinstance(r, GraphQuestion) else r for r in records],
             tokenizer,
             self.max_length,
             self.inputs.max_question_length or MAX_QUESTION_LENGTH,
@@ -154,24 +153,6 @@ def _facts(record: Any) -> list[list[Any]]:
         for number, supports in enumerate(paragraph.supporting or ())
         if supports
     ]
-
-
-def _from_graph(record: GraphQuestion, tokenizer: Any) -> TokenizedQuestion:
-    paragraphs = tuple(
-        paragraph_from_pieces(
-            tokenizer,
-            paragraph.title,
-            paragraph.wordpieces,
-            sentences=[(r.start, r.end) for r in paragraph.sentences],
-            supporting=paragraph.supporting,
-            spans=[(r.start, r.end) for r in paragraph.answers],
-            gold=number < 2 and bool(paragraph.supporting and any(paragraph.supporting)),
-            words=paragraph.words,
-            piece_words=paragraph.word_of,
-        )
-        for number, paragraph in enumerate(record.paragraphs)
-    )
-    return TokenizedQuestion(record.id, record.question, record.answer, paragraphs, record.where)
 
 
 # Order and packing -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.datasets.records import MultiHopQuestion, Paragraph
+from trbert_jax.datasets.records import GraphParagraph, GraphQuestion, MultiHopQuestion, Paragraph
 from trbert_jax.errors import UserError
 from trbert_jax.tasks.base import RecordErrors
 from trbert_jax.tasks.examples import Counts, Ragged, digest_of
@@ -160,63 +160,46 @@ def kind_of(answer: str | None) -> int:
     return -1 if answer is None else {"yes": YES, "no": NO}.get(answer.lower(), SPAN)
 
 
-def paragraph_from_pieces(
-    tokenizer: Any,
-    title: str,
-    pieces: Sequence[str],
-    *,
-    sentences: Sequence[tuple[int, int]] = (),
-    supporting: Sequence[int] | None = None,
-    spans: Sequence[tuple[int, int]] = (),
-    gold: bool = False,
-    words: Sequence[str] = (),
-    piece_words: Sequence[int] = (),
-) -> TokenizedParagraph:
-    """Builds a paragraph that its source has already divided into word pieces.
-
-    Args:
-      tokenizer: a `transformers.PreTrainedTokenizerFast`.
-      title: as published.
-      pieces: k vocabulary entries.
-      sentences: s ranges `[start, end)` of pieces.
-      supporting: s times 0 or 1; None if the source withholds them.
-      spans: ranges `[start, end)` of pieces that are the answer.
-      gold: see `TokenizedParagraph`.
-      words: words of the text, which is the words joined by spaces; may be empty.
-      piece_words: k numbers, the word of each piece, -1 for none; empty without words. An answer then
-        consists of whole words.
+def question_from_graph(question: GraphQuestion, tokenizer: Any) -> TokenizedQuestion:
+    """Converts a question whose source has already divided its paragraphs into word pieces.
 
     Raises:
-      UserError: a piece that the vocabulary lacks.
-      ValueError: ranges or numbers of words outside the paragraph.
+      UserError: a piece that the tokenizer's vocabulary lacks.
     """
-    vocabulary = tokenizer.get_vocab()
+    paragraphs = tuple(
+        # In a training file the first two are the gold ones.
+        _from_graph(paragraph, tokenizer.get_vocab(), gold=number < 2 and any(paragraph.supporting))
+        for number, paragraph in enumerate(question.paragraphs)
+    )
+    return TokenizedQuestion(question.id, question.question, question.answer, paragraphs, question.where)
+
+
+def _from_graph(paragraph: GraphParagraph, vocabulary: dict[str, int], gold: bool) -> TokenizedParagraph:
+    pieces, words = paragraph.wordpieces, paragraph.words
     missing = next((piece for piece in pieces if piece not in vocabulary), None)
     if missing is not None:
         raise UserError(
-            f"{title}: the word piece {missing!r} is not in the vocabulary; choose the tokenizer that the "
-            "file was made with"
+            f"{paragraph.title}: the word piece {missing!r} is not in the vocabulary; choose the tokenizer "
+            "that the file was made with"
         )
-    k = len(pieces)
-    owner = np.array(piece_words if len(words) else [-1] * k, np.int64)
-    if len(owner) != k or (owner >= len(words)).any():
-        raise ValueError(f"{title}: piece_words has numbers beyond the words, or is not {k} numbers")
-    ranges = [np.array(pairs, np.int32).reshape(-1, 2) for pairs in (sentences, spans)]
-    for pairs in ranges:
-        if ((pairs[:, 0] > pairs[:, 1]) | (pairs[:, 0] < 0) | (pairs[:, 1] > k)).any():
-            raise ValueError(f"{title}: a range of word pieces lies outside the {k} of the paragraph")
+    # The text is the words joined by spaces. A piece stands for its whole word.
+    owner = np.array(paragraph.word_of if words else [-1] * len(pieces), np.int64)
     ends = np.cumsum([len(word) + 1 for word in words], dtype=np.int64) - 1
     starts = ends - [len(word) for word in words]
-    chars = np.full((k, 2), -1, np.int32)
+    chars = np.full((len(pieces), 2), -1, np.int32)
     chars[owner >= 0] = np.stack([starts, ends], axis=1)[owner[owner >= 0]]
+    sentences, spans = (
+        np.array([(span.start, span.end) for span in ranges], np.int32).reshape(-1, 2)
+        for ranges in (paragraph.sentences, paragraph.answers)
+    )
     return TokenizedParagraph(
-        title=title,
+        title=paragraph.title,
         text=" ".join(words),
         tokens=np.array([vocabulary[piece] for piece in pieces], np.int32),
         chars=chars,
-        sentences=ranges[0],
-        supporting=np.array([-1] * len(sentences) if supporting is None else supporting, np.int8),
-        spans=ranges[1],
+        sentences=sentences,
+        supporting=np.array(paragraph.supporting or [-1] * len(sentences), np.int8),
+        spans=spans,
         gold=gold,
     )
 

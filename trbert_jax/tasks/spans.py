@@ -46,11 +46,7 @@ SETTINGS = {"squad": SQUAD, "mrqa": MRQA, "triviaqa": TRIVIAQA}  # by style of t
 
 @register_task
 class SpanTask(Task):
-    """Finds the start and end of an answer in a context.
-
-    The data set decides the published settings, the official scorer, whether questions may have no
-    answer (SQuAD) and whether the windows of a document form one example (TriviaQA).
-    """
+    """Finds the start and end of an answer; settings and scorer depend on the style of the data set."""
 
     name = "span"
     metric = "f1"
@@ -90,14 +86,10 @@ class SpanTask(Task):
     def encode(
         self, records: Sequence[SpanQuestion], tokenizer: Any, *, training: bool = False, **_: Any
     ) -> Examples:
-        """Divides contexts into windows and finds the answers in them; see `Task.encode`.
-
-        Training leaves out questions whose answer the tokenizer does not keep, and, except for SQuAD,
-        windows without the answer. A window without the answer that stays points at [CLS].
-        """
+        """Calls `encode_segments` or `encode_windows`; see `Task.encode`."""
         if self.is_segmented:
             return encode_segments(records, tokenizer, self.windows, training=training)
-        discard = training and not self.is_squad
+        discard = training and not self.is_squad  # as published for MRQA
         return encode_windows(records, tokenizer, self.windows, training=training, discard=discard)
 
     # Row targets `starts` and `ends` int32 [B * G, A], -1 for padding.
@@ -174,8 +166,7 @@ def encode_windows(
       settings: `SQUAD`, `MRQA` or others.
       training: whether to leave out questions without an answer that are not impossible, and those of
         whose answer the tokenizer keeps no character.
-      discard: whether training leaves out the windows of an answerable question that do not hold its
-        answer, as published for MRQA.
+      discard: whether training leaves out windows of an answerable question without its answer.
 
     Returns:
       An example a window, with row targets `starts` and `ends` int32 [R, 1], both inclusive; 0, [CLS],
