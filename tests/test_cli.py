@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,18 @@ def test_reader_of_the_output_goes_away(tmp_path: Path) -> None:
     assert errors == ""
 
 
+def test_messages_go_to_stderr_once(fake: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    def train(config: Any, stages: Any, profile_steps: Any) -> None:
+        for level, message in ((logging.DEBUG, "detail"), (logging.INFO, "step 1"), (logging.INFO, "step 1")):
+            logging.getLogger("trbert_jax.training.loop").log(level, message)
+
+    fake("config", load_config=lambda path, overrides: None)
+    fake("training.run", train=train, results_table=lambda *arguments: ["accuracy 1"])
+    for _ in range(2):  # each run says it again
+        assert main(["train", "--config", "c.yaml"]) == 0
+        assert capsys.readouterr() == ("accuracy 1\n", "step 1\n")
+
+
 # evaluate -----------------------------------------------------------------------------------------
 
 
@@ -264,56 +276,6 @@ def test_compile_needs_a_folder(
     assert "JAX_COMPILATION_CACHE_DIR" in capsys.readouterr().err
 
 
-# convert, split-hyperpartisan ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def converter(fake: Callable[..., None]) -> list[Any]:
-    calls: list[Any] = []
-    config = types.SimpleNamespace(
-        model_type="bert", num_layers=3, hidden_size=8, max_positions=16, num_labels=2
-    )
-
-    def load_pretrained(path: str, **options: Any) -> Any:
-        calls.append((path, options))
-        return types.SimpleNamespace(
-            config=config, params="params", tokenizer="tokenizer", newly_initialized=("selectors",)
-        )
-
-    def save_pretrained(directory: Path, *parts: Any, exclude: Any) -> None:
-        calls.append((directory, (*parts, exclude)))
-
-    fake("model.pretrained", load_pretrained=load_pretrained, save_pretrained=save_pretrained)
-    return calls
-
-
-def test_convert(converter: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "out"
-    arguments = ["--input", "in", "--output", str(output), "--max-positions", "16", "--keep-layers", "0,2,4"]
-    assert main(["convert", *arguments, "--labels", "neg,pos"]) == 0
-    (source, options), (target, parts) = converter
-    assert (source, target) == ("in", output)
-    assert options == {
-        "labels": ["neg", "pos"],
-        "max_positions": 16,
-        "max_length": None,
-        "keep_layers": [0, 2, 4],
-    }
-    assert parts[1:] == ("params", "tokenizer", ("selectors",))
-    assert capsys.readouterr().out == f"{output}: bert, 3 layers of width 8, 16 positions, 2 labels\n"
-
-
-def test_convert_keeps_what_is_there(
-    converter: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "thesis.tex").touch()
-    assert main(["convert", "--input", "in", "--output", str(tmp_path)]) == 2
-    assert "exists and is not empty" in capsys.readouterr().err
-    assert converter == []
-    assert main(["convert", "--input", "in", "--output", str(tmp_path), "--overwrite"]) == 0
-    assert len(converter) == 2
-
-
 # With the real library ----------------------------------------------------------------------------
 
 
@@ -323,6 +285,8 @@ def test_convert_a_model_and_predict_with_it(tmp_path: Path, capsys: pytest.Capt
     assert main(["convert", "--input", str(source), "--output", str(target), *changes]) == 0
     out = capsys.readouterr().out
     assert out == f"{target}: bert, 2 layers of width 16, 32 positions, 2 labels\n"
+    assert main(["convert", "--input", str(source), "--output", str(target), *changes, "--overwrite"]) == 0
+    capsys.readouterr()
 
     assert main(["predict", "--model", str(target), "the film was good .", ""]) == 0
     full, empty = lines_of(capsys.readouterr().out)
