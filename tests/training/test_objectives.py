@@ -71,7 +71,7 @@ def make_batch() -> Batch:
 
 
 def test_means_are_over_real_examples() -> None:
-    """Weighted, added up over micro-batches, and blind to what filler rows hold."""
+    """Weighted, added up over micro-batches, whatever the values of padding rows."""
     first = Objective(
         jnp.array([1.0, 2.0, np.nan]), jnp.array([1.0, 1, 0]), {"x": jnp.array([3.0, 5, np.inf])}
     )
@@ -86,7 +86,7 @@ def test_no_example_at_all() -> None:
     assert mean_over_examples(nothing.sums()) == {"loss": 0, "x": 0}
 
 
-def test_filler_is_as_good_as_deleted() -> None:
+def test_padding_changes_nothing() -> None:
     """For every objective and everything it logs."""
     batch = make_batch()
     filled, _ = run({**batch, "valid": jnp.array([True, False, True, False])})

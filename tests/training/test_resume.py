@@ -102,11 +102,11 @@ def test_going_on_after_an_interruption(
     for code in (130, 130, 0):
         use_old_keys(tmp_path / "parts" / "work")
         assert main(["train", "--config", str(config)]) == code
-        said.append([line for line in capsys.readouterr().err.splitlines() if "going on" in line])
+        said.append([line for line in capsys.readouterr().err.splitlines() if "resuming" in line])
     assert said == [
         [],
-        ["finetune: going on from step 6 of 12"],
-        ["policy: going on from step 8 of 12"],
+        ["finetune: resuming from step 6 of 12"],
+        ["policy: resuming from step 8 of 12"],
     ]
     repeated = {place for place, times in interruptions.begun.items() if times > 1}
     assert repeated == {("finetune", 6), ("policy", 8)}
@@ -195,7 +195,7 @@ def test_sigkill_in_every_stage(tmp_path: Path) -> None:
         assert expected in out
         assert after <= saved < STEPS
         assert told - saved <= EVERY
-        expected, killed_in = f"{stage}: going on from step {saved} of {STEPS}", stage
+        expected, killed_in = f"{stage}: resuming from step {saved} of {STEPS}", stage
     with start(config) as process:
         _, out = process.communicate()
     assert process.returncode == 0

@@ -233,7 +233,7 @@ def test_a_killed_stage_resumes_and_ends_with_the_same_files(
         run("parts")
     assert run("parts") == whole
     assert counted.calls == 4 + 3
-    assert f"{stage}: going on from batch 3 of 6" in caplog.messages
+    assert f"{stage}: resuming from batch 3 of 6" in caplog.messages
     for name in ("scores.npy" if stage == "score" else "logits.npy", "metrics.jsonl"):
         one, two = (tmp_path / folder / stage / name for folder in ("whole", "parts"))
         assert one.read_bytes() == two.read_bytes()

@@ -106,12 +106,12 @@ def changed(params: Params) -> set[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulation_changes_nothing(stage: str) -> None:
-    """All at once or two at a time: the same actions and update, whatever the two filler rows hold."""
+    """All at once or two at a time: the same actions and update, whatever the two padding rows hold."""
     valid = jnp.arange(8) < 6
     other = random_batch(CONFIG, LENGTHS, 6, seed=1)
-    filler = {k: jnp.where(valid.reshape(-1, *[1] * (v.ndim - 1)), v, other[k]) for k, v in BATCH.items()}
+    padding = {k: jnp.where(valid.reshape(-1, *[1] * (v.ndim - 1)), v, other[k]) for k, v in BATCH.items()}
     whole = update(stage, micro_batches(1, valid=valid))
-    parts = update(stage, micro_batches(4, **{**filler, "valid": valid}))
+    parts = update(stage, micro_batches(4, **{**padding, "valid": valid}))
     assert_close(whole, parts)
     assert whole[1]["gradient_norm"] > 1e-4
     full, _ = update(stage, micro_batches(1))
@@ -130,7 +130,7 @@ def test_stages_change_their_own(stage: str, encoder: bool, selector: bool) -> N
     assert changed(update(stage, micro_batches(1))[0]) == expected
 
 
-def test_filler_alone_changes_nothing() -> None:
+def test_padding_alone_changes_nothing() -> None:
     params, metrics = update("joint", micro_batches(4, valid=jnp.zeros(8, bool)))
     assert changed(params) == set()
     assert set(map(float, metrics.values())) == {0.0}

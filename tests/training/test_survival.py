@@ -144,7 +144,7 @@ def test_what_is_not_finite_is_named_and_never_saved(
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("trbert: error: finetune: ")
     assert "is nan at step" in err
-    assert "no checkpoint is there; a smaller finetune.learning_rate" in err
+    assert "no checkpoint exists yet; a smaller finetune.learning_rate" in err
     assert not list((tmp_path / "work" / "finetune" / "checkpoints").glob("step_*"))
 
 

@@ -20,31 +20,44 @@ PLACES = ("paris", "london", "madrid", "rome", "berlin", "vienna", "lisbon", "du
 ANIMALS = ("cat", "dog", "owl", "fox", "bee", "ant", "cow", "hen")
 
 
+# Number, id, question, place, animal.
+FACTS = [(i, f"q{i}", f"what lives in {PLACES[i]} ?", PLACES[i], ANIMALS[i]) for i in range(NUM)]
+ONE = "in {} there lives an old {} near the river"
+TWO = "in {0} there lives an old {1} and near the river another {1} sleeps all day"
+
+
+def write(path: Path, value: Any, lines: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(line) + "\n" for line in value) if lines else json.dumps(value)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+def char_span(context: str, start: int, text: str) -> list[int]:
+    return [start, start + len(text) - 1]
+
+
 def squad(folder: Path) -> None:
     """Which animal lives in a place; two questions have no answer."""
     paragraphs = []
-    for i, (place, animal) in enumerate(zip(PLACES, ANIMALS, strict=True)):
-        context = f"in {place} there lives an old {animal} near the river"
+    for i, name, question, place, animal in FACTS:
+        context = ONE.format(place, animal)
         answers = [{"text": animal, "answer_start": context.index(animal)}] if i < 6 else []
-        question = {"id": f"q{i}", "question": f"what lives in {place} ?", "answers": answers}
-        paragraphs.append({"context": context, "qas": [{**question, "is_impossible": not answers}]})
-    document = {"version": "v2.0", "data": [{"title": "animals", "paragraphs": paragraphs}]}
+        qa = {"id": name, "question": question, "answers": answers, "is_impossible": not answers}
+        paragraphs.append({"context": context, "qas": [qa]})
     for split in ("train", "dev"):
-        (folder / f"{split}-v2.0.json").write_text(json.dumps(document), encoding="utf-8")
+        document = {"version": "v2.0", "data": [{"title": "animals", "paragraphs": paragraphs}]}
+        write(folder / f"{split}-v2.0.json", document)
 
 
 def mrqa(folder: Path, name: str = "{}.jsonl") -> None:
     lines: list[Any] = [{"header": {"dataset": "animals"}}]
-    for i, (place, animal) in enumerate(zip(PLACES, ANIMALS, strict=True)):
-        context = f"in {place} there lives an old {animal} near the river"
-        start = context.index(animal)
-        spans = [{"text": animal, "char_spans": [[start, start + len(animal) - 1]]}]
-        question = {"qid": f"q{i}", "question": f"what lives in {place} ?", "answers": [animal]}
-        lines.append({"context": context, "qas": [{**question, "detected_answers": spans}]})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    for _, key, question, place, animal in FACTS:
+        context = ONE.format(place, animal)
+        spans = [{"text": animal, "char_spans": [char_span(context, context.index(animal), animal)]}]
+        qa = {"qid": key, "question": question, "answers": [animal], "detected_answers": spans}
+        lines.append({"context": context, "qas": [qa]})
     for split in ("train", "dev"):
-        path = folder / name.format(split)
-        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+        write(folder / name.format(split), lines, lines=True)
 
 
 def mrqa_compressed(folder: Path) -> None:
@@ -53,102 +66,77 @@ def mrqa_compressed(folder: Path) -> None:
 
 
 def race(folder: Path) -> None:
-    for split in ("train", "dev", "test"):
-        for i, (place, animal) in enumerate(zip(PLACES, ANIMALS, strict=True)):
-            options = [ANIMALS[(i + k) % NUM] for k in range(4)]
-            right = i % 4
-            options[0], options[right] = options[right], options[0]
-            record = {
-                "article": f"in {place} there lives an old {animal} near the river",
-                "questions": [f"what lives in {place} ?"],
-                "options": [options],
-                "answers": ["ABCD"[options.index(animal)]],
-                "id": f"high{i}.txt",
-            }
-            path = folder / split / ("high" if i % 2 else "middle") / f"{i}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record), encoding="utf-8")
+    for i, _, question, place, animal in FACTS:
+        options = [ANIMALS[(i + k) % NUM] for k in range(4)]
+        right = i % 4
+        options[0], options[right] = options[right], options[0]
+        record = {"article": ONE.format(place, animal), "questions": [question], "options": [options]}
+        record |= {"answers": ["ABCD"[options.index(animal)]], "id": f"high{i}.txt"}
+        for split in ("train", "dev", "test"):
+            write(folder / split / ("high" if i % 2 else "middle") / f"{i}.txt", record)
 
 
 def triviaqa(folder: Path) -> None:
     records = []
-    for i, (place, animal) in enumerate(zip(PLACES, ANIMALS, strict=True)):
-        context = f"in {place} there lives an old {animal} and near the river another {animal} sleeps all day"
-        first, second = context.index(animal), context.rindex(animal)
-        spans = [[s, s + len(animal) - 1] for s in (first, second)]
-        question = {
-            "qid": f"q{i}",
-            "question": f"what lives in {place} ?",
-            "detected_answers": [{"text": animal, "char_spans": spans}],
+    for _, key, question, place, animal in FACTS:
+        context = TWO.format(place, animal)
+        places = (context.index(animal), context.rindex(animal))
+        answer = {"text": animal, "char_spans": [char_span(context, start, animal) for start in places]}
+        qa = {
+            "qid": key,
+            "question": question,
+            "detected_answers": [answer],
             "answers": {"Aliases": [animal]},
         }
-        records.append({"context": context, "qas": [question]})
+        records.append({"context": context, "qas": [qa]})
     for split in ("train", "dev"):
-        (folder / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
+        write(folder / f"{split}.json", records)
 
 
 def triviaqa_published(folder: Path) -> None:
     """Questions that name their documents, which lie beside them; the places of answers are searched for."""
     questions = []
-    for i, (place, animal) in enumerate(zip(PLACES, ANIMALS, strict=True)):
-        text = f"in {place} there lives an old {animal} and near the river another {animal} sleeps all day"
+    for _, key, question, place, animal in FACTS:
         document = folder / "evidence" / "wikipedia" / f"{place}.txt"
         document.parent.mkdir(parents=True, exist_ok=True)
-        document.write_text(text, encoding="utf-8")
+        document.write_text(TWO.format(place, animal), encoding="utf-8")
         answer = {"Value": animal, "Aliases": [animal], "NormalizedAliases": [animal]}
-        question = {"QuestionId": f"q{i}", "Question": f"what lives in {place} ?", "Answer": answer}
-        questions.append({**question, "EntityPages": [{"Filename": f"{place}.txt"}]})
-    (folder / "qa").mkdir()
+        record = {"QuestionId": key, "Question": question, "Answer": answer}
+        questions.append({**record, "EntityPages": [{"Filename": f"{place}.txt"}]})
     for split in ("train", "dev"):
-        published = {"Domain": "Wikipedia", "Data": questions}
-        (folder / "qa" / f"wikipedia-{split}.json").write_text(json.dumps(published), encoding="utf-8")
+        write(folder / "qa" / f"wikipedia-{split}.json", {"Domain": "Wikipedia", "Data": questions})
 
 
 def wikihop(folder: Path) -> None:
     records = []
-    for i, (place, animal) in enumerate(zip(PLACES, ANIMALS, strict=True)):
+    for i, key, _, place, animal in FACTS:
         candidates = [ANIMALS[(i + k) % NUM] for k in range(3)]
         candidates = candidates[i % 3 :] + candidates[: i % 3]
         supports = [f"in {place} there lives an old {animal}", "the river is long"]
-        records.append(
-            {
-                "id": f"q{i}",
-                "query": f"lives {place}",
-                "candidates": candidates,
-                "supports": supports,
-                "answer": animal,
-            }
-        )
+        record = {"id": key, "query": f"lives {place}", "candidates": candidates}
+        records.append({**record, "supports": supports, "answer": animal})
     for split in ("train", "dev"):
-        (folder / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
+        write(folder / f"{split}.json", records)
 
 
 def hotpotqa(folder: Path) -> None:
     records = []
-    for i, (place, animal) in enumerate(zip(PLACES, ANIMALS, strict=True)):
+    for i, key, question, place, animal in FACTS:
+        context = [
+            [place, [f"in {place} there lives an old {animal}.", " the river is long."]],
+            [animal, ["animals sleep all day.", f" the {animal} is old."]],
+        ]
+        record = {"_id": key, "question": question, "type": "bridge", "level": "easy", "context": context}
         answer = ("yes", "no")[i % 2] if i >= 6 else animal
-        records.append(
-            {
-                "_id": f"q{i}",
-                "question": f"what lives in {place} ?",
-                "answer": answer,
-                "type": "bridge",
-                "level": "easy",
-                "supporting_facts": [[place, 0], [animal, 1]],
-                "context": [
-                    [place, [f"in {place} there lives an old {animal}.", " the river is long."]],
-                    [animal, ["animals sleep all day.", f" the {animal} is old."]],
-                ],
-            }
-        )
+        records.append({**record, "answer": answer, "supporting_facts": [[place, 0], [animal, 1]]})
     for name in ("hotpot_train_v1.1.json", "hotpot_dev_distractor_v1.json"):
-        (folder / name).write_text(json.dumps(records), encoding="utf-8")
+        write(folder / name, records)
 
 
 def hotpotqa_graph(folder: Path) -> None:
     """Paragraphs that a tokenizer, which the model must have too, has divided; two answers are yes or no."""
     train, dev, texts = [], [], list[str]()
-    for i, (place, animal) in enumerate(zip(PLACES, ANIMALS, strict=True)):
+    for i, key, text, place, animal in FACTS:
         paragraphs = {
             place: f"in {place} there lives an old {animal} the river is long".split(),
             animal: f"animals sleep all day the {animal} is old".split(),
@@ -160,17 +148,13 @@ def hotpotqa_graph(folder: Path) -> None:
             at = [[t, t] for t, word in enumerate(words) if word == animal] if i < 6 else []
             node = {"name": name, "context": words, "sent_pos": sentences, "supp_label": supporting}
             nodes.append(({**node, "spans": at, "has_supp": True}, {**node, "doc_tokens": words}))
-        question = {
-            "question": f"what lives in {place} ?",
-            "answer": animal if i < 6 else ("yes", "no")[i % 2],
-        }
-        texts += [f"what lives in {place} ?", *map(" ".join, paragraphs.values())]
-        train.append({**question, "edge": [], "node": [node for node, _ in nodes]})
-        judged = [{**node, "tok_to_orig_index": [*range(len(node["context"]))]} for _, node in nodes]
-        dev.append({**question, "qid": f"q{i}", "edge": [], "node": judged})
-    for file, lines in (("hotpot_train_graph.json", train), ("rerank_dev_tok.json", dev)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / file).write_text(text, encoding="utf-8")
+        question = {"question": text, "answer": animal if i < 6 else ("yes", "no")[i % 2], "edge": []}
+        texts += [text, *map(" ".join, paragraphs.values())]
+        train.append({**question, "node": [node for node, _ in nodes]})
+        scored = [{**node, "tok_to_orig_index": [*range(len(node["context"]))]} for _, node in nodes]
+        dev.append({**question, "qid": key, "node": scored})
+    write(folder / "hotpot_train_graph.json", train, lines=True)
+    write(folder / "rerank_dev_tok.json", dev, lines=True)
     tiny_published.word_tokenizer(texts).save_pretrained(folder / "tokenizer")
 
 
@@ -192,9 +176,9 @@ CASES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], dict[str, An
 
 @pytest.mark.parametrize("case", CASES)
 def test_eight_examples_are_learnt(case: str, tmp_path: Path) -> None:
-    name, write, data, model = CASES[case]
+    name, write_files, data, model = CASES[case]
     (tmp_path / "data").mkdir()
-    write(tmp_path / "data")
+    write_files(tmp_path / "data")
     if (tmp_path / "data" / "tokenizer").exists():
         model = {**model, "tokenizer": str(tmp_path / "data" / "tokenizer")}
     # Packed training steps are compared with masked ones elsewhere; these compile faster.

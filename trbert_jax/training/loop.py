@@ -189,7 +189,7 @@ def latest_state(
             devices.barrier(f"{training.name} found step {error.step} damaged")
             devices.on_main(functools.partial(_set_aside, store, error))
             continue
-        logger.info("%s: going on from step %d of %d", training.name, step, training.total_steps)
+        logger.info("%s: resuming from step %d of %d", training.name, step, training.total_steps)
         return step, restored
 
 
@@ -207,7 +207,7 @@ def check_finite(
         bad = [f"{name} is {value}" for name, value in floats.items() if not math.isfinite(value)]
         if bad:
             last = store.latest_step()
-            good = f"the last good checkpoint is {store.folder(last)}" if last else "no checkpoint is there"
+            good = f"the last good checkpoint is {store.folder(last)}" if last else "no checkpoint exists yet"
             raise UserError(
                 f"{training.name}: {', '.join(bad)} at step {step}; {good}; a smaller "
                 f"{training.name}.learning_rate or float32 may help"

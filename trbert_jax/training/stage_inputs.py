@@ -227,7 +227,7 @@ def _outputs(
         ResumableArrays(directory, fingerprint, steps, devices) as arrays,
     ):
         if arrays.start:
-            logger.info("%s: going on from batch %d of %d", stage, arrays.start, steps)
+            logger.info("%s: resuming from batch %d of %d", stage, arrays.start, steps)
         yield report, arrays
 
 
