@@ -141,7 +141,6 @@ def test_sizes() -> None:
     assert lines(ROOT / "tests") <= 12_000
 
 
-@pytest.mark.skip(reason="to be switched on when the docstrings are rewritten")
 @pytest.mark.parametrize("module", MODULES)
 def test_docstrings_are_plain_english(module: str) -> None:
     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef)
