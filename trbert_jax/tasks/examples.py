@@ -68,7 +68,7 @@ class Ragged:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Counts what encoding a data set cut, left out or could not find; see `_LOST` for all but the first two."""
+    """Counts what encoding a data set cut, left out or could not find; see `_LOST` for most."""
 
     num_examples: int = 0  # records given
     num_rows: int = 0  # rows made of them
