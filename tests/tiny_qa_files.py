@@ -222,7 +222,7 @@ def write_json(path: Path, document: Any) -> Path:
 
 
 def write_lines(path: Path, document: Any) -> Path:
-    """JSON lines, gzip-compressed where the name says so; characters of every kind as they are."""
+    """Writes JSON lines, gzip-compressed if the name ends in `.gz`."""
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in document).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
@@ -235,7 +235,7 @@ def write_race(path: Path, document: Any) -> Path:
 
 
 def write_triviaqa(path: Path, document: Any) -> Path:
-    """`path` stands in the folder `qa`, as in the archive, with the evidence beside that."""
+    """Writes the questions, and the evidence beside the folder of `path`, as in the archive."""
     for name, text in DOCUMENTS.items():
         evidence = path.parent.parent / "evidence" / name
         evidence.parent.mkdir(parents=True, exist_ok=True)

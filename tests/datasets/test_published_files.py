@@ -1,4 +1,4 @@
-"""Reads published files beside the repository or in TRBERT_DATA_DIR, if there are any."""
+"""Reads published files beside the repository or in TRBERT_DATA_DIR, if they exist."""
 
 from __future__ import annotations
 

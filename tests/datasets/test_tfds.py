@@ -247,9 +247,8 @@ def test_race(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_trivia_qa(monkeypatch: pytest.MonkeyPatch) -> None:
-    questions = convert(
-        monkeypatch, "trivia_qa/rc", TRIVIA, TRIVIA
-    )  # once in the web part, once in the Wikipedia part
+    # Once in the web part, once in the Wikipedia part.
+    questions = convert(monkeypatch, "trivia_qa/rc", TRIVIA, TRIVIA)
     assert [q.id for q in questions] == ["tc_1--Zürich.txt", "tc_1--1/1_2.txt", "tc_1--1/1_3.txt"]
     assert [q.spans for q in questions] == [(Span(0, 6), Span(12, 18)), (), (Span(0, 6),)]
     assert {q.answers for q in questions} == {("zürich",)}

@@ -73,11 +73,7 @@ def decode_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, str]
 
 
 def load_json(path: Path) -> Any:
-    """Reads a JSON file, gzip-compressed if its name ends in `.gz`.
-
-    Raises:
-      UserError: the file is missing, unreadable, damaged or not JSON.
-    """
+    """Reads a JSON file, compressed if its name ends in `.gz`. Raises `UserError` if it is unreadable."""
     try:
         return parse_json("".join(line for _, line in read_lines(path)))
     except ValueError as error:
@@ -85,12 +81,9 @@ def load_json(path: Path) -> Any:
 
 
 def load_json_lines(path: Path, bad: BadRecords) -> Iterator[tuple[int, Any]]:
-    """Yields the line number and the value of each line of a JSON lines file, but for blank lines.
+    """Yields the line number and the value of each line of a JSON lines file, except for blank lines.
 
-    A line that is not JSON is a bad record.
-
-    Raises:
-      UserError: the file is missing, unreadable or damaged, or a bad record is not skipped.
+    A line that is not JSON is a bad record. Raises `UserError` if the file is unreadable.
     """
     for number, line in read_lines(path):
         values = []
@@ -102,7 +95,7 @@ def load_json_lines(path: Path, bad: BadRecords) -> Iterator[tuple[int, Any]]:
 
 
 def parse_line(line: str) -> Any:
-    """Parses one of the JSON lines. Raises `ValueError` where it is malformed."""
+    """Parses one of the JSON lines. Raises `ValueError` if it is malformed."""
     try:
         return parse_json(line.rstrip("\r\n"))
     except ValueError as error:

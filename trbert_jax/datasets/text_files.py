@@ -21,19 +21,18 @@ _LONGEST_FIELD = 2**31 - 1
 
 
 def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> Iterator[Example]:
-    """Yields the examples of a file, `.jsonl` (labels from 0) or `.csv` (labels from 1), or `.gz` of one.
+    """Yields the examples of a file, `.jsonl` (labels from 0) or `.csv` (labels from 1).
 
     The first bad record raises, whatever `bad` says.
     """
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
-    reader = readers.get(Path(path.name.removesuffix(".gz")).suffix)
+    reader = {".jsonl": _read_jsonl, ".csv": _read_csv}.get(path.suffix)
     if reader is None:
         raise UserError(f"{path}: expected a .jsonl file (text, label) or a .csv file (label, text)")
     yield from reader(path, labels)
 
 
 def read_file(path: str | Path, labels: Sequence[str]) -> list[Example]:
-    """Reads one file like `read`. Raises `UserError` if anything is wrong with it, or it has no example."""
+    """Reads one file like `read`. Raises `UserError` if anything is wrong with it or it has no example."""
     path = Path(path).expanduser()
     expected = '{"text": ..., "label": ...} or label,text a line'
     return reading.collect(read(path, BadRecords(), labels), path, BadRecords(), expected)

@@ -149,7 +149,7 @@ def _listed(document: list[Any], path: Path, bad: BadRecords) -> Iterator[SpanQu
                     yield SpanQuestion(question_id, question, context, spans, aliases, False, where)
 
 
-# Aliases: the official notion of equal answers, and where a document has one ----------------------------
+# Aliases, compared like the official scorer compares answers ---------------------------------------------
 
 _ARTICLES = frozenset(("a", "an", "the"))
 # The official normalization reads ASCII punctuation and these four quotes as spaces.
