@@ -117,28 +117,6 @@ def test_dropping_is_deleting() -> None:
     np.testing.assert_allclose(masked, deleted, atol=1e-5)
 
 
-def test_dropped_states_do_not_matter() -> None:
-    """Whatever stands where a token was dropped, [CLS] ends the same; not so for a kept token."""
-    mask = random_batch(BERT, LENGTHS, 12)["mask"]
-    actions = some_actions(np.asarray(mask))
-    states = jax.random.normal(jax.random.key(0), (*mask.shape, BERT.hidden_size))
-
-    @jax.jit
-    def final(states: jax.Array) -> jax.Array:
-        variables = {"params": params_of(BERT)["encoder"]}
-        rule = tokens.replay(jnp.asarray(actions))
-        last, _ = Encoder(BERT).apply(variables, TokenSet(states, mask), rule, method="from_selection")
-        return last.states[:, 0]
-
-    gone = ~actions[0]
-    gone[:, 0] = False
-    assert (gone & np.asarray(mask)).any()
-    np.testing.assert_array_equal(final(jnp.where(gone[..., None], 1e3, states)), final(states))
-    stays = actions[0] & (np.arange(12) > 0)
-    changed = np.abs(final(jnp.where(stays[..., None], 1.0, states)) - final(states)).max(-1) > 1e-3
-    np.testing.assert_array_equal(changed, stays.any(-1))
-
-
 # Gradients ----------------------------------------------------------------------------------------
 
 
@@ -215,19 +193,6 @@ def test_token_types_matter() -> None:
     logits = [run(SHALLOW, None, params_of(SHALLOW), b).logits for b in (batch, without, zeros)]
     np.testing.assert_allclose(logits[1], logits[2], atol=1e-6)
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
-
-
-def test_one_trace_a_shape() -> None:
-    model, traces = TokenReducingModel(SHALLOW), []
-
-    @jax.jit
-    def classify(params: Any, batch: Any) -> jax.Array:
-        traces.append(batch["mask"].shape)
-        return forward(model, params, batch, rule=tokens.keep_probable).logits
-
-    for lengths, width in [([3, 5], 6), ([6, 1], 6), ([3, 5], 9), ([4, 4], 6)]:
-        classify(params_of(SHALLOW), random_batch(SHALLOW, lengths, width))
-    assert traces == [(2, 6), (2, 9)]
 
 
 def test_bfloat16() -> None:

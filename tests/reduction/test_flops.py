@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from trbert_jax.model.config import ModelConfig
@@ -18,16 +17,17 @@ SMALL = flops.EncoderShape(4, 2, 3, num_outputs=3, reduction_layers=(1, 2), sele
 
 @pytest.mark.parametrize(
     ("num_tokens", "macs"),
-    [(0, 0), (1, 7_079_424), (128, 931_135_488), (512, 4_026_531_840), (1024, 8_858_370_048)],
+    [
+        (0, 0),
+        (1, 7_079_424),
+        (128, 931_135_488),
+        (512, 4_026_531_840),
+        (1024, 8_858_370_048),
+        (10**6, 1_543_077_888_000_000),
+    ],
 )
 def test_published_costs_of_a_bert_base_layer(num_tokens: int, macs: int) -> None:
     assert flops.layer_macs(num_tokens, 768, 3072) == macs
-
-
-def test_layer_cost_keeps_the_shape_and_does_not_overflow() -> None:
-    tokens = np.array([[1, 2], [3, 1_000_000]], np.int32)
-    macs = flops.layer_macs(tokens, 2, 3)
-    assert macs.tolist() == [[32, 72], [120, 28 * 10**6 + 4 * 10**12]]
 
 
 @pytest.mark.parametrize(
@@ -46,25 +46,13 @@ def test_every_layer_belongs_to_one_segment(num_layers: int, segments: tuple[int
     shape = flops.EncoderShape.of(ModelConfig(num_layers=num_layers))
     assert shape.segments == segments
     assert sum(shape.segments) == num_layers
-
-
-def test_shape_of_a_config_takes_its_sizes() -> None:
-    config = ModelConfig(
-        num_layers=4, hidden_size=2, intermediate_size=3, labels=("a", "b", "c"), selector_hidden=5
-    )
-    assert flops.EncoderShape.of(config) == SMALL
+    assert shape.num_outputs == 2
 
 
 def test_dense_counts_by_hand() -> None:
     # n = 10: 280 + 400 = 680 a layer, four layers, the classifier; n = 1: 32 a layer.
     assert flops.dense_flops(SMALL, [10, 1]).tolist() == [2 * (4 * 680 + 6), 2 * (4 * 32 + 6)]
     assert flops.exact_dense_flops(SMALL, [10]).tolist() == [2 * (4 * 680 + 6 + 4)]
-
-
-def test_dense_cost_follows_the_models_own_depth() -> None:
-    distilbert = dataclasses.replace(BERT_BASE, num_layers=6, reduction_layers=(1, 3))
-    expected = 2 * (6 * 4_026_531_840 + 768 * 2)
-    assert flops.dense_flops(distilbert, [512]).tolist() == [expected]
 
 
 def test_bert_base_reference() -> None:
@@ -95,35 +83,28 @@ def test_reduced_counts_of_bert_base() -> None:
     assert flops.exact_flops(BERT_BASE, [512], kept).tolist() == [exact]
 
 
-@pytest.mark.parametrize("num_layers", [3, 2])
-def test_shallow_model_has_one_point(num_layers: int) -> None:
-    shape = dataclasses.replace(SMALL, num_layers=num_layers, reduction_layers=(1,))
-    expected = 2 * (680 + (num_layers - 1) * 176 + 15 * 4 + 6)
-    assert flops.reduced_flops(shape, [10], [[4]]).tolist() == [expected]
-
-
-def test_single_layer_model_reduces_before_its_layer() -> None:
-    shape = dataclasses.replace(SMALL, num_layers=1, reduction_layers=(0,))
-    assert flops.reduced_flops(shape, [10], [[4]]).tolist() == [2 * (176 + 15 * 4 + 6)]
-    assert flops.exact_flops(shape, [10], [[4]]).tolist() == [2 * (176 + 15 * 10 + 10)]
+@pytest.mark.parametrize(
+    ("num_layers", "point", "encoder", "read"),
+    [(3, 1, 680 + 2 * 176, 10), (2, 1, 680 + 176, 10), (1, 0, 176, 10)],
+)
+def test_shallow_models_have_one_point(num_layers: int, point: int, encoder: int, read: int) -> None:
+    shape = dataclasses.replace(SMALL, num_layers=num_layers, reduction_layers=(point,))
+    assert flops.reduced_flops(shape, [10], [[4]]).tolist() == [2 * (encoder + 15 * 4 + 6)]
+    assert flops.exact_flops(shape, [10], [[4]]).tolist() == [2 * (encoder + 15 * read + 10)]
 
 
 @pytest.mark.parametrize("count", [flops.reduced_flops, flops.exact_flops])
 @pytest.mark.parametrize(
-    ("lengths", "kept", "message"),
+    ("lengths", "kept"),
     [
-        ([10], [[4]], "a column per point of reduction"),
-        ([10], [[4, 2, 1]], "a column per point of reduction"),
-        ([10, 9], [[4, 2]], "a column per point of reduction"),
-        (10, [4, 2], "a column per point of reduction"),
-        ([10], [[11, 2]], "more tokens than it had"),
-        ([10], [[4, 5]], "more tokens than it had"),
+        ([10], [[4]]),
+        ([10], [[4, 2, 1]]),
+        ([10, 9], [[4, 2]]),
+        (10, [4, 2]),
+        ([10], [[11, 2]]),
+        ([10], [[4, 5]]),
     ],
 )
-def test_impossible_counts_are_refused(count, lengths, kept, message) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=message):
+def test_impossible_counts_are_refused(count, lengths, kept) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=r"kept|keeps"):
         count(SMALL, lengths, kept)
-
-
-def test_no_examples_give_no_counts() -> None:
-    assert flops.reduced_flops(SMALL, np.zeros(0, int), np.zeros((0, 2), int)).shape == (0,)

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from trbert_jax.errors import UserError
 from trbert_jax.io import atomic_directory, read_json, write_json
@@ -30,11 +31,9 @@ from trbert_jax.model.weights import (
     Parameter,
     Tree,
     from_original_names,
-    get_leaf,
     local_directory,
     parameters,
     read_weights,
-    set_leaf,
     to_original_names,
     write_weights,
 )
@@ -128,7 +127,7 @@ def load_pretrained(
                 f"2 to {config.max_positions}. Set max_positions to extend the position table"
             )
         config = dataclasses.replace(config, max_length=max_length)
-    new = _initialize_missing(config, tree, seed)
+    tree, new = _initialize_missing(config, tree, seed)
     if new:
         parts = ", ".join(new)
         logger.warning("%s: initialized at random, to be trained before use: %s", directory, parts)
@@ -248,14 +247,12 @@ def _resize_positions(config: ModelConfig, tree: Tree, rows: int) -> ModelConfig
     return dataclasses.replace(config, max_positions=rows, max_length=min(rows, config.max_length))
 
 
-def _initialize_missing(config: ModelConfig, tree: Tree, seed: int) -> tuple[str, ...]:
-    """Fills in missing parameters; returns the parts they belong to."""
-    new: dict[str, None] = {}
-    for p in parameters(config):
-        if get_leaf(tree, p.path) is None:
-            set_leaf(tree, p.path, _initial_value(p, config, seed))
-            new[p.part] = None
-    return tuple(new)
+def _initialize_missing(config: ModelConfig, tree: Tree, seed: int) -> tuple[Tree, tuple[str, ...]]:
+    """Adds missing parameters; returns the tree and the parts they belong to."""
+    arrays = flatten_dict(tree)
+    missing = [p for p in parameters(config) if p.path not in arrays]
+    new = {p.path: _initial_value(p, config, seed) for p in missing}
+    return unflatten_dict({**arrays, **new}), tuple(dict.fromkeys(p.part for p in missing))
 
 
 def _initial_value(p: Parameter, config: ModelConfig, seed: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -79,16 +80,15 @@ class Parameter:
 @functools.lru_cache(maxsize=32)
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """Lists every parameter of a model, in the order of the computation."""
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = flatten_dict(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
     found = []
     for path, module, part in _modules(config):
-        leaves = get_leaf(shapes, path) or {}  # absent: a pooler that the head does not read
         for leaf in ("embedding", "kernel", "scale", "bias"):
-            if leaf in leaves:
+            if (*path, leaf) in shapes:  # absent: a pooler that the head does not read
+                shape = shapes[*path, leaf].shape
                 name = f"{module}.{'bias' if leaf == 'bias' else 'weight'}"
-                shape = leaves[leaf].shape
                 found.append(Parameter(name, (*path, leaf), shape[::-1] if leaf == "kernel" else shape, part))
-    if len(found) != len(jax.tree.leaves(shapes)):
+    if len(found) != len(shapes):
         raise ValueError(f"a parameter of {config.backbone.name} or its head has no name on disk")
     return tuple(found)
 
@@ -137,7 +137,7 @@ def from_original_names(weights: Mapping[str, np.ndarray], config: ModelConfig) 
         else:
             found[full] = array
 
-    tree: Tree = {}
+    tree = {}
     present = {"encoder", *(expected[name].part for name in found)}
     for p in expected.values():
         if p.name not in found:
@@ -148,14 +148,15 @@ def from_original_names(weights: Mapping[str, np.ndarray], config: ModelConfig) 
             differences.append(f"{p.name}: {shape} in the checkpoint, {list(p.shape)} expected")
         else:
             array = found[p.name]
-            set_leaf(tree, p.path, np.ascontiguousarray(array.T) if p.transposed else array)
-    return tree, differences
+            tree[p.path] = np.ascontiguousarray(array.T) if p.transposed else array
+    return unflatten_dict(tree), differences
 
 
 def to_original_names(tree: Tree, config: ModelConfig) -> dict[str, Any]:
     """Inverts `from_original_names`: returns the arrays of the tree by their name on disk."""
-    arrays = {p: get_leaf(tree, p.path) for p in parameters(config)}
-    return {p.name: x.T if p.transposed else x for p, x in arrays.items() if x is not None}
+    arrays = flatten_dict(tree)
+    known = (p for p in parameters(config) if p.path in arrays)
+    return {p.name: arrays[p.path].T if p.transposed else arrays[p.path] for p in known}
 
 
 def original_name(name: str, config: ModelConfig) -> str | None:
@@ -168,20 +169,6 @@ def original_name(name: str, config: ModelConfig) -> str | None:
     backbone = config.backbone
     inside = name.startswith(("embeddings.", f"{backbone.stack}.", "pooler."))
     return f"{backbone.name}.{name}" if inside else name
-
-
-def get_leaf(tree: Tree, path: tuple[str, ...]) -> Any:
-    """Returns the entry at a path, or None."""
-    for key in path[:-1]:
-        tree = tree.get(key, {})
-    return tree.get(path[-1])
-
-
-def set_leaf(tree: Tree, path: tuple[str, ...], array: Any) -> None:
-    """Puts an array at a path and makes the dicts on the way."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = array
 
 
 # Files ------------------------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trbert_jax.tasks import losses as task
+
+
+def test_cross_entropy() -> None:
+    logits = jnp.array([[0.0, 0.0], [np.log(3.0), 0.0], [np.log(3.0), 0.0], [1000.0, -1000.0]])
+    loss = task.cross_entropy(logits, jnp.array([1, 0, 1, 0]))
+    np.testing.assert_allclose(loss, [np.log(2), np.log(4 / 3), np.log(4), 0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation(temperature: float) -> None:
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 4, 3))
+    target = np.exp(teacher / temperature)
+    target /= target.sum(-1, keepdims=True)
+    log_prob = student / temperature - np.log(np.exp(student / temperature).sum(-1, keepdims=True))
+    loss = task.distillation(jnp.asarray(student), jnp.asarray(teacher), temperature)
+    np.testing.assert_allclose(loss, -(target * log_prob).sum(-1), rtol=1e-5)
+
+
+def test_certain_teacher_is_a_label() -> None:
+    logits = jax.random.normal(jax.random.key(0), (3, 4))
+    labels = jnp.array([0, 3, 1])
+    soft = task.distillation(logits, 1000 * jax.nn.one_hot(labels, 4))
+    np.testing.assert_allclose(soft, task.cross_entropy(logits, labels), rtol=1e-5)
+
+
+def test_teacher_has_no_gradient() -> None:
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    student, teacher = jax.grad(lambda a, b: task.distillation(a, b).sum(), argnums=(0, 1))(*logits)
+    assert (student != 0).all()
+    np.testing.assert_array_equal(teacher, 0)
+
+
+def test_distillation_beside_missing_candidates() -> None:
+    """Their published logit, -10000, must not swallow the digits of the others."""
+    student, teacher = np.array([[0.14, 0.85, 0.78]]), np.array([[1.01, 2.84, 0.19]])
+    absent = np.full((1, 2), task.NO_CANDIDATE)
+    logits, teacher_logits = (jnp.asarray(np.append(x, absent, 1), jnp.float32) for x in (student, teacher))
+    loss = task.distillation(logits, teacher_logits)
+    probability = np.exp(teacher) / np.exp(teacher).sum()
+    expected = -(probability * (student - np.log(np.exp(student).sum()))).sum(-1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
