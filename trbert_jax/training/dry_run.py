@@ -5,9 +5,8 @@ Memory and FLOPs are estimates by closed forms; each names its source.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -26,31 +25,19 @@ from trbert_jax.training.step import split_params
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
-class StagePlan:
-    """A stage on given devices.
-
-    Attributes:
-      stage: name of the stage.
-      examples: number of examples that it reads; stage evaluate, of the evaluated split.
-      batch_size: examples of one pass over all devices.
-      per_process, per_device: their shares.
-      accumulation_steps: passes of an update.
-      steps: updates; batches in a stage without updates.
-      flops: of the whole stage.
-      parameters, optimizer, activations: bytes on one device; gradients count as optimizer.
-    """
+class StagePlan(NamedTuple):
+    """A stage on given devices; bytes are those on one device."""
 
     stage: str
-    examples: int
-    batch_size: int
+    examples: int  # that it reads; in stage evaluate, of the evaluated split
+    batch_size: int  # examples of one pass over all devices
     per_process: int
     per_device: int
-    accumulation_steps: int
-    steps: int
-    flops: float
+    accumulation_steps: int  # passes of an update
+    steps: int  # updates; batches in a stage without updates
+    flops: float  # of the whole stage
     parameters: int
-    optimizer: int
+    optimizer: int  # with gradients
     activations: int
 
 
@@ -67,17 +54,12 @@ def plan(experiment: Experiment, devices: int, processes: int) -> list[StagePlan
     for stage in configured(config):
         if stage.trains:
             check_batch(stage.name, getattr(config, stage.name).batch_size, devices)
-    model = experiment.base_model()
-    splits = {
-        stage.name: config.evaluate.split if stage.name == "evaluate" else "train"
-        for stage in configured(config)
-    }
-    return [
-        _plan_stage(
-            config, stage, model.config, experiment.features(splits[stage.name], model), devices, processes
-        )
-        for stage in configured(config)
-    ]
+    model, plans = experiment.base_model(), []
+    for stage in configured(config):
+        split = config.evaluate.split if stage.name == "evaluate" else "train"
+        examples = experiment.features(split, model)
+        plans.append(_plan_stage(config, stage, model.config, examples, devices, processes))
+    return plans
 
 
 def _plan_stage(
@@ -153,16 +135,13 @@ def lines(experiment: Experiment, devices: int, processes: int) -> Iterator[str]
         f"{devices} devices of {processes} process{'es' if processes > 1 else ''}, "
         f"mesh data {devices // parallel.fsdp} x fsdp {parallel.fsdp}, strategy {parallel.strategy}"
     )
-    yield (
-        f"{'stage':<9} {'examples':>9} {'batch':>6} {'/process':>8} {'/device':>7} {'passes':>6} "
-        f"{'steps':>8} {'PFLOPs':>9} {'parameters':>10} {'optimizer':>10} {'activations':>11}"
-    )
-    for x in plans:
-        yield (
-            f"{x.stage:<9} {x.examples:>9} {x.batch_size:>6} {x.per_process:>8} {x.per_device:>7} "
-            f"{x.accumulation_steps:>6} {x.steps:>8} {x.flops / 1e15:>9.3g} {_gib(x.parameters):>10} "
-            f"{_gib(x.optimizer):>10} {_gib(x.activations):>11}"
-        )
+    titles = ("stage", "examples", "batch", "/process", "/device", "passes", "steps", "PFLOPs")
+    rows: list[tuple[Any, ...]] = [(*titles, "parameters", "optimizer", "activations")]
+    rows += [(*x[:7], f"{x.flops / 1e15:.3g}", *map(_gib, x[8:])) for x in plans]
+    widths = (9, 9, 6, 8, 7, 6, 8, 9, 10, 10, 11)
+    for stage, *values in rows:
+        columns = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
+        yield " ".join([f"{stage:<{widths[0]}}", *columns])
     yield (
         "steps are updates, or batches in a stage without updates; estimates: memory on one device, "
         "gradients with the optimizer; activations of rows of full length; "
