@@ -152,7 +152,7 @@ def test_rows_of_padding_are_finite() -> None:
 # Ways to run --------------------------------------------------------------------------------------
 
 
-def test_copies_are_tiling() -> None:
+def test_copies_equal_tiling() -> None:
     """Sharing what comes before the first point of reduction changes nothing."""
     batch = random_batch(BERT, [7, 9], 9)
     tiled = {k: jnp.concatenate([v] * 3) for k, v in batch.items()}
@@ -217,8 +217,8 @@ def test_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("num_layers", [1, 3, 4])
-def test_points_hear_what_ran_before(num_layers: int) -> None:
-    """A broken layer shows in the logits of the points after it alone, a broken selector in its own."""
+def test_selectors_read_the_layers_before(num_layers: int) -> None:
+    """A broken layer shows only in the logits of later points, a broken selector in its own."""
     config = dataclasses.replace(SHALLOW, num_layers=num_layers)
     params, batch = params_of(config), random_batch(config, [4], 6)
 

@@ -14,18 +14,6 @@ from trbert_jax.reduction import selection as tokens
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "points"), [(1, (0,)), (2, (1,)), (3, (1,)), (4, (1, 2)), (6, (1, 3)), (12, (1, 6))]
-)
-def test_reduction_points(num_layers: int, points: tuple[int, ...]) -> None:
-    """Before layers 1 and L//2, once where they are the same; a checkpoint has two selectors anyway."""
-    config = ModelConfig(num_layers=num_layers)
-    assert config.reduction_layers == points
-    assert config.num_reductions == len(points)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    assert shapes["encoder"].keys() >= {"selector_0", "selector_1"}
-
-
-@pytest.mark.parametrize(
     ("config", "length"),
     [
         (ModelConfig(), 512),

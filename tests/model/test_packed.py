@@ -185,7 +185,7 @@ def test_one_trace_serves_all_selections(monkeypatch: pytest.MonkeyPatch) -> Non
     assert traces == {"select": 2}
 
 
-def test_pack_lays_rows_one_after_the_other() -> None:
+def test_pack() -> None:
     states = jnp.arange(12.0)[:, None]
     valid = jnp.array([[True, False, True, True], [True, False, False, False], [True, True, True, True]])
     packed = pack(states, jnp.arange(12).reshape(3, 4), valid, TILING)
@@ -211,7 +211,7 @@ def test_buckets_end_at_the_width_and_are_few(width: int) -> None:
 
 
 @pytest.mark.parametrize("execute", [forward, packed_forward], ids=["masked", "packed"])
-def test_computing_again_changes_no_gradient(execute: Callable[..., Any]) -> None:
+def test_remat_changes_no_gradient(execute: Callable[..., Any]) -> None:
     config = dataclasses.replace(tiny_models.BERT, num_layers=2)
     params = jax.tree.map(jnp.asarray, tiny_models.tiny_params(config))
     batch = random_batch(config, [18, 1, 7], width=18)

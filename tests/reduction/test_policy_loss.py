@@ -161,14 +161,6 @@ def test_policy_loss() -> None:
     np.testing.assert_allclose(policy.policy_loss(nll, reward), expected, rtol=1e-5)
 
 
-def test_equal_rewards_teach_nothing() -> None:
-    nll = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    reward = jnp.broadcast_to(jnp.array([-3.0, 7.0]), (3, 2))
-    value, grad = jax.value_and_grad(lambda x: policy.policy_loss(x, reward).sum())(nll)
-    assert value == 0
-    np.testing.assert_array_equal(grad, 0)
-
-
 def test_reward_has_no_gradient() -> None:
     """The policy loss moves the log-probabilities alone, each by its advantage over K."""
 
