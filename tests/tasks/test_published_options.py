@@ -86,14 +86,6 @@ def test_race_accuracy(tmp_path: Path, choices: str) -> None:
         assert files["predictions.json"] == dict(zip(ids, letters, strict=True))
 
 
-def test_race_levels(tmp_path: Path) -> None:
-    """Each level by itself is the part of the questions that is its own."""
-    assert race(tmp_path, "shared").inputs("dev").ids[2:] == ["middle/2.txt:0"]
-    for name, ids in (("race_high", ["high/1.txt:0", "high/1.txt:1"]), ("race_middle", ["middle/2.txt:0"])):
-        data = Published(name, tmp_path, choices="shared", max_length=24)
-        assert data.inputs("dev").ids == ids
-
-
 CANDIDATES = ["new york city", "東京", "łódź voivodeship", CAFE]
 # With their marks 16, 1 and 13 tokens, 30 in all.
 SUPPORTS = [

@@ -123,42 +123,6 @@ def test_published_a_perfect_model(trivia: Published) -> None:
         assert metrics["denominator"] == metrics["common"] == metrics["pred_len"] == 4
 
 
-def spans(text: str) -> dict[str, Any]:
-    """Every place of a text in the long document, its last character included."""
-    starts = [i for i in range(len(LONG)) if LONG.startswith(text, i)]
-    return {"char_spans": [[start, start + len(text) - 1] for start in starts]}
-
-
-@pytest.fixture
-def trivia_list(tmp_path: Path) -> Published:
-    answers, nothing = {"Aliases": ["Łódź", "LODZ"]}, {"Aliases": ["Kyoto"]}
-    long = {
-        "qid": "long",
-        "question": "where is it",
-        "answers": answers,
-        "detected_answers": [spans("Łódź"), spans("LODZ")],
-    }
-    none = {"qid": "none", "question": "what is it", "answers": nothing, "detected_answers": []}
-    for split in ("train", "dev"):
-        write_json(tmp_path / f"{split}.json", [{"context": LONG, "qas": [long, none]}])
-    return Published("triviaqa", tmp_path, max_length=24, max_segments=2)
-
-
-def test_a_list_in_the_manner_of_squad(trivia_list: Published) -> None:
-    """Places are those of the file, in its order; a question without any points at [CLS] and stays."""
-    for split in ("train", "dev"):
-        found = trivia_list.inputs(split)
-        assert found.ids == ["long", "none"]
-        assert found.first_row is not None
-        assert found.first_row.tolist() == [0, 2, 4]
-        assert found.row_targets["starts"].tolist() == [[-1, -1], [7, 13], [0, -1], [0, -1]]
-        assert found.row_targets["ends"].tolist() == [[-1, -1], [8, 13], [0, -1], [0, -1]]
-        assert trivia_list.counts(split) == {"num_examples": 2, "num_rows": 4, "num_truncated": 2}
-    metrics, files = trivia_list.score("dev", perfect(trivia_list, [(-1, -1), (7, 8), NONE, NONE]))
-    assert files["predictions.json"]["long"] == "Łódź"
-    assert metrics["exact_match"] == 50  # nothing in the text answers the other question
-
-
 def test_a_document_is_800_words_and_one_segment_as_published(tmp_path: Path) -> None:
     """A mention at word 790, of two pieces, is the only target: the one at word 805 is not read."""
     document = tmp_path / "evidence/wikipedia/Łódź.txt"

@@ -16,9 +16,7 @@ from trbert_jax.tasks import windows as windows_module
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.spans import (
     MAX_ANSWERS,
-    MRQA,
     SQUAD,
-    TRIVIAQA,
     SpanAnswers,
     SpanTask,
     decode_segments,
@@ -48,13 +46,6 @@ def logits(examples: Examples, **values: dict[tuple[int, int], float]) -> np.nda
 
 # [CLS] who ? [SEP] the king of france . [SEP]: the context is tokens 4 to 8.
 KING = span_question("The King of France.")
-
-
-def test_published_settings() -> None:
-    assert (SQUAD.max_length, SQUAD.max_question_length, SQUAD.step) == (384, 64, 128)
-    assert (MRQA.max_length, MRQA.max_question_length, MRQA.step) == (512, 40, 128)
-    settings = (TRIVIAQA.max_length, TRIVIAQA.max_question_length, TRIVIAQA.step, TRIVIAQA.max_windows)
-    assert settings == (1024, 55, None, 1)
 
 
 def test_best_answer_and_its_probability() -> None:
@@ -99,38 +90,6 @@ def test_the_best_threshold_is_searched_among_all_answers() -> None:
         assert (score.metrics["exact"], score.metrics["best_exact"]) == (exact, 100)
         assert score.null_threshold == pytest.approx(0.4, abs=1e-6)
     assert score.files["predictions.json"]["b"] == ""
-
-
-def test_the_least_null_score_of_all_windows_counts() -> None:
-    examples = build(span_question("a b c d e f"), settings=SMALL)
-    places = {(0, 0): 8.0, (1, 0): 3.0, (0, 5): 1.0}
-    found = decode_spans(examples, logits(examples, start=places, end={**places, (1, 0): 1.0}), 0.0)
-    assert found.null_odds["q"] == pytest.approx(3.0 + 1.0 - 2.0)
-
-
-def test_what_cannot_be_an_answer() -> None:
-    examples = build(KING)
-    start = {(0, k): 9.0 for k in (0, 1, 3, 9)} | {
-        (0, 7): 5,
-        (0, 5): 1,
-    }  # special tokens; behind the best end
-    end = {(0, k): 9.0 for k in (0, 2, 3, 9)} | {(0, 6): 5}
-    assert decode_spans(examples, logits(examples, start=start, end=end)).texts == {"q": "King of"}
-
-
-def test_longest_answer() -> None:
-    examples = build(span_question(" ".join("abcdefghij" * 5)))
-    values = logits(examples, start={(0, 4): 5}, end={(0, 4 + 29): 1, (0, 4 + 30): 2})
-    assert decode_spans(examples, values).texts["q"] == " ".join("abcdefghij" * 3)
-    assert decode_spans(examples, values, max_answer_length=31).texts["q"].endswith("j a")
-
-
-def test_a_start_needs_most_context() -> None:
-    # Windows a b c d, c d e f: c belongs to the first.
-    examples = build(span_question("a b c d e f"), settings=SMALL)
-    places = {(1, 4): 5.0, (0, 6): 1.0}
-    found = decode_spans(examples, logits(examples, start=places, end=places)).n_best["q"]
-    assert (found[0]["text"], found[0]["start_logit"]) == ("c", 1.0)
 
 
 def test_no_possible_answer() -> None:
@@ -250,20 +209,6 @@ def targets(examples: Examples) -> list[list[tuple[int, int]]]:
     """Starts and ends of each segment, without the padding."""
     ends = np.stack([examples.row_targets["starts"], examples.row_targets["ends"]], axis=-1)
     return [[(a, b) for a, b in some if (a, b) != (-1, -1)] for some in ends.tolist()]
-
-
-def test_segments_follow_each_other() -> None:
-    examples = segments(mentions("x b x d e x", "x"))
-    assert [row(examples, i) for i in range(2)] == [
-        "[CLS] who ? [SEP] x b x d [SEP]",
-        "[CLS] who ? [SEP] e x [SEP]",
-    ]
-    assert targets(examples) == [[(4, 4), (6, 6)], [(5, 5)]]
-    assert (len(examples), examples.num_truncated, examples.group) == (1, 0, 2)
-    assert targets(segments(mentions("a b c x d", "x"), settings=dataclasses.replace(SEGMENTS, step=1))) == [
-        [(7, 7)],
-        [(6, 6)],
-    ]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from trbert_jax.io import check_unicode
 from trbert_jax.model.config import InputConfig
 from trbert_jax.model.heads import Logits
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.losses import Rows
+from trbert_jax.tasks.losses import Rows, cross_entropy, distillation
 
 T = TypeVar("T", bound="type[Task]")
 
@@ -119,15 +119,18 @@ class Task(abc.ABC):
 
     # Logits -> loss
 
-    @staticmethod
-    @abc.abstractmethod
-    def loss(logits: Logits, rows: Rows) -> jax.Array:
-        """Computes the loss with the labels, float32 [K * B]."""
+    @classmethod
+    def loss(cls, logits: Logits, rows: Rows) -> jax.Array:
+        """Computes the loss with the labels, float32 [K * B]; by default the cross entropy of the classes.
 
-    @staticmethod
-    @abc.abstractmethod
-    def distillation_loss(logits: Logits, rows: Rows, temperature: float) -> jax.Array:
+        The model computes with the loss of the task that is named like its head.
+        """
+        return cross_entropy(cls.example_logits(logits, rows), rows.get("labels"))
+
+    @classmethod
+    def distillation_loss(cls, logits: Logits, rows: Rows, temperature: float) -> jax.Array:
         """Computes the loss with a teacher's logits, `teacher_logits`, float32 [K * B]."""
+        return distillation(cls.example_logits(logits, rows), rows.get("teacher_logits"), temperature)
 
     @staticmethod
     def example_logits(logits: Logits, rows: Rows) -> Logits:

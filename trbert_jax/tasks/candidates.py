@@ -12,7 +12,7 @@ import numpy as np
 from trbert_jax.datasets.records import CandidateQuestion
 from trbert_jax.tasks.base import Fields, RecordErrors, Score, Task, register_task
 from trbert_jax.tasks.examples import Counts, Examples, digest_of
-from trbert_jax.tasks.losses import NO_CANDIDATE, Rows, cross_entropy, distillation, masked_mean
+from trbert_jax.tasks.losses import NO_CANDIDATE, Rows, masked_mean
 from trbert_jax.tasks.scorers import accuracy
 from trbert_jax.tasks.text_encoder import TextEncoder
 
@@ -96,23 +96,12 @@ class CandidateTask(Task):
             records=records,
         )
 
-    # `candidates` int32 [B * G, C], `labels` int32 [B]; a row a segment
-
     @staticmethod
     def example_logits(logits: jax.Array, rows: Rows) -> jax.Array:
         logits = rows.grouped(jnp.where(rows.get("candidates") >= 0, logits, NO_CANDIDATE))
         if "segment" not in rows.batch:
             return logits.mean(1)
         return masked_mean(jnp.moveaxis(logits, 1, -1), rows.grouped(rows.get("segment"))[:, None])
-
-    @staticmethod
-    def loss(logits: jax.Array, rows: Rows) -> jax.Array:
-        return cross_entropy(CandidateTask.example_logits(logits, rows), rows.get("labels"))
-
-    @staticmethod
-    def distillation_loss(logits: jax.Array, rows: Rows, temperature: float) -> jax.Array:
-        logits = CandidateTask.example_logits(logits, rows)
-        return distillation(logits, rows.get("teacher_logits"), temperature)
 
     def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
         records = examples.records

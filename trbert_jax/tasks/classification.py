@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 
 from trbert_jax.datasets.records import Example
@@ -19,7 +18,6 @@ from trbert_jax.io import atomic_file
 from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks.base import Fields, Score, Task, register_task
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.losses import Rows, cross_entropy, distillation
 from trbert_jax.tasks.scorers import accuracy
 from trbert_jax.tasks.text_encoder import TextEncoder
 
@@ -47,16 +45,6 @@ class ClassificationTask(Task):
         self, records: Sequence[Example], tokenizer: Any, *, cache_dir: Path | None = None, **_: Any
     ) -> Examples:
         return encode_texts(records, tokenizer, self.max_length, cache_dir)
-
-    # `labels` int32 [B]
-
-    @staticmethod
-    def loss(logits: jax.Array, rows: Rows) -> jax.Array:
-        return cross_entropy(logits, rows.get("labels"))
-
-    @staticmethod
-    def distillation_loss(logits: jax.Array, rows: Rows, temperature: float) -> jax.Array:
-        return distillation(logits, rows.get("teacher_logits"), temperature)
 
     def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
         return Score({"accuracy": accuracy(logits.argmax(-1), examples.labels)}, {})

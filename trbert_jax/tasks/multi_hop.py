@@ -87,8 +87,8 @@ class MultiHopTask(Task):
 
     # `starts`, `ends` int32 [B, A], `kind` int32 [B], `sentence_labels` int32 [B, N]; -1 for padding
 
-    @staticmethod
-    def loss(logits: dict[str, jax.Array], rows: Rows) -> jax.Array:
+    @classmethod
+    def loss(cls, logits: dict[str, jax.Array], rows: Rows) -> jax.Array:
         ends = (
             mean_of(logits["span"][:, i], rows.get(key), rows.mask)
             for i, key in enumerate(("starts", "ends"))
@@ -97,8 +97,8 @@ class MultiHopTask(Task):
         kind = cross_entropy(logits["kind"], rows.get("kind"))
         return span + kind + sentence_loss(logits["sentence"], rows.get("sentence_labels"))
 
-    @staticmethod
-    def distillation_loss(logits: dict[str, jax.Array], rows: Rows, temperature: float) -> jax.Array:
+    @classmethod
+    def distillation_loss(cls, logits: dict[str, jax.Array], rows: Rows, temperature: float) -> jax.Array:
         teacher, labeled = rows.get("teacher_logits"), rows.get("sentence_labels") >= 0
         span = distillation(logits["span"], teacher["span"], temperature, rows.mask[:, None]).sum(1)
         kind = distillation(logits["kind"], teacher["kind"], temperature)

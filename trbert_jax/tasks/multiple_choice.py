@@ -17,7 +17,7 @@ from trbert_jax.datasets.records import ChoiceQuestion
 from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks.base import Fields, RecordErrors, Score, Task, register_task
 from trbert_jax.tasks.examples import Counts, Examples, digest_of
-from trbert_jax.tasks.losses import Rows, cross_entropy, distillation
+from trbert_jax.tasks.losses import Rows
 from trbert_jax.tasks.scorers import accuracy
 from trbert_jax.tasks.text_encoder import TextEncoder
 
@@ -107,16 +107,6 @@ class MultipleChoiceTask(Task):
             digest=digest,
             records=records,
         )
-
-    # `labels` int32 [B]; a row an option
-
-    @staticmethod
-    def loss(logits: jax.Array, rows: Rows) -> jax.Array:
-        return cross_entropy(rows.grouped(logits)[..., 0], rows.get("labels"))
-
-    @staticmethod
-    def distillation_loss(logits: jax.Array, rows: Rows, temperature: float) -> jax.Array:
-        return distillation(rows.grouped(logits)[..., 0], rows.get("teacher_logits"), temperature)
 
     @staticmethod
     def example_logits(logits: jax.Array, rows: Rows) -> jax.Array:

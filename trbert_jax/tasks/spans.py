@@ -94,8 +94,8 @@ class SpanTask(Task):
 
     # Row targets `starts` and `ends` int32 [B * G, A], -1 for padding.
 
-    @staticmethod
-    def loss(logits: jax.Array, rows: Rows) -> jax.Array:
+    @classmethod
+    def loss(cls, logits: jax.Array, rows: Rows) -> jax.Array:
         mask = rows.grouped(rows.mask)
         ends = (
             any_of(rows.grouped(logits[:, i]), rows.grouped(rows.get(key)), mask)
@@ -103,8 +103,8 @@ class SpanTask(Task):
         )
         return sum(ends, start=jnp.zeros(())) / 2
 
-    @staticmethod
-    def distillation_loss(logits: jax.Array, rows: Rows, temperature: float) -> jax.Array:
+    @classmethod
+    def distillation_loss(cls, logits: jax.Array, rows: Rows, temperature: float) -> jax.Array:
         loss = distillation(logits, rows.get("teacher_logits"), temperature, rows.mask[:, None])
         return rows.mean(loss.sum(1))  # not halved, as published
 
