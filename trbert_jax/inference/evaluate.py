@@ -21,7 +21,7 @@ from trbert_jax.tasks.classification import encode_texts
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.splits import encode_usable, notes_of
 
-Judge = Callable[[Outputs], Mapping[str, float]]  # outputs -> the task's metrics
+Metrics = Callable[[Outputs], Mapping[str, float]]
 
 
 def evaluate_file(
@@ -77,10 +77,11 @@ def evaluate_file(
             result["skipped_records"] = len(bad.skipped)
     if RULES[rule].drops and baselines:
 
-        def judge(outputs: Outputs) -> Mapping[str, float]:
+        def metrics(outputs: Outputs) -> Mapping[str, float]:
             return model.task.score(examples, outputs.logits).metrics
 
-        result["baselines"] = run_baselines(engine, model.params, examples, outputs, baselines, seed, judge)
+        runs = baseline_runs(outputs, baselines, seed)
+        result["baselines"] = evaluate_runs(engine, model.params, examples, metrics, runs)
     return result
 
 
@@ -102,38 +103,23 @@ def read_examples(model: TRBert, path: Path, bad: BadRecords) -> Examples:
     return encode_usable(model.task, records, tokenizer, bad, str(path))
 
 
-def run_baselines(
+def baseline_runs(outputs: Outputs, rules: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+    """Returns the runs of baseline rules with the kept counts of `outputs`, for `evaluate_runs`."""
+    return {rule: {"rule": rule, "num_kept": outputs.num_kept, "seed": seed} for rule in rules}
+
+
+def evaluate_runs(
     engine: InferenceEngine,
     params: Params,
     examples: Examples,
-    outputs: Outputs,
-    rules: Sequence[str],
-    seed: int,
-    judge: Judge,
+    metrics: Metrics,
+    runs: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates baseline rules with the kept counts of `outputs`."""
+    """Evaluates a model several times; `runs` gives the arguments of `InferenceEngine.run` by name."""
     result = {}
-    for rule in rules:
-        found = engine.run(params, examples, rule=rule, num_kept=outputs.num_kept, seed=seed)
-        result[rule] = summarize(found, engine.model.config, judge(found))
-    return result
-
-
-def run_thresholds(
-    engine: InferenceEngine,
-    params: Params,
-    examples: Examples,
-    judge: Judge,
-    thresholds: Sequence[float],
-    *,
-    rule: str,
-    backend: str,
-) -> dict[str, dict[str, Any]]:
-    """Evaluates a model at several thresholds."""
-    result = {}
-    for threshold in thresholds:
-        found = engine.run(params, examples, rule=rule, backend=backend, threshold=threshold)
-        result[str(threshold)] = summarize(found, engine.model.config, judge(found))
+    for name, options in runs.items():
+        outputs = engine.run(params, examples, **options)
+        result[name] = summarize(outputs, engine.model.config, metrics(outputs))
     return result
 
 

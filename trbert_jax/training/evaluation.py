@@ -16,7 +16,7 @@ import numpy as np
 from trbert_jax.config import RunConfig
 from trbert_jax.errors import UserError
 from trbert_jax.inference.engine import InferenceEngine, Outputs
-from trbert_jax.inference.evaluate import run_baselines, run_thresholds, summarize, write_predictions
+from trbert_jax.inference.evaluate import baseline_runs, evaluate_runs, summarize, write_predictions
 from trbert_jax.io import atomic_directory, write_json
 from trbert_jax.model.config import model_config_to_dict
 from trbert_jax.model.heads import Logits
@@ -66,12 +66,11 @@ def evaluate_stage(experiment: Experiment) -> dict[str, Any]:
                 def metrics(outputs: Outputs, model: Pretrained = model) -> dict[str, float]:
                     return experiment.score(settings.split, model, outputs).metrics
 
-                result["baselines"] = run_baselines(
-                    engine, params, examples, outputs, settings.baselines, experiment.config.seed, metrics
-                )
-                result["thresholds"] = run_thresholds(
-                    engine, params, examples, metrics, settings.thresholds, **rule
-                )
+                for name, runs in (
+                    ("baselines", baseline_runs(outputs, settings.baselines, experiment.config.seed)),
+                    ("thresholds", {str(x): {**rule, "threshold": x} for x in settings.thresholds}),
+                ):
+                    result[name] = evaluate_runs(engine, params, examples, metrics, runs)
             result |= threshold
     devices.on_main(functools.partial(_export, experiment, compared[-1].name, model, result))
     return {"split": settings.split, "rule": settings.rule, "backend": settings.backend, **result}
