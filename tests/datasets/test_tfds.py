@@ -91,7 +91,7 @@ def test_other_field_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"text": b"\xe9", "label": 0}, "UTF-8"),
         ({"text": b" ", "label": 0}, "text empty"),
         ({"text": 3, "label": 0}, "text (3)"),
-        ({"text": b"a", "label": -1}, "label -1 0..1"),
+        ({"text": b"a", "label": -1}, "label -1 0 1"),
     ],
 )
 def test_bad_texts(monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], words: str) -> None:

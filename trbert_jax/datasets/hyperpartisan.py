@@ -51,7 +51,7 @@ def split_hyperpartisan(input_path: str | Path, output_dir: str | Path) -> dict[
       Number of articles by split.
 
     Raises:
-      UserError: a missing or malformed file (with its line), too few articles, no permission.
+      UserError: a missing or malformed file (with its line), or too few articles.
     """
     path = _find_source(Path(input_path).expanduser())
     examples = list(_read_xml(path) if path.suffix == ".xml" else _read_original_data(path))
@@ -143,19 +143,13 @@ def _articles(path: Path) -> Iterator[tuple[str, ElementTree.Element]]:
 
 
 def _find_source(path: Path) -> Path:
-    expected = f"expected {_TEXT_FILE}, or {_ARTICLES}NAME.xml and {_GROUND_TRUTH}NAME.xml"
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; {expected}")
-    if path.is_dir():
-        if (path / _TEXT_FILE).exists():
-            return path / _TEXT_FILE
-        found = sorted(path.glob(f"{_ARTICLES}*.xml"))
-        if not found:
-            raise UserError(f"{path}: nothing to split; {expected}")
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
-            raise UserError(f"{path}: holds {names}; give one of them as the input")
-        return found[0]
-    if path.suffix == ".xml" and not path.name.startswith(_ARTICLES):
-        raise UserError(f"{path}: give the file whose name begins with {_ARTICLES}; {expected}")
-    return path
+    """Returns the file to split: `path` itself, or the one in a folder."""
+    in_folder = list(path.glob(_TEXT_FILE)) or sorted(path.glob(f"{_ARTICLES}*.xml"))
+    found = [path] if path.is_file() else in_folder
+    if len(found) != 1 or (found[0].suffix == ".xml" and not found[0].name.startswith(_ARTICLES)):
+        names = ", ".join(file.name for file in found) or "nothing to split"
+        raise UserError(
+            f"{path}: found {names}; expected one {_TEXT_FILE}, or one {_ARTICLES}NAME.xml with "
+            f"{_GROUND_TRUTH}NAME.xml"
+        )
+    return found[0]

@@ -83,19 +83,11 @@ class DataSet:
     has_fields: bool = False
 
     def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
-        """Returns the class names, without reading examples where possible.
-
-        Args:
-          path: `data.path`.
-          label_field: `data.label_field`.
-
-        Raises:
-          UserError: `labels_file` does not hold one name for each class.
-        """
-        file = (
-            None if path is None or self.labels_file is None else Path(path).expanduser() / self.labels_file
-        )
-        if file is None or not file.exists():
+        """Returns the class names, given `data.path` and `data.label_field`."""
+        if path is None or self.labels_file is None:
+            return self.labels
+        file = Path(path).expanduser() / self.labels_file
+        if not file.exists():
             return self.labels
         names, count = read_json(file), len(self.labels)
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
@@ -147,10 +139,10 @@ class DataSet:
     def read_file(
         self, path: str | Path, bad: BadRecords | None = None, labels: Sequence[str] = ()
     ) -> list[Any]:
-        """Reads one file in the format of this data set, and logs what was skipped.
+        """Reads one file (RACE: one folder) in the format of this data set, and logs what was skipped.
 
         Args:
-          path: the file (RACE: the folder).
+          path: the file.
           bad: how to handle bad records; by default the first one raises.
           labels: class names; by default `self.labels`.
 

@@ -39,23 +39,16 @@ def read_file(path: str | Path, labels: Sequence[str]) -> list[Example]:
 
 
 def make_example(example_id: str, item: Any, labels: Sequence[str]) -> Example:
-    """Returns the example of an object with `text` and a 0-based `label`.
-
-    Raises:
-      ValueError: a missing field, a wrong type, an empty text, a label out of range.
-    """
-    return Example(example_id, reading.text(item, "text"), _check_label(reading.field(item, "label"), labels))
+    """Returns the example of an object with `text` and a 0-based `label`. Raises `ValueError` if wrong."""
+    return Example(example_id, reading.text(item, "text"), _label(item, labels))
 
 
-def _check_label(label: object, labels: Sequence[str], first: int = 0) -> int:
-    """Returns the 0-based class of a label that counts from `first`. Raises `ValueError` otherwise."""
-    last = first + len(labels) - 1
-    if isinstance(label, bool) or not isinstance(label, int):
-        raise ValueError(f"label: is {reading.describe(label)}; expected a whole number {first}..{last}")
-    if not first <= label <= last:
-        names = reading.shorten(", ".join(labels))
-        raise ValueError(f"label: is {label}; expected {first}..{last} for {len(labels)} classes ({names})")
-    return label - first
+def _label(item: Any, labels: Sequence[str], first: int = 0) -> int:
+    """Returns the 0-based class of a `label` that counts from `first`. Raises `ValueError` otherwise."""
+    try:
+        return reading.integer(item, "label", first, first + len(labels) - 1) - first
+    except ValueError as error:
+        raise ValueError(f"{error} ({reading.shorten(', '.join(labels))})") from error
 
 
 def _read_jsonl(path: Path, labels: Sequence[str]) -> Iterator[Example]:
@@ -96,10 +89,8 @@ def _csv_example(example_id: str, row: list[str], labels: Sequence[str], *, is_f
     digits = row[0].strip()
     is_number = digits.isascii() and digits.isdecimal() and len(digits) < 10
     if not is_number and is_first:
-        raise ValueError(
-            f"label: is {reading.describe(row[0])}; expected a number; if the line is a header, remove it"
-        )
-    label = _check_label(int(digits) if is_number else row[0], labels, first=1)
+        raise ValueError(f"label: is {reading.describe(row[0])}; if the line is a header, remove it")
+    label = _label({"label": int(digits) if is_number else row[0]}, labels, first=1)
     return Example(example_id, reading.text({"text": row[1]}, "text"), label)
 
 

@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 # The catalog's names of the splits, in order of preference.
 _SPLITS = {"train": ("train",), "dev": ("validation", "dev"), "test": ("test",)}
-_PREPARED = 'with file_format="array_record" and set data.path to the data_dir it was written to'
 
 Converter = Callable[[Any, str, BadRecords], Iterator[SpanQuestion | ChoiceQuestion]]
 
@@ -133,24 +132,20 @@ def _trivia_qa(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]
 def _make(name: str) -> DataSet:
     """Returns the entry of `tfds:NAME`; its `read_file` reads the published format of questions."""
     catalog = name.partition("/")[0].partition(":")[0]
-    entry = _CATALOG.get(catalog) or TfdsDataSet(
-        name="", task="classification", read=text_files.read, has_fields=True
-    )
-    return dataclasses.replace(entry, name=f"tfds:{name}")
-
-
-def _span(convert: Converter, style: str, id_field: str, read: Reader) -> TfdsDataSet:
-    return TfdsDataSet(
-        name="", task="span", style=style, read=read, convert=convert, id_field=id_field, dev_as_test=True
-    )
+    if catalog in _SPANS:
+        convert, style, id_field, read = _SPANS[catalog]
+        more: dict[str, Any] = {"style": style, "convert": convert, "id_field": id_field, "dev_as_test": True}
+        return TfdsDataSet(name=f"tfds:{name}", task="span", read=read, **more)
+    if catalog == "race":
+        return TfdsDataSet(name=f"tfds:{name}", task="multiple_choice", read=race.read, convert=_race)
+    return TfdsDataSet(name=f"tfds:{name}", task="classification", read=text_files.read, has_fields=True)
 
 
 FAMILIES["tfds"] = _make
-_CATALOG = {
-    "squad": _span(_squad, "squad", "id", squad.read),
-    "mrqa": _span(_mrqa, "mrqa", "qid", mrqa.read),
-    "trivia_qa": _span(_trivia_qa, "triviaqa", "question_id", triviaqa.read),
-    "race": TfdsDataSet(name="", task="multiple_choice", read=race.read, convert=_race),
+_SPANS: dict[str, tuple[Converter, str, str, Reader]] = {
+    "squad": (_squad, "squad", "id", squad.read),
+    "mrqa": (_mrqa, "mrqa", "qid", mrqa.read),
+    "trivia_qa": (_trivia_qa, "triviaqa", "question_id", triviaqa.read),
 }
 
 
@@ -202,31 +197,27 @@ def _open(name: str, data_dir: PathLike) -> Mapping[str, Any]:
 
     try:
         return tfds.data_source(name.removeprefix("tfds:"), data_dir=data_dir)
-    except ImportError as error:
-        raise UserError(
-            f"data.name: {name} cannot be prepared here, that needs the package {error.name}; install it, "
-            f"or prepare the data set elsewhere {_PREPARED}"
-        ) from error
     except Exception as error:  # each data set brings its own code and its own kinds of errors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, ImportError):
+            reason = f"preparing it here needs the package {error.name}"
         raise UserError(
             f"data.name: {name} cannot be read ({reason}); check name and network, or prepare the data set "
-            f"elsewhere {_PREPARED}"
+            'elsewhere with file_format="array_record" and set data.path to the data_dir it was written to'
         ) from error
 
 
 def _find_split(name: str, sources: Mapping[str, Any], split: str) -> tuple[Any, list[int]]:
     """Returns the source that holds a split, and which of its records belong to it."""
-    keys = {part: next((n for n in names if n in sources), None) for part, names in _SPLITS.items()}
-    if keys["dev"] is None and split != "test" and keys["train"] is not None:
-        source = sources[keys["train"]]
-        return source, hold_out(len(source), name, split)
-    key = keys[split]
-    if key is None:
-        there = ", ".join(sources) or "none"
+    found = {part: next((sources[n] for n in names if n in sources), None) for part, names in _SPLITS.items()}
+    source = found[split]
+    if found["dev"] is None and split != "test" and found["train"] is not None:
+        return found["train"], hold_out(len(found["train"]), name, split)
+    if source is None:
+        has = ", ".join(sources) or "none"
         hint = "; set evaluate.split=dev" if split == "test" else ""
-        raise MissingSplitError(f"{name}: has no split {' or '.join(_SPLITS[split])} (it has: {there}){hint}")
-    return sources[key], list(range(len(sources[key])))
+        raise MissingSplitError(f"{name}: has no split {' or '.join(_SPLITS[split])} (it has: {has}){hint}")
+    return source, list(range(len(source)))
 
 
 def _label_names(name: str, source: Any, label_field: str) -> tuple[str, ...]:
