@@ -14,17 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class ModelShape(Protocol):
-    """The fields of a model's configuration that the scores depend on."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_selectors(self) -> int: ...
-    @property
-    def reduction_layers(self) -> tuple[int, ...]: ...
-
-
 class Encoder(Protocol):
     """Runs parts of an encoder, without dropout: `model.packed.PackedEncoder`."""
 
@@ -32,7 +21,7 @@ class Encoder(Protocol):
     def run_layers(self, params: Any, tokens: Any, layers: Sequence[int]) -> Any: ...
 
 
-def score_layers(config: ModelShape) -> tuple[tuple[int, ...], int]:
+def score_layers(config: Any) -> tuple[tuple[int, ...], int]:
     """Returns the compared layers: the one before each selector's point of reduction, and layer 2L/3.
 
     0-based; -1 stands for the embeddings. Always one entry per selector, also if a shallow model has a
@@ -44,7 +33,7 @@ def score_layers(config: ModelShape) -> tuple[tuple[int, ...], int]:
 
 
 def residual_scores(
-    config: ModelShape,
+    config: Any,
     encoder: Encoder,
     params: Any,
     batch: Mapping[str, jax.Array],
@@ -57,7 +46,7 @@ def residual_scores(
     point of reduction s.
 
     Args:
-      config: the model's shape.
+      config: the model's shape, `model.config.ModelConfig`.
       encoder: drops nothing.
       params: fine-tuned parameters.
       batch: B examples of G rows each, padded to S tokens.

@@ -14,6 +14,7 @@ Source: paper, section 3.3; docs/method.md, "Training stages".
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from trbert_jax.reduction import policy_loss as policy
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction import selector_init as initialization
+from trbert_jax.reduction.rules import RULES
 from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.losses import Rows
 
@@ -199,14 +201,14 @@ def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax
       imitating: bool scalar, may be traced.
     """
     copy_rngs = jax.random.split(rng, num_samples)
-    keys = jax.vmap(Rows(batch).keys)(copy_rngs)
-    rule = tokens.sample(keys.reshape(-1))
+    inputs = {"row_keys": jax.vmap(Rows(batch).keys)(copy_rngs).reshape(-1)}
     if imitating is False:
-        return rule
+        return cast(tokens.Rule, RULES["sample"].build(inputs))
     rows = batch["input_ids"].shape[0]
     first_copy = jnp.arange(num_samples * rows) < rows
     guide = jnp.tile(batch["guide"], (num_samples, 1, 1))
-    return tokens.imitate(guide, first_copy & imitating, rule)
+    rule = RULES["imitate"].build({**inputs, "guide": guide, "imitating": first_copy & imitating})
+    return cast(tokens.Rule, rule)
 
 
 def _policy_metrics(samples: PolicySamples, loss: jax.Array) -> dict[str, jax.Array]:
