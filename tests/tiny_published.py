@@ -37,7 +37,7 @@ def places(text: str) -> list[tuple[int, int]]:
 
 
 def spelled(text: str, first: int, last: int) -> str:
-    """What stands in a text from one word piece to another, both inclusive."""
+    """Returns the text from one word piece to another, both inclusive."""
     return text[places(text)[first][0] : places(text)[last][1]]
 
 

@@ -56,7 +56,7 @@ def span_question(
     impossible: bool = False,
     spans: tuple[Span, ...] | None = None,
 ) -> SpanQuestion:
-    """Each answer stands where the context first has it."""
+    """The span of each answer is its first place in the context."""
     if spans is None:
         spans = tuple(Span(context.index(a), context.index(a) + len(a)) for a in answers)
     return SpanQuestion(id, question, context, spans, answers, impossible, "f.json: data[0]")

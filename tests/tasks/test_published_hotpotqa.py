@@ -1,6 +1,6 @@
 """HotpotQA in the authors' formats (distractor, fullwiki) and in the graph format, from files to metrics.
 
-Each of the three paragraphs of a question stands in the input as `[unused1] title [unused2] text`. With
+Each of the three paragraphs of a question becomes `[unused1] title [unused2] text`. With
 a question of 3 word pieces the first begins at token 5, the second at 25, the third at 36, and 48 is [SEP].
 """
 
@@ -37,7 +37,7 @@ PLACES = {
     ("Third one", 0): (40, 43),
     ("Third one", 1): (44, 47),
 }
-# The answer of the first stands in two supporting sentences, and in two that support nothing: one beside
+# The answer of the first is in two supporting sentences, and in two that support nothing: one beside
 # them, one in another paragraph.
 ANSWERS = {"city": "Łódź", "cafe": CAFE, "yes": "yes", "no": "no"}
 FACTS: dict[str, list[list[Any]]] = {

@@ -63,7 +63,7 @@ def encode_texts(
       tokenizer: see `Task.encode`.
       max_length: tokens of an example at most, special tokens included.
       cache_dir: folder of the cache; None for no cache. The name of a file in it is a hash of everything
-        that decides its contents, so it never stands for another data set, tokenizer or length.
+        that decides its contents, so another data set, tokenizer or length never reads it.
 
     Raises:
       UserError: a text without tokens (names the record), or a cache folder that cannot be written.

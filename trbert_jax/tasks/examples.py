@@ -198,7 +198,7 @@ class Examples:
         return self.tokens[self.offsets[r] : self.offsets[r + 1]]
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """The rows of some examples: int64 [b] -> int64 [b, group], -1 for padding rows."""
+        """Returns the rows of examples: int64 [b] -> int64 [b, group], -1 for padding rows."""
         if self.first_row is None:
             return np.asarray(indices, np.int64)[:, None]
         rows = self.first_row[indices][:, None] + np.arange(self.group)
@@ -210,7 +210,7 @@ class Examples:
         return int(self.tokens[0])
 
     def padded_rows(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Pads the tokens of some rows, and their types if the set has them, with 0.
+        """Pads the tokens of rows, and their types if the set has them, with 0.
 
         Args:
           rows: int64 [b], none longer than `width`; -1 gives a row of zeros.

@@ -131,7 +131,7 @@ def any_of(logits: jax.Array, gold: jax.Array, mask: jax.Array) -> jax.Array:
 
     Args:
       logits: float [B, G, S], G segments an example.
-      gold: int [B, G, A], gold positions in each segment, -1 where there are fewer; each counts once.
+      gold: int [B, G, A], gold positions in each segment, each once; -1 for padding.
       mask: bool [B, G, S].
 
     Returns:

@@ -233,7 +233,7 @@ def pack(paragraphs: MultiHopParagraphs, orders: Sequence[np.ndarray], records: 
 
     Returns:
       n examples with a `Packing` and the targets
-        starts, ends: int32 [n, 8], first and last token of each answer; 0, [CLS], if there is none.
+        starts, ends: int32 [n, 8], first and last token of each answer; 0, [CLS], without one.
         sentences: int32 [n, 80, 2], first and last token of every sentence that is in the input as a
           whole.
         sentence_labels: int32 [n, 80], 1 supporting, 0 not, -1 withheld.
@@ -345,7 +345,7 @@ def _best_span(packing: Packing, i: int, logits: np.ndarray, max_answer_length: 
     wins, then the shortest.
 
     Args:
-      packing: see there.
+      packing: of all questions.
       i: the question.
       logits: float [2, tokens of its row].
       max_answer_length: word pieces at most.

@@ -28,8 +28,8 @@ class WindowSettings:
     Attributes:
       max_length: tokens of a window at most, special tokens included.
       max_question_length: word pieces of a question at most; the rest is cut.
-      step: word pieces from the start of one window to that of the next, at most a full window, so that
-        there are no gaps; None for windows that do not overlap.
+      step: word pieces from the start of one window to that of the next, at most a full window, which
+        leaves no gaps; None for windows that do not overlap.
       max_windows: windows of a question at most, the first ones; None for all.
       markers: words of the texts that are read as vocabulary entries, see `TextEncoder`.
     """
