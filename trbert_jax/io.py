@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import logging
@@ -19,7 +18,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +29,7 @@ from trbert_jax.errors import UserError
 
 @contextlib.contextmanager
 def _explain(target: Path) -> Iterator[None]:
+    """Turns errors of writing into `UserError`s that name the target."""
     try:
         yield
     except PermissionError as error:
@@ -130,13 +130,14 @@ def only_process(directory: str | Path) -> Iterator[None]:
             f"{directory}: another process works in this directory ({holder}); wait for its end or stop it, "
             "or choose another directory"
         ) from error
-    with lock:
-        path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
-        try:
-            yield
-        finally:
-            lock.release()
+    try:
+        with _explain(path):
+            path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
             path.write_text("", encoding="utf-8")
+        lock.release()
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -155,7 +156,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Parses JSON. Raises `ValueError`, with a message for users, where it is malformed."""
+    """Parses JSON. Raises `ValueError` with a message for users if it is malformed."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -166,7 +167,7 @@ def parse_json(text: str) -> Any:
 
 
 def check_unicode(text: str) -> None:
-    """Raises `ValueError` where a text has half of a surrogate pair: JSON allows it, Unicode does not."""
+    """Raises `ValueError` if a text has half of a surrogate pair, which JSON allows and Unicode does not."""
     if text.isascii():
         return
     try:
@@ -235,24 +236,15 @@ class _YamlLoader(yaml.SafeLoader):
         return result
 
 
-# Plain text -> value as in YAML 1.2's core schema: type, pattern, first letters, conversion.
-_SCALARS: tuple[tuple[str, str, str, Callable[[str], Any]], ...] = (
-    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
-    ("int", "[-+]?[0-9]+", "-+0123456789", int),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789", float),
-    ("null", "null|Null|NULL|~|", "nN~", lambda text: None),
-)
-
-
-def _construct_scalar(convert: Callable[[str], Any], loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
-    return convert(node.value)
-
-
-for _kind, _pattern, _letters, _value in _SCALARS:
-    _tag = f"tag:yaml.org,2002:{_kind}"
-    _first = [*_letters, ""] if _kind == "null" else list(_letters)
-    _YamlLoader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
-    _YamlLoader.add_constructor(_tag, functools.partial(_construct_scalar, _value))
+_TAG = "tag:yaml.org,2002:"
+for _kind, _pattern, _first in (
+    ("null", "null|Null|NULL|~|", ["n", "N", "~", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", "[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+):
+    _YamlLoader.add_implicit_resolver(_TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), _first)
+_YamlLoader.add_constructor(_TAG + "int", lambda loader, node: int(node.value))  # 010 is 10, not 8
 
 
 def parse_yaml(text: str, source: str | None = None) -> Any:
