@@ -325,8 +325,7 @@ def join(
       timeout: seconds to wait for the others.
 
     Raises:
-      UserError: the environment does not describe a run, the coordinator cannot be reached, or its port is
-        taken by another program.
+      UserError: the environment does not describe a run, or another program uses the coordinator's port.
     """
     late = f"processes did not join within {timeout} s; check that all were started and their network"
     cannot = (
@@ -352,7 +351,7 @@ def join(
                 coordinator, num_processes, process_id, initialization_timeout=timeout + _GRACE
             )
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{cannot} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{cannot} ({str(error).partition(chr(10))[0]})") from error
 
 
 @contextlib.contextmanager
