@@ -15,7 +15,7 @@ from tiny_processes import TESTS, Ended, finish, free_port, start, start_togethe
 
 @pytest.mark.slow
 def test_sigterm_stops_both_processes_wherever_they_are(tmp_path: Path) -> None:
-    """To one of them: in updates, as a stage ends and the next one begins, in evaluation. 120 s alone."""
+    """To one of them: in updates, as a stage ends and the next one begins, in evaluation."""
     changes = {
         "stages": ["finetune", "score", "evaluate"],
         "model": {"scratch": {**tiny_runs.SCRATCH, "num_layers": 2}},

@@ -92,7 +92,7 @@ def test_a_signal_after_the_last_update_is_not_lost() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_no_except_clause_on_the_way_swallows_the_request() -> None:
+def test_except_exception_does_not_catch_a_request_to_stop() -> None:
     assert not issubclass(PreemptedError, Exception)
 
 
@@ -193,7 +193,7 @@ def test_an_example_with_a_value_that_is_not_finite_is_named() -> None:
         check_finite(features, index, 3, {"loss": np.array([np.nan, 0, 0])})
 
 
-def test_speed_is_told_apart_from_the_metrics(whole: Path) -> None:
+def test_speed_is_not_among_the_metrics(whole: Path) -> None:
     speed = tiny_runs.read_lines(whole / "speed.jsonl")
     assert [row["step"] for row in speed] == [1, 10, 12]
     for row in speed:
@@ -201,7 +201,7 @@ def test_speed_is_told_apart_from_the_metrics(whole: Path) -> None:
         assert row["seconds_input"] > 0
         assert row["tokens_per_second"] > row["examples_per_second"] > 0
         assert row["flops_per_second"] > 0
-        assert "flop_utilization" not in row  # nobody has stated the peak of a CPU
+        assert "flop_utilization" not in row  # the peak of a CPU is unknown
     assert not any("second" in name for row in read_metrics(whole / "metrics.jsonl") for name in row)
 
 
