@@ -317,8 +317,8 @@ def encode_paragraphs(
             ids.append(question.id)
             kinds.append(kind_of(question.answer))
             counts.append(len(question.paragraphs))
-            lengths = [len(tokens) for tokens in arrays["tokens"][len(arrays["tokens"]) - counts[-1] :]]
-            truncated += sum(lengths) > room
+            pairs = zip(question.paragraphs, heads, strict=True)
+            truncated += sum(len(head) + len(paragraph.tokens) for paragraph, head in pairs) > room
         for name, parts in arrays.items():
             columns[name].append(Ragged.of(parts, *_COLUMNS[name]))
     errors.raise_if_any()
