@@ -28,21 +28,13 @@ READERS = 4  # threads that read prepared data
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Training:
-    """A training stage that is ready to run.
-
-    Attributes:
-      experiment: configuration, devices and data.
-      stage: the stage.
-      start: the model it starts from.
-      examples: the training examples, as in epoch 0.
-      inputs: outputs of earlier stages that its batches contain, by the name of their entry.
-    """
+    """A training stage that is ready to run."""
 
     experiment: Experiment
     stage: Stage
-    start: Pretrained
-    examples: Examples
-    inputs: StageInputs
+    start: Pretrained  # the model it starts from
+    examples: Examples  # for training, as in epoch 0
+    inputs: StageInputs  # outputs of earlier stages that batches contain
 
     @property
     def name(self) -> str:
@@ -155,17 +147,11 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
 
 
 class UpdateBatch(NamedTuple):
-    """The examples of one update.
+    """The examples of one update."""
 
-    Attributes:
-      arrays: [accumulation_steps, own examples, ...]; own are those that this process's devices compute.
-      num_examples: of all processes.
-      lengths: int [R], tokens of each of their rows.
-    """
-
-    arrays: dict[str, Any]
-    num_examples: int
-    lengths: np.ndarray
+    arrays: dict[str, Any]  # [accumulation_steps, examples of this process's devices, ...]
+    num_examples: int  # of all processes
+    lengths: np.ndarray  # int [R], tokens of each of their rows
 
 
 def update_batches(training: Training, step: int, width: int) -> UpdateBatch:

@@ -53,17 +53,11 @@ CHUNK = 2**20  # bytes written at once
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StageInput:
-    """Output of an earlier stage for the training examples.
+    """Output of an earlier stage for the training examples."""
 
-    Attributes:
-      read: positions int [b] of examples, or of rows if `by_row` -> entries [b, ...].
-      by_row: whether the output has an entry per row rather than per example.
-      by_token: whether the last axis is positions, to be cut to the batch's width.
-    """
-
-    read: Callable[[np.ndarray], Any]
-    by_row: bool = False
-    by_token: bool = False
+    read: Callable[[np.ndarray], Any]  # positions int [b] of examples (rows if `by_row`) -> entries [b, ...]
+    by_row: bool = False  # whether the output has an entry per row rather than per example
+    by_token: bool = False  # whether the last axis is positions, to be cut to the batch's width
 
     def take(self, index: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
         """Returns the entries of a batch: examples int [B], rows int [B * G], padded length."""

@@ -36,23 +36,14 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """One micro-batch of an update, as a stage's objective receives it.
-
-    Attributes:
-      config: settings of all stages.
-      batch: arrays of the micro-batch.
-      rng: PRNG key of the update.
-      step: int32 scalar, number of the update (0-based).
-      total_steps: updates of the stage.
-      forward: keyword arguments of the model's pass for the functions of `objectives`.
-    """
+    """One micro-batch of an update, as a stage's objective receives it."""
 
     config: RunConfig
     batch: Batch
-    rng: jax.Array
-    step: jax.Array
-    total_steps: int
-    forward: dict[str, Any]
+    rng: jax.Array  # key of the update
+    step: jax.Array  # int32 scalar, number of the update (0-based)
+    total_steps: int  # updates of the stage
+    forward: dict[str, Any]  # arguments of the model's pass, for the functions of `objectives`
 
 
 StageFlops = Callable[[RunConfig, ModelConfig, np.ndarray, Sequence[float] | None], np.ndarray]
@@ -96,34 +87,23 @@ def _joint_layers(config: RunConfig, model: ModelConfig) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of an experiment: a training stage has `trains` and `objective`, any other stage `run`.
+    """One stage of an experiment: a training stage has `trains` and `objective`, any other stage `run`."""
 
-    Attributes:
-      settings: class of its section in the configuration, which gives the stage its name.
-      starts_from: stages whose model it starts from; the first that is configured is used. Empty for the
-        model before training.
-      trains: model -> which components of the parameters an update changes.
-      objective: computes what updates minimize.
-      inputs: settings -> the function of `stage_inputs` that reads the outputs of earlier stages that its
-        batches contain; None for no such outputs.
-      run: experiment, this stage -> summary; computes a stage without updates and writes its files.
-      reduces: whether its model is evaluated with token reduction.
-      compared: whether stage evaluate reports its model even if a later stage trains it further.
-      flops: settings, model, row lengths int [R], kept shares (`reduction.flops.assumed_flops`) -> FLOPs of
-        one pass over these rows, float64 [R].
-      kept_layers: number of layers whose inner values the backward pass keeps, for all tokens of a batch;
-        None without a gradient of the encoder.
-    """
-
-    settings: type
+    settings: type  # class of its section in the configuration, which gives the stage its name
+    # Stages whose model it starts from; the first configured one is used. () for the model before training.
     starts_from: tuple[str, ...] = ()
+    # Which components of the parameters an update changes.
     trains: Callable[[ModelConfig], Trains] | None = None
     objective: Callable[[Update], Objective] | None = None
+    # Settings -> the function of `stage_inputs` that reads the outputs of earlier stages for its batches.
     inputs: Callable[[Any], Callable[[Experiment, str, Examples, str], StageInputs] | None] = lambda _: None
+    # Computes the stage, given the stage itself, writes its files and returns its summary.
     run: Callable[[Experiment, Any], dict[str, Any]] | None = None
-    reduces: bool = False
-    compared: bool = False
+    reduces: bool = False  # whether its model is evaluated with token reduction
+    compared: bool = False  # whether stage evaluate reports its model even if later stages train it further
+    # Settings, model, row lengths int [R], kept shares (`flops.assumed_flops`) -> FLOPs of one pass [R].
     flops: StageFlops = _DENSE_UPDATE
+    # Layers whose inner values the backward pass keeps, for all tokens; None without an encoder gradient.
     kept_layers: Callable[[RunConfig, ModelConfig], float] | None = lambda _, model: model.num_layers
 
     @property

@@ -29,17 +29,11 @@ _DEVICES = "devices"  # axis of pmap
 
 @struct.dataclass
 class TrainState:
-    """The values that an update changes.
+    """The values that an update changes."""
 
-    Attributes:
-      step: int32 scalar, number of updates done.
-      trained: the parameters that this stage trains (`split_params`).
-      opt_state: the optimizer's state.
-    """
-
-    step: jax.Array
-    trained: Params
-    opt_state: Any
+    step: jax.Array  # int32 scalar, number of updates done
+    trained: Params  # the parameters that this stage trains (`split_params`)
+    opt_state: Any  # of the optimizer
 
 
 def init_state(trained: Params, optimizer: optax.GradientTransformation) -> TrainState:
