@@ -22,7 +22,7 @@ from trbert_jax import TRBert, answer_questions
 from trbert_jax import config as settings
 from trbert_jax.cli import main
 from trbert_jax.config import load_config
-from trbert_jax.datasets import DATASETS, BadRecords, DataSet, find_dataset, register_dataset
+from trbert_jax.datasets import DATASETS, BadRecords, DataSet, find_dataset, reading, register_dataset
 from trbert_jax.datasets.reading import read_lines
 from trbert_jax.datasets.records import Example, Span, SpanQuestion
 from trbert_jax.datasets.registry import each_split
@@ -32,7 +32,6 @@ from trbert_jax.model.config import InputConfig
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.reduction.rules import RULES, RuleSpec, register_rule
 from trbert_jax.tasks import TASKS, Score, register_task
-from trbert_jax.tasks.base import Fields
 from trbert_jax.tasks.classification import ClassificationTask
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import objectives, step
@@ -148,7 +147,7 @@ def test_task(tmp_path: Path) -> None:
             return Score({"accuracy": sum(map(operator.eq, answers, right)) / len(answers)}, files)
 
         def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> Example:
-            return Example(id, Fields(request, where).text("review"), -1)
+            return Example(id, reading.text(request, "review"), -1)
 
     register_dataset(dataclasses.replace(DATASETS["imdb"], name="dummy", task="dummy"))
     config = tiny_runs.write_config(tmp_path, data={"name": "dummy"}, stages=["finetune", "evaluate"])
@@ -160,7 +159,7 @@ def test_task(tmp_path: Path) -> None:
     (answer,) = answer_questions(model, [{"review": "the film was very good and bad"}])
     assert answer["answer"] in ("negative", "positive")
     assert answer["num_tokens"] == 2 + 5
-    with pytest.raises(UserError, match="question:1: no field 'review'"):
+    with pytest.raises(UserError, match="question:1: review"):
         answer_questions(model, [{"text": "a film"}])
 
 

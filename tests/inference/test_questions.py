@@ -219,17 +219,21 @@ LONG = " ".join(["king"] * 80)
 BAD_REQUESTS = [
     ("span", "[1]", "questions.jsonl:1: a JSON list; expected an object"),
     ("span", "{", "questions.jsonl:1: not valid JSON"),
-    ("span", without(SPAN, "context"), "no field 'context' (it has: 'question')"),
-    ("span", {**SPAN, "context": " "}, "context is ' '; expected a string with something in it"),
-    ("span", {**SPAN, "question": 3}, "question is 3; expected a string"),
+    ("span", without(SPAN, "context"), "questions.jsonl:1: context: missing"),
+    ("span", {**SPAN, "context": " "}, "questions.jsonl:1: context: is empty"),
+    ("span", {**SPAN, "question": 3}, "questions.jsonl:1: question: is a number (3)"),
     ("no null", {**SPAN, "context": "\u200b"}, "has no tokens"),
-    ("span", {**SPAN, "context": "\ud83d the king"}, "context is not valid Unicode"),
-    ("choice", {**CHOICE, "options": ["a", "b", "c"]}, "options is not a list of 4 strings"),
-    ("choice", {**CHOICE, "options": ["a", "b", "c", ""]}, "options is ''; expected a string"),
-    ("candidates", {**CANDIDATES, "candidates": []}, "candidates is not a list of strings"),
-    ("multi_hop", {**MULTI_HOP, "paragraphs": {}}, "paragraphs is not a list of objects"),
-    ("multi_hop", {**MULTI_HOP, "paragraphs": [{"title": "x"}]}, "paragraph 1: no field 'sentences'"),
-    ("multi_hop", {**MULTI_HOP, "paragraphs": ["x"]}, "paragraph 1 is a JSON str; expected an object"),
+    ("span", {**SPAN, "context": "\ud83d the king"}, "questions.jsonl:1: context: is not valid Unicode"),
+    ("choice", {**CHOICE, "options": ["a", "b", "c"]}, "questions.jsonl:1: options: has 3 items"),
+    ("choice", {**CHOICE, "options": ["a", "b", "c", ""]}, "questions.jsonl:1: options[3]: is empty"),
+    ("candidates", {**CANDIDATES, "candidates": []}, "questions.jsonl:1: candidates: has 0 items"),
+    ("multi_hop", {**MULTI_HOP, "paragraphs": {}}, "questions.jsonl:1: paragraphs: is an object"),
+    (
+        "multi_hop",
+        {**MULTI_HOP, "paragraphs": [{"title": "x"}]},
+        "questions.jsonl:1: paragraphs[0]: sentences: missing",
+    ),
+    ("multi_hop", {**MULTI_HOP, "paragraphs": ["x"]}, "questions.jsonl:1: paragraphs[0]: is a text"),
 ]
 
 

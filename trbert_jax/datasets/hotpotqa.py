@@ -94,9 +94,7 @@ def read_graph(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Itera
 
 
 def _graph_question(item: Any, name: str, where: str) -> GraphQuestion:
-    nodes = reading.items(item, "node")
-    if not nodes:
-        raise ValueError("node: is empty; expected paragraphs")
+    nodes = reading.items(item, "node", some=True)
     if reading.any_has(nodes, "spans"):
         # Training relies on the order: the gold paragraphs are always kept, the others fill up.
         if len(nodes) < _GOLD:
@@ -115,9 +113,7 @@ def _graph_question(item: Any, name: str, where: str) -> GraphQuestion:
 
 
 def _graph_paragraph(node: Any) -> GraphParagraph:
-    pieces = reading.texts(node, "context")
-    if not pieces:
-        raise ValueError("context: is empty; expected wordpieces")
+    pieces = reading.texts(node, "context", some=True)
     sentences = _ranges(node, "sent_pos", len(pieces), inclusive=False)
     labels = reading.items(node, "supp_label", len(sentences)) if reading.has(node, "supp_label") else []
     with reading.within("supp_label"):

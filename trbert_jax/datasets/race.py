@@ -58,7 +58,7 @@ def make_questions(
             with reading.within("questions"):
                 question = reading.text(questions, i, may_be_empty=True)
             with reading.within("options"):
-                choices = reading.texts(options, i, count=len(LETTERS))
+                choices = reading.texts(options, i, len(LETTERS))
             with reading.within("answers"):
                 answer = _letter(answers, i) if with_answers else None
             place = f"{where}: questions[{i}]"

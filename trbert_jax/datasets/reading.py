@@ -259,10 +259,10 @@ def text(item: Any, key: str | int, *, may_be_empty: bool = False) -> str:
 
 
 def texts(
-    item: Any, key: str | int, *, count: int | None = None, may_be_empty: bool = False
+    item: Any, key: str | int, count: int | None = None, *, some: bool = False, may_be_empty: bool = False
 ) -> tuple[str, ...]:
-    """Returns a list of strings, each as `text` returns it."""
-    values = items(item, key, count)
+    """Returns a list as `items` returns it, of strings as `text` returns them."""
+    values = items(item, key, count, some=some)
     for i, value in enumerate(values):
         # Long lists of short strings are common (wordpieces).
         if not (isinstance(value, str) and value.isascii() and value.strip()):
@@ -287,14 +287,16 @@ def flag(item: Any, key: str | int) -> bool:
     return bool(value)
 
 
-def items(item: Any, key: str | int | None = None, count: int | None = None) -> list[Any]:
-    """Returns a list, of `count` items if given: a field, or `item` itself without a key."""
+def items(
+    item: Any, key: str | int | None = None, count: int | None = None, *, some: bool = False
+) -> list[Any]:
+    """Returns a list, of `count` items or at least of `some`: a field, or `item` itself without a key."""
     value = field(item, key)
     if not isinstance(value, list):
         raise _wrong(key, value, "a list")
-    if count is not None and len(value) != count:
+    if (count is not None and len(value) != count) or (some and not value):
         name = "" if key is None else f"{_name(key)}: "
-        raise ValueError(f"{name}has {len(value)} items; expected {count}")
+        raise ValueError(f"{name}has {len(value)} items; expected {'some' if count is None else count}")
     return value
 
 

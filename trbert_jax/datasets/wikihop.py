@@ -27,9 +27,7 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[Ca
 
 
 def _make_question(item: Any, where: str, with_answer: bool) -> CandidateQuestion:
-    question_id, candidates = reading.text(item, "id"), reading.texts(item, "candidates")
-    if not candidates:
-        raise ValueError("candidates: is empty; expected at least one candidate")
+    question_id, candidates = reading.text(item, "id"), reading.texts(item, "candidates", some=True)
     if len(set(candidates)) != len(candidates):
         twice = next(c for i, c in enumerate(candidates) if c in candidates[:i])
         raise ValueError(f"candidates: has {twice!r} twice; expected different candidates")

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 
+from trbert_jax.datasets import reading
 from trbert_jax.datasets.reading import BadRecord, UnusableRecords, unusable
 from trbert_jax.errors import UserError
-from trbert_jax.io import check_unicode
 from trbert_jax.model.config import InputConfig
 from trbert_jax.model.heads import Logits
 from trbert_jax.tasks.examples import Examples
@@ -166,7 +166,7 @@ class Task(abc.ABC):
           where: place of the request, for messages.
 
         Raises:
-          UserError: a missing field, a wrong type or an empty text.
+          ValueError: a missing field, a wrong type or an empty text.
         """
 
 
@@ -219,47 +219,6 @@ class RecordErrors:
             raise UnusableRecords(self._found)
 
 
-class Fields:
-    """The fields of a request, checked when they are read."""
-
-    def __init__(self, request: Mapping[str, Any], where: str) -> None:
-        self._request, self._where = request, where
-
-    def get(self, *names: str) -> Any:
-        """Returns the value of the first of these fields that is present."""
-        for name in names:
-            if name in self._request:
-                return self._request[name]
-        present = ", ".join(map(repr, self._request)) or "none"
-        raise UserError(f"{self._where}: no field {names[0]!r} (it has: {present})")
-
-    def text(self, *names: str) -> str:
-        """Returns a string that is not blank."""
-        return _text(self.get(*names), f"{self._where}: {names[0]}")
-
-    def optional_text(self, name: str) -> str:
-        """Returns a string; a missing one is empty."""
-        return _text(self._request.get(name, ""), f"{self._where}: {name}", may_be_empty=True)
-
-    def texts(self, name: str, exactly: int | None = None, may_be_empty: bool = False) -> tuple[str, ...]:
-        """Returns a list of strings, of a given length if `exactly` says so."""
-        values = self.get(name)
-        expected = "a list of strings" if exactly is None else f"a list of {exactly} strings"
-        if not isinstance(values, list) or not values or exactly not in (None, len(values)):
-            raise UserError(f"{self._where}: {name} is not {expected}")
-        return tuple(_text(value, f"{self._where}: {name}", may_be_empty) for value in values)
-
-
-def _text(value: Any, where: str, may_be_empty: bool = False) -> str:
-    if not isinstance(value, str) or not (may_be_empty or value.strip()):
-        raise UserError(f"{where} is {value!r}; expected a string with something in it")
-    try:
-        check_unicode(value)
-    except ValueError as error:
-        raise UserError(f"{where} {error}") from error
-    return value
-
-
 def parse_requests(task: Task, requests: Iterable[tuple[str, Any]], ids: set[str]) -> list[Any]:
     """Turns requests into records.
 
@@ -280,5 +239,6 @@ def parse_requests(task: Task, requests: Iterable[tuple[str, Any]], ids: set[str
         if id in ids:
             raise UserError(f"{where}: the id {id!r} occurs twice; give each question its own, or none")
         ids.add(id)
-        records.append(task.parse_request(request, id, where))
+        with reading.record(where):
+            records.append(task.parse_request(dict(request), id, where))
     return records

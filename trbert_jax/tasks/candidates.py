@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trbert_jax.datasets import reading
 from trbert_jax.datasets.records import CandidateQuestion
-from trbert_jax.tasks.base import Fields, RecordErrors, Score, Task, register_task
+from trbert_jax.tasks.base import RecordErrors, Score, Task, register_task
 from trbert_jax.tasks.examples import Counts, Examples, digest_of
 from trbert_jax.tasks.losses import NO_CANDIDATE, Rows, masked_mean
 from trbert_jax.tasks.scorers import accuracy
@@ -114,6 +115,6 @@ class CandidateTask(Task):
         return Score(metrics, {"predictions.json": answers})
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> CandidateQuestion:
-        fields = Fields(request, where)
-        candidates, supports = fields.texts("candidates"), fields.texts("supports", may_be_empty=True)
-        return CandidateQuestion(id, fields.text("query"), candidates, supports, None, where)
+        candidates = reading.texts(request, "candidates", some=True)
+        supports = reading.texts(request, "supports", some=True, may_be_empty=True)
+        return CandidateQuestion(id, reading.text(request, "query"), candidates, supports, None, where)

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from trbert_jax.datasets import reading
 from trbert_jax.datasets.records import Example
 from trbert_jax.errors import UserError
 from trbert_jax.io import atomic_file
 from trbert_jax.model.config import InputConfig
-from trbert_jax.tasks.base import Fields, Score, Task, register_task
+from trbert_jax.tasks.base import Score, Task, register_task
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.scorers import accuracy
 from trbert_jax.tasks.text_encoder import TextEncoder
@@ -50,7 +51,7 @@ class ClassificationTask(Task):
         return Score({"accuracy": accuracy(logits.argmax(-1), examples.labels)}, {})
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> Example:
-        return Example(id, Fields(request, where).text("text"), -1)
+        return Example(id, reading.text(request, "text"), -1)
 
 
 def encode_texts(

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trbert_jax.datasets import reading
 from trbert_jax.datasets.records import GraphQuestion, MultiHopQuestion, Paragraph
-from trbert_jax.errors import UserError
-from trbert_jax.tasks.base import Fields, Score, Task, register_task
+from trbert_jax.tasks.base import Score, Task, register_task
 from trbert_jax.tasks.examples import Examples, Ragged, digest_of
 from trbert_jax.tasks.losses import Rows, cross_entropy, distillation, mean_of, sentence_loss
 from trbert_jax.tasks.paragraphs import (
@@ -122,18 +122,14 @@ class MultiHopTask(Task):
         return Score(metrics, {"predictions.json": predictions})
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> MultiHopQuestion:
-        fields = Fields(request, where)
-        values = fields.get("paragraphs")
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{where}: paragraphs is not a list of objects with title and sentences")
         paragraphs = []
-        for number, value in enumerate(values, 1):
-            place = f"{where}: paragraph {number}"
-            if not isinstance(value, Mapping):
-                raise UserError(f"{place} is a JSON {type(value).__name__}; expected an object")
-            inner = Fields(value, place)
-            paragraphs.append(Paragraph(inner.text("title"), inner.texts("sentences", may_be_empty=True)))
-        return MultiHopQuestion(id, fields.text("question"), None, tuple(paragraphs), (), where)
+        for i, paragraph in enumerate(reading.items(request, "paragraphs", some=True)):
+            with reading.within(f"paragraphs[{i}]"):
+                title = reading.text(paragraph, "title")
+                sentences = reading.texts(paragraph, "sentences", some=True, may_be_empty=True)
+                paragraphs.append(Paragraph(title, sentences))
+        question = reading.text(request, "question")
+        return MultiHopQuestion(id, question, None, tuple(paragraphs), (), where)
 
 
 def _text_of(paragraph: Any) -> str:

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from trbert_jax.datasets import reading
 from trbert_jax.datasets.records import ChoiceQuestion
 from trbert_jax.model.config import InputConfig
-from trbert_jax.tasks.base import Fields, RecordErrors, Score, Task, register_task
+from trbert_jax.tasks.base import RecordErrors, Score, Task, register_task
 from trbert_jax.tasks.examples import Counts, Examples, digest_of
 from trbert_jax.tasks.losses import Rows
 from trbert_jax.tasks.scorers import accuracy
@@ -123,9 +124,10 @@ class MultipleChoiceTask(Task):
         return Score(metrics, {"predictions.json": answers})
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> ChoiceQuestion:
-        fields = Fields(request, where)
-        article, question = fields.text("passage", "article"), fields.optional_text("question")
-        return ChoiceQuestion(id, article, question, fields.texts("options", 4), None, where)
+        field = "article" if "article" in request and "passage" not in request else "passage"
+        article = reading.text(request, field)
+        question = reading.text({"question": "", **request}, "question", may_be_empty=True)
+        return ChoiceQuestion(id, article, question, reading.texts(request, "options", 4), None, where)
 
 
 def choose_by_pairs(logits: np.ndarray) -> np.ndarray:

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.datasets import find_dataset
+from trbert_jax.datasets import find_dataset, reading
 from trbert_jax.datasets.records import SpanQuestion
 from trbert_jax.model.config import InputConfig
-from trbert_jax.tasks.base import Fields, Score, Task, register_task
+from trbert_jax.tasks.base import Score, Task, register_task
 from trbert_jax.tasks.examples import Examples, Ragged, digest_of
 from trbert_jax.tasks.losses import Rows, any_of, distillation
 from trbert_jax.tasks.scorers import score_mrqa, score_squad, score_triviaqa
@@ -138,8 +138,8 @@ class SpanTask(Task):
         return Score(metrics, files, metrics["best_f1_thresh"])
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> SpanQuestion:
-        fields = Fields(request, where)
-        return SpanQuestion(id, fields.text("question"), fields.text("context"), (), (), False, where)
+        question, context = reading.text(request, "question"), reading.text(request, "context")
+        return SpanQuestion(id, question, context, (), (), False, where)
 
 
 def style_of(data: str) -> str:
