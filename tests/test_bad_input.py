@@ -345,7 +345,7 @@ def test_bad_input(case: Case, outcome: Outcome) -> None:
         assert [name for name in new if name.endswith(("done.json", "results.json"))] == []
 
 
-def test_a_mended_config_takes_over_a_run_that_never_began(fresh: Path, tmp_path: Path) -> None:
+def test_a_corrected_config_reuses_an_empty_work_directory(fresh: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(fresh, tmp_path / "folder")
     command = "train --config config.yaml --stages policy"
     assert "which stage finetune makes" in run(folder, command).err
@@ -354,7 +354,7 @@ def test_a_mended_config_takes_over_a_run_that_never_began(fresh: Path, tmp_path
     assert "which stage finetune makes" in again.err
 
 
-def test_going_on_repeats_nothing_that_was_saved(interrupted: Outcome, finetuned: Outcome) -> None:
+def test_resuming_repeats_no_saved_step(interrupted: Outcome, finetuned: Outcome) -> None:
     checkpoints = {name for name in interrupted.after if "/checkpoints/step_" in name}
     assert {name.split("/")[3] for name in checkpoints} == {"step_00000001", "step_00000002"}
     for name in checkpoints:

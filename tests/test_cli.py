@@ -156,12 +156,12 @@ def test_training_ends_with_one_line(
     assert err.count("\n") == 1
 
 
-def test_a_mistake_of_ours_is_not_hidden(fake: Callable[..., None]) -> None:
+def test_other_errors_show_a_traceback(fake: Callable[..., None]) -> None:
     with pytest.raises(ZeroDivisionError):
         end_training(fake, ZeroDivisionError())
 
 
-def test_reader_of_the_output_goes_away(tmp_path: Path) -> None:
+def test_closed_pipe(tmp_path: Path) -> None:
     # The reader takes one line of very many; the writer ends without a traceback.
     code = (
         "import sys, types; sys.path[:0] = ['tests']\n"
@@ -256,7 +256,7 @@ def test_evaluate_all_checkpoints(
 # compile ------------------------------------------------------------------------------------------
 
 
-def test_compile_says_what_takes_how_long_and_where_it_is(
+def test_compile_prints_times_and_folder(
     predictor: type[FakeModel],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -279,7 +279,7 @@ def test_compile_needs_a_folder(
 # With the real library ----------------------------------------------------------------------------
 
 
-def test_convert_a_model_and_predict_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_then_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = tiny_model(tmp_path / "source"), tmp_path / "target"
     changes = ["--keep-layers", "0,3", "--max-positions", "32", "--labels", "good,bad"]
     assert main(["convert", "--input", str(source), "--output", str(target), *changes]) == 0

@@ -56,7 +56,7 @@ def test_values_keep_their_types(tmp_path: Path) -> None:
     assert (config.model.scratch.num_layers, config.model.scratch.hidden_size) == (4, 768)
 
 
-def test_base_is_relative_to_its_file_and_weaker_than_it(tmp_path: Path) -> None:
+def test_base_is_relative_to_its_file_and_overridden_by_it(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared/a.yaml").write_text("policy: {alpha: 2, num_samples: 4}\nbase: b.yaml\n")
     (tmp_path / "shared/b.yaml").write_text("policy: {alpha: 3, epochs: 9}\n")
@@ -96,7 +96,7 @@ def test_diff_names_each_key_that_differs(tmp_path: Path) -> None:
     ]
 
 
-def test_old_names_of_keys_are_refused_and_stored_ones_upgraded(tmp_path: Path) -> None:
+def test_renamed_keys_are_refused_and_stored_ones_upgraded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run.yaml:4: finetune.execution: .* backend: masked"):
         load_text(tmp_path, MINIMAL + "finetune: {execution: masked}\n")
     with pytest.raises(UserError, match=r"command line: evaluate.execution: .* rule: batch_max"):
