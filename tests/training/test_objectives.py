@@ -81,11 +81,6 @@ def test_means_are_over_real_examples() -> None:
     assert mean_over_examples(sums) == {"loss": 3, "x": 3}
 
 
-def test_no_example_at_all() -> None:
-    nothing = Objective(jnp.array([np.nan]), jnp.zeros(1), {"x": jnp.array([1.0])})
-    assert mean_over_examples(nothing.sums()) == {"loss": 0, "x": 0}
-
-
 def test_padding_changes_nothing() -> None:
     """For every objective and everything it logs."""
     batch = make_batch()

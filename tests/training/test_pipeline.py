@@ -89,7 +89,7 @@ def copy(finished: Finished, tmp_path: Path) -> Path:
 # What is in results.json --------------------------------------------------------------------------
 
 
-def test_results_have_what_scripts_read(finished: Finished) -> None:
+def test_results(finished: Finished) -> None:
     results = finished.results
     assert set(results) == {
         *("split", "rule", "backend", "dense", "policy", "reduced", "baselines", "thresholds"),
@@ -233,7 +233,7 @@ def test_a_step_is_compiled_once(finished: Finished) -> None:
     assert finished.traces == dict.fromkeys(TRAINED, 1)
 
 
-def test_files_for_people(finished: Finished) -> None:
+def test_curves_and_table(finished: Finished) -> None:
     assert (finished.work / "curves.png").read_bytes().startswith(b"\x89PNG")
     words = ["dense", "after policy", "reduced", "random tokens", "first_k tokens", "seconds a stage"]
     for word in [*words, *map(str, (finished.work / name for name in ("results.json", "model")))]:
@@ -254,7 +254,7 @@ def test_finished_stages_are_skipped(
     assert (copy.parent / "work" / "joint" / "done.json").stat().st_mtime_ns == before
 
 
-def test_a_run_of_an_older_version_goes_on(copy: Path, finished: Finished) -> None:
+def test_old_config_keys(copy: Path, finished: Finished) -> None:
     stored = copy.parent / "work" / "config.json"
     config = json.loads(stored.read_text(encoding="utf-8"))
     del config["joint"]["temperature"]  # as if the key were newer than the run
@@ -268,7 +268,7 @@ def test_a_run_of_an_older_version_goes_on(copy: Path, finished: Finished) -> No
     assert (config["evaluate"]["rule"], config["evaluate"]["backend"]) == ("threshold", "packed")
 
 
-def test_what_is_evaluated_may_change_until_it_has_been(copy: Path, finished: Finished) -> None:
+def test_evaluation_settings_may_change_before_evaluate(copy: Path, finished: Finished) -> None:
     changed = "evaluate.thresholds=[0.6]"
     with pytest.raises(RuntimeError, match="ended with 2"):
         tiny_runs.train(copy, changed)
@@ -293,9 +293,7 @@ def test_some_stages(copy: Path, finished: Finished, capsys: pytest.CaptureFixtu
     ("chosen", "words"),
     [("polish", "no stage is called 'polish'"), ("score,init", "does not have the stage init")],
 )
-def test_stages_that_are_not_there(
-    tmp_path: Path, chosen: str, words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_stages(tmp_path: Path, chosen: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_runs.write_config(tmp_path, stages=["finetune", "score", "policy"])
     assert main(["train", "--config", str(config), "--stages", chosen]) == 2
     assert words in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
-from trbert_jax.training import stages
+from trbert_jax.training import batches
 
 SHALLOW = {**tiny_runs.SCRATCH, "model_type": "distilbert", "num_layers": 3}
 TRAINING = {"batch_size": 16, "epochs": 1}
@@ -40,14 +40,11 @@ def test_dense_run_that_takes_the_best_checkpoint(tmp_path: Path, monkeypatch: p
     accuracy = iter([0.5, 0.75, 0.75, 0.625])
     seen: list[np.ndarray] = []
 
-    def evaluation(*arguments: Any) -> Callable[[Any], dict[str, float]]:
-        def evaluate(params: Any) -> dict[str, float]:
-            seen.append(np.asarray(params["head"]["classifier"]["kernel"]))
-            return {"accuracy": next(accuracy)}
+    def evaluate(training: batches.Training, params: Any) -> dict[str, float]:
+        seen.append(np.asarray(params["head"]["classifier"]["kernel"]))
+        return {"accuracy": next(accuracy)}
 
-        return evaluate
-
-    monkeypatch.setattr(stages, "_dev_evaluation", evaluation)
+    monkeypatch.setattr(batches.Training, "evaluate", evaluate)
     results = tiny_runs.train(
         tiny_runs.write_config(
             folder,
@@ -134,14 +131,12 @@ def test_a_run_may_end_with_init(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert 0 < near < 0.02
 
 
-def test_shares_that_do_not_fit_the_model_are_told_before_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_init_keep_must_fit_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two shares, and 3 layers have one point of reduction."""
     config = tiny_runs.write_config(tmp_path, model={"scratch": SHALLOW}, init={"keep": [0.9, 0.3]})
     assert main(["train", "--config", str(config)]) == 2
     error = capsys.readouterr().err
-    assert "init.keep: [0.9, 0.3] are 2 shares, expected 1: one for each point of reduction" in error
+    assert "init.keep" in error
     assert list((tmp_path / "work" / "finetune").iterdir()) == []
 
 

@@ -94,7 +94,7 @@ def use_old_keys(work: Path) -> None:
 
 
 @pytest.mark.slow
-def test_going_on_after_an_interruption(
+def test_interrupted_runs_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In updates 8 and 10 of 12, by an older version; checkpoints are of steps 4, 6, 8 and 12."""
@@ -121,7 +121,7 @@ def test_going_on_after_an_interruption(
 
 
 @pytest.mark.slow
-def test_a_stage_that_ended_without_saying_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_after_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the last checkpoint: nothing is trained again, and the model is that checkpoint's."""
     config = tiny_runs.write_config(tmp_path, **{**SHORT, "stages": ["finetune"]})
     tiny_runs.train(config)

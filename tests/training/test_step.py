@@ -61,16 +61,9 @@ STAGES: dict[str, tuple[Callable[..., Objective], optimizer.Trains]] = {
 
 
 @functools.cache
-def compiled(stage: str) -> tuple[Callable[..., tuple[TrainState, dict[str, jax.Array]]], list[str]]:
-    """A stage's update, and a list that grows whenever its objective is traced."""
-    objective, _ = STAGES[stage]
-    traces: list[str] = []
-
-    def traced(*arguments: Any) -> Objective:
-        traces.append(stage)
-        return objective(*arguments)
-
-    return jax.jit(functools.partial(train_step, traced, SGD)), traces
+def compiled(stage: str) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """A stage's update."""
+    return jax.jit(functools.partial(train_step, STAGES[stage][0], SGD))
 
 
 def micro_batches(steps: int, **changes: Any) -> Batch:
@@ -82,7 +75,7 @@ def update(stage: str, batches: Batch, step: int = 0, seed: int = 0) -> tuple[Pa
     """All parameters after one update, and its metrics."""
     trained, frozen = optimizer.split_params(PARAMS, STAGES[stage][1])
     state = dataclasses.replace(init_state(trained, SGD), step=jnp.int32(step))
-    state, metrics = compiled(stage)[0](state, frozen, batches, jax.random.key(seed))
+    state, metrics = compiled(stage)(state, frozen, batches, jax.random.key(seed))
     assert state.step == step + 1
     return optimizer.merge_params(state.trained, frozen), metrics
 
@@ -163,17 +156,3 @@ def test_guide_is_followed_in_time() -> None:
         one, other = (update("policy", {**micro_batches(1), "guide": guide}, step)[0] for guide in guides)
         kernels = [p["encoder"]["selector_0"]["hidden"]["kernel"] for p in (one, other)]
         assert (kernels[0] != kernels[1]).any() == matters
-
-
-def test_one_trace() -> None:
-    """Later updates, which imitate no more, run what the first one compiled."""
-    update("policy", micro_batches(4))
-    step, traces = compiled("policy")
-    before = len(traces)
-    assert before
-    trained, frozen = optimizer.split_params(PARAMS, STAGES["policy"][1])
-    state = init_state(trained, SGD)
-    for _ in range(3):
-        state, _ = step(state, frozen, micro_batches(4), jax.random.key(0))
-    assert state.step == 3
-    assert len(traces) == before

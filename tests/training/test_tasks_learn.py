@@ -175,7 +175,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], dict[str, An
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_eight_examples_are_learnt(case: str, tmp_path: Path) -> None:
+def test_eight_examples_are_learned(case: str, tmp_path: Path) -> None:
     name, write_files, data, model = CASES[case]
     (tmp_path / "data").mkdir()
     write_files(tmp_path / "data")
