@@ -225,9 +225,10 @@ def test_drift_counts_tokens_texts_and_labels() -> None:
     changed[2, 1, 1] = False
     logits = np.array([[0.0, 1.0]] * 3 + [[1.0, 0.0]])
     run = fake_run("packed", 1.0, logits=np.array([[0.0, 1.0]] * 4), keep=changed)
-    found = drift(run, logits, keep, np.full(4, 8))
+    found = drift(run, fake_run("packed", 1.0, logits=logits, keep=keep), np.full(4, 8))
     assert found == {"kept_changed_tokens": 2 / 32, "kept_changed_texts": 2 / 4, "labels_changed": 1 / 4}
-    found = drift(fake_run("dense", 1.0, logits=logits), logits[:3], None, np.full(4, 8))
+    dense, shorter = (fake_run("dense", 1.0, logits=logits[:count]) for count in (4, 3))
+    found = drift(dense, shorter, np.full(4, 8))
     assert found == {"kept_changed_tokens": None, "kept_changed_texts": None, "labels_changed": 0.0}
 
 

@@ -55,6 +55,7 @@ def test_packed_execution_needs_less_memory_than_masked() -> None:
     batch = {
         "input_ids": jax.ShapeDtypeStruct((rows, width), jnp.int32),
         "mask": jax.ShapeDtypeStruct((rows, width), bool),
+        "valid": jax.ShapeDtypeStruct((rows,), bool),
         "min_logit": jax.ShapeDtypeStruct((rows,), jnp.float32),
     }
     programs, peak = CompiledForward(TokenReducingModel(config)), {}

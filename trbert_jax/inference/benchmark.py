@@ -362,19 +362,15 @@ def benchmark_file(
         seconds = time_runs({run.name: run.calls for run in runs}, repeats, f"batch size {size}: ")
         about["tokens"] = float(workload.whole_batches(size).row_lengths.mean())
         for run, record in zip(runs, make_records(runs, seconds, size), strict=True):
-            changes = {} if dtype == "float32" else _drift_from(float32_run, run, workload)
+            changes: Record = {}
+            if dtype != "float32" and run.name == "batch_max":  # compares only with the same batches
+                changes = dict.fromkeys(("kept_changed_tokens", "kept_changed_texts", "labels_changed"))
+            elif dtype != "float32":
+                reference = float32_run("dense" if run.keep is None else "packed")
+                given = workload.actions is not None
+                changes = drift(run, reference, workload.examples.row_lengths, given)
             records.append({**record, **changes, **about})
     return records
-
-
-def _drift_from(
-    float32_run: Callable[[str], PreparedRun], run: PreparedRun, workload: Workload
-) -> dict[str, float | None]:
-    if run.name == "batch_max":  # its results depend on the batches, which would have to be the same
-        return dict.fromkeys(("kept_changed_tokens", "kept_changed_texts", "labels_changed"))
-    reference = float32_run("dense" if run.keep is None else "packed")
-    keep = None if workload.actions is not None else reference.keep
-    return drift(run, reference.logits, keep, workload.examples.row_lengths)
 
 
 def _check_variants(names: Sequence[str] | None) -> list[str]:

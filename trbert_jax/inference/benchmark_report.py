@@ -93,15 +93,15 @@ def make_records(
 
 
 def drift(
-    run: PreparedRun, logits: Logits, keep: np.ndarray | None, lengths: np.ndarray
+    run: PreparedRun, reference: PreparedRun, lengths: np.ndarray, given: bool = False
 ) -> dict[str, float | None]:
     """Compares a run with the same in float32, on the texts that both have run.
 
     Args:
       run: n texts.
-      logits: of the float32 run of m texts.
-      keep: bool [rows, stages, max_length] of that run; None leaves the selections out.
+      reference: the float32 run, of m texts.
       lengths: int [rows], tokens of each row.
+      given: whether both keep given tokens, so that selections are not compared.
 
     Returns:
       `kept_changed_tokens`, the share of tokens decided differently at any point of reduction;
@@ -109,13 +109,13 @@ def drift(
       another label (of spans: of rows with another likeliest token).
     """
     result: dict[str, float | None] = {"kept_changed_tokens": None, "kept_changed_texts": None}
-    if run.keep is not None and keep is not None:
-        count = min(len(run.keep), len(keep))
-        changed = (run.keep[:count] != keep[:count]).any(1)  # [rows, max_length]
+    if run.keep is not None and reference.keep is not None and not given:
+        count = min(len(run.keep), len(reference.keep))
+        changed = (run.keep[:count] != reference.keep[:count]).any(1)  # [rows, max_length]
         result["kept_changed_tokens"] = float(changed.sum() / lengths[:count].sum())
         result["kept_changed_texts"] = float(changed.any(-1).mean())
     others = []
-    for ours, theirs in zip(jax.tree.leaves(run.logits), jax.tree.leaves(logits), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(run.logits), jax.tree.leaves(reference.logits), strict=True):
         count = min(len(ours), len(theirs))
         other = ours[:count].argmax(-1) != theirs[:count].argmax(-1)
         others.append(other.reshape(count, -1).any(-1))

@@ -214,14 +214,8 @@ class TRBert:
         """Classifies any number of texts, with only a few batches in memory at a time.
 
         Sorts the texts by length within a window of `WINDOW` batches; reads and tokenizes the next window
-        while this one is computed.
-
-        Args:
-          texts: read as needed.
-          batch_size, options: see `predict`.
-
-        Raises:
-          UserError: see `predict`; an invalid option at once, a bad text when its window is reached.
+        while this one is computed. Arguments and errors: see `predict`; an invalid option raises at once, a
+        bad text when its window is reached.
         """
         if self.answers_questions:
             raise UserError(
@@ -312,11 +306,7 @@ class TRBert:
           requests: of each question its place for messages, and the JSON object; read as needed.
           batch_size, options: see `predict`.
 
-        Returns:
-          See `answer_questions`.
-
-        Raises:
-          UserError: see `answer_questions`; a bad question when its window is reached.
+        Results and errors: see `answer_questions`; a bad question raises when its window is reached.
         """
         options = self._options(batch_size, **options)
         engine, source, ids = self.engine(batch_size), iter(requests), set[str]()
