@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,10 +27,9 @@ from trbert_jax.datasets.records import Example, Span, SpanQuestion
 from trbert_jax.datasets.registry import each_split
 from trbert_jax.errors import UserError
 from trbert_jax.model.backbones import BACKBONES, register_backbone
-from trbert_jax.model.config import InputConfig
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.reduction.rules import RULES, RuleSpec, register_rule
-from trbert_jax.tasks import TASKS, Score, register_task
+from trbert_jax.tasks import TASKS, register_task
 from trbert_jax.tasks.classification import ClassificationTask
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import objectives, step
@@ -132,19 +130,9 @@ def test_task(tmp_path: Path) -> None:
         def head(self) -> str:
             return "classification"
 
-        @classmethod
-        def complete(cls, inputs: InputConfig, train: Any) -> InputConfig:
-            return inputs  # as of other questions, so that the saved model names the data set
-
         def encode(self, records: Sequence[Any], tokenizer: Any, **options: Any) -> Examples:
             halves = [dataclasses.replace(r, text=" ".join(r.text.split()[:5])) for r in records]
             return super().encode(halves, tokenizer, **options)
-
-        def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
-            answers = [self.labels[k] for k in logits.argmax(-1)]
-            files = {"predictions.json": dict(zip(examples.ids, answers, strict=True))}
-            right = [self.labels[k] if k >= 0 else None for k in examples.labels]
-            return Score({"accuracy": sum(map(operator.eq, answers, right)) / len(answers)}, files)
 
         def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> Example:
             return Example(id, reading.text(request, "review"), -1)

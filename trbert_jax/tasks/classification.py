@@ -37,7 +37,8 @@ class ClassificationTask(Task):
 
     @classmethod
     def complete(cls, inputs: InputConfig, train: Callable[[], Sequence[Example]]) -> InputConfig:
-        return InputConfig()  # nothing but the tokenizer decides how a text becomes an input
+        # A saved model that names no data set takes plain texts, not requests of a task of its own.
+        return InputConfig() if cls is ClassificationTask else inputs
 
     def texts(self, records: Sequence[Example]) -> list[str]:
         return [record.text for record in records]
@@ -48,7 +49,10 @@ class ClassificationTask(Task):
         return encode_texts(records, tokenizer, self.max_length, cache_dir)
 
     def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
-        return Score({"accuracy": accuracy(logits.argmax(-1), examples.labels)}, {})
+        predicted, known = logits.argmax(-1), examples.labels >= 0
+        metrics = {"accuracy": accuracy(predicted[known], examples.labels[known])} if known.any() else {}
+        answers = {id: self.labels[k] for id, k in zip(examples.ids, predicted, strict=True)}
+        return Score(metrics, {"predictions.json": answers} if self.inputs.data else {})
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> Example:
         return Example(id, reading.text(request, "text"), -1)

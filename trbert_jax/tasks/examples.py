@@ -148,10 +148,7 @@ class Examples:
         labels: np.ndarray | None = None,
         **fields: Any,
     ) -> Examples:
-        """Builds examples from rows of two segments, each given in pieces.
-
-        The first segment has token type 0, the second 1.
-        """
+        """Builds examples from rows of two segments in pieces; their token types are 0 and 1."""
         pieces, lengths = [np.zeros(0, np.int32)], [0]
         for row in rows:
             for segment in row:
@@ -210,14 +207,11 @@ class Examples:
         return int(self.tokens[0])
 
     def padded_rows(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Pads the tokens of rows, and their types if the set has them, with 0.
+        """Pads the tokens of rows, and their types if the set has them, with 0: int32 [b, width] each.
 
         Args:
           rows: int64 [b], none longer than `width`; -1 gives a row of zeros.
           width: columns.
-
-        Returns:
-          int32 [b, width] each.
         """
         columns = np.arange(width)
         mask = columns < np.where(rows >= 0, self.row_lengths[rows], 0)[:, None]
@@ -270,13 +264,7 @@ def width_buckets(max_length: int, shares: Sequence[float] = BUCKET_SHARES) -> t
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order in which an epoch visits the examples, int64 [num_examples].
-
-    Args:
-      num_examples: size of the set.
-      seed: of the run, not negative.
-      epoch: 0-based; each has its own order.
-    """
+    """Returns the order in which an epoch (0-based) visits the examples, int64 [num_examples]."""
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
     return rng.permutation(num_examples).astype(np.int64, copy=False)
 

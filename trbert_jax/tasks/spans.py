@@ -164,8 +164,7 @@ def encode_windows(
       questions: of one split.
       tokenizer: see `Task.encode`.
       settings: `SQUAD`, `MRQA` or others.
-      training: whether to leave out questions without an answer that are not impossible, and those of
-        whose answer the tokenizer keeps no character.
+      training: whether to leave out questions whose answer is missing or not kept by the tokenizer.
       discard: whether training leaves out windows of an answerable question without its answer.
 
     Returns:
@@ -218,8 +217,8 @@ def encode_segments(
       questions: of one split.
       tokenizer: see `Task.encode`.
       settings: `TRIVIAQA` or others.
-      training: whether to leave out questions of whose answers the tokenizer keeps no character. One
-        whose answers all lie behind its last segment stays, and points at [CLS].
+      training: whether to leave out questions whose answers the tokenizer does not keep. One whose
+        answers all lie behind its last segment stays, and points at [CLS].
 
     Returns:
       An example a question, with row targets `starts` and `ends` int32 [R, A], both inclusive, in the
@@ -281,14 +280,13 @@ def _without_repeats(answers: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class SpanAnswers:
-    """Answers to questions; each attribute is a file that the official scorers or people read.
+    """Answers to questions; each attribute is written to a file.
 
     Attributes:
-      texts: id -> answer, "" if the question is taken to have none.
+      texts: id -> answer, "" for none.
       n_best: id -> entries of different texts, best first: `text`, `probability` (a softmax over the
         entries), `start_logit`, `end_logit`.
-      null_odds: id -> score of "no answer" less the score of the best answer; empty if every question
-        has an answer.
+      null_odds: id -> score of "no answer" less that of the best answer; empty if all have an answer.
     """
 
     texts: dict[str, str]
@@ -320,8 +318,7 @@ def decode_spans(
     Args:
       examples: from `encode_windows`.
       logits: float [R, 2, S], of starts and ends.
-      null_threshold: a question has no answer if its null odds are above; None if every question has
-        one.
+      null_threshold: a question has no answer if its null odds are above; None if all have one.
       n_best: starts and ends of a window that are combined, and entries of a question.
       max_answer_length: word pieces of an answer at most.
 
