@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import pytest
@@ -41,22 +40,10 @@ def test_csv(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_only_a_line_feed_ends_a_line(tmp_path: Path, suffix: str, character: str) -> None:
-    text = f"before{character}after"
-    if suffix == ".jsonl":
-        line = json.dumps({"text": text, "label": 1}, ensure_ascii=character < " ")
-    else:
-        line = f'2,"{text}"'
-    data = read(write(tmp_path / f"t{suffix}", f"{line}\n{line}\n"))
-    assert [e.text for e in data] == [text, text]
-
-
-@pytest.mark.parametrize(("suffix", "line"), [(".jsonl", '{"text": "a", "label": 0}'), (".csv", "1,a")])
-def test_byte_order_mark(tmp_path: Path, suffix: str, line: str) -> None:
-    data = read(write(tmp_path / f"t{suffix}", b"\xef\xbb\xbf" + line.encode()))
-    assert (data[0].text, data[0].label) == ("a", 0)
+def test_only_a_line_feed_ends_a_csv_line(tmp_path: Path) -> None:
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
+    data = read(write(tmp_path / "t.csv", b"\xef\xbb\xbf" + f'2,"{text}"\n2,"{text}"\n'.encode()))
+    assert [(e.text, e.label) for e in data] == [(text, 1)] * 2  # and a byte order mark does no harm
 
 
 def test_very_long_csv_text(tmp_path: Path) -> None:
@@ -69,29 +56,17 @@ def test_very_long_csv_text(tmp_path: Path) -> None:
 GOOD_JSON, GOOD_CSV = '{"text": "a", "label": 0}\n', "1,a\n"
 # Content, words of the message; the number of the line comes first.
 JSON_MISTAKES: list[tuple[str | bytes, str]] = [
-    ("", "no usable"),
     ("\n \n", "no usable"),
     (GOOD_JSON + '{"text": "a", "label"\n', ":2: JSON 22"),
     (GOOD_JSON + '{"text": "a\u2028b"', ":2: JSON"),
     ("[" * 100_000, ":1: JSON"),
-    ('{"text": "a", "label": ' + "1" * 5000 + "}", ":1: JSON"),
     ('["a", 1]', ":1: list object 'text'"),
-    ('{"body": "a", "label": 1}', ":1: text missing 'body' 'label'"),
     ('{"text": "a"}', ":1: label missing 'text'"),
-    ("{}", ":1: text missing"),
-    (GOOD_JSON + '{"text": 7, "label": 1}', ":2: text (7)"),
-    ('{"text": null, "label": 1}', ":1: text null"),
     ('{"text": "", "label": 1}', ":1: text empty"),
-    ('{"text": " \\u2028\\t", "label": 1}', ":1: text empty"),
     ('{"text": "a\\ud800", "label": 1}', ":1: text Unicode 1"),
-    ('{"text": "a", "label": "1"}', ":1: label ('1') 0 2"),
-    ('{"text": "a", "label": 1.0}', ":1: label (1.0) 0 2"),
     ('{"text": "a", "label": true}', ":1: label (True)"),
-    ('{"text": "a", "label": null}', ":1: label null"),
     (GOOD_JSON * 2 + '{"text": "a", "label": 3}', ":3: label 3 0 2 bad, fine"),
-    ('{"text": "a", "label": -1}', ":1: label -1 0 2"),
     (GOOD_JSON.encode() + b'{"text": "caf\xe9", "label": 1}', ":2: UTF-8 13"),
-    (GOOD_JSON.encode("utf-16"), ":1: UTF-8"),
 ]
 CSV_MISTAKES: list[tuple[str | bytes, str]] = [
     ("", "no usable"),

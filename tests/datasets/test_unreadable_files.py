@@ -1,0 +1,156 @@
+"""Files that cannot be read raise, whether bad records are skipped or not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_qa_files import DOCUMENTS, SAMPLES, mrqa_document, read_sample, write_lines
+
+from trbert_jax.datasets import DATASETS, BadRecords
+from trbert_jax.datasets.reading import load_json, load_json_lines
+from trbert_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        ("squad", {"data": []}),
+        ("mrqa", [{"header": {}}]),
+        ("race", {"high/1.txt": {}, "middle/1.txt": {"article": "a", "questions": [], "options": []}}),
+        ("hotpotqa", []),
+        ("hotpotqa_graph", []),
+        ("triviaqa", {"Data": []}),
+        ("triviaqa_list", []),
+        ("wikihop", []),
+        ("squad", {"version": "2.0"}),
+        ("squad", []),
+        ("hotpotqa", {}),
+        ("triviaqa", {"data": []}),
+        ("wikihop", {}),
+    ],
+)
+def test_no_records(tmp_path: Path, name: str, document: Any) -> None:
+    with pytest.raises(UserError, match=str(tmp_path / SAMPLES[name].path)):
+        read_sample(name, tmp_path, document, BadRecords(skip=True))
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name not in ("race", "mrqa_gz")])
+def test_unreadable_files(tmp_path: Path, name: str) -> None:
+    read_sample(name, tmp_path)
+    sample = SAMPLES[name]
+    path = tmp_path / sample.path
+    content = path.read_bytes()
+
+    def raises(match: str) -> None:
+        with pytest.raises(UserError, match=rf"{path.name}:{match}"):
+            sample.read(path, BadRecords(skip=True))
+
+    path.write_bytes(content.replace("é".encode(), b"\xe9").replace("東".encode(), b"\xe9"))
+    raises(r"\d+: not UTF-8")
+    if sample.write is not write_lines:
+        path.write_bytes(content[: len(content) * 7 // 10])
+        raises(".*not valid JSON")
+    path.unlink()
+    raises(" no such file")
+    path.mkdir()
+    raises(" is a directory")
+
+
+def test_unreadable_race(tmp_path: Path) -> None:
+    read_sample("race", tmp_path)
+    folder = tmp_path / SAMPLES["race"].path
+    (folder / "high/2.txt").write_text('{"article"')
+    with pytest.raises(UserError, match=r"high/2\.txt: not valid JSON"):
+        SAMPLES["race"].read(folder, BadRecords(skip=True))
+    for file in (folder / "middle").glob("*.txt"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"dev/middle: "):
+        SAMPLES["race"].read(folder, BadRecords(skip=True))
+    (folder / "middle").rmdir()
+    with pytest.raises(UserError, match=r"dev/middle: no such folder"):
+        SAMPLES["race"].read(folder, BadRecords(skip=True))
+
+
+def test_unusable_evidence(tmp_path: Path) -> None:
+    read_sample("triviaqa", tmp_path)
+    for name, content in zip(DOCUMENTS, (b" \n", b"caf\xe9", None), strict=True):
+        path = tmp_path / "evidence" / name
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    bad, sample = BadRecords(skip=True), SAMPLES["triviaqa"]
+    with pytest.raises(UserError, match=r"wikipedia-dev.json: .*4 of 4 records skipped"):
+        sample.read(tmp_path / sample.path, bad)
+    reasons = list(map(str, bad.skipped))
+    assert "Lloyd_Webber.txt is empty" in reasons[0]
+    assert "Élysée.txt: not UTF-8" in reasons[1]
+    assert "35_995.txt: no such file" in reasons[2]
+    (tmp_path / "evidence").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"wikipedia-dev.json: no evidence"):
+        sample.read(tmp_path / sample.path, bad)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.02])
+def test_gzip_cut_short(tmp_path: Path, share: float) -> None:
+    path = write_lines(tmp_path / "dev.jsonl.gz", mrqa_document() * 50)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(UserError, match=r"dev.jsonl.gz: damaged or cut short after line \d+"):
+        list(load_json_lines(path, BadRecords(skip=True)))
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"context": "not compressed"}', gzip.compress(b"{}")[:10] + b"\xff" * 20]
+)
+def test_damaged_gzip(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "dev.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"dev\.jsonl\.gz: damaged or cut short after line 0"):
+        DATASETS["newsqa"].read_file(path, BadRecords(skip=True))
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # chmod does not stop the superuser
+    monkeypatch.setattr(gzip, "open", refuse)
+    for name in ("dev.jsonl", "dev.jsonl.gz"):
+        with pytest.raises(UserError, match=rf"{name}: no permission"):
+            DATASETS["newsqa"].read_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("line", ['{"context": "cut', "[" * 100_000, '{"context": ' + "1" * 5000 + "}"])
+def test_line_that_is_not_json(tmp_path: Path, line: str) -> None:
+    """It is one bad record among others; as a whole file it raises."""
+    path = write_lines(tmp_path / "dev.jsonl", mrqa_document())
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(line)
+    with pytest.raises(UserError, match=r"dev.jsonl:4: not valid JSON"):
+        DATASETS["newsqa"].read_file(path)
+    bad = BadRecords(skip=True)
+    assert len(DATASETS["newsqa"].read_file(path, bad)) == 3
+    assert len(bad.skipped) == 1
+    path.write_text(line)
+    with pytest.raises(UserError, match=r"dev.jsonl: not valid JSON"):
+        load_json(path)
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json"])
+def test_only_a_line_feed_ends_a_line(tmp_path: Path, suffix: str, character: str) -> None:
+    text = json.dumps(f"before{character}after", ensure_ascii=character < " ")
+    content = f'\n{{"a": {text}}}\r\n\n{{"a": {text}}}' if "l" in suffix else f'{{"a":\n{text}}}\n'
+    path = tmp_path / f"t{suffix}"
+    data = b"\xef\xbb\xbf" + content.encode()  # a byte order mark does no harm
+    path.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
+    if suffix == ".json":
+        values = [(2, load_json(path))]
+    else:
+        values = list(load_json_lines(path, BadRecords()))
+        assert [number for number, _ in values] == [2, 4]
+    assert {value["a"] for _, value in values} == {f"before{character}after"}
