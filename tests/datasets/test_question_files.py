@@ -238,14 +238,6 @@ def test_find_aliases(context: str, names: tuple[str, ...], expected: list[str])
     assert aliases(context, *names) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "normal"),
-    [("The_Cat's  ‘hat’\n", "cat s hat"), ("A.B.", "b"), ("Another an", "another"), ("“The”", "“ ”")],
-)
-def test_normalization(text: str, normal: str) -> None:
-    assert triviaqa.normalize(text) == normal
-
-
 WORDS = st.lists(
     st.sampled_from(["Sun", "set", "The", "a", "SUN", "x.", "-", "_", "sun-set", "’"]), max_size=8
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from trbert_jax.datasets.triviaqa import normalize as normalize_triviaqa
 from trbert_jax.tasks import scorers
 from trbert_jax.tasks.scorers import accuracy, score_hotpotqa, score_mrqa, score_squad, score_triviaqa
 
@@ -32,8 +33,8 @@ def test_accuracy() -> None:
     ],
 )
 def test_normalization(text: str, expected: str, triviaqa: str) -> None:
-    assert (scorers.normalize(text), scorers.normalize_triviaqa(text)) == (expected, triviaqa)
-    assert scorers.normalize_triviaqa(triviaqa) == triviaqa  # aliases may be normalized already
+    assert (scorers.normalize(text), normalize_triviaqa(text)) == (expected, triviaqa)
+    assert normalize_triviaqa(triviaqa) == triviaqa  # aliases may be normalized already
 
 
 # SQuAD -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from trbert_jax.datasets.records import ChoiceQuestion
 from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
 
-LETTERS = "ABCD"
+LETTERS = ("A", "B", "C", "D")
 LEVELS = ("high", "middle")
 _FORMAT = f"files *.txt in the folders {' and '.join(LEVELS)}, a JSON object with questions in each"
 
@@ -67,7 +67,7 @@ def make_questions(
 
 def _letter(answers: list[Any], i: int) -> int:
     letter = reading.text(answers, i)
-    if len(letter) != 1 or letter not in LETTERS:
+    if letter not in LETTERS:
         raise ValueError(f"[{i}]: is {letter!r}; expected a letter from {LETTERS[0]} to {LETTERS[-1]}")
     return LETTERS.index(letter)
 

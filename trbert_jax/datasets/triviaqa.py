@@ -160,7 +160,7 @@ _WORD = re.compile(rf"(?:[^\W_]|[\u0300-\u036f])+|[^\s{re.escape(_PUNCTUATION)}]
 
 
 def normalize(answer: str) -> str:
-    """Returns the official normalization: lower case, no punctuation and articles, single spaces."""
+    """Returns lower case without punctuation and articles, words one space apart; `U.S.A.` becomes `u s`."""
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer.lower().translate(_TO_SPACE)).split())
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from trbert_jax.datasets import reading
+from trbert_jax.datasets.race import LETTERS
 from trbert_jax.datasets.records import ChoiceQuestion
 from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks.base import RecordErrors, Score, Task, register_task
@@ -22,7 +23,6 @@ from trbert_jax.tasks.losses import Rows
 from trbert_jax.tasks.scorers import accuracy
 from trbert_jax.tasks.text_encoder import TextEncoder
 
-LETTERS = ("A", "B", "C", "D")
 MAX_QUESTION_LENGTH = 128  # of question and option together
 
 

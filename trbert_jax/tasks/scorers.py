@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from trbert_jax.datasets import triviaqa
+
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _DELETED = dict.fromkeys(map(ord, string.punctuation))
-_SPACED = dict.fromkeys(map(ord, string.punctuation + "‘’´`"), " ")
 # Answers of HotpotQA that are right only as a whole, never as part of another answer.
 _CLOSED = {"yes", "no", "noanswer"}
 _HOTPOTQA_NAMES = ("em", "f1", "prec", "recall")
@@ -44,16 +45,7 @@ def normalize(text: str) -> str:
 
     For SQuAD, MRQA and HotpotQA. `U.S.A.` becomes `usa`, and `well-known` one word.
     """
-    return _without_articles(text.lower().translate(_DELETED))
-
-
-def normalize_triviaqa(text: str) -> str:
-    """Like `normalize`, but punctuation and the quotes ‘ ’ ´ ` become spaces: `U.S.A.` becomes `u s`."""
-    return _without_articles(text.lower().translate(_SPACED))
-
-
-def _without_articles(text: str) -> str:
-    return " ".join(_ARTICLE.sub(" ", text).split())
+    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_DELETED)).split())
 
 
 def _overlap(prediction: str, answer: str) -> Overlap:
@@ -231,7 +223,7 @@ def score_triviaqa(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, 
       `exact_match` and `f1`, 0 to 100 over all of `gold`; `common`, the questions with a prediction;
       `denominator` and `gold_len`, all questions; `pred_len`, all predictions.
     """
-    exact, f1, common = _sums(gold, predictions, normalize_triviaqa)
+    exact, f1, common = _sums(gold, predictions, triviaqa.normalize)
     return {
         "exact_match": 100 * exact / len(gold),
         "f1": 100 * f1 / len(gold),
