@@ -49,11 +49,11 @@ def evaluate_stage(experiment: Experiment) -> dict[str, Any]:
         outputs = engine.run(params, examples, **rule)
         score = experiment.score(settings.split, model, outputs)
         summary = summarize(outputs, model.config, score.metrics)
-        last = stage is compared[-1]
+        first, last = stage is compared[0], stage is compared[-1]
         threshold: dict[str, Any] = {}
-        if last or not stage.reduces:
+        if first or last:
             threshold = _tune_null_threshold(experiment, model, engine, rule, outputs, score)
-        if not stage.reduces:
+        if first:
             result["dense"] = summary | threshold
         else:
             result["reduced" if last else stage.name] = summary
