@@ -12,12 +12,9 @@ import inspect
 import math
 import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, NoReturn, get_args
 
 from trbert_jax import __version__
@@ -322,29 +319,13 @@ def _train(args: Arguments) -> None:
         from trbert_jax.parallel import join
 
         join(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
+    from trbert_jax.training.preemption import ended_by_sigterm
     from trbert_jax.training.run import results_table, train
 
     # JAX handles SIGTERM if several processes have to agree on when to stop.
-    with contextlib.nullcontext() if several else _stopped_by_sigterm():
+    with contextlib.nullcontext() if several else ended_by_sigterm():
         results = train(config, args.stages, profile_steps=args.profile_steps)
         print("\n".join(results_table(config, results)))
-
-
-@contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Ends the command on SIGTERM, except during updates, which `training.preemption` saves first."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise PreemptedError("told to stop")
-
-    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @_command(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
@@ -31,6 +33,23 @@ def stop_here(devices: DeviceMesh, where: str) -> None:
     """Raises a PreemptedError in all of several processes after one was told to stop. Collective."""
     if _processes_told_to_stop(devices):
         raise PreemptedError(f"told to stop {where}")
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Raises a PreemptedError on SIGTERM; during updates, `StopRequest` first saves what they did."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise PreemptedError("told to stop")
+
+    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:
