@@ -390,7 +390,8 @@ def _build(values: Mapping[str, Any], path: str) -> RunConfig:
             origin, inner = getattr(written, "origin", path), inner[written]
         return UserError(f"{origin}: {key}: {text}")
 
-    given = {key: value for key, value in values.items() if value is not None}  # null: a section left empty
+    sections = _sections(_run_class)
+    given = {key: value for key, value in values.items() if value is not None or not sections.get(key)}
     try:
         config = TypeAdapter(_run_class).validate_python(given)
     except ValidationError as error:
