@@ -49,6 +49,8 @@ def find_tokenizer(directory: Path, special_tokens: Mapping[str, str] = BERT_TOK
       directory: of the tokenizer's files.
       special_tokens: role -> token, unless the files name it.
     """
+    import tokenizers
+
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # both are optional
         if (directory / name).is_file():
@@ -65,7 +67,11 @@ def find_tokenizer(directory: Path, special_tokens: Mapping[str, str] = BERT_TOK
     # tokenizer.json is the tokenizer itself; the classes of transformers rebuild it from parts of
     # that file and lose, for one, a normalizer that keeps the case.
     if (directory / "tokenizer.json").is_file():
-        backend = _read_backend(directory / "tokenizer.json")
+        file = directory / "tokenizer.json"
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust library raises plain Exception
+            raise UserError(f"{file}: not a tokenizer ({error}); fetch it again") from error
     elif (directory / "vocab.txt").is_file():
         backend = _backend_of_vocabulary(directory / "vocab.txt", settings, tokens)
     else:
@@ -146,11 +152,11 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int, markers: Sequence[str
     Raises:
       UserError: a vocabulary of less than 100 entries.
     """
-    from tokenizers import models, trainers
+    from tokenizers import trainers
 
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"vocab_size is {vocab_size}; expected at least {MIN_VOCAB_SIZE}")
-    scratch = _wordpiece(models.WordPiece(unk_token="[UNK]"), {})
+    scratch = _bert_backend({}, {}, BERT_TOKENS)
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(scratch.normalizer.normalize_str(text))
@@ -172,46 +178,29 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int, markers: Sequence[str
     return wrap_tokenizer(_bert_backend(scratch.get_vocab(), {}, BERT_TOKENS))
 
 
-def _read_backend(file: Path) -> Any:
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise UserError(f"{file}: not a tokenizer ({error}); fetch it again") from error
-
-
 def _backend_of_vocabulary(file: Path, settings: Mapping[str, Any], tokens: Mapping[str, str]) -> Any:
     """Builds BERT's WordPiece from the bare vocabulary, one token a line."""
     vocabulary = {line: i for i, line in enumerate(read_text(file).rstrip("\n").split("\n"))}
-    missing = [
-        tokens[key] for key in ("unk_token", "cls_token", "sep_token") if tokens[key] not in vocabulary
-    ]
+    needed = (tokens[role] for role in ("unk_token", "cls_token", "sep_token"))
+    missing = ", ".join(token for token in needed if token not in vocabulary)
     if missing:
-        raise UserError(
-            f"{file}: no token {', '.join(missing)}; expected a BERT vocabulary, one token a line"
-        )
+        raise UserError(f"{file}: no token {missing}; expected a BERT vocabulary, one token a line")
     return _bert_backend(vocabulary, settings, tokens)
 
 
 def _bert_backend(vocabulary: dict[str, int], settings: Mapping[str, Any], tokens: Mapping[str, str]) -> Any:
-    from tokenizers import decoders, models, processors
+    """Builds BERT's tokenizer; without a vocabulary, one to train."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    backend = _wordpiece(models.WordPiece(vocabulary, unk_token=tokens["unk_token"]), settings)
-    sep, cls = ((tokens[key], vocabulary[tokens[key]]) for key in ("sep_token", "cls_token"))
-    backend.post_processor = processors.BertProcessing(sep, cls)
-    backend.decoder = decoders.WordPiece()
-    return backend
-
-
-def _wordpiece(model: Any, settings: Mapping[str, Any]) -> Any:
-    from tokenizers import Tokenizer, normalizers, pre_tokenizers
-
-    backend = Tokenizer(model)
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=tokens["unk_token"]))
     backend.normalizer = normalizers.BertNormalizer(
         handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
         strip_accents=settings.get("strip_accents"),
         lowercase=settings.get("do_lower_case", True),
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if vocabulary:
+        sep, cls = ((tokens[key], vocabulary[tokens[key]]) for key in ("sep_token", "cls_token"))
+        backend.post_processor = processors.BertProcessing(sep, cls)
+        backend.decoder = decoders.WordPiece()
     return backend
