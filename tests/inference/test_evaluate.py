@@ -123,15 +123,8 @@ def test_a_model_without_selectors_runs_dense(folder: Path, tmp_path: Path) -> N
 def test_through_the_command_line(
     folder: Path, result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        "--model",
-        folder / "model",
-        "--data",
-        folder / "data.jsonl",
-        "--json",
-        tmp_path / "out.json",
-    ]
-    assert main(["evaluate", *map(str, arguments), "--batch-size", "8", "--baselines"]) == 0
+    files = f"--model {folder}/model --data {folder}/data.jsonl --json {tmp_path}/out.json"
+    assert main(f"evaluate {files} --batch-size 8 --baselines".split()) == 0
     written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert without_speed(written) == without_speed(result)
     assert "flops_speedup" in capsys.readouterr().out

@@ -1,3 +1,5 @@
+"""Texts in, labels and kept tokens out; the same in whatever batch and order."""
+
 from __future__ import annotations
 
 import collections
@@ -52,12 +54,8 @@ def assert_same(left: Sequence[Prediction], right: Sequence[Prediction]) -> None
     for a, b in zip(left, right, strict=True):
         np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
         assert [x.tolist() for x in a.kept] == [x.tolist() for x in b.kept]
-        assert (a.label, a.label_id, a.num_tokens, a.truncated) == (
-            b.label,
-            b.label_id,
-            b.num_tokens,
-            b.truncated,
-        )
+        fields = ("label", "label_id", "num_tokens", "truncated")
+        assert [getattr(a, name) for name in fields] == [getattr(b, name) for name in fields]
 
 
 # What a prediction says ---------------------------------------------------------------------------
@@ -186,9 +184,8 @@ def test_nothing_is_compiled_after_the_warm_up(
     compilations: list[str], monkeypatch: pytest.MonkeyPatch, max_length: int, widths: tuple[int, ...]
 ) -> None:
     """200 requests of texts of all lengths, some of them short enough for the narrow batches alone."""
-    config = dataclasses.replace(
-        tiny_models.BERT, num_layers=2, max_positions=max_length, max_length=max_length
-    )
+    shallow = dataclasses.replace(tiny_models.BERT, num_layers=2)
+    config = dataclasses.replace(shallow, max_positions=max_length, max_length=max_length)
     model, rng = make(config), np.random.default_rng(2)
     shapes = [(rows, width) for rows in (1, 4, 8) for width in widths]
     named = [name for name, seconds in model.compile(batch_size=8) if seconds > 0]
@@ -273,10 +270,7 @@ def test_another_max_length(tmp_path: Path) -> None:
 
 def test_bfloat16_is_close(model: TRBert) -> None:
     texts = some_texts(10)
-    exact, rough = (
-        model.predict(texts, rule="dense"),
-        make(dtype="bfloat16").predict(texts, rule="dense"),
-    )
+    exact, rough = (m.predict(texts, rule="dense") for m in (model, make(dtype="bfloat16")))
     difference = max(np.abs(a.scores - b.scores).max() for a, b in zip(exact, rough, strict=True))
     assert 0 < difference < 0.1
 
