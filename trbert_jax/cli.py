@@ -9,25 +9,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
-import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from trbert_jax import __version__
+from trbert_jax import __version__, io
 from trbert_jax.errors import PreemptedError, UserError
-from trbert_jax.io import (
-    CACHE_VARIABLE,
-    atomic_file,
-    check_writable,
-    compilation_cache,
-    enable_compilation_cache,
-    setup_logging,
-    write_json,
-)
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES, rule_names
 
 if TYPE_CHECKING:
@@ -55,10 +45,7 @@ Arguments = argparse.Namespace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Args:
-      argv: arguments without the program's name; those of the process by default.
+    """Runs one command, with the arguments of the process by default.
 
     Returns:
       The exit code: 0; 2 after a mistake of the user; 130 after Ctrl-C; 141 if the reader of the output has
@@ -70,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else EXIT_USER_ERROR
     # transformers without PyTorch is intended; its advice to install it is no help.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    setup_logging()
+    io.setup_logging()
     try:
         COMMANDS[args.command][0](args)
         sys.stdout.flush()
@@ -88,9 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     return 0
-
-
-# Parsing ------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -125,10 +109,7 @@ def _command(name: str, *options: Option) -> Callable[[Run], Run]:
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Parses a command line.
-
-    Returns:
-      `command`, `command_line`, and the options of that command under their own names.
+    """Parses a command line: `command`, `command_line`, and the options of that command by their names.
 
     Raises:
       SystemExit: after help or the version (code 0), or an error message about an argument (code 2).
@@ -167,65 +148,49 @@ def _describe_stages() -> str:
     return "\n".join(f"  {name}: {doc.removeprefix(f'Stage {name}: ')}" for name, doc in docs.items())
 
 
-def _rules() -> str:
-    rules = "; ".join(f"{name}: {RULES[name].description}" for name in rule_names())
-    return f"{rules}. Default threshold, or dense if the selectors are untrained"
-
-
 def _backends() -> tuple[str, ...]:
     from trbert_jax.config import Backend  # takes time to load
 
     return get_args(Backend)
 
 
+def _rules_help() -> str:
+    rules = "; ".join(f"{name}: {RULES[name].description}" for name in rule_names())
+    return f"how tokens are selected. {rules}. Default threshold, or dense if the selectors are untrained"
+
+
+def _type(
+    expected: str, convert: Callable[[str], Any], accepts: Callable[[Any], bool]
+) -> Callable[[str], Any]:
+    """Builds the type of an argument, which names what is expected if a text is anything else."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = convert(text)
+            if accepts(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return parse
+
+
 def _list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: [convert(item.strip()) for item in text.split(",")]
+    return lambda text: [convert(word.strip()) for word in text.split(",")]
 
 
-def _name(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("expected names with commas between them")
-    return text
+def _digits(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() else -1
 
 
-def _integer(minimum: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected a number of at least {minimum}, got {text!r}")
-        return int(text)
-
-    return convert
-
-
-_count = _integer(1)
-
-
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and below 1, got {text!r}")
-    return value
-
-
-def _step_range(text: str) -> tuple[int, int]:
-    first, _, end = text.partition(":")
-    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
-        raise argparse.ArgumentTypeError(f"expected FIRST:END, such as 10:15, got {text!r}")
-    return int(first), int(end)
-
-
-def _renamed(new: str) -> Callable[[str], NoReturn]:
-    def convert(text: str) -> NoReturn:
-        raise argparse.ArgumentTypeError(f"use {new} instead")
-
-    return convert
-
-
-# Options of several commands ----------------------------------------------------------------------
-
+_name = _type("names with commas between them", str, bool)
+_index = _type("a number of at least 0", _digits, lambda n: n >= 0)
+_count = _type("a number of at least 1", _digits, lambda n: n >= 1)
+_probability = _type("a number above 0 and below 1", float, lambda p: 0 < p < 1)
+_steps = _type(
+    "FIRST:END, such as 10:15",
+    lambda text: tuple(map(_digits, text.split(":"))),
+    lambda steps: len(steps) == 2 and 0 <= steps[0] < steps[1],
+)
 
 BACKEND_HELP = "packed: compute only the kept tokens (default); masked: compute all, with the same results"
 THRESHOLD_HELP = "keep tokens whose keep probability is at least P (default 0.5, as published)"
@@ -235,9 +200,11 @@ SKIP = _switch("--skip-bad-records", "skip, count and list invalid records of qu
 MODEL = _option("--model", "DIR", str, "folder of a trained model", required=True)
 BATCH_SIZE = _option("--batch-size", "N", _count, "texts per batch (default 32)", default=32)
 RULE = (
-    _option("--rule", None, str, lambda: f"how tokens are selected. {_rules()}", choices=rule_names),
+    _option("--rule", None, str, _rules_help, choices=rule_names),
     _option("--backend", None, str, BACKEND_HELP, choices=_backends, default="packed"),
-    _option("--execution", None, _renamed("--rule and --backend"), argparse.SUPPRESS),
+    _option(
+        "--execution", None, _type("--rule and --backend instead", str, lambda _: False), argparse.SUPPRESS
+    ),
 )
 THRESHOLD = _option("--threshold", "P", _probability, THRESHOLD_HELP, default=DEFAULT_THRESHOLD)
 TEXT_FILE = 'one text per line; .jsonl: objects with "text"'
@@ -258,13 +225,10 @@ def _check_outputs(*paths: Path | None) -> None:
     """Raises a UserError if a file cannot be written, or if two outputs are the same file."""
     seen = set[Path]()
     for path in filter(None, paths):
-        check_writable(path)
+        io.check_writable(path)
         if path.resolve() in seen:
             raise UserError(f"{path}: is named for two outputs; give each a file of its own")
         seen.add(path.resolve())
-
-
-# Commands -----------------------------------------------------------------------------------------
 
 
 @_command(
@@ -274,11 +238,11 @@ def _check_outputs(*paths: Path | None) -> None:
     _switch("--dry-run", "print the plan for --devices of --processes, and do nothing"),
     _option("--devices", "N", _count, "devices, for --dry-run (default 1)"),
     _option("--processes", "P", _count, "processes, for --dry-run (default 1)"),
-    _option("--profile-steps", "A:B", _step_range, "record a profile of updates A to B of each stage"),
+    _option("--profile-steps", "A:B", _steps, "record a profile of updates A to B of each stage"),
     _switch("--distributed", "join the processes that SLURM, Open MPI, Kubernetes or Cloud TPU has started"),
     _option("--coordinator", "HOST:PORT", str, "join several processes: address of process 0"),
     _option("--num-processes", "N", _count, "number of processes, for --coordinator"),
-    _option("--process-id", "I", _integer(0), "number of this process, for --coordinator"),
+    _option("--process-id", "I", _index, "number of this process, for --coordinator"),
     _option("--join-timeout", "S", _count, "seconds to wait for the others (default 300)", default=300),
     SKIP,
     OVERRIDES,
@@ -288,11 +252,9 @@ def _train(args: Arguments) -> None:
 
     The stages run in order:
     {stages}
-    Each has a folder in the work directory. The same command run again
-    skips finished stages and continues the one that was interrupted.
+    Run again, the command skips finished stages and continues the one that was interrupted.
 
     Examples:
-      trbert train --config configs/quickstart.yaml
       trbert train --config configs/imdb_bert.yaml data.path=~/imdb workdir=/tmp/imdb policy.alpha=2
       trbert train --config configs/imdb_bert.yaml --stages finetune,score
     """
@@ -313,7 +275,7 @@ def _train(args: Arguments) -> None:
 
         print("\n".join(dry_run.lines(Experiment(config), args.devices or 1, args.processes or 1)))
         return
-    enable_compilation_cache()
+    io.enable_compilation_cache()
     several = args.distributed or args.coordinator is not None
     if several:
         from trbert_jax.parallel import join
@@ -352,7 +314,6 @@ def _evaluate(args: Arguments) -> None:
 
     Examples:
       trbert evaluate --model work/imdb/model --data test.jsonl --json result.json
-      trbert evaluate --model work/imdb/model --data test.jsonl --rule dense
       trbert evaluate --model work/imdb/model --data test.jsonl --threshold 0.4
       trbert evaluate --config configs/imdb_bert.yaml --all-checkpoints --json checkpoints.json
     """
@@ -371,7 +332,7 @@ def _evaluate(args: Arguments) -> None:
     elif args.baselines and args.rule is not None and not RULES[args.rule].drops:
         raise UserError(f"--baselines keep as many tokens as the model; --rule {args.rule} drops none")
     _check_outputs(args.json, args.predictions)
-    enable_compilation_cache()
+    io.enable_compilation_cache()
     if args.all_checkpoints:
         from trbert_jax.training.evaluation import evaluate_all_checkpoints
 
@@ -380,12 +341,12 @@ def _evaluate(args: Arguments) -> None:
         from trbert_jax.inference.evaluate import evaluate_file
 
         baselines = rule_names("baseline") if args.baselines else ()
-        options = _chosen(
-            args, "batch_size", "rule", "backend", "threshold", "predictions", "skip_bad_records"
+        options = _chosen(args, "batch_size", "rule", "backend", "threshold", "skip_bad_records")
+        result = evaluate_file(
+            args.model, args.data, baselines=baselines, predictions=args.predictions, **options
         )
-        result = evaluate_file(args.model, args.data, baselines=baselines, **options)
     if args.json:
-        write_json(args.json, result)
+        io.write_json(args.json, result)
     shown = {name: value for name, value in result.items() if name != "data"}  # logged while it was read
     print("\n".join(_table(shown)))
 
@@ -404,17 +365,15 @@ def _evaluate(args: Arguments) -> None:
 def _predict(args: Arguments) -> None:
     """Label texts or answer questions.
 
-    Texts are arguments, lines of --file, or lines of standard input. Prints one JSON object per text, in
-    order: "label", "label_id", "scores" (a probability per label), "kept" (for each reduction the positions
-    of the tokens that remained; 0 is the first token, [CLS]), "num_tokens" (special tokens included),
-    "truncated" (the text was longer than the model reads). A .jsonl file holds an object with "text" in each
-    line; blank lines are skipped.
+    Texts are arguments, or lines of --file or standard input. Prints one JSON object per text, in order:
+    "label", "label_id", "scores" (a probability per label), "kept" (for each reduction the positions of the
+    tokens that remained; 0 is [CLS]), "num_tokens" (special tokens included), "truncated" (the text was too
+    long). A .jsonl file holds an object with "text" in each line; blank lines are skipped.
 
     A model that answers questions takes a JSON object per line ("question" and "context", say; see
     docs/question_answering.md) and prints "id", "answer", "num_tokens" and "num_kept".
 
     Examples:
-      trbert predict --model work/imdb/model "A fine film." "A waste of time."
       trbert predict --model work/imdb/model --file reviews.jsonl --output predictions.jsonl
       cat reviews.txt | trbert predict --model work/imdb/model
       trbert predict --model work/squad/model '{"question": "Who wrote it?", "context": "Ada wrote it."}'
@@ -427,32 +386,33 @@ def _predict(args: Arguments) -> None:
         _say("reading texts from the keyboard, one per line; Ctrl-D ends")
     lines_in = input_lines(args.texts, args.file)
     _check_outputs(args.output)
-    enable_compilation_cache()
+    io.enable_compilation_cache()
     from trbert_jax.inference.predictor import TRBert
 
     model = TRBert.from_pretrained(args.model)
     options = _chosen(args, "batch_size", "rule", "backend", "threshold")
     lines = output_lines(model, lines_in, args.file, args.with_text, **options)
-    with atomic_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as stream:
-        _write_lines(stream, lines)
+    with io.atomic_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as stream:
+        for line in lines:
+            stream.write(line + "\n")
+            stream.flush()
 
 
 @_command("compile", MODEL, BATCH_SIZE, *RULE)
 def _compile(args: Arguments) -> None:
     """Compile a model ahead of its use.
 
-    Compiles what predict and evaluate need with this batch size: one text, a few texts and full batches,
-    short and long ones; for questions full batches. The programs are kept in ~/.cache/trbert_jax (or
-    $JAX_COMPILATION_CACHE_DIR), so that the next process starts at once.
+    Compiles what predict and evaluate need with this batch size, and keeps the programs in
+    ~/.cache/trbert_jax (or $JAX_COMPILATION_CACHE_DIR), so that the next process starts at once.
 
     Example:
       trbert compile --model work/imdb/model --batch-size 32
     """
-    enable_compilation_cache()
+    io.enable_compilation_cache()
     from trbert_jax.inference.predictor import TRBert
 
-    if not (folder := compilation_cache()):
-        raise UserError(f"no folder for compiled programs; name a writable one in {CACHE_VARIABLE}")
+    if not (folder := io.compilation_cache()):
+        raise UserError(f"no folder for compiled programs; name a writable one in {io.CACHE_VARIABLE}")
     model = TRBert.from_pretrained(args.model)
     total = 0.0
     for program, seconds in model.compile(args.batch_size, args.rule, args.backend):
@@ -469,7 +429,7 @@ def _compile(args: Arguments) -> None:
     _option("--replay", "DIR", str, "keep the tokens that this model keeps, instead of the model's own"),
     _option("--batch-sizes", "N,N", _list_of(_count), "default 1,8,32,128, up to the number of texts"),
     _option("--variants", "A,B", _list_of(_name), "variants to time (default all)"),
-    _option("--executions", None, _renamed("--variants"), argparse.SUPPRESS),
+    _option("--executions", None, _type("--variants instead", str, lambda _: False), argparse.SUPPRESS),
     _option("--max-texts", "N", _count, "use only the first N texts of the file"),
     SKIP,
     _option("--max-length", "N", _count, "tokens after which texts are cut (default the model's)"),
@@ -481,14 +441,12 @@ def _compile(args: Arguments) -> None:
 def _benchmark(args: Arguments) -> None:
     """Time the variants of running a model side by side.
 
-    All variants take the same texts in the same batches: packed (computes the kept tokens only), masked
-    (computes all), masked_full (pads all texts to the model's longest), batch_max (the published
-    evaluation), dense and dense_full (drop nothing) and, if PyTorch is installed, huggingface. "realized" in
-    the table is the speed-up over masked_full divided by the ratio of FLOPs: 1 if each FLOP saved saves its
-    time.
+    All variants take the same batches: packed (computes the kept tokens only), masked (computes all),
+    masked_full (pads texts to the model's longest), batch_max (the published evaluation), dense and
+    dense_full (drop nothing) and, if PyTorch is installed, huggingface. "realized" in the table is the
+    speed-up over masked_full divided by the ratio of FLOPs: 1 if each FLOP saved saves its time.
 
     Examples:
-      trbert benchmark --model work/imdb/model --data test.jsonl --max-texts 256 --json speed.json
       trbert benchmark --model work/imdb/model --data test.jsonl --batch-sizes 32 --plot speed.png
       trbert benchmark --random bert-base --replay work/imdb/model --data test.jsonl --max-length 256
     """
@@ -498,20 +456,13 @@ def _benchmark(args: Arguments) -> None:
     from trbert_jax.inference.benchmark import benchmark_file
     from trbert_jax.inference.benchmark_report import plot_benchmark, table
 
-    options = _chosen(
-        args, "random", "batch_sizes", "variants", "max_texts", "max_length", "repeats", "dtype"
-    )
-    records = benchmark_file(
-        args.data,
-        model_dir=args.model,
-        replay_dir=args.replay,
-        command=args.command_line,
-        skip_bad_records=args.skip_bad_records,
-        **options,
-    )
+    names = "random batch_sizes variants max_texts max_length repeats dtype skip_bad_records"
+    folders = {"model_dir": args.model, "replay_dir": args.replay}
+    options = _chosen(args, *names.split())
+    records = benchmark_file(args.data, **folders, command=args.command_line, **options)
     print("\n".join(table(records)))
     if args.json:
-        write_json(args.json, records)
+        io.write_json(args.json, records)
     if args.plot:
         plot_benchmark(records, args.plot)
 
@@ -523,17 +474,15 @@ def _benchmark(args: Arguments) -> None:
     _switch("--overwrite", "replace --output if it exists"),
     _option("--max-positions", "N", _count, "longest input in tokens; a longer one repeats positions"),
     _option("--max-length", "N", _count, "tokens after which texts are cut (not stored as published)"),
-    _option("--keep-layers", "0,2,4", _list_of(_integer(0)), "drop all other layers"),
+    _option("--keep-layers", "0,2,4", _list_of(_index), "drop all other layers"),
     _option("--labels", "A,B", _list_of(_name), "names of the labels, in order of their ids"),
 )
 def _convert(args: Arguments) -> None:
     """Convert a checkpoint to this project's form.
 
-    Reads a Hugging Face BERT or DistilBERT, or a checkpoint of the published TR-BERT code, and writes
-    config.json, model.safetensors and tokenizer files.
+    Reads a Hugging Face BERT or DistilBERT, or a checkpoint of the published TR-BERT code.
 
     Examples:
-      trbert convert --input downloads/trbert-imdb --output models/imdb
       trbert convert --input bert-base-uncased --output models/bert-1024 --max-positions 1024
       trbert convert --input distilbert-base-uncased --output models/distil3 --keep-layers 0,2,4
     """
@@ -564,8 +513,8 @@ def _convert(args: Arguments) -> None:
 def _prepare_data(args: Arguments) -> None:
     """Tokenize a data set once, into shards.
 
-    The shards are a data set that TensorFlow Datasets reads too. Training reads them with data.prepared=DIR,
-    in the background, each process its own rows. Stopped and started again, the command continues.
+    Training reads the shards with data.prepared=DIR, as TensorFlow Datasets does. Started again, the command
+    continues.
 
     Example:
       trbert prepare-data --config configs/yelp_f_bert.yaml --output prepared/yelp_f data.path=data/yelp_f
@@ -584,7 +533,7 @@ def _prepare_data(args: Arguments) -> None:
 def _split_hyperpartisan(args: Arguments) -> None:
     """Split the Hyperpartisan articles.
 
-    Shuffles with a fixed seed and writes train.jsonl, dev.jsonl and test.jsonl, the published split.
+    Writes the published split, shuffled with a fixed seed: train.jsonl, dev.jsonl and test.jsonl.
 
     Example:
       trbert split-hyperpartisan --input original_data.txt --output data/hyperpartisan
@@ -593,15 +542,6 @@ def _split_hyperpartisan(args: Arguments) -> None:
 
     for name, count in split_hyperpartisan(args.input, args.output).items():
         print(f"{args.output}/{name}.jsonl: {count} articles")
-
-
-# Output -------------------------------------------------------------------------------------------
-
-
-def _write_lines(stream: IO[str], lines: Iterable[str]) -> None:
-    for line in lines:
-        stream.write(line + "\n")
-        stream.flush()
 
 
 def _table(result: dict[str, Any], prefix: str = "") -> Iterator[str]:

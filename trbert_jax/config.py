@@ -26,18 +26,13 @@ from trbert_jax.io import YamlKey, parse_yaml, read_json, read_text
 from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.reduction.rules import DEFAULT_RULE, RULES, rule_names
 
-COMMAND_LINE = "command line"
-
-# Types of values ----------------------------------------------------------------------------------
-
 
 def _name_from(names: Callable[[], Collection[str]]) -> AfterValidator:
     """Restricts a text to the names of a registry, as they are when the settings are loaded."""
 
     def check(value: str) -> str:
         if value not in names():
-            expected = {"expected": ", ".join(names())}
-            raise PydanticCustomError("name", "should be one of {expected}", expected)
+            raise PydanticCustomError("name", "should be one of {expected}", {"expected": ", ".join(names())})
         return value
 
     return AfterValidator(check)
@@ -63,8 +58,6 @@ RuleName = Annotated[Text, _name_from(rule_names)]
 BackboneName = Annotated[Text, _name_from(lambda: tuple(BACKBONES))]
 BaselineName = Annotated[Text, _name_from(lambda: rule_names("baseline"))]
 
-# Sections -----------------------------------------------------------------------------------------
-
 
 class Section:
     """A group of settings. A comment explains each field: on its line, or on the lines before it."""
@@ -77,22 +70,18 @@ class DataConfig(Section):
     """The examples."""
 
     name: Text  # a registered data set, or tfds:NAME for a data set of TensorFlow Datasets
-    # Folder of the files, relative to the current directory. For tfds the data folder (null: the library's
-    # own), for stdlib the library's folder (null: that of the running Python).
+    # Folder of the files; tfds and stdlib have their own unless it is given.
     path: Text | None = None
     max_train_examples: Count | None = None  # largest number of training examples; null for all
     max_eval_examples: Count | None = None  # the same for the dev split and for the test split
     cache_dir: Text | None = None  # folder for tokenized examples; null for WORKDIR/cache
-    # Folder written by `trbert prepare-data`: training reads its examples from there in the background and
-    # never loads all of them at once. null to read the files in `path`.
+    # Folder of `trbert prepare-data`, from which training reads in the background; null to read `path`.
     prepared: Text | None = None
     text_field: Text = "text"  # field that holds the text; tfds only
     label_field: Text = "label"  # field that holds the label; tfds only
-    # Skip invalid records of question answering and report how many and why; otherwise the first is an error.
-    skip_bad_records: Flag = False
+    skip_bad_records: Flag = False  # skip and count invalid records of questions; else the first is an error
     # Form of a multiple choice, race only. pairs: each option is an example, right or wrong; independent: a
-    # softmax over the options, each of which selects tokens by itself; shared: a softmax, and one selection
-    # for the tokens that the options share.
+    # softmax over the options, each with its own selection; shared: one selection for the tokens they share.
     choices: Literal["pairs", "independent", "shared"] = "pairs"
 
 
@@ -106,8 +95,7 @@ class ScratchConfig(Section):
     num_layers: Count = 12  # encoder layers
     num_heads: Count = 12  # attention heads
     intermediate_size: Count = 3072  # width of the feed-forward layers
-    # Standard deviation of the random weights. A narrow model learns faster with more than BERT's 0.02.
-    initializer_range: Positive = 0.02
+    initializer_range: Positive = 0.02  # of the random weights; a narrow model learns faster with more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,21 +103,15 @@ class BackboneConfig(Section):
     """The model before training."""
 
     init: Text  # folder or hub id of a Hugging Face BERT or DistilBERT, or scratch for random weights
-    # Longest input in tokens, special tokens included; longer texts are cut. Unit of the length penalty.
-    max_length: MaxLength = 512
-    # Rows of the position table; if more than the checkpoint has, its rows are repeated. null for the
-    # checkpoint's number, or max_length from scratch.
+    max_length: MaxLength = 512  # in tokens, special tokens included; longer texts are cut
+    # Rows of the position table, repeated as needed; null for the checkpoint's, or max_length from scratch.
     max_positions: Count | None = None
     keep_layers: tuple[Index, ...] | None = None  # layers to take from the checkpoint, 0-based; null for all
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and losses are float32
-    # Folder or hub id; null for the tokenizer stored with the weights, or from scratch a WordPiece vocabulary
-    # trained on the training texts.
+    # Folder or hub id; null for the one of the checkpoint, or from scratch one trained on the training texts.
     tokenizer: Text | None = None
-    # Read HTML line breaks, `<br />`, as one space rather than four tokens. Saved with the tokenizer, so that
-    # the trained model reads every text this way.
-    line_breaks_as_spaces: Flag = False
-    # Longest question in word pieces (with its options for race), longer ones are cut; null for the data
-    # set's default.
+    line_breaks_as_spaces: Flag = False  # read `<br />` as one space, here and in the trained model
+    # Longest question in word pieces (with its options for race); null for the data set's default.
     max_question_length: Count | None = None
     # Word pieces between the starts of the windows over a long context; null for the data set's default.
     window_step: Count | None = None
@@ -139,10 +121,7 @@ class BackboneConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Section):
-    """How the devices share the work; affects no result but dropout's masks.
-
-    Batches are divided over all devices of all processes: batch_size is the size over all of them.
-    """
+    """How all devices of all processes share each batch; affects no result but dropout's masks."""
 
     strategy: Literal["jit", "pmap"] = "jit"  # one program over a mesh of all devices, or one per device
     fsdp: Count = 1  # devices that share one copy of parameters and optimizer state; more than 1 needs jit
@@ -168,17 +147,14 @@ class TrainingConfig(StageConfig):
     clip_norm: Positive = 1.0  # largest global L2 norm of a gradient; larger ones are scaled down to it
     adam_epsilon: Positive = 1e-8  # of AdamW
     eval_steps: Count | None = None  # steps between evaluations on the dev split; null for once per epoch
-    # Steps between checkpoints. An interruption loses at most this many, and those taken while the latest
-    # checkpoint was being written.
-    save_steps: Count = 2000
+    save_steps: Count = 2000  # steps between checkpoints, about the most that an interruption loses
     keep_checkpoints: Count = 2  # number of latest checkpoints to keep, in addition to the best one
     output: Literal["last", "best"] = "last"  # the checkpoint that the next stage starts from, best on dev
     dropout: Flag = True  # whether dropout is on
-    # Let padding take part as in the published code, as states of zeros: in the softmax over positions, in
-    # distillation, and in the maximum over positions. Not for classification.
+    # Let padding, as states of zeros, take part in the softmax and the maximum over positions and in
+    # distillation, as in the published code. Not for classification.
     published_padding: Flag = False
-    # packed computes only the kept tokens; masked computes every position of the padded batch and masks the
-    # dropped ones. Both give the same numbers except for dropout's masks.
+    # packed computes the kept tokens only; masked all of them, with the same results but for dropout's masks.
     backend: Backend = "packed"
 
 
@@ -201,11 +177,9 @@ class InitConfig(TrainingConfig):
     """Stage init: train the selectors to rank tokens like the residual scores."""
 
     dropout: Flag = False  # as in TrainingConfig
-    # Multiply the loss by the batch's mean of 1 / length, as in the published code (docs/method.md,
-    # "Selector initialization").
+    # Multiply the loss by the batch's mean of 1 / length (docs/method.md, "Selector initialization").
     per_length_scale: Flag = False
-    # Share of the tokens that each point of reduction, in order, keeps after this stage; null for one half
-    # everywhere, as published.
+    # Share of tokens that each point of reduction keeps after this stage; null for one half, as published.
     keep: tuple[Threshold, ...] | None = None
 
 
@@ -217,8 +191,7 @@ class PolicyConfig(TrainingConfig):
     num_samples: NumSamples = 8  # selections drawn per example, K in the paper
     # Weight of the length penalty, the harmonic coefficient of the paper; a larger one drops more tokens.
     alpha: NonNegative = 1.0
-    # Share of the steps in which one sample of each example imitates the residual scores.
-    guide_rate: Fraction = 0.5
+    guide_rate: Fraction = 0.5  # share of the steps in which one sample imitates the residual scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,8 +220,7 @@ class EvaluateConfig(StageConfig):
     rule: RuleName = DEFAULT_RULE  # how tokens are selected, see `reduction.rules`
     backend: Backend = "packed"  # as in TrainingConfig
     baselines: tuple[BaselineName, ...] = ()  # untrained selections to evaluate at the same kept counts
-    # Keep probabilities at which the final model is evaluated as well; a lower one keeps more tokens.
-    # Everything else uses 0.5.
+    # Keep probabilities at which the final model is evaluated, besides 0.5; a lower one keeps more tokens.
     thresholds: tuple[Threshold, ...] = ()
 
 
@@ -272,16 +244,11 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()  # may change between calls of one run
 
 
-def _sections(cls: type) -> dict[str, type | None]:
-    """Maps each field to the class of its section, None for a value."""
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    return {name: hints[name] if dataclasses.is_dataclass(hints[name]) else None for name in names}
-
-
 # The stages in their order: name -> settings.
 STAGES: dict[str, type[StageConfig]] = {
-    name: cls for name, cls in _sections(RunConfig).items() if cls and issubclass(cls, StageConfig)
+    field.name: type(field.default)
+    for field in dataclasses.fields(RunConfig)
+    if isinstance(field.default, StageConfig)
 }
 _run_class: type[RunConfig] = RunConfig
 
@@ -289,32 +256,19 @@ _run_class: type[RunConfig] = RunConfig
 def add_section(name: str, settings: type[StageConfig]) -> None:
     """Adds the section of a new stage, before that of stage evaluate; all its fields need defaults."""
     global _run_class
-    fields = [(name, settings, settings())]
-    _run_class = dataclasses.make_dataclass(
-        "RunConfig", fields, bases=(_run_class,), frozen=True, kw_only=True
-    )
+    section, options = (name, settings, settings()), dict[str, Any](frozen=True, kw_only=True)
+    _run_class = dataclasses.make_dataclass("RunConfig", [section], bases=(_run_class,), **options)
     STAGES.update({name: settings, "evaluate": STAGES.pop("evaluate")})
 
 
-# Loading ------------------------------------------------------------------------------------------
-
-# Former name of a key, in any section -> its former value -> the key and value of today.
-RENAMED: dict[str, dict[str, tuple[str, str]]] = {
-    "execution": {
-        "packed": ("backend", "packed"),
-        "masked": ("backend", "masked"),
-        "batch_max": ("rule", "batch_max"),
-        "dense": ("rule", "dense"),
-    }
+# Former name of a key, in any section -> each of its values -> the key that has this value today.
+RENAMED: dict[str, dict[str, str]] = {
+    "execution": {"packed": "backend", "masked": "backend", "batch_max": "rule", "dense": "rule"}
 }
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a configuration file.
-
-    Args:
-      path: a YAML file. Its values win over those of its `base` files, of which later ones win.
-      overrides: `section.key=value` settings that win over the file's; of two for one key the later one wins.
+    """Reads a YAML file, which wins over its `base` files; `section.key=value` overrides win over both.
 
     Raises:
       UserError: the file cannot be read, or a key or value is wrong. The message names file and line (or
@@ -327,11 +281,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_stored(path: str | Path) -> RunConfig:
-    """Reads the settings that a run stored as JSON; keys that are missing get their defaults.
-
-    Raises:
-      UserError: the file cannot be read, or has an unknown key or a wrong value.
-    """
+    """Reads the settings that a run stored as JSON. Raises `UserError` as `load_config` does."""
     values = read_json(path)
     return _build(upgrade(values) if isinstance(values, dict) else {}, str(path))
 
@@ -347,8 +297,8 @@ def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
     result = {key: upgrade(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
     for old, values in RENAMED.items():
         if str(result.get(old)) in values:
-            key, value = values[str(result.pop(old))]
-            result[key] = value
+            value = str(result.pop(old))
+            result[values[value]] = value
     return result
 
 
@@ -369,18 +319,19 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def _tree(cls: type) -> dict[str, Any]:
+    """Maps the keys of a section to the trees of the sections in it, or to None for a value."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: _tree(hints[name]) if dataclasses.is_dataclass(hints[name]) else None for name in names}
+
+
 def dotted_keys(cls: type) -> list[str]:
     """Lists the keys of a section and of the sections in it: `policy.alpha`, ..."""
-    return [
-        key
-        for name, section in _sections(cls).items()
-        for key in ([f"{name}.{inner}" for inner in dotted_keys(section)] if section else [name])
-    ]
+    return list(_flat(_tree(cls)))
 
 
 def _build(values: Mapping[str, Any], path: str) -> RunConfig:
-    """Checks the values of a file, whose keys know their origin."""
-
     def problem(key: str, text: str) -> UserError:
         origin, inner = path, values
         for name in key.split("."):
@@ -390,8 +341,8 @@ def _build(values: Mapping[str, Any], path: str) -> RunConfig:
             origin, inner = getattr(written, "origin", path), inner[written]
         return UserError(f"{origin}: {key}: {text}")
 
-    sections = _sections(_run_class)
-    given = {key: value for key, value in values.items() if value is not None or not sections.get(key)}
+    tree = _tree(_run_class)
+    given = {key: value for key, value in values.items() if value is not None or not tree.get(key)}
     try:
         config = TypeAdapter(_run_class).validate_python(given)
     except ValidationError as error:
@@ -408,7 +359,6 @@ _UNKNOWN = "unexpected_keyword_argument"  # pydantic's name of this mistake
 
 
 def _explain(key: str, error: Mapping[str, Any]) -> str:
-    """Words an error of pydantic."""
     kind, value = error["type"], error["input"]
     if kind == _UNKNOWN:
         return f"unknown key{_suggest(key, value)}"
@@ -428,17 +378,15 @@ def _did_you_mean(name: Any, known: Sequence[str], prefix: str = "") -> str:
 
 
 def _suggest(key: str, value: Any) -> str:
-    """Names the key that was meant by an unknown one."""
     *sections, name = key.split(".")
     if name in RENAMED:
-        new = RENAMED[name].get(str(value)) if isinstance(value, str) else None
-        return f"; it is now {': '.join(new) if new else 'rule and backend'}"
-    cls: type = _run_class
+        now = [f"{new}: {old}" for old, new in RENAMED[name].items() if old == value]
+        return f"; it is now {' or '.join(now or sorted({*RENAMED[name].values()}))}"
+    here = _tree(_run_class)
     for section in sections:
-        cls = _sections(cls)[section] or cls
-    here = list(_sections(cls))
+        here = here[section]
     elsewhere = [other for other in dotted_keys(_run_class) if other.split(".")[-1] == name.lower()]
-    return _did_you_mean(name, here, "".join(f"{section}." for section in sections)) or (
+    return _did_you_mean(name, list(here), "".join(f"{section}." for section in sections)) or (
         f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else f"; known here: {', '.join(here)}"
     )
 
@@ -448,7 +396,7 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
     if list(config.stages) != [stage for stage in STAGES if stage in config.stages] or not config.stages:
         yield "stages", f"expected some of {', '.join(STAGES)}, each once and in this order"
 
-    data = config.data
+    data, model, scratch = config.data, config.model, config.model.scratch
     try:
         dataset = find_dataset(data.name)
     except UserError as error:
@@ -459,19 +407,16 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
     for key in ("text_field", "label_field"):
         if not dataset.has_fields and getattr(data, key) != getattr(DataConfig, key):
             yield f"data.{key}", f"is for tfds:NAME only; the fields of {data.name} are fixed, remove it"
-
-    model, scratch = config.model, config.model.scratch
     if model.max_positions is not None and model.max_positions < model.max_length:
         yield "model.max_positions", f"{model.max_positions} is less than model.max_length {model.max_length}"
-    if model.keep_layers is not None:
-        if model.init == "scratch":
-            yield "model.keep_layers", "is for a pretrained model; from scratch set model.scratch.num_layers"
-        if not model.keep_layers or list(model.keep_layers) != sorted(set(model.keep_layers)):
-            yield "model.keep_layers", f"expected rising layer numbers, got {list(model.keep_layers)}"
+    layers = model.keep_layers
+    if layers is not None and model.init == "scratch":
+        yield "model.keep_layers", "is for a pretrained model; from scratch set model.scratch.num_layers"
+    if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+        yield "model.keep_layers", f"expected rising layer numbers, got {list(layers)}"
     if model.init == "scratch" and scratch.hidden_size % scratch.num_heads:
         size, heads = scratch.hidden_size, scratch.num_heads
         yield "model.scratch.hidden_size", f"{size} is not a multiple of model.scratch.num_heads {heads}"
-
     for stage in STAGES if dataset.task == "classification" else ():
         if getattr(getattr(config, stage), "published_padding", False):
             yield f"{stage}.published_padding", f"padding takes no part for {data.name}, remove it"
@@ -482,21 +427,17 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "evaluate.baselines", f"rule {rule.name} drops nothing to compare with, remove them"
 
 
-# Files and overrides ------------------------------------------------------------------------------
-
-
 def _read_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     """Reads a file and the files that it names as `base`."""
     values = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines (start from a file in configs/)")
     origin = next((key.origin for key in values if key == "base"), "")
-    bases, chain = values.pop("base", None), (*parents, path)
-    result: dict[str, Any] = {}
-    for base in bases if isinstance(bases, list) else [] if bases is None else [bases]:
-        if not isinstance(base, str) or not base:
+    base, chain, result = values.pop("base", None), (*parents, path), dict[str, Any]()
+    for name in base if isinstance(base, list) else [] if base is None else [base]:
+        if not isinstance(name, str) or not name:
             raise UserError(f"{origin}: base: expected the path of a YAML file, or a list of them")
-        target = path.parent / base
+        target = path.parent / name
         if target.resolve() in [p.resolve() for p in chain]:
             circle = " -> ".join(map(str, (*chain, target)))
             raise UserError(f"{origin}: base: files build on each other in a circle ({circle})")
@@ -511,10 +452,10 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     names = [name.strip() for name in key.split(".")]
     if not equals or not all(names) or not value.strip():
-        example = "policy.alpha=0.5 for example (null for no value)"
-        raise UserError(f"{COMMAND_LINE}: {text!r} is not a setting; write section.key=value, {example}")
+        expected = "section.key=value, policy.alpha=0.5 for example (null for no value)"
+        raise UserError(f"{YamlKey.origin}: {text!r} is not a setting; write {expected}")
     if names[0] == "base":
-        raise UserError(f"{COMMAND_LINE}: base: can only be set in a file; give that file to --config")
+        raise UserError(f"{YamlKey.origin}: base: can only be set in a file; give that file to --config")
     return functools.reduce(lambda inner, name: {YamlKey(name): inner}, reversed(names), parse_yaml(value))
 
 

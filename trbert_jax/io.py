@@ -2,13 +2,12 @@
 
 Outputs appear whole or not at all: they are written under a temporary name and then renamed. A process killed
 in the middle leaves at most a `*.partial-*` file or folder beside the target. Errors of the operating system
-that a user can fix (no permission, disk full) become `UserError`.
+(no permission, disk full) become `UserError`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -17,10 +16,10 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import yaml
 
@@ -33,15 +32,13 @@ def _explain(target: Path) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise UserError(
-            f"{target}: no permission to write there; choose another output path or change its rights"
-        ) from error
-    except (NotADirectoryError, FileExistsError, IsADirectoryError) as error:
-        raise UserError(f"{target}: cannot be written, {error.strerror} ({error.filename})") from error
+        raise UserError(f"{target}: no permission to write there; choose another path") from error
     except OSError as error:
         if error.errno is None:
             raise
-        raise UserError(f"{target}: cannot be written, {error.strerror}") from error
+        blocking = isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError)
+        place = f" ({error.filename})" if blocking else ""
+        raise UserError(f"{target}: cannot be written, {error.strerror}{place}") from error
 
 
 def make_directory(path: str | Path) -> Path:
@@ -54,35 +51,34 @@ def make_directory(path: str | Path) -> Path:
 
 def check_writable(path: str | Path) -> None:
     """Raises `UserError` if a file cannot be written; for results that take long to compute."""
-    if os.path.isdir(path):
+    path = Path(path)
+    if path.is_dir():
         raise UserError(f"{path}: is a directory, a file was expected")
-    folder = Path(path).absolute().parent
-    while not os.path.exists(folder):
-        folder = folder.parent
-    with _explain(Path(path)):
-        if not os.path.isdir(folder):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not os.path.isdir(folder):
+        raise UserError(f"{path}: cannot be written, {folder} is not a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: no permission to write there; choose another path")
+
+
+def _temporary(path: Path) -> Path:
+    make_directory(path.parent)
+    return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_file(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path`; renames it to `path` if the block ends without an error."""
     path = Path(path)
-    make_directory(path.parent)
-    encoding = None if "b" in mode else "utf-8"
+    temporary = _temporary(path)
     with _explain(path):
-        handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.partial-", dir=path.parent)
         try:
-            os.close(handle)
-            with open(temporary, mode, encoding=encoding) as stream:
+            with open(temporary, mode, encoding=None if mode == "wb" else "utf-8") as stream:
                 yield stream
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                temporary.unlink()
             raise
 
 
@@ -90,21 +86,17 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yields a temporary directory; it replaces `path` if the block ends without an error."""
     path = Path(path)
-    make_directory(path.parent)
+    temporary, old = _temporary(path), _temporary(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, a directory was expected; choose another output path")
     with _explain(path):
-        temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
         try:
+            temporary.mkdir()
             yield temporary
-            os.chmod(temporary, 0o777 & ~_umask())
             if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-old-", dir=path.parent))
-                os.replace(path, old / "replaced")
-                os.replace(temporary, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, path)
+                os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -112,11 +104,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def only_process(directory: str | Path) -> Iterator[None]:
-    """Locks a directory against other processes, until the block or this process ends.
-
-    Raises:
-      UserError: another process holds the lock (the message names it), or the lock file cannot be written.
-    """
+    """Locks a directory until the block ends. Raises `UserError` if another process has locked it."""
     import filelock
 
     path = Path(directory) / ".lock"
@@ -124,15 +112,12 @@ def only_process(directory: str | Path) -> Iterator[None]:
     try:
         with _explain(path):
             lock.acquire()
+            path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
     except filelock.Timeout as error:
         holder = read_text(path).strip() or "unknown"
-        raise UserError(
-            f"{directory}: another process works in this directory ({holder}); wait for its end or stop it, "
-            "or choose another directory"
-        ) from error
+        advice = "wait for its end or stop it, or choose another directory"
+        raise UserError(f"{directory}: another process works in it ({holder}); {advice}") from error
     try:
-        with _explain(path):
-            path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -159,34 +144,27 @@ def parse_json(text: str) -> Any:
     """Parses JSON. Raises `ValueError` with a message for users if it is malformed."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise ValueError(f"not valid JSON ({error.msg} at {place})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-        raise ValueError(f"not valid JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, endless brackets
+        raise ValueError(f"not valid JSON ({str(error).replace(': line 1 column', ' at column')})") from error
 
 
 def check_unicode(text: str) -> None:
     """Raises `ValueError` if a text has half of a surrogate pair, which JSON allows and Unicode does not."""
-    if text.isascii():
-        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"is not valid Unicode (half of a surrogate pair at character {error.start})"
+            f"is not valid Unicode (half a surrogate pair at character {error.start})"
         ) from error
 
 
 def read_text(path: str | Path) -> str:
     """Reads a UTF-8 text file. Raises `UserError` if it is missing or unreadable."""
-    with readable(path):
-        try:
+    try:
+        with readable(path):
             return Path(path).read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8 first"
-            ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8 first") from error
 
 
 @contextlib.contextmanager
@@ -222,43 +200,35 @@ class _YamlLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        result: dict[Any, Any] = {}
+        result: dict[YamlKey, Any] = {}
         for name, value in node.value:
-            key = YamlKey(name.value) if isinstance(name.value, str) else YamlKey("")
+            key = YamlKey(name.value if isinstance(name.value, str) else "")
             if self.source:
                 key.origin = f"{self.source}:{name.start_mark.line + 1}"
             if not key:
                 raise UserError(f"{key.origin}: a key must be text")
-            if key in result:
-                first = next(k for k in result if k == key)
+            for first in (k for k in result if k == key):
                 raise UserError(f"{key.origin}: {key}: given twice (first in {first.origin}); keep one")
             result[key] = self.construct_object(value, deep=True)
         return result
 
 
-_TAG = "tag:yaml.org,2002:"
-for _kind, _pattern, _first in (
-    ("null", "null|Null|NULL|~|", ["n", "N", "~", ""]),
-    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", "[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-):
-    _YamlLoader.add_implicit_resolver(_TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), _first)
-_YamlLoader.add_constructor(_TAG + "int", lambda loader, node: int(node.value))  # 010 is 10, not 8
+for _kind, _pattern in {
+    "null": "null|Null|NULL|~|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?[0-9]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",
+}.items():
+    _YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z"), None)
+# 010 is 10, not 8.
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def parse_yaml(text: str, source: str | None = None) -> Any:
-    """Parses strict YAML, whose keys become `YamlKey`.
-
-    Strict: `3e-5` is a number, `no` and `2024-01-01` are text; a key given twice is an error, as are tags,
-    anchors and aliases.
-
-    Args:
-      text: the YAML.
-      source: name of the file; None for text of the command line.
+    """Parses YAML as strictly as `config` describes; its keys become `YamlKey`.
 
     Raises:
-      UserError: the text is not strict YAML. The message names the line.
+      UserError: the text is not such YAML. The message names `source` (None: the command line) and the line.
     """
     try:
         loader = _YamlLoader(text)
@@ -276,9 +246,6 @@ def hash_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
         return {"bytes": stream.tell(), "blake2b": digest.hexdigest()}
-
-
-# Logging and compilation cache --------------------------------------------------------------------
 
 
 class _StderrHandler(logging.Handler):
@@ -311,10 +278,7 @@ CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def enable_compilation_cache() -> None:
-    """Makes JAX keep compiled programs in `~/.cache/trbert_jax/xla`, unless the environment names a folder.
-
-    Call it before JAX is imported. Without a writable folder, JAX keeps nothing.
-    """
+    """Makes JAX, not yet imported, keep compiled programs in ~/.cache, or where the environment says."""
     if CACHE_VARIABLE in os.environ:
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
@@ -335,15 +299,9 @@ def compilation_cache() -> str | None:
 
 def _processor() -> str:
     """Names the kind of processor. Machine code for one may crash another that shares the home folder."""
-    try:
+    features = set[str]()
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    features = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    return f"{platform.machine()}-{hashlib.sha256(chr(10).join(features).encode()).hexdigest()[:12]}"
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+        features = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    digest = hashlib.sha256("\n".join(sorted(features)).encode()).hexdigest()
+    return f"{platform.machine()}-{digest[:12]}"
