@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from trbert_jax.datasets import DATASETS, triviaqa
-from trbert_jax.datasets.mrqa import same_answer
 from trbert_jax.datasets.reading import load_json
+from trbert_jax.datasets.span_files import same_answer
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("TRBERT_DATA_DIR", ROOT.parent / "shared" / "data"))

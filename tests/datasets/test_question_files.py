@@ -21,8 +21,8 @@ from tiny_qa_files import (
 )
 
 from trbert_jax.datasets import DATASETS, triviaqa
-from trbert_jax.datasets.mrqa import same_answer
 from trbert_jax.datasets.records import Paragraph, Span, SpanQuestion
+from trbert_jax.datasets.span_files import same_answer
 
 
 def texts(question: SpanQuestion) -> list[str]:

@@ -9,32 +9,15 @@ from __future__ import annotations
 from trbert_jax.datasets import (  # noqa: F401 - each registers its data sets
     hotpotqa,
     hyperpartisan,
-    mrqa,
     python_source,
     race,
-    squad,
+    span_files,
     text_files,
     tfds,
     triviaqa,
     wikihop,
 )
-from trbert_jax.datasets.reading import BadRecord, BadRecords
-from trbert_jax.datasets.registry import (
-    DATASETS,
-    FAMILIES,
-    DataSet,
-    dataset_names,
-    find_dataset,
-    register_dataset,
-)
+from trbert_jax.datasets.reading import BadRecords
+from trbert_jax.datasets.registry import DATASETS, DataSet, dataset_names, find_dataset, register_dataset
 
-__all__ = [
-    "DATASETS",
-    "FAMILIES",
-    "BadRecord",
-    "BadRecords",
-    "DataSet",
-    "dataset_names",
-    "find_dataset",
-    "register_dataset",
-]
+__all__ = ["DATASETS", "BadRecords", "DataSet", "dataset_names", "find_dataset", "register_dataset"]

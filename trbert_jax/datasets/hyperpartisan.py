@@ -14,7 +14,6 @@ from xml.etree import ElementTree
 
 from trbert_jax.datasets import reading, text_files
 from trbert_jax.datasets.records import Example
-from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
 from trbert_jax.io import atomic_file, readable
 
@@ -24,31 +23,18 @@ _SEED = 42
 _TEXT_FILE = "original_data.txt"
 _ARTICLES, _GROUND_TRUTH = "articles-", "ground-truth-"
 _SPLIT_FIRST = "split it first: trbert split-hyperpartisan --input {found} --output DIR"
+_HINTS = ((_TEXT_FILE, _SPLIT_FIRST), (f"{_ARTICLES}*.xml", _SPLIT_FIRST))
 
-register_dataset(
-    DataSet(
-        name="hyperpartisan",
-        task="classification",
-        read=text_files.read,
-        format='{"text": ..., "label": ...} a line',
-        files=each_split("{split}.jsonl"),
-        labels=LABELS,
-        dev_from_train=True,
-        hints=((_TEXT_FILE, _SPLIT_FIRST), (f"{_ARTICLES}*.xml", _SPLIT_FIRST)),
-    )
-)
+text_files.register("hyperpartisan", "jsonl", LABELS, hints=_HINTS)
 
 
 def split_hyperpartisan(input_path: str | Path, output_dir: str | Path) -> dict[str, int]:
-    """Writes `train.jsonl`, `dev.jsonl` and `test.jsonl`.
+    """Writes `train.jsonl`, `dev.jsonl` and `test.jsonl`; returns the number of articles by split.
 
     Args:
       input_path: `original_data.txt` (a line: id, label, text), an `articles-*.xml` with its
         `ground-truth-*.xml` beside it, or a folder that holds one of these.
       output_dir: folder for the three files; existing ones are replaced.
-
-    Returns:
-      Number of articles by split.
 
     Raises:
       UserError: a missing or malformed file (with its line), or too few articles.
@@ -81,51 +67,41 @@ def _divide(examples: list[Example], source: str) -> dict[str, list[Example]]:
     rng = random.Random(_SEED)
     for members in classes:
         rng.shuffle(members)
-    return {
-        "train": [e for members in classes for e in members[: -2 * size]],
-        "dev": [e for members in classes for e in members[-2 * size : -size]],
-        "test": [e for members in classes for e in members[-size:]],
-    }
+    parts = {"train": slice(-2 * size), "dev": slice(-2 * size, -size), "test": slice(-size, None)}
+    return {name: [e for members in classes for e in members[part]] for name, part in parts.items()}
 
 
 def _read_original_data(path: Path) -> Iterator[Example]:
     """Yields the articles of lines of id, label (0 or 1) and text with single spaces between them."""
     for number, line in reading.read_lines(path):
-        if not line.strip():
-            continue
-        fields = line.removesuffix("\n").removesuffix("\r").split(" ", 2)
-        with reading.record(f"{path}:{number}"):
-            if len(fields) != 3 or fields[1] not in ("0", "1"):
-                raise ValueError(f"expected `id label text`, label 0 or 1, got {line[:60].rstrip()!r}")
-            yield _example(fields[0], fields[2], int(fields[1]))
+        if line.strip():
+            with reading.record(f"{path}:{number}"):
+                fields = line.removesuffix("\n").removesuffix("\r").split(" ", 2)
+                if len(fields) != 3 or fields[1] not in ("0", "1"):
+                    raise ValueError(f"expected `id label text`, label 0 or 1, got {line[:60].rstrip()!r}")
+                item = {"text": fields[2], "label": int(fields[1])}
+                yield text_files.make_example(fields[0], item, LABELS)
 
 
 def _read_xml(articles_path: Path) -> Iterator[Example]:
-    """Yields the articles of the two published files: title and body, white space collapsed.
-
-    The `ground-truth-*.xml` of the same name lies beside `articles_path`.
-    """
+    """Yields the articles of the two published files: title and body, white space collapsed."""
     truth_path = articles_path.with_name(_GROUND_TRUTH + articles_path.name.removeprefix(_ARTICLES))
     labels = {}
     for article_id, article in _articles(truth_path):
-        value = article.get("hyperpartisan")
-        if value not in _VALUES:
-            raise UserError(
-                f"{truth_path}: article {article_id}: hyperpartisan={value!r}; expected true or false"
-            )
-        labels[article_id] = _VALUES[value]
+        with reading.record(f"{truth_path}: article {article_id}"):
+            value = article.get("hyperpartisan")
+            if value not in _VALUES:
+                raise ValueError(f"hyperpartisan={value!r}; expected true or false")
+            labels[article_id] = _VALUES[value]
     for article_id, article in _articles(articles_path):
         with reading.record(f"{articles_path}: article {article_id}"):
             if article_id not in labels:
                 raise ValueError(f"not in {truth_path}; the two files do not belong together")
             text = " ".join(f"{article.get('title', '')} {''.join(article.itertext())}".split())
-            yield _example(article_id, text, labels.pop(article_id))
+            item = {"text": text, "label": labels.pop(article_id)}
+            yield text_files.make_example(article_id, item, LABELS)
     if labels:
         raise UserError(f"{truth_path}: article {next(iter(labels))}: not in {articles_path}")
-
-
-def _example(example_id: str, text: str, label: int) -> Example:
-    return text_files.make_example(example_id, {"text": text, "label": label}, LABELS)
 
 
 def _articles(path: Path) -> Iterator[tuple[str, ElementTree.Element]]:

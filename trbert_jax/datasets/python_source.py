@@ -1,8 +1,7 @@
-"""Reads text that every machine has: the source code of Python's standard library.
+"""Reads text that every machine has, for a first run without a download: Python's standard library.
 
-Chunks of source text, comments and documentation included, labeled by the top-level module or package
-they come from. Made for a first run without a download. It is no benchmark: the texts depend on the
-version of Python.
+Chunks of source text, comments and documentation included, are labeled by the top-level module or package
+they come from. It is no benchmark: the texts depend on the version of Python.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ class _StandardLibrary(DataSet):
     """
 
     def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
-        return _read_all(_root(path))[0]
+        return _read_all(path)[0]
 
     def read_split(
         self, path: PathLike, split: str, bad: BadRecords | None = None, **options: Unpack[Options]
     ) -> list[Example]:
-        _, examples = _read_all(_root(path))
-        positions = [i % CHUNKS_PER_CLASS % len(_PATTERN) for i in range(len(examples))]
-        members = [e for e, i in zip(examples, positions, strict=True) if _PATTERN[i] == split]
+        _, examples = _read_all(path)
+        parts = [_PATTERN[i % CHUNKS_PER_CLASS % len(_PATTERN)] for i in range(len(examples))]
+        members = [e for e, part in zip(examples, parts, strict=True) if part == split]
         return sample(members, split, options)
 
 
@@ -58,27 +57,23 @@ register_dataset(
 )
 
 
-def _root(path: PathLike) -> Path:
-    return Path(path).expanduser() if path else Path(sysconfig.get_path("stdlib"))
-
-
 @functools.lru_cache(maxsize=1)
-def _read_all(root: Path) -> tuple[tuple[str, ...], tuple[Example, ...]]:
+def _read_all(path: PathLike) -> tuple[tuple[str, ...], tuple[Example, ...]]:
+    root = Path(path or sysconfig.get_path("stdlib")).expanduser()
     chunks: dict[str, dict[str, str]] = {}  # class -> text -> id; a repeated text counts once
     seen: set[str] = set()
-    for name, path in _source_files(root):
-        for line, text in _chunks(path):
+    for name, file in _source_files(root):
+        for line, text in _chunks(file):
             if text not in seen:
                 seen.add(text)
-                chunks.setdefault(name, {})[text] = f"{path.relative_to(root).as_posix()}:{line}"
+                chunks.setdefault(name, {})[text] = f"{file.relative_to(root).as_posix()}:{line}"
     large = [name for name, texts in chunks.items() if len(texts) >= CHUNKS_PER_CLASS]
     if len(large) < NUM_CLASSES:
         raise UserError(
             f"{root}: {len(large)} modules of Python's standard library with enough source text; expected "
             f"at least {NUM_CLASSES}. Set data.path to the folder of a complete one (its files *.py)"
         )
-    largest = sorted(large, key=lambda name: (-len(chunks[name]), name))[:NUM_CLASSES]
-    label_names = tuple(sorted(largest))
+    label_names = tuple(sorted(sorted(large, key=lambda name: (-len(chunks[name]), name))[:NUM_CLASSES]))
     examples = []
     for label, name in enumerate(label_names):
         available = list(chunks[name].items())

@@ -38,17 +38,10 @@ def read(
 def make_questions(
     item: Any, name: str, where: str, bad: BadRecords, *, with_answers: bool = True
 ) -> Iterator[ChoiceQuestion]:
-    """Yields the questions of an article.
+    """Yields the questions of an article, whose ids are `NAME:0` and so on.
 
-    Args:
-      item: the object of the file.
-      name: of the article, the first part of the questions' ids.
-      where: of the article, for messages.
-      bad: how to handle bad questions.
-      with_answers: False if the source withholds the answers.
-
-    Raises:
-      ValueError: the article as a whole is bad.
+    `with_answers`: False if the source withholds the answers. Raises `ValueError` if the article as a whole
+    is bad.
     """
     article, questions = reading.text(item, "article"), reading.items(item, "questions")
     options = reading.items(item, "options", len(questions))
@@ -73,12 +66,11 @@ def _letter(answers: list[Any], i: int) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected {_FORMAT}")
     # By name, since a directory has no order. A name that begins with a dot is none of the published files.
     files = sorted(file for file in folder.glob("*.txt") if not file.name.startswith("."))
     if not files:
-        raise UserError(f"{folder}: has no *.txt; expected {_FORMAT}")
+        problem = "has no *.txt" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {problem}; expected {_FORMAT}")
     return files
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,21 +14,16 @@ from trbert_jax.datasets.records import Identified
 from trbert_jax.errors import UserError
 from trbert_jax.io import check_unicode, parse_json, readable
 
+T = TypeVar("T")
 R = TypeVar("R", bound=Identified)
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ADVICE = "correct the record, or leave such records out with --skip-bad-records"
 _LISTED = 10  # bad records of a summary
 _SHOWN = 60  # characters of a value in a message
-_KINDS = {
-    type(None): "null",
-    bool: "true or false",
-    str: "a text",
-    int: "a number",
-    float: "a fraction",
-    list: "a list",
-    dict: "an object",
-}
+# Fields of a record's id in the published formats; the official scorer of MRQA prefers `qid` to `id`.
+_ID_FIELDS = ("qid", "id", "_id", "QuestionId", "question_id")
+_KINDS = {bool: "true or false", str: "a text", int: "a number", float: "a fraction", list: "a list"}
 
 
 # Lines and JSON ---------------------------------------------------------------------------------------
@@ -36,22 +32,15 @@ _KINDS = {
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields the 1-based number and the text, line end included, of every line of a UTF-8 file.
 
-    A line ends at a line feed only. Other line ends of Unicode, U+2028 and U+0085 among them, occur inside
-    texts.
-
-    Args:
-      path: the file, gzip-compressed if its name ends in `.gz`.
+    The file is gzip-compressed if its name ends in `.gz`. Only a line feed ends a line: other line ends of
+    Unicode, such as U+2028, occur inside texts.
 
     Raises:
       UserError: the file is missing, unreadable, damaged or not UTF-8 (with the line).
     """
-    if path.suffix != ".gz":
-        with readable(path), path.open("rb") as stream:
-            yield from decode_lines(stream, str(path))
-        return
     number = 0
     try:
-        with readable(path), gzip.open(path, "rb") as stream:
+        with readable(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             for number, line in decode_lines(stream, str(path)):
                 yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -80,26 +69,25 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path}: {error}; if the file was cut short, download it again") from error
 
 
-def load_json_lines(path: Path, bad: BadRecords) -> Iterator[tuple[int, Any]]:
-    """Yields the line number and the value of each line of a JSON lines file, except for blank lines.
+def load_records(path: Path, key: str | None = None) -> list[Any]:
+    """Reads the list that a JSON file is, or has in the field `key`. Raises `UserError` if it has none."""
+    with record(str(path)):
+        return items(load_json(path), key)
 
-    A line that is not JSON is a bad record. Raises `UserError` if the file is unreadable.
+
+def load_json_lines(path: Path, bad: BadRecords | None = None) -> Iterator[tuple[int, Any]]:
+    """Yields line number and value of each line of a JSON lines file that is not blank.
+
+    A line that is not JSON is a bad record; without `bad`, it raises `BadRecord`.
     """
     for number, line in read_lines(path):
-        values = []
-        with bad.record(f"{path}:{number}"):
-            if line.strip():
-                values.append(parse_line(line))
-        for value in values:
-            yield number, value
-
-
-def parse_line(line: str) -> Any:
-    """Parses one of the JSON lines. Raises `ValueError` if it is malformed."""
-    try:
-        return parse_json(line.rstrip("\r\n"))
-    except ValueError as error:
-        raise ValueError(f"{error}; expected one object a line") from error
+        if line.strip():
+            with (bad.record if bad else record)(f"{path}:{number}"):
+                try:
+                    value = parse_json(line.rstrip("\r\n"))
+                except ValueError as error:
+                    raise ValueError(f"{error}; expected one object a line") from error
+                yield number, value
 
 
 # Bad records ------------------------------------------------------------------------------------------
@@ -127,21 +115,18 @@ def unusable(record: Identified, field: str, reason: str) -> BadRecord:
 
 
 @contextlib.contextmanager
-def record(where: str, item: Any = None, id_field: str = "id") -> Iterator[None]:
+def record(where: str, item: Any = None) -> Iterator[None]:
     """Turns `KeyError`, `TypeError` and `ValueError` of the block that reads a record into `BadRecord`.
 
-    Args:
-      where: file and line, or path of the record in the file.
-      item: the record, whose id is named if it has one.
-      id_field: field of the id.
+    The message names `where` (file and line, or path in the file) and the id of `item`, if it has one.
     """
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
-        given = item.get(id_field) if isinstance(item, dict) else None
-        name = f"{where}: question {given!r}" if isinstance(given, str) else where
+        given = (item[field] for field in _ID_FIELDS if has(item, field) and isinstance(item[field], str))
+        name = "".join(f": question {id!r}" for id in [*given][:1])
         reason = f"no field {error}" if isinstance(error, KeyError) else error
-        raise BadRecord(f"{name}: {reason}") from error
+        raise BadRecord(f"{where}{name}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -153,30 +138,22 @@ def within(field: str) -> Iterator[None]:
         raise ValueError(f"{field}{'' if str(error).startswith('[') else ': '}{error}") from error
 
 
+@dataclasses.dataclass
 class BadRecords:
     """Handles bad records: raises the first one, or skips and lists them.
 
     A file that cannot be read (missing, cut short, not UTF-8, not JSON) always raises.
-
-    Attributes:
-      skip: whether bad records are skipped; set by `--skip-bad-records`.
-      skipped: the bad records so far. A bad paragraph or article is one entry, however many questions
-        it has.
     """
 
-    def __init__(self, skip: bool = False) -> None:
-        self.skip = skip
-        self.skipped: list[BadRecord] = []
+    skip: bool = False  # set by `--skip-bad-records`
+    # A bad paragraph or article is one entry, however many questions it has.
+    skipped: list[BadRecord] = dataclasses.field(default_factory=list)
 
     @contextlib.contextmanager
-    def record(self, where: str, item: Any = None, id_field: str = "id") -> Iterator[None]:
-        """Reads one record in the block; see the function `record`.
-
-        Raises:
-          UserError: the record is bad and `skip` is off.
-        """
+    def record(self, where: str, item: Any = None) -> Iterator[None]:
+        """Reads one record in the block, see the function `record`. Raises `UserError` like `add`."""
         try:
-            with record(where, item, id_field):
+            with record(where, item):
                 yield
         except BadRecord as error:
             self.add(error)
@@ -190,12 +167,7 @@ class BadRecords:
         self.skipped.append(error.with_traceback(None))
 
     def summary(self, kept: int, start: int = 0) -> str | None:
-        """Returns one line about the skipped records; None if nothing was skipped.
-
-        Args:
-          kept: number of records that were read.
-          start: position in `skipped` of the first one to count.
-        """
+        """Returns one line about `skipped[start:]`, beside `kept` good records; None if nothing is."""
         skipped = self.skipped[start:]
         if not skipped:
             return None
@@ -207,17 +179,14 @@ class BadRecords:
 def collect(
     records: Iterable[R], source: object, bad: BadRecords, expected: str, *, repeats: bool = False
 ) -> list[R]:
-    """Returns the records of a source; a second record with the same id is bad.
+    """Returns the records of a source, in its order; a second record with the same id is bad.
 
     Args:
-      records: in the order of the source.
+      records: of the source.
       source: file, folder or name, for messages.
       bad: how to handle bad records.
       expected: the format, for the message about a source without records.
       repeats: drop a record that equals an earlier one.
-
-    Raises:
-      UserError: a bad record that is not skipped, or no record at all.
     """
     found = dict[str, R]()
     for item in records:
@@ -279,8 +248,8 @@ def integer(item: Any, key: str | int, low: int = 0, high: int | None = None) ->
     return value
 
 
-def flag(item: Any, key: str | int) -> bool:
-    """Returns true or false, also of the numbers 1 and 0."""
+def flag(item: Any, key: str | int | None = None) -> bool:
+    """Returns true or false, also of the numbers 1 and 0: a field, or `item` itself without a key."""
     value = field(item, key)
     if not isinstance(value, int) or value not in (0, 1):
         raise _wrong(key, value, "true or false")
@@ -300,6 +269,15 @@ def items(
     return value
 
 
+def each(item: Any, key: str, read: Callable[[Any], T], *, some: bool = False) -> tuple[T, ...]:
+    """Returns what `read` makes of each item of a list; its errors name the item."""
+    result = []
+    for i, value in enumerate(items(item, key, some=some)):
+        with within(f"{key}[{i}]"):
+            result.append(read(value))
+    return tuple(result)
+
+
 def has(item: Any, key: str) -> bool:
     """Returns whether `item` is an object with this field."""
     return isinstance(item, dict) and key in item
@@ -312,8 +290,8 @@ def any_has(values: Sequence[Any], key: str) -> bool:
 
 def describe(value: object) -> str:
     """Returns the kind and the beginning of a value, for messages: `a number (7)`."""
-    kind = _KINDS.get(type(value), f"a {type(value).__name__}")
-    return kind if value is None else f"{kind} ({shorten(repr(value))})"
+    kind = "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+    return "null" if value is None else f"{_KINDS.get(type(value), kind)} ({shorten(repr(value))})"
 
 
 def shorten(value: str) -> str:

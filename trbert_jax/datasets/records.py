@@ -29,7 +29,6 @@ class Example:
 
     @property
     def where(self) -> str:
-        """Place for messages."""
         return self.id
 
 

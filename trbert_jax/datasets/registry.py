@@ -50,50 +50,35 @@ class DataSet:
     """A data set in one file a split (RACE: one folder).
 
     Sources of another kind override `read_labels` and `read_split`.
-
-    Attributes:
-      name: value of `data.name`.
-      task: key of `trbert_jax.tasks.TASKS`.
-      read: yields the records of one file, see `Reader`.
-      format: what a file holds, for the message about one without records.
-      files: split -> file names relative to `data.path`, in order of preference.
-      labels: class names of a text data set; empty for questions.
-      labels_file: JSON list beside the files that replaces `labels`; optional.
-      style: settings and official scorer of span questions, `squad`, `mrqa` or `triviaqa`.
-      dev_from_train: hold out a tenth of the training examples if the folder has no dev set.
-      dev_as_test: read the dev set as test if the folder has no test set, since none with answers is
-        published.
-      hints: (glob, advice) for a folder that holds such a file but no split. `{found}` becomes the file.
-      needs_path: whether `data.path` has to be set.
-      has_fields: whether `data.text_field` and `data.label_field` choose the fields.
     """
 
-    name: str
-    task: str
-    read: Reader
-    format: str = "records"
+    name: str  # value of `data.name`
+    task: str  # key of `trbert_jax.tasks.TASKS`
+    read: Reader  # of one file
+    format: str = "records"  # what a file holds, for the message about one without records
+    # Split -> file names relative to `data.path`, in order of preference.
     files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    labels: tuple[str, ...] = ()
-    labels_file: str | None = None
-    style: str = ""
-    dev_from_train: bool = False
-    dev_as_test: bool = False
+    labels: tuple[str, ...] = ()  # class names of a text data set; empty for questions
+    labels_file: str | None = None  # optional JSON list beside the files that replaces `labels`
+    style: str = ""  # settings and official scorer of span questions, `squad`, `mrqa` or `triviaqa`
+    dev_from_train: bool = False  # without a dev set, hold out a tenth of the training examples
+    dev_as_test: bool = False  # without a test set, read the dev set; none with answers is published
+    # (glob, advice) for a folder that holds such a file but no split. `{found}` becomes the file.
     hints: tuple[tuple[str, str], ...] = ()
-    needs_path: bool = True
-    has_fields: bool = False
+    needs_path: bool = True  # whether `data.path` has to be set
+    has_fields: bool = False  # whether `data.text_field` and `data.label_field` choose the fields
 
     def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
         """Returns the class names, given `data.path` and `data.label_field`."""
-        if path is None or self.labels_file is None:
-            return self.labels
-        file = Path(path).expanduser() / self.labels_file
-        if not file.exists():
+        file = Path(path).expanduser() / self.labels_file if path and self.labels_file else None
+        if file is None or not file.exists():
             return self.labels
         names, count = read_json(file), len(self.labels)
-        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            raise UserError(f"{file}: expected a list of {count} names")
-        if len(names) != count or len(set(names)) != count:
-            raise UserError(f"{file}: has {len(set(names))} different names; expected {count}, one a class")
+        is_texts = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+        if not is_texts or not len(set(names)) == len(names) == count:
+            raise UserError(
+                f"{file}: is {reading.describe(names)}; expected a list of {count} different names"
+            )
         return tuple(names)
 
     def read_split(
@@ -118,7 +103,9 @@ class DataSet:
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise UserError(f"data.path: {folder}: no such folder; expected one with {expected}")
-        found = {part: self._find(folder, part) for part in SPLITS}
+        found = {
+            part: next(filter(Path.exists, map(folder.joinpath, self.files[part])), None) for part in SPLITS
+        }
         file = found[split]
         if file is None and split == "test" and self.dev_as_test and found["dev"]:
             file = found["dev"]
@@ -141,25 +128,18 @@ class DataSet:
     ) -> list[Any]:
         """Reads one file (RACE: one folder) in the format of this data set, and logs what was skipped.
 
-        Args:
-          path: the file.
-          bad: how to handle bad records; by default the first one raises.
-          labels: class names; by default `self.labels`.
+        `bad` and `labels` are by default those of `read_split`.
 
         Raises:
           UserError: the file cannot be read, has a bad record or no record.
         """
         bad = bad or BadRecords()
         before, file = len(bad.skipped), Path(path).expanduser()
-        records = self.read(file, bad, tuple(labels) or self.labels)
-        result = reading.collect(records, file, bad, self.format)
+        result = reading.collect(self.read(file, bad, labels or self.labels), file, bad, self.format)
         summary = bad.summary(len(result), before)
         if summary:
             logger.warning("%s: %s", file, summary)
         return result
-
-    def _find(self, folder: Path, split: str) -> Path | None:
-        return next((folder / name for name in self.files[split] if (folder / name).exists()), None)
 
     def _hint(self, folder: Path) -> str:
         for pattern, advice in self.hints:

@@ -17,6 +17,7 @@ from trbert_jax.datasets.records import Example
 from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
 
+_FORMAT = '{"text": ..., "label": ...} a line of .jsonl, or label,text a line of .csv'
 _LONGEST_FIELD = 2**31 - 1
 
 
@@ -34,40 +35,33 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> Iterator[Example
 def read_file(path: str | Path, labels: Sequence[str]) -> list[Example]:
     """Reads one file like `read`. Raises `UserError` if anything is wrong with it or it has no example."""
     path = Path(path).expanduser()
-    expected = '{"text": ..., "label": ...} or label,text a line'
-    return reading.collect(read(path, BadRecords(), labels), path, BadRecords(), expected)
+    return reading.collect(read(path, BadRecords(), labels), path, BadRecords(), _FORMAT)
 
 
-def make_example(example_id: str, item: Any, labels: Sequence[str]) -> Example:
-    """Returns the example of an object with `text` and a 0-based `label`. Raises `ValueError` if wrong."""
-    return Example(example_id, reading.text(item, "text"), _label(item, labels))
-
-
-def _label(item: Any, labels: Sequence[str], first: int = 0) -> int:
-    """Returns the 0-based class of a `label` that counts from `first`. Raises `ValueError` otherwise."""
+def make_example(example_id: str, item: Any, labels: Sequence[str], first_label: int = 0) -> Example:
+    """Returns the example of an object with `text`, and a `label` that counts from `first_label`."""
+    text, last_label = reading.text(item, "text"), first_label + len(labels) - 1
     try:
-        return reading.integer(item, "label", first, first + len(labels) - 1) - first
+        label = reading.integer(item, "label", first_label, last_label)
     except ValueError as error:
         raise ValueError(f"{error} ({reading.shorten(', '.join(labels))})") from error
+    return Example(example_id, text, label - first_label)
 
 
 def _read_jsonl(path: Path, labels: Sequence[str]) -> Iterator[Example]:
     """Yields the examples of `{"text": ..., "label": ...}` lines; ignores blank lines and other fields."""
-    for number, line in reading.read_lines(path):
-        if line.strip():
-            with reading.record(f"{path}:{number}"):
-                yield make_example(f"{path.name}:{number}", reading.parse_line(line), labels)
+    for number, item in reading.load_json_lines(path):
+        with reading.record(f"{path}:{number}"):
+            yield make_example(f"{path.name}:{number}", item, labels)
 
 
 def _read_csv(path: Path, labels: Sequence[str]) -> Iterator[Example]:
-    """Yields the examples of rows of label and text, without a header.
-
-    A text in double quotes may hold commas, line ends, and double quotes written twice.
-    """
+    """Yields the examples of rows of label and text, without a header, both with or without quotes."""
     lines = (line.removesuffix("\n").removesuffix("\r") + "\n" for _, line in reading.read_lines(path))
     rows, start = csv.reader(lines, strict=True), 1
+    row: list[str] | None = []
     with _long_fields():
-        while True:
+        while row is not None:
             with reading.record(f"{path}:{start}"):
                 try:
                     row = next(rows, None)
@@ -75,14 +69,13 @@ def _read_csv(path: Path, labels: Sequence[str]) -> Iterator[Example]:
                     raise ValueError(
                         f'not a valid CSV row ({error}); expected label,"text" with quotes doubled'
                     ) from error
-                if row is None:
-                    return
                 if row:
-                    yield _csv_example(f"{path.name}:{start}", row, labels, is_first=start == 1)
+                    item = _csv_item(row, is_first=start == 1)
+                    yield make_example(f"{path.name}:{start}", item, labels, first_label=1)
             start = rows.line_num + 1
 
 
-def _csv_example(example_id: str, row: list[str], labels: Sequence[str], *, is_first: bool) -> Example:
+def _csv_item(row: list[str], *, is_first: bool) -> dict[str, Any]:
     if len(row) != 2:
         hint = "; put a text with commas into double quotes" if len(row) > 2 else ""
         raise ValueError(f"{len(row)} columns; expected 2, label and text{hint}")
@@ -90,8 +83,7 @@ def _csv_example(example_id: str, row: list[str], labels: Sequence[str], *, is_f
     is_number = digits.isascii() and digits.isdecimal() and len(digits) < 10
     if not is_number and is_first:
         raise ValueError(f"label: is {reading.describe(row[0])}; if the line is a header, remove it")
-    label = _label({"label": int(digits) if is_number else row[0]}, labels, first=1)
-    return Example(example_id, reading.text({"text": row[1]}, "text"), label)
+    return {"label": int(digits) if is_number else row[0], "text": row[1]}
 
 
 @contextlib.contextmanager
@@ -104,13 +96,14 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _register(name: str, suffix: str, labels: Sequence[str], **options: Any) -> None:
+def register(name: str, suffix: str, labels: Sequence[str], **options: Any) -> None:
+    """Registers a data set with a file of texts a split, `SPLIT.jsonl` or `SPLIT.csv`."""
     register_dataset(
         DataSet(
             name=name,
             task="classification",
             read=read,
-            format='{"text": ..., "label": ...} a line' if suffix == "jsonl" else "label,text a line",
+            format=_FORMAT,
             files=each_split(f"{{split}}.{suffix}"),
             labels=tuple(labels),
             dev_from_train=True,
@@ -119,7 +112,7 @@ def _register(name: str, suffix: str, labels: Sequence[str], **options: Any) -> 
     )
 
 
-_register("imdb", "jsonl", ["negative", "positive"])
-_register("yelp_f", "csv", ["1 star", "2 stars", "3 stars", "4 stars", "5 stars"])
-_register("yelp_polarity", "csv", ["negative", "positive"])
-_register("20news", "jsonl", [str(i) for i in range(20)], labels_file="labels.json")
+register("imdb", "jsonl", ["negative", "positive"])
+register("yelp_f", "csv", ["1 star", "2 stars", "3 stars", "4 stars", "5 stars"])
+register("yelp_polarity", "csv", ["negative", "positive"])
+register("20news", "jsonl", [str(i) for i in range(20)], labels_file="labels.json")

@@ -18,22 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Unpack
 
-from trbert_jax.datasets import mrqa, race, reading, squad, text_files, triviaqa
+from trbert_jax.datasets import race, reading, span_files, text_files, triviaqa
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import ChoiceQuestion, Example, SpanQuestion
-from trbert_jax.datasets.registry import (
-    FAMILIES,
-    DataSet,
-    Options,
-    PathLike,
-    Reader,
-    check_split,
-    hold_out,
-    sample,
-)
+from trbert_jax.datasets.registry import FAMILIES, DataSet, Options, PathLike, check_split, hold_out, sample
 from trbert_jax.errors import MissingSplitError, UserError
 
 logger = logging.getLogger(__name__)
@@ -41,21 +33,16 @@ logger = logging.getLogger(__name__)
 # The catalog's names of the splits, in order of preference.
 _SPLITS = {"train": ("train",), "dev": ("validation", "dev"), "test": ("test",)}
 
-Converter = Callable[[Any, str, BadRecords], Iterator[SpanQuestion | ChoiceQuestion]]
+Question = SpanQuestion | ChoiceQuestion
+# Yields the questions of a record of the catalog, given its place for messages and the handling of bad ones.
+Converter = Callable[[Any, str, BadRecords], Iterator[Question]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TfdsDataSet(DataSet):
-    """A data set of the catalog, `tfds:NAME`.
+    """A data set of the catalog, `tfds:NAME`. Its `read_file` reads the published format of questions."""
 
-    Attributes:
-      convert: yields the questions of a record of the catalog, given its place for messages and the handling
-        of bad records; None for texts with a label.
-      id_field: field of a record's id.
-    """
-
-    convert: Converter | None = None
-    id_field: str = "id"
+    convert: Converter | None = None  # None for texts with a label
     needs_path: bool = False
 
     def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
@@ -74,7 +61,7 @@ class TfdsDataSet(DataSet):
         place = f"{self.name}: {split}"
         if self.convert is None:
             return list(_examples(self.name, split, source, sample(indices, split, options), options))
-        questions = _questions(place, (source[i] for i in indices), bad, self.convert, self.id_field)
+        questions = _questions(place, (source[i] for i in indices), bad, self.convert)
         # trivia_qa lists a document of a question twice if both of its parts have it.
         records = reading.collect(questions, place, bad, "questions", repeats=self.style == "triviaqa")
         if bad.skipped:
@@ -82,31 +69,29 @@ class TfdsDataSet(DataSet):
         return sample(records, split, options)
 
 
-def _questions(
-    place: str, source: Iterator[Any], bad: BadRecords, convert: Converter, id_field: str
-) -> Iterator[SpanQuestion | ChoiceQuestion]:
+def _questions(place: str, source: Iterator[Any], bad: BadRecords, convert: Converter) -> Iterator[Question]:
     for number, raw in enumerate(source):
         where = f"{place} example {number}"
         with bad.record(where):
             item = _plain(raw)
-            with bad.record(where, item, id_field):
+            with bad.record(where, item):
                 yield from convert(item, where, bad)
 
 
 def _squad(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]:
-    answers = _rows(item, "answers", ("text", "answer_start"))
-    yield squad.make_question({**item, "answers": answers}, reading.text(item, "context"), where)
+    answers = _rows(item, "answers", "text", "answer_start")
+    yield span_files.squad_question({**item, "answers": answers}, reading.text(item, "context"), where)
 
 
 def _mrqa(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]:
     detected = item["detected_answers"]
     columns = {"text": detected["text"], **detected["char_spans"]}
     answers = []
-    for row in _rows({"detected_answers": columns}, "detected_answers", ("text", "start", "end")):
-        pairs = _rows({"char_spans": row}, "char_spans", ("start", "end"))
-        answers.append({"text": row["text"], "char_spans": [[pair["start"], pair["end"]] for pair in pairs]})
+    for row in _rows({"detected_answers": columns}, "detected_answers", "text", "start", "end"):
+        pairs = _rows({"char_spans": row}, "char_spans", "start", "end")
+        answers.append({"text": row["text"], "char_spans": [list(pair.values()) for pair in pairs]})
     context = reading.text(item, "context")
-    yield mrqa.make_question({**item, "detected_answers": answers}, context, where)
+    yield span_files.mrqa_question({**item, "detected_answers": answers}, context, where)
 
 
 def _race(item: Any, where: str, bad: BadRecords) -> Iterator[ChoiceQuestion]:
@@ -123,30 +108,28 @@ def _trivia_qa(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]
     withheld = item["answer"]["value"] == "<unk>" and not item["answer"]["normalized_aliases"]
     answers = () if withheld else triviaqa.accepted_answers(item, "answer", "normalized_aliases")
     for pages, document in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
-        for i, page in enumerate(_rows(item, pages, ("filename", document))):
-            with bad.record(f"{where}: {pages}[{i}]", item, "question_id"):
+        for i, page in enumerate(_rows(item, pages, "filename", document)):
+            with bad.record(f"{where}: {pages}[{i}]", item):
                 name, context = reading.text(page, "filename"), reading.text(page, document)
                 yield triviaqa.make_question(question_id, question, answers, name, context, where)
 
 
+# Fields of the entries with questions, by the name of the data set in the catalog.
+_QUESTIONS: dict[str, dict[str, Any]] = {
+    "squad": {"task": "span", "style": "squad", "read": span_files.read_squad, "convert": _squad},
+    "mrqa": {"task": "span", "style": "mrqa", "read": span_files.read_mrqa, "convert": _mrqa},
+    "trivia_qa": {"task": "span", "style": "triviaqa", "read": triviaqa.read, "convert": _trivia_qa},
+    "race": {"task": "multiple_choice", "read": race.read, "convert": _race},
+}
+_TEXTS: dict[str, Any] = {"task": "classification", "read": text_files.read, "has_fields": True}
+
+
 def _make(name: str) -> DataSet:
-    """Returns the entry of `tfds:NAME`; its `read_file` reads the published format of questions."""
-    catalog = name.partition("/")[0].partition(":")[0]
-    if catalog in _SPANS:
-        convert, style, id_field, read = _SPANS[catalog]
-        more: dict[str, Any] = {"style": style, "convert": convert, "id_field": id_field, "dev_as_test": True}
-        return TfdsDataSet(name=f"tfds:{name}", task="span", read=read, **more)
-    if catalog == "race":
-        return TfdsDataSet(name=f"tfds:{name}", task="multiple_choice", read=race.read, convert=_race)
-    return TfdsDataSet(name=f"tfds:{name}", task="classification", read=text_files.read, has_fields=True)
+    fields = _QUESTIONS.get(re.split("[/:]", name)[0], _TEXTS)
+    return TfdsDataSet(name=f"tfds:{name}", dev_as_test="style" in fields, **fields)
 
 
 FAMILIES["tfds"] = _make
-_SPANS: dict[str, tuple[Converter, str, str, Reader]] = {
-    "squad": (_squad, "squad", "id", squad.read),
-    "mrqa": (_mrqa, "mrqa", "qid", mrqa.read),
-    "trivia_qa": (_trivia_qa, "triviaqa", "question_id", triviaqa.read),
-}
 
 
 def _examples(name: str, split: str, source: Any, chosen: list[int], options: Options) -> Iterator[Example]:
@@ -180,12 +163,12 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _rows(item: Any, key: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+def _rows(item: Any, key: str, *fields: str) -> list[dict[str, Any]]:
     """Returns a sequence of records, which the library gives as a record of sequences."""
     value = reading.field(item, key)
     with reading.within(key):
         columns = [reading.items(value, name) for name in fields]
-        lengths = sorted({len(column) for column in columns})
+        lengths = sorted(set(map(len, columns)))
         if len(lengths) > 1:
             raise ValueError(f"has {' and '.join(map(str, lengths))} items; expected as many in each field")
     return [dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -23,10 +23,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trbert_jax.datasets import reading
-from trbert_jax.datasets.mrqa import detected_spans, id_field
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import Span, SpanQuestion
 from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
+from trbert_jax.datasets.span_files import detected_spans, id_field, read_context
 from trbert_jax.errors import UserError
 from trbert_jax.io import read_text
 
@@ -42,7 +42,9 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[Sp
     """
     document = reading.load_json(path)
     if isinstance(document, list):
-        yield from _listed(document, path, bad)
+        for i, item in enumerate(document):
+            with bad.record(f"{path}: [{i}]"):
+                yield from read_context(item, f"{path}: [{i}].", bad, _listed_question)
         return
     evidence = _find_evidence(path)
     with reading.record(str(path)):
@@ -51,7 +53,7 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[Sp
     one_answer = document.get("Domain") == "Wikipedia"
     for i, item in enumerate(questions):
         place = f"{path}: Data[{i}]"
-        with bad.record(place, item, "QuestionId"):
+        with bad.record(place, item):
             question_id, question = reading.text(item, "QuestionId"), reading.text(item, "Question")
             answers: tuple[str, ...] = ()
             if with_answer:
@@ -59,7 +61,7 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[Sp
             for field, folder in _SOURCES.items():
                 for k, page in enumerate(reading.items(item, field) if field in item else []):
                     where = f"{place}.{field}[{k}]"
-                    with bad.record(where, item, "QuestionId"):
+                    with bad.record(where, item):
                         name = reading.text(page, "Filename")
                         text = _read_evidence(name, evidence / folder)
                         made = make_question(question_id, question, answers, name, text, where)
@@ -69,10 +71,9 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[Sp
 def make_question(
     question_id: str, question: str, answers: tuple[str, ...], name: str, document: str, where: str
 ) -> SpanQuestion:
-    """Returns the record of a published question and one of its documents, cut to `MAX_WORDS` words.
+    """Returns the record of a question and a document, cut to `MAX_WORDS` words, which is in the file `name`.
 
-    The id of the record is that of the question with the name of the document's file,
-    `tc_33--Andrew_Lloyd_Webber.txt`.
+    The id becomes `tc_33--Andrew_Lloyd_Webber.txt`.
     """
     context = first_words(document)
     spans = find_aliases(context, answers)
@@ -80,24 +81,16 @@ def make_question(
 
 
 def accepted_answers(item: Any, key: str, aliases: str, *others: str) -> tuple[str, ...]:
-    """Returns what the official scorer compares with.
+    """Returns what the official scorer compares with, from the field `key` of a question.
 
-    Args:
-      item: the question.
-      key: its field with the answer.
-      aliases: field of the answer with the aliases.
-      others: fields with more strings, if the answer has them.
-
-    Raises:
-      ValueError: no string.
+    The answer has a list `aliases`, and may have lists `others`. Raises `ValueError` without any string.
     """
     answer = reading.field(item, key)
     with reading.within(key):
-        # The normalization drops signs (the band "!!!"), so an alias may be empty.
-        accepted = reading.texts(answer, aliases, may_be_empty=True)
-        for field in others:
-            if field in answer:
-                accepted += reading.texts(answer, field, may_be_empty=True)
+        accepted: tuple[str, ...] = ()
+        for field in (aliases, *(other for other in others if reading.has(answer, other))):
+            # The normalization drops signs (the band "!!!"), so an alias may be empty.
+            accepted += reading.texts(answer, field, may_be_empty=True)
         if not accepted:
             raise ValueError(f"{aliases}: is empty; expected at least one alias")
     return accepted
@@ -125,28 +118,22 @@ def _read_evidence(name: str, folder: Path) -> str:
 
 def _find_evidence(path: Path) -> Path:
     """Returns the evidence folder of the published archive, which has `path` in its folder `qa`."""
-    folders = [path.absolute().parent.parent / "evidence", path.absolute().parent / "evidence"]
-    for folder in folders:
-        if folder.is_dir():
-            return folder
+    folders = [folder / "evidence" for folder in (path.absolute().parent.parent, path.absolute().parent)]
+    found = next(filter(Path.is_dir, folders), None)
+    if found:
+        return found
     raise UserError(
         f"{path}: no evidence documents; expected them in {' or '.join(map(str, folders))}, unpack "
         "triviaqa-rc.tar.gz as a whole"
     )
 
 
-def _listed(document: list[Any], path: Path, bad: BadRecords) -> Iterator[SpanQuestion]:
-    for i, item in enumerate(document):
-        with bad.record(f"{path}: [{i}]"):
-            context = reading.text(item, "context")
-            for k, qa in enumerate(reading.items(item, "qas")):
-                where = f"{path}: [{i}].qas[{k}]"
-                with bad.record(where, qa, id_field(qa)):
-                    question_id = reading.text(qa, id_field(qa))
-                    aliases = accepted_answers(qa, "answers", "Aliases")
-                    spans = detected_spans(qa, context, aliases)
-                    question = reading.text(qa, "question")
-                    yield SpanQuestion(question_id, question, context, spans, aliases, False, where)
+def _listed_question(item: Any, context: str, where: str) -> SpanQuestion:
+    question_id, question = reading.text(item, id_field(item)), reading.text(item, "question")
+    aliases = accepted_answers(item, "answers", "Aliases")
+    return SpanQuestion(
+        question_id, question, context, detected_spans(item, context, aliases), aliases, False, where
+    )
 
 
 # Aliases, compared like the official scorer compares answers ---------------------------------------------
@@ -168,12 +155,8 @@ def find_aliases(context: str, aliases: Sequence[str]) -> tuple[Span, ...]:
     """Returns all places of the context that have an alias as whole words, in order.
 
     Ignores case, punctuation, articles and white space like the official scorer, which accepts the text of
-    each span. Spans may overlap: `Sunset Boulevard` is part of `West Sunset Boulevard`.
-
-    Args:
-      context: the document.
-      aliases: accepted answers, normalized or not. Skips one of nothing but punctuation and articles,
-        which would match everywhere.
+    each span. Spans may overlap: `Sunset Boulevard` is part of `West Sunset Boulevard`. An alias of nothing
+    but punctuation and articles is skipped; it would match everywhere.
     """
     by_first_word: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
     for alias in aliases:
@@ -182,17 +165,15 @@ def find_aliases(context: str, aliases: Sequence[str]) -> tuple[Span, ...]:
             by_first_word[words[0]].add(words)
     in_context = _words(context)
     plain = [word for word, _, _ in in_context]
+    # `_WORD` splits at a few signs that the normalization keeps: AC–DC is not AC DC to it.
+    accepted = set(map(normalize, aliases))
     places = set()
     for i, first in enumerate(plain):
         for words in by_first_word.get(first, ()):
             last = i + len(words) - 1
             if tuple(plain[i : last + 1]) == words:
                 places.add((in_context[i][1], in_context[last][2]))
-    # `_WORD` splits at a few signs that the normalization keeps: AC–DC is not AC DC to it.
-    accepted = set(map(normalize, aliases))
-    return tuple(
-        Span(start, end) for start, end in sorted(places) if normalize(context[start:end]) in accepted
-    )
+    return tuple(Span(*place) for place in sorted(places) if normalize(context[slice(*place)]) in accepted)
 
 
 def _words(document: str) -> list[tuple[str, int, int]]:

@@ -18,8 +18,7 @@ from trbert_jax.datasets.registry import DataSet, register_dataset
 
 def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[CandidateQuestion]:
     """Yields the queries of a file."""
-    with reading.record(str(path)):
-        values = reading.items(reading.load_json(path))
+    values = reading.load_records(path)
     with_answer = reading.any_has(values, "answer")
     for i, item in enumerate(values):
         with bad.record(f"{path}: [{i}]", item):
@@ -34,15 +33,14 @@ def _make_question(item: Any, where: str, with_answer: bool) -> CandidateQuestio
     supports = reading.texts(item, "supports", may_be_empty=True)
     if not any(map(str.strip, supports)):
         raise ValueError("supports: has no text; expected at least one document")
-    query, answer = reading.text(item, "query"), None
-    if with_answer:
-        text = reading.text(item, "answer")
-        if text not in candidates:
-            raise ValueError(
-                f"answer: {text!r} is not among the {len(candidates)} candidates "
-                f"({reading.shorten(', '.join(candidates))}); expected one of them"
-            )
-        answer = candidates.index(text)
+    query = reading.text(item, "query")
+    text = reading.text(item, "answer") if with_answer else None
+    if text is not None and text not in candidates:
+        raise ValueError(
+            f"answer: {text!r} is not among the {len(candidates)} candidates "
+            f"({reading.shorten(', '.join(candidates))}); expected one of them"
+        )
+    answer = None if text is None else candidates.index(text)
     return CandidateQuestion(question_id, query, candidates, supports, answer, where)
 
 
