@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import types
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
@@ -45,24 +42,3 @@ def optimized() -> Iterator[None]:
         jax.config.update(name.lower(), False)
         yield
     jax.config.update(name.lower(), hurried)
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts a module of given contents in the place of one of the package."""
-
-    def put(name: str, **contents: Any) -> None:
-        module = types.ModuleType(f"trbert_jax.{name}")
-        module.__dict__.update(contents)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-
-    return put
-
-
-@pytest.fixture
-def predictor(fake: Callable[..., None]) -> Any:
-    from fake_model import FakeModel  # brings jax, which reads the settings above
-
-    FakeModel.asked = []
-    fake("inference.predictor", TRBert=FakeModel)
-    return FakeModel

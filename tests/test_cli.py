@@ -2,50 +2,66 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from fake_model import FakeModel, lines_of
 from tiny_models import tiny_model
 
 from trbert_jax import __version__, config
-from trbert_jax.cli import main
-from trbert_jax.errors import PreemptedError, UserError
+from trbert_jax.cli import COMMANDS, main
+from trbert_jax.model.config import InputConfig
 
-COMMANDS = (
-    "train",
-    "evaluate",
-    "predict",
-    "compile",
-    "benchmark",
-    "convert",
-    "prepare-data",
-    "split-hyperpartisan",
-)
+Capture = pytest.CaptureFixture[str]
+Fake = Callable[..., None]
+ROOT = Path(__file__).parents[1]
 
 
-# Arguments ----------------------------------------------------------------------------------------
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Puts a module of given contents in the place of one of the package."""
+
+    def put(name: str, **contents: Any) -> None:
+        module = types.ModuleType(f"trbert_jax.{name}")
+        module.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return put
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
-def test_help_explains_itself(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*command, "--help"]) == 0
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_explains_itself(command: str, capsys: Capture) -> None:
+    assert main([*command.split(), "--help"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert "xample" in out
-    assert f"  trbert {' '.join(command)}" in out
+    assert f"  trbert {command}" in out
     if not command:
         assert all(name in out for name in COMMANDS)
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_answers_at_once() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "trbert_jax", "--help"]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert shown.stdout.startswith("usage: trbert")
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_version(capsys: Capture) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"trbert {__version__}\n"
 
@@ -82,6 +98,8 @@ JOIN = f"{TRAIN} --coordinator a:1 --num-processes 2 --process-id"
         (f"{EVALUATE} --rule dense --baselines", "--rule dense"),
         ("predict --model m --threshold half a", "--threshold"),
         ("predict text", "--model"),
+        ("predict --model m text --file f", "--file"),
+        ("predict --model m --file nowhere.txt", "nowhere.txt: "),
         ("predict --model m --batch-size many", "--batch-size"),
         ("benchmark --data d", "--random"),
         ("benchmark --data d --model m --random minilm", "--random"),
@@ -93,7 +111,7 @@ JOIN = f"{TRAIN} --coordinator a:1 --num-processes 2 --process-id"
         ("split-hyperpartisan --input a", "--output"),
     ],
 )
-def test_wrong_arguments(command: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments(command: str, named: str, capsys: Capture) -> None:
     assert main(command.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -110,109 +128,41 @@ def test_wrong_arguments(command: str, named: str, capsys: pytest.CaptureFixture
         ["a.b=1", "--stages", "score,policy", "c=2", "--config", "c.yaml"],
     ],
 )
-def test_train_takes_overrides_anywhere(arguments: list[str], fake: Callable[..., None]) -> None:
+def test_train_takes_overrides_anywhere(arguments: list[str], fake: Fake) -> None:
     calls: list[Any] = []
-    fake("config", load_config=lambda path, overrides: (path, overrides))
 
     def train(config: Any, stages: Any, profile_steps: Any) -> None:
         calls.append((config, stages, profile_steps))
 
+    fake("config", load_config=lambda path, overrides: (path, overrides))
     fake("training.run", train=train, results_table=lambda *arguments: [])
     assert main(["train", "--profile-steps", "3:5", *arguments]) == 0
     assert calls == [((Path("c.yaml"), ["a.b=1", "c=2"]), ["score", "policy"], (3, 5))]
 
 
-# How a command ends -------------------------------------------------------------------------------
-
-
-def end_training(fake: Callable[..., None], error: BaseException) -> int:
-    def train(config: Any, stages: Any, profile_steps: Any) -> None:
-        raise error
-
-    fake("config", load_config=lambda path, overrides: None)
-    fake("training.run", train=train, results_table=lambda *arguments: [])
-    return main(["train", "--config", "c.yaml"])
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "words"),
-    [
-        (UserError("c.yaml: seed: expected a number"), 2, "error: c.yaml: seed: expected a number"),
-        (KeyboardInterrupt(), 130, "run the same command again"),
-        (PreemptedError("policy: told to stop; saved at step 3 of 9"), 143, "step 3 of 9; run the same"),
-    ],
-)
-def test_training_ends_with_one_line(
-    error: BaseException,
-    code: int,
-    words: str,
-    fake: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
+def test_messages_go_to_stderr_once_and_unexpected_errors_show_a_traceback(
+    fake: Fake, capsys: Capture
 ) -> None:
-    assert end_training(fake, error) == code
-    err = capsys.readouterr().err
-    assert err.startswith("trbert: ")
-    assert words in err
-    assert err.count("\n") == 1
-
-
-def test_other_errors_show_a_traceback(fake: Callable[..., None]) -> None:
-    with pytest.raises(ZeroDivisionError):
-        end_training(fake, ZeroDivisionError())
-
-
-def test_closed_pipe(tmp_path: Path) -> None:
-    # The reader takes one line of very many; the writer ends without a traceback.
-    code = (
-        "import sys, types; sys.path[:0] = ['tests']\n"
-        "import test_cli; from trbert_jax.cli import main\n"
-        "module = types.ModuleType('trbert_jax.inference.predictor'); module.TRBert = test_cli.FakeModel\n"
-        "sys.modules[module.__name__] = module\n"
-        "sys.exit(main(['predict', '--model', 'm', '--batch-size', '1']))\n"
-    )
-    root = Path(__file__).parent.parent
-    (tmp_path / "texts.txt").write_text("some text that is not short\n" * 20_000, encoding="utf-8")
-    with (
-        (tmp_path / "texts.txt").open("rb") as texts,
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=root,
-            stdin=texts,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process,
-    ):
-        assert process.stdout
-        assert process.stderr
-        assert json.loads(process.stdout.readline())["label"] == "gut"
-        process.stdout.close()
-        errors = process.stderr.read()
-        assert process.wait(timeout=60) == 141
-    assert errors == ""
-
-
-def test_messages_go_to_stderr_once(fake: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     def train(config: Any, stages: Any, profile_steps: Any) -> None:
         for level, message in ((logging.DEBUG, "detail"), (logging.INFO, "step 1"), (logging.INFO, "step 1")):
             logging.getLogger("trbert_jax.training.loop").log(level, message)
+        if stages:
+            raise ZeroDivisionError
 
     fake("config", load_config=lambda path, overrides: None)
     fake("training.run", train=train, results_table=lambda *arguments: ["accuracy 1"])
     for _ in range(2):  # each run says it again
         assert main(["train", "--config", "c.yaml"]) == 0
         assert capsys.readouterr() == ("accuracy 1\n", "step 1\n")
-
-
-# evaluate -----------------------------------------------------------------------------------------
+    with pytest.raises(ZeroDivisionError):
+        main(["train", "--config", "c.yaml", "--stages", "policy"])
 
 
 RESULT = {"accuracy": 0.868, "flops": 1234567890.0, "kept": [99.25, 47.0], "dense": {"examples": 1000}}
+TABLE = [["accuracy", "0.868"], ["flops", "1.235e+09"], ["kept", "99.25, 47"], ["dense.examples", "1000"]]
 
 
-def test_evaluate_prints_a_table_and_writes_json(
-    fake: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_prints_a_table_and_writes_json(fake: Fake, tmp_path: Path, capsys: Capture) -> None:
     calls: list[Any] = []
 
     def evaluate_file(model: str, data: Path, **options: Any) -> dict[str, Any]:
@@ -235,58 +185,30 @@ def test_evaluate_prints_a_table_and_writes_json(
     }
     assert calls == [("m", Path("d.jsonl"), options)]
     assert json.loads(target.read_text(encoding="utf-8")) == RESULT
-    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert rows == [
-        ["accuracy", "0.868"],
-        ["flops", "1.235e+09"],
-        ["kept", "99.25, 47"],
-        ["dense.examples", "1000"],
-    ]
+    assert [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()] == TABLE
 
 
-def test_evaluate_all_checkpoints(
-    fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_all_checkpoints(fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(config, "load_config", lambda path, overrides: [path, *overrides])
     fake("training.evaluation", evaluate_all_checkpoints=lambda config: {str(config[0]): config[1:]})
     assert main(["evaluate", "--config", "c.yaml", "--all-checkpoints", "seed=1"]) == 0
     assert capsys.readouterr().out.split() == ["c.yaml", "seed=1"]
 
 
-# compile ------------------------------------------------------------------------------------------
-
-
-def test_compile_prints_times_and_folder(
-    predictor: type[FakeModel],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    assert main(["compile", "--model", "m", "--batch-size", "5", "--rule", "dense"]) == 0
-    lines = ["dense, packed, 5 x 8 tokens  1.5 s", f"{tmp_path}: programs ready, 1.5 s"]
-    assert capsys.readouterr().out.splitlines() == lines
-
-
-def test_compile_needs_a_folder(
-    predictor: type[FakeModel], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compile_needs_a_folder(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     assert main(["compile", "--model", "m"]) == 2
     assert "JAX_COMPILATION_CACHE_DIR" in capsys.readouterr().err
 
 
-# With the real library ----------------------------------------------------------------------------
-
-
-def test_convert_then_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_then_predict(tmp_path: Path, capsys: Capture) -> None:
+    """With the real library."""
     source, target = tiny_model(tmp_path / "source"), tmp_path / "target"
     changes = ["--keep-layers", "0,3", "--max-positions", "32", "--labels", "good,bad"]
-    assert main(["convert", "--input", str(source), "--output", str(target), *changes]) == 0
-    out = capsys.readouterr().out
-    assert out == f"{target}: bert, 2 layers of width 16, 32 positions, 2 labels\n"
-    assert main(["convert", "--input", str(source), "--output", str(target), *changes, "--overwrite"]) == 0
-    capsys.readouterr()
+    for overwrite in ([], ["--overwrite"]):
+        assert main(["convert", "--input", str(source), "--output", str(target), *changes, *overwrite]) == 0
+        out = capsys.readouterr().out
+        assert out == f"{target}: bert, 2 layers of width 16, 32 positions, 2 labels\n"
 
     assert main(["predict", "--model", str(target), "the film was good .", ""]) == 0
     full, empty = lines_of(capsys.readouterr().out)
@@ -298,26 +220,135 @@ def test_convert_then_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert full["kept"][0][0] == 0
 
 
-# Speed --------------------------------------------------------------------------------------------
+# Predict: a fake plays the model ------------------------------------------------------------------
 
 
-def test_help_answers_at_once() -> None:
-    code = "import sys; from trbert_jax.cli import main; sys.exit(main(['--help']))"
+class FakeModel:
+    """Finds every text positive and keeps as many tokens as it has letters."""
 
-    def seconds() -> float:
-        start = time.perf_counter()
-        shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-        assert shown.stdout.startswith("usage: trbert")
-        return time.perf_counter() - start
+    config = types.SimpleNamespace(labels=("bad", "gut"), inputs=InputConfig(), max_length=99)
+    asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
 
-    assert min(seconds() for _ in range(3)) < 0.5
+    @classmethod
+    def from_pretrained(cls, path: str) -> FakeModel:
+        return cls()
+
+    def predict_stream(self, texts: Iterable[str], **options: Any) -> Iterator[Any]:
+        self.asked.append(options)
+        rest = {"label": "gut", "label_id": 1, "scores": np.array([0.25, 0.75], np.float32)}
+        for t in texts:
+            kept = (np.arange(len(t)), np.array([0], np.int32))
+            yield types.SimpleNamespace(kept=kept, num_tokens=len(t), truncated=len(t) > 99, text=t, **rest)
 
 
-def test_as_a_module() -> None:
-    """`python -m trbert_jax` is the same command, by the same name."""
-    shown = subprocess.run(
-        [sys.executable, "-m", "trbert_jax", "train", "--help"], check=True, capture_output=True, text=True
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+
+
+Predict = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def predict(fake: Fake, capsys: Capture) -> Predict:
+    """Runs `trbert predict`; returns the lines it prints."""
+    FakeModel.asked = []
+    fake("inference.predictor", TRBert=FakeModel)
+
+    def run(*arguments: str, code: int = 0) -> list[dict[str, Any]]:
+        assert main(["predict", "--model", "m", *arguments]) == code
+        out = capsys.readouterr().out
+        return lines_of(out) if out else []
+
+    return run
+
+
+def type_in(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+TRICKY = "gr\u00fcn \u2028 und \u0085 rot \x0c oder \x1c blau"
+
+
+def test_predict_texts_from_arguments(predict: Predict, caplog: pytest.LogCaptureFixture) -> None:
+    expected = {
+        "label": "gut",
+        "label_id": 1,
+        "scores": {"bad": 0.25, "gut": 0.75},
+        "kept": [[0, 1, 2], [0]],
+        "num_tokens": 3,
+        "truncated": False,
+    }
+    other = {**expected, "kept": [[0, 1, 2, 3, 4], [0]], "num_tokens": 5}
+    assert predict("one", "--batch-size", "2", "three") == [expected, other]
+    assert caplog.messages == []
+    assert [line["truncated"] for line in predict("short", "x" * 100, "y" * 200)] == [False, True, True]
+    assert caplog.messages == ["2 of 3 texts are longer than 99 tokens and were cut"]
+
+
+@pytest.mark.parametrize("arguments", [["--", "-x", "y"], ["y", "--batch-size", "2", "--", "-x"]])
+def test_predict_text_with_a_dash(arguments: list[str], predict: Predict) -> None:
+    assert sorted(line["text"] for line in predict("--with-text", *arguments)) == ["-x", "y"]
+
+
+def test_predict_lines_end_at_newlines_only(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "texts.txt"
+    for final in ("", "\n"):
+        source.write_bytes(f"{TRICKY}\nsecond{final}".encode())
+        type_in(monkeypatch, source.read_bytes())
+        for place in (["--file", str(source)], []):  # else standard input
+            assert [line["text"] for line in predict("--with-text", *place)] == [TRICKY, "second"]
+
+
+def test_predict_jsonl_to_a_file(predict: Predict, tmp_path: Path) -> None:
+    source, target = tmp_path / "texts.jsonl", tmp_path / "out" / "predictions.jsonl"
+    records = [{"text": TRICKY, "label": 0}, {"text": "two\nlines"}]
+    content = "\n".join(json.dumps(r, ensure_ascii=False) for r in records)
+    source.write_text(content, encoding="utf-8", newline="")
+    assert predict("--file", str(source), "--output", str(target), "--with-text") == []
+    assert [line["text"] for line in lines_of(target.read_text(encoding="utf-8"))] == [TRICKY, "two\nlines"]
+    assert os.listdir(target.parent) == ["predictions.jsonl"]
+
+
+def test_predict_hands_options_and_lines_on(predict: Predict, tmp_path: Path) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_text("".join(f"{'x' * n}\n" for n in range(1, 71)), encoding="utf-8")
+    options = ["--batch-size", "1", "--backend", "masked", "--threshold", "0.4"]
+    lines = predict("--file", str(source), *options)
+    assert [line["num_tokens"] for line in lines] == list(range(1, 71))
+    assert FakeModel.asked == [{"batch_size": 1, "threshold": 0.4, "rule": None, "backend": "masked"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "place"), [(b"", "standard input: "), (b"ok\ncaf\xe9", "standard input:2: ")]
+)
+def test_predict_refuses_bad_standard_input(
+    content: bytes, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Fake, capsys: Capture
+) -> None:
+    fake("inference.predictor", TRBert=FakeModel)
+    type_in(monkeypatch, content)
+    assert main(["predict", "--model", "m", "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert capsys.readouterr().err.startswith(f"trbert: error: {place}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_closed_pipe(tmp_path: Path) -> None:
+    """The reader takes one line of very many; the writer ends without a traceback."""
+    code = (
+        "import sys, types; sys.path[:0] = ['tests']\n"
+        "import test_cli; from trbert_jax.cli import main\n"
+        "module = types.ModuleType('trbert_jax.inference.predictor'); module.TRBert = test_cli.FakeModel\n"
+        "sys.modules[module.__name__] = module\n"
+        "sys.exit(main(['predict', '--model', 'm', '--batch-size', '1', '--file', sys.argv[1]]))\n"
     )
-    assert shown.stdout.startswith("usage: trbert train")
-    wrong = subprocess.run([sys.executable, "-m", "trbert_jax", "fly"], check=False, capture_output=True)
-    assert wrong.returncode == 2
+    (tmp_path / "texts.txt").write_text("some text that is not short\n" * 20_000, encoding="utf-8")
+    command, pipe = [sys.executable, "-c", code, str(tmp_path / "texts.txt")], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert json.loads(process.stdout.readline())["label"] == "gut"
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(timeout=60) == 141
+    assert errors == ""

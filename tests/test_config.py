@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,15 +11,7 @@ import pytest
 import yaml
 
 from trbert_jax import config
-from trbert_jax.config import (
-    RunConfig,
-    ScoreConfig,
-    diff_configs,
-    load_config,
-    load_stored,
-    to_dict,
-    upgrade,
-)
+from trbert_jax.config import RunConfig, diff_configs, load_config, load_stored, to_dict, upgrade
 from trbert_jax.errors import UserError
 from trbert_jax.model.packed import BACKENDS
 
@@ -56,32 +47,21 @@ def test_values_keep_their_types(tmp_path: Path) -> None:
     assert (config.model.scratch.num_layers, config.model.scratch.hidden_size) == (4, 768)
 
 
-def test_base_is_relative_to_its_file_and_overridden_by_it(tmp_path: Path) -> None:
+def test_bases_are_relative_and_the_later_wins(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared/a.yaml").write_text("policy: {alpha: 2, num_samples: 4}\nbase: b.yaml\n")
-    (tmp_path / "shared/b.yaml").write_text("policy: {alpha: 3, epochs: 9}\n")
-    config = load_text(tmp_path, MINIMAL + "base: shared/a.yaml\npolicy: {num_samples: 6}\n", "seed=7")
+    (tmp_path / "shared/b.yaml").write_text("policy: {alpha: 3, epochs: 9}\nseed: 1\n")
+    (tmp_path / "c.yaml").write_text("joint: {alpha: 5}\nseed: 2\n")
+    text = MINIMAL + "base: [shared/a.yaml, c.yaml]\npolicy: {num_samples: 6}\njoint: {epochs: 7}\n"
+    config = load_text(tmp_path, text, "joint.epochs=8")
     assert (config.policy.alpha, config.policy.num_samples, config.policy.epochs) == (2, 6, 9)
-    assert config.seed == 7
-
-
-def test_of_several_bases_the_later_wins(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("policy: {alpha: 2, num_samples: 4}\nseed: 1\n")
-    (tmp_path / "b.yaml").write_text("policy: {alpha: 3}\n")
-    config = load_text(tmp_path, MINIMAL + "base: [a.yaml, b.yaml]\n")
-    assert (config.policy.alpha, config.policy.num_samples, config.seed) == (3, 4, 1)
+    assert (config.joint.alpha, config.joint.epochs, config.seed) == (5, 8, 2)
 
 
 @pytest.mark.parametrize("dump", [yaml.safe_dump, json.dumps])
 def test_to_dict_is_read_back(tmp_path: Path, dump) -> None:  # type: ignore[no-untyped-def]
     config = load_config(ROOT / "configs/imdb_distilbert3.yaml", ["finetune.learning_rate=1e-5"])
     assert load_text(tmp_path, dump(to_dict(config))) == config
-
-
-def test_configurations_cannot_be_changed(tmp_path: Path) -> None:
-    config = load_text(tmp_path, MINIMAL)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.policy.alpha = 2.0  # type: ignore[misc]
 
 
 def test_diff_names_each_key_that_differs(tmp_path: Path) -> None:
@@ -112,21 +92,14 @@ def test_renamed_keys_are_refused_and_stored_ones_upgraded(tmp_path: Path) -> No
     assert to_dict(load_stored(tmp_path / "config.json")) == new
 
 
-def test_a_new_stage_has_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "STAGES", dict(config.STAGES))
-    monkeypatch.setattr(config, "_run_class", RunConfig)
-    config.add_section("polish", ScoreConfig)
-    new = load_text(tmp_path, MINIMAL, "stages=[joint, polish, evaluate]", "polish.batch_size=3")
-    assert to_dict(new)["polish"] == {"batch_size": 3}
-    with pytest.raises(UserError, match=r"command line: stages: "):
-        load_text(tmp_path, MINIMAL, "stages=[polish, joint]")
-
-
 def test_backends_are_those_of_the_model() -> None:
     assert set(get_args(config.Backend)) == set(BACKENDS)
 
 
-# Mistakes: line, key and hint ---------------------------------------------------------------------
+def mistake(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_text(tmp_path, text, *overrides)
+    return str(error.value).removeprefix(f"{tmp_path}/")
 
 
 @pytest.mark.parametrize(
@@ -140,25 +113,17 @@ def test_backends_are_those_of_the_model() -> None:
         ("policy:\n\n  epochs: many", 6, "policy.epochs", 'integer, got "many"'),
         ("policy: {epochs: 1.5}", 4, "policy.epochs", "1.5"),
         ("policy: {epochs: true}", 4, "policy.epochs", "true"),
-        ("policy: {epochs: null}", 4, "policy.epochs", "null"),
         ("policy: {alpha: '1'}", 4, "policy.alpha", 'number, got "1"'),
         ("policy: {alpha: .inf}", 4, "policy.alpha", ".inf"),
         ("policy: {alpha: 1e999}", 4, "policy.alpha", "finite"),
-        ("policy: {alpha: {a: 1}}", 4, "policy.alpha", '{"a": 1}'),
         ("joint: {distill: yes}", 4, "joint.distill", '"yes"'),
-        ("joint: {num_samples: x}", 4, "joint.num_samples", '"x"'),
         ("policy: 3", 4, "policy", "section"),
         ("stages: finetune", 4, "stages", "list"),
         ("stages: [finetuen]", 4, "stages", "did you mean finetune?"),
         ("stages: []", 4, "stages", "finetune, score"),
         ("stages: [policy, score]", 4, "stages", "in this order"),
         ("stages: [score, score]", 4, "stages", "once"),
-        (
-            "evaluate: {rule: dens}",
-            4,
-            "evaluate.rule",
-            'threshold, batch_max, dense, got "dens"; did you mean',
-        ),
+        ("evaluate: {rule: dens}", 4, "evaluate.rule", 'batch_max, dense, got "dens"; did you mean dense?'),
         ("evaluate: {baselines: [sample]}", 4, "evaluate.baselines", "random, first_k"),
         ("evaluate: {rule: dense, baselines: [random]}", 4, "evaluate.baselines", "dense"),
         ("evaluate: {rule: batch_max, thresholds: [0.3]}", 4, "evaluate.thresholds", "batch_max"),
@@ -176,7 +141,6 @@ def test_backends_are_those_of_the_model() -> None:
         ("a: *b", 4, "", "aliases"),
         ("seed: &a 1", 4, "", "anchors"),
         ("seed: !!python/name:os.system", 4, "", "tags"),
-        ("seed: !!int 1", 4, "", "tags"),
         ("? [1]\n: 2", 4, "", "text"),
         ("base: 3", 4, "base", "path"),
         ("base: nowhere.yaml", 4, "base", "nowhere.yaml"),
@@ -184,11 +148,9 @@ def test_backends_are_those_of_the_model() -> None:
     ],
 )
 def test_mistake_in_a_file(tmp_path: Path, text: str, line: int, key: str, hint: str) -> None:
-    with pytest.raises(UserError) as error:
-        load_text(tmp_path, MINIMAL + text + "\n")
-    place = f"{tmp_path / 'run.yaml'}:{line}: " + (f"{key}: " if key else "")
-    assert str(error.value).startswith(place)
-    assert re.search(hint if "|" in hint else re.escape(hint), str(error.value))
+    message = mistake(tmp_path, MINIMAL + text + "\n")
+    assert message.startswith(f"run.yaml:{line}: " + (f"{key}: " if key else ""))
+    assert re.search(hint if "|" in hint else re.escape(hint), message)
 
 
 @pytest.mark.parametrize(
@@ -205,22 +167,17 @@ def test_mistake_in_a_file(tmp_path: Path, text: str, line: int, key: str, hint:
         ("workdir: ''\n", ":1: workdir: "),
         ("workdir: 12\n", ":1: workdir: "),
         ("workdir: x\ndata: {path: d}\n", ":2: data.name: "),
+        (MINIMAL.replace("stdlib", "imdb"), ":2: data.path: "),
     ],
 )
 def test_file_that_is_no_configuration(tmp_path: Path, text: str, place: str) -> None:
-    with pytest.raises(UserError) as error:
-        load_text(tmp_path, text)
-    assert str(error.value).startswith(f"{tmp_path / 'run.yaml'}{place}")
+    assert mistake(tmp_path, text).startswith(f"run.yaml{place}")
 
 
 @pytest.mark.parametrize(
-    ("override", "key", "hint"),
+    ("overrides", "key", "hint"),
     [
-        ("policy.aplha=1", "policy.aplha", "policy.alpha"),
-        ("policy.alpha=x", "policy.alpha", '"x"'),
         ("policy.alpha.x=1", "policy.alpha", '{"x": 1}'),
-        ("modle.init=scratch", "modle", "did you mean model?"),
-        ("policy=3", "policy", "section"),
         ("policy.alpha", "'policy.alpha' ", "section.key=value"),
         ("policy.alpha=", "'policy.alpha=' ", "section.key=value"),
         ("=1", "'=1' ", "section.key=value"),
@@ -232,40 +189,25 @@ def test_file_that_is_no_configuration(tmp_path: Path, text: str, place: str) ->
         ("data.text_field=body", "data.text_field", "tfds:NAME"),
         ("data.label_field=y", "data.label_field", "tfds:NAME"),
         ("model.max_positions=511", "model.max_positions", "512"),
-        ("model.keep_layers=[0, 2]", "model.keep_layers", "pretrained"),
+        ("model.keep_layers=[0,2]", "model.keep_layers", "pretrained"),
+        ("model.init=m model.keep_layers=[]", "model.keep_layers", "rising"),
+        ("model.init=m model.keep_layers=[2,0]", "model.keep_layers", "rising"),
+        ("model.init=m model.keep_layers=[0,0]", "model.keep_layers", "rising"),
         ("model.scratch.hidden_size=100", "model.scratch.hidden_size", "12"),
     ],
 )
-def test_mistake_on_the_command_line(tmp_path: Path, override: str, key: str, hint: str) -> None:
-    with pytest.raises(UserError) as error:
-        load_text(tmp_path, MINIMAL, override)
-    assert str(error.value).startswith(f"command line: {key}")
-    assert hint in str(error.value)
+def test_mistake_on_the_command_line(tmp_path: Path, overrides: str, key: str, hint: str) -> None:
+    message = mistake(tmp_path, MINIMAL, *overrides.split())
+    assert message.startswith(f"command line: {key}")
+    assert hint in message
 
 
-@pytest.mark.parametrize("layers", ["[]", "[2, 0]", "[0, 0]"])
-def test_kept_layers_rise(tmp_path: Path, layers: str) -> None:
-    with pytest.raises(UserError, match=r"^command line: model.keep_layers: "):
-        load_text(tmp_path, MINIMAL, "model.init=models/x", f"model.keep_layers={layers}")
-
-
-def test_path_is_needed_where_there_are_files(tmp_path: Path) -> None:
-    assert load_text(tmp_path, MINIMAL, "data.name=tfds:ag_news", "data.text_field=description")
-    with pytest.raises(UserError, match=r"run.yaml:2: data.path: "):
-        load_text(tmp_path, MINIMAL.replace("stdlib", "imdb"))
+def test_tfds_has_fields_and_needs_no_path(tmp_path: Path) -> None:
+    config = load_text(tmp_path, MINIMAL, "data.name=tfds:ag_news", "data.text_field=description")
+    assert config.data.path is None
 
 
 def test_mistake_in_a_base_names_the_base(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("seed: 1\npolicy:\n  epochs: 0\n")
-    with pytest.raises(UserError, match=r"base.yaml:3: policy.epochs: "):
-        load_text(tmp_path, MINIMAL + "base: base.yaml\n", "policy.alpha=2")
-
-
-def test_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere.yaml: no such file"):
-        load_config(tmp_path / "nowhere.yaml")
-    with pytest.raises(UserError, match="is a directory"):
-        load_config(tmp_path)
-    (tmp_path / "latin.yaml").write_bytes("workdir: é\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin.yaml: not UTF-8"):
-        load_config(tmp_path / "latin.yaml")
+    message = mistake(tmp_path, MINIMAL + "base: base.yaml\n", "policy.alpha=2")
+    assert message.startswith("base.yaml:3: policy.epochs: ")

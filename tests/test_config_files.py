@@ -109,12 +109,8 @@ def test_every_field_is_explained() -> None:
     lines = Path(config_module.__file__).read_text(encoding="utf-8").splitlines()
     fields = {key.rpartition(".")[2] for key in dotted_keys(RunConfig)} - {"stages"}
     for number, line in enumerate(lines):
-        if (
-            line.startswith("    ")
-            and line.strip().partition(":")[0] in fields
-            and " = " in line
-            and "Config()" not in line
-        ):
+        name, _, value = line.partition(":")
+        if name[:4] == "    " and name.strip() in fields and " = " in value and "Config()" not in value:
             assert "  # " in line or lines[number - 1].startswith("    # "), line
 
 
