@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors import numpy as safetensors
 
 from trbert_jax.training import batches
 
@@ -23,54 +23,61 @@ TEXTS = ["the film was good .", "a dull plot !", "it is very bright and good", "
 RECORDS = [{"text": text, "label": label} for text, label in zip(TEXTS, (1, 0, 1, 0), strict=True)]
 SIZES = {"train": 8, "dev": 2, "test": 3}
 WEIGHTS = "model/model.safetensors"
+Spoil = Callable[[], Any]
 
 
-def write(path: str, content: str | bytes) -> Callable[[], Any]:
-    return lambda: Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+def write(path: str, content: str | bytes) -> Spoil:
+    def spoil() -> None:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return spoil
 
 
-def append(path: str, content: str) -> Callable[[], Any]:
-    return lambda: Path(path).write_bytes(Path(path).read_bytes() + content.encode())
-
-
-def remove(path: str) -> Callable[[], Any]:
+def remove(path: str) -> Spoil:
     return Path(path).unlink
 
 
-def cut(path: str, share: float) -> Callable[[], Any]:
+def change(path: str, to: Callable[[bytes], bytes]) -> Spoil:
+    return lambda: Path(path).write_bytes(to(Path(path).read_bytes()))
+
+
+def append(path: str, content: str) -> Spoil:
+    return change(path, lambda old: old + content.encode())
+
+
+def cut(path: str, share: float) -> Spoil:
     """Leaves the first part of a file, as a full disk or a broken download does."""
-
-    def spoil() -> None:
-        os.truncate(path, int(share * os.path.getsize(path)))
-
-    return spoil
+    return change(path, lambda old: old[: int(share * len(old))])
 
 
-def corrupt(path: str, start: int, stop: int) -> Callable[[], Any]:
-    def spoil() -> None:
-        content = bytearray(Path(path).read_bytes())
-        content[start:stop] = b"\xff" * (stop - start)
-        Path(path).write_bytes(content)
-
-    return spoil
+def corrupt(path: str, start: int, stop: int) -> Spoil:
+    return change(path, lambda old: old[:start] + b"\xff" * (stop - start) + old[stop:])
 
 
-def scale_weights(value: float) -> Callable[[], Any]:
+def set_json(path: str, **values: Any) -> Spoil:
+    return change(path, lambda old: json.dumps({**json.loads(old), **values}).encode())
+
+
+def scale_weights(value: float) -> Spoil:
     """The classifier's weights become a finite number with which its logits overflow."""
 
+    def scaled(old: bytes) -> bytes:
+        weights = safetensors.load(old)
+        weights["classifier.weight"][:] = value
+        return safetensors.save(weights)
+
+    return change(WEIGHTS, scaled)
+
+
+def scores(content: bytes | None) -> Spoil:
+    """Scores that are damaged, or, for None, of other data."""
+
     def spoil() -> None:
-        weights = load_file(WEIGHTS)
-        save_file(
-            {**weights, "classifier.weight": np.full_like(weights["classifier.weight"], value)}, WEIGHTS
-        )
-
-    return spoil
-
-
-def set_json(path: str, **values: Any) -> Callable[[], Any]:
-    def spoil() -> None:
-        old = json.loads(Path(path).read_text(encoding="utf-8"))
-        Path(path).write_text(json.dumps({**old, **values}), encoding="utf-8")
+        write("work/score/done.json", '{"data_digest": "another"}')()
+        np.save("work/score/scores.npy", np.zeros((SIZES["train"], 2, 16), np.float32))
+        if content is not None:
+            Path("work/score/scores.npy").write_bytes(content)
 
     return spoil
 
@@ -85,27 +92,6 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return original(training, at, width)
 
     monkeypatch.setattr(batches, "update_batches", interrupted)
-
-
-def scores(content: bytes | None) -> Callable[[], Any]:
-    """Scores that are damaged, or, for None, of other data."""
-
-    def spoil() -> None:
-        Path("work/score").mkdir()
-        Path("work/score/done.json").write_text('{"data_digest": "another"}', encoding="utf-8")
-        np.save("work/score/scores.npy", np.zeros((SIZES["train"], 2, 16), np.float32))
-        if content is not None:
-            Path("work/score/scores.npy").write_bytes(content)
-
-    return spoil
-
-
-def make(path: str, content: str) -> Callable[[], Any]:
-    def spoil() -> None:
-        Path(path).parent.mkdir()
-        Path(path).write_text(content, encoding="utf-8")
-
-    return spoil
 
 
 @contextlib.contextmanager
