@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 TINY = ["--size", "tiny", "--max-length", "32", "--batch-size", "2", "--repeats", "1"]
 
@@ -22,7 +23,6 @@ def run(script: str, *arguments: str, target: Path) -> Any:
     return json.loads(target.read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
 def test_token_cost(tmp_path: Path) -> None:
     options = [*TINY, "--texts", "4"]
     result = run("token_cost", *options, "--plot", str(tmp_path / "p.png"), target=tmp_path / "r.json")
@@ -35,7 +35,6 @@ def test_token_cost(tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
 def test_compile_time(tmp_path: Path) -> None:
     options = ["--sizes", "tiny", "--max-length", "32", "--batch-size", "2", "--repeats", "1"]
     programs = run("compile_time", *options, target=tmp_path / "r.json")["programs"]
@@ -44,7 +43,6 @@ def test_compile_time(tmp_path: Path) -> None:
     assert all(record["compiled_seconds"] > record["read_seconds"] for record in programs)
 
 
-@pytest.mark.slow
 def test_training_steps(tmp_path: Path) -> None:
     steps = run("training_steps", *TINY, target=tmp_path / "r.json")["steps"]
     assert [(step["stage"], step["backend"]) for step in steps] == [
@@ -57,29 +55,19 @@ def test_training_steps(tmp_path: Path) -> None:
         assert packed["loss"] == pytest.approx(masked["loss"], abs=0.2 if packed["dropout"] else 1e-5)
 
 
-@pytest.mark.slow
 def test_accelerator(tmp_path: Path) -> None:
     result = run("accelerator", "--tiny", target=tmp_path / "r.json")
     assert result["finished"]
     assert result["left_out"] == []
     assert [check["ok"] for check in result["checks"]] == [True] * 3
-    assert [record["variant"] for record in result["inference"]] == [
-        "packed",
-        "masked_full",
-        "batch_max",
-        "dense",
-        "dense_full",
-    ]
+    variants = [record["variant"] for record in result["inference"]]
+    assert variants == ["packed", "masked_full", "batch_max", "dense", "dense_full"]
     assert {record["dtype"] for record in result["inference"] + result["training"]} == {"bfloat16"}
-    assert [(r["backend"], r["strategy"]) for r in result["training"]] == 3 * [
-        ("packed", "jit"),
-        ("masked", "jit"),
-        ("packed", "pmap"),
-    ]
+    trained = [(r["backend"], r["strategy"]) for r in result["training"]]
+    assert trained == 3 * [("packed", "jit"), ("masked", "jit"), ("packed", "pmap")]
     assert result["machine"]["peak_tflops"] is None
 
 
-@pytest.mark.slow
 def test_accelerator_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     result = run("accelerator", "--tiny", "--minutes", "0", target=tmp_path / "r.json")
     assert result["finished"]
@@ -87,7 +75,6 @@ def test_accelerator_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     assert result["checks"] == result["inference"] == result["training"] == []
 
 
-@pytest.mark.slow
 def test_soak(tmp_path: Path) -> None:
     """Three signals, of which one is SIGTERM."""
     options = ["--kills", "2", "--terms", "1", "--steps", "20"]
@@ -103,7 +90,6 @@ def test_soak(tmp_path: Path) -> None:
     assert max(result["stages_hit"].values()) <= 2, "of a stage before another had one"
 
 
-@pytest.mark.slow
 def test_scaling(tmp_path: Path) -> None:
     result = run("scaling", target=tmp_path / "r.json")
     assert len(result["records"]) == 3 * 2 * 3

@@ -20,15 +20,10 @@ def launch(folder: Path, script: str, *arguments: str, **variables: str) -> subp
     fake = folder / "trbert"
     fake.write_text(FAKE)
     fake.chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-        "XLA_FLAGS": "",
-        **variables,
-    }
-    return subprocess.run(
-        [str(LAUNCH / script), *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "XLA_FLAGS": "", **variables}
+    command = [str(LAUNCH / script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_local(tmp_path: Path) -> None:
@@ -62,14 +57,9 @@ def test_tpu_pod(tmp_path: Path) -> None:
 
 
 def test_every_script_says_what_it_needs_and_what_it_was_run_on() -> None:
-    scripts = sorted(path for path in LAUNCH.iterdir())
-    assert [path.name for path in scripts] == [
-        "gke_jobset.yaml",
-        "local.sh",
-        "local_multiprocess.sh",
-        "slurm.sbatch",
-        "tpu_pod.sh",
-    ]
+    scripts = sorted(LAUNCH.iterdir())
+    names = "gke_jobset.yaml local.sh local_multiprocess.sh slurm.sbatch tpu_pod.sh"
+    assert " ".join(path.name for path in scripts) == names
     for path in scripts:
         text = path.read_text(encoding="utf-8")
         assert "\n# needs " in text

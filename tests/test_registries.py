@@ -39,10 +39,11 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 TEXTS = ["the film was not good", "I saw it yesterday and the plot was very dull"]
 
 
-@pytest.fixture
-def datasets() -> Iterator[None]:
-    """Removes the data sets and tasks that a test registers."""
-    registries: list[dict[str, Any]] = [DATASETS, TASKS]
+@pytest.fixture(autouse=True)
+def _registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Removes what a test registers."""
+    monkeypatch.setattr(settings, "_run_class", settings._run_class)
+    registries: list[dict[str, Any]] = [DATASETS, TASKS, STAGES, settings.STAGES, RULES, BACKBONES]
     before = [dict(registry) for registry in registries]
     yield
     for registry, entries in zip(registries, before, strict=True):
@@ -50,7 +51,6 @@ def datasets() -> Iterator[None]:
         registry.update(entries)
 
 
-@pytest.mark.usefixtures("datasets")
 def test_dataset_of_texts(tmp_path: Path) -> None:
     def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> Iterator[Example]:
         for number, line in read_lines(path):
@@ -87,7 +87,6 @@ def test_dataset_of_texts(tmp_path: Path) -> None:
         find_dataset("dumy")
 
 
-@pytest.mark.usefixtures("datasets")
 def test_dataset_of_questions(tmp_path: Path) -> None:
     def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> Iterator[SpanQuestion]:
         for number, line in read_lines(path):
@@ -117,7 +116,6 @@ def test_dataset_of_questions(tmp_path: Path) -> None:
     assert "questions.txt:3" in str(bad.skipped[0])
 
 
-@pytest.mark.usefixtures("datasets")
 def test_task(tmp_path: Path) -> None:
     """Labels of the first words of a text: a task with the head, and so the loss, of classification."""
 
@@ -151,18 +149,6 @@ def test_task(tmp_path: Path) -> None:
         answer_questions(model, [{"text": "a film"}])
 
 
-@pytest.fixture
-def stage_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undoes registrations."""
-    sections, stages = dict(settings.STAGES), dict(STAGES)
-    monkeypatch.setattr(settings, "_run_class", settings._run_class)
-    yield
-    settings.STAGES.clear()
-    settings.STAGES.update(sections)
-    for name in STAGES.keys() - stages.keys():
-        del STAGES[name]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolishConfig(settings.TrainingConfig):
     """Train everything once more, without reduction."""
@@ -171,7 +157,6 @@ class PolishConfig(settings.TrainingConfig):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("stage_registry")
 def test_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def objective(update: Update) -> objectives.Objective:
         dense = objectives.dense_objective(**update.forward)
@@ -203,18 +188,6 @@ def test_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.startswith("polish ") for line in capsys.readouterr().out.splitlines())
 
 
-@pytest.fixture
-def rules_and_backbones() -> Iterator[None]:
-    """Removes the rules and backbones that a test registers."""
-    rules, backbones = dict(RULES), dict(BACKBONES)
-    yield
-    for name in RULES.keys() - rules.keys():
-        del RULES[name]
-    for name in BACKBONES.keys() - backbones.keys():
-        del BACKBONES[name]
-
-
-@pytest.mark.usefixtures("rules_and_backbones")
 def test_rule(tmp_path: Path) -> None:
     """A rule of evaluation: known to the settings, used by both backends."""
     register_rule(
@@ -236,7 +209,6 @@ def test_rule(tmp_path: Path) -> None:
         register_rule(RULES["even_positions"])
 
 
-@pytest.mark.usefixtures("rules_and_backbones")
 def test_backbone(tmp_path: Path) -> None:
     """A folder in the format of another family: its own keys, names and alias, no pooler, no token types."""
     bert = BACKBONES["bert"]
