@@ -14,25 +14,26 @@ ARTICLES = "articles-training-byarticle-20181122.xml"
 TRUTH = "ground-truth-training-byarticle-20181122.xml"
 # The proportions of the published set, 407 to 238, by a tenth.
 LABELS = [1, 0, 0, 1, 0, 0, 1, 0] * 8 + [0]  # 41 of class 0, 24 of class 1
+TEXTS = [f"Title {i} & more  Some quoted text & a link\u2028of {i}." for i in range(len(LABELS))]
 
 
-def write_original(folder: Path, labels: list[int] = LABELS) -> Path:
-    lines = [f"{i:07d} {label} Title {i}  two spaces, a\u2028b" for i, label in enumerate(labels)]
+def write_original(folder: Path) -> Path:
     path = folder / "original_data.txt"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [f"{i:07d} {label} {TEXTS[i]}\n" for i, label in enumerate(LABELS)]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
-def write_xml(folder: Path, labels: list[int] = LABELS) -> Path:
+def write_xml(folder: Path) -> Path:
     articles = [
         f'<article id="{i:07d}" published-at="2017-09-10" title={quoteattr(f"Title {i} & more")}>\n'
         f'<p>Some <q>quoted</q> text &amp; a <a href="" type="internal">link</a></p>\n\n<p>of {i}.</p>'
         "</article>"
-        for i in range(len(labels))
+        for i in range(len(LABELS))
     ]
     truth = [
         f'<article id="{i:07d}" hyperpartisan="{"true" if label else "false"}" url="http://x.org/{i}"/>'
-        for i, label in enumerate(labels)
+        for i, label in enumerate(LABELS)
     ]
     for name, lines in ((ARTICLES, articles), (TRUTH, truth)):
         content = "\n".join(['<?xml version="1.0" encoding="UTF-8"?>', "<articles>", *lines, "</articles>"])
@@ -40,43 +41,28 @@ def write_xml(folder: Path, labels: list[int] = LABELS) -> Path:
     return folder / ARTICLES
 
 
-def read(folder: Path, split: str) -> list[tuple[str, int]]:
-    return [(e.text, e.label) for e in DATASETS["hyperpartisan"].read_split(folder, split)]
-
-
 def test_the_published_split(tmp_path: Path) -> None:
-    counts = split_hyperpartisan(write_original(tmp_path), tmp_path / "new" / "out")
-    assert counts == {"train": 65 - 16, "dev": 8, "test": 8}
     # As published: one generator with seed 42 shuffles class 0, then class 1; a tenth of class 0
     # is taken from the end of both, the last block for test, the one before for dev.
     random.seed(42)
     expected: dict[str, list[tuple[str, int]]] = {"train": [], "dev": [], "test": []}
     for label in (0, 1):
-        rows = [(f"Title {i}  two spaces, a\u2028b", k) for i, k in enumerate(LABELS) if k == label]
+        rows = [(text, k) for text, k in zip(TEXTS, LABELS, strict=True) if k == label]
         random.shuffle(rows)
         expected["train"] += rows[:-8]
         expected["dev"] += rows[-8:-4]
         expected["test"] += rows[-4:]
-    assert {split: read(tmp_path / "new" / "out", split) for split in expected} == expected
 
+    def check(source: Path, *, collapsed: bool) -> None:
+        output = tmp_path / "new" / source.name
+        assert split_hyperpartisan(source, output) == {"train": 65 - 16, "dev": 8, "test": 8}
+        for split, rows in expected.items():
+            found = [(e.text, e.label) for e in DATASETS["hyperpartisan"].read_split(output, split)]
+            assert found == [(" ".join(text.split()) if collapsed else text, k) for text, k in rows]
 
-def test_from_xml(tmp_path: Path) -> None:
-    path = write_xml(tmp_path)
-    counts = split_hyperpartisan(path, tmp_path / "from_file")
-    assert counts == split_hyperpartisan(tmp_path, tmp_path / "from_folder")
-    rows = {split: read(tmp_path / "from_file", split) for split in counts}
-    assert rows == {split: read(tmp_path / "from_folder", split) for split in counts}
-    everything = [row for part in rows.values() for row in part]
-    expected = [(f"Title {i} & more Some quoted text & a link of {i}.", k) for i, k in enumerate(LABELS)]
-    assert sorted(everything) == sorted(expected)
-    # The same articles fall into the same splits, whichever form they come in.
-    split_hyperpartisan(write_original(tmp_path), tmp_path / "from_text")
-
-    def numbers(folder: str, split: str) -> list[str]:
-        return [text.split()[1] for text, _ in read(tmp_path / folder, split)]
-
-    for split in counts:
-        assert numbers("from_text", split) == numbers("from_file", split)
+    check(write_xml(tmp_path), collapsed=True)
+    check(tmp_path, collapsed=True)
+    check(write_original(tmp_path), collapsed=False)
 
 
 @pytest.mark.parametrize(
@@ -108,10 +94,10 @@ def test_mistakes_in_text(tmp_path: Path, content: str, words: str) -> None:
         (TRUTH, 'id="0000001"', 'id="x"', f"{ARTICLES}: article 0000001: .*{TRUTH}"),
         (ARTICLES, 'id="0000064"', 'name="x"', f"{ARTICLES}: .*id"),
         (
-            ARTICLES,
-            f'<article id="{len(LABELS) - 1:07d}"',
-            "<other ",
-            f"{TRUTH}: article 0000064: .*{ARTICLES}",
+            TRUTH,
+            "</articles>",
+            '<article id="x" hyperpartisan="true"/></articles>',
+            f"x: not in .*{ARTICLES}",
         ),
     ],
 )
@@ -119,10 +105,7 @@ def test_mistakes_in_xml(tmp_path: Path, name: str, old: str, new: str, message:
     path = write_xml(tmp_path)
     content = (tmp_path / name).read_text(encoding="utf-8")
     assert old in content
-    content = content.replace(old, new, 1)
-    if new == "<other ":
-        content = content.removesuffix("</article>\n</articles>") + "</other>\n</articles>"
-    (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / name).write_text(content.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         split_hyperpartisan(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -62,13 +62,16 @@ def test_all_data_sets_are_tested() -> None:
 
 
 @pytest.mark.parametrize(("name", "suffix", "classes"), TEXTS)
-def test_text_splits(tmp_path: Path, name: str, suffix: str, classes: int) -> None:
+def test_text_splits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, suffix: str, classes: int
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     dataset = DATASETS[name]
     assert len(set(dataset.read_labels(tmp_path))) == classes
     for split in ("train", "dev", "test"):
         write_split(tmp_path, f"{split}.{suffix}", [(f"{split} {i}", i) for i in range(classes)])
     for split in ("train", "dev", "test"):
-        examples = dataset.read_split(tmp_path, split)
+        examples = dataset.read_split("~", split)
         assert [(e.text, e.label) for e in examples] == [(f"{split} {i}", i) for i in range(classes)]
         assert examples[-1].id == f"{split}.{suffix}:{classes}"
     write_split(tmp_path, f"test.{suffix}", [("one too many", classes)])
@@ -78,12 +81,7 @@ def test_text_splits(tmp_path: Path, name: str, suffix: str, classes: int) -> No
 
 @pytest.mark.parametrize(("name", "sample", "files", "count"), QUESTIONS)
 def test_question_splits(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    name: str,
-    sample: str,
-    files: tuple[str, ...],
-    count: int,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, sample: str, files: Any, count: int
 ) -> None:
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +95,7 @@ def test_question_splits(
 def test_own_test_set_comes_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_lines(tmp_path / "dev.jsonl", mrqa_document())
     write_lines(tmp_path / "test.jsonl", mrqa_document()[:2])
-    dataset = DATASETS["newsqa"]
-    assert len(dataset.read_split(tmp_path, "test")) < len(dataset.read_split(tmp_path, "dev"))
+    assert len(DATASETS["newsqa"].read_split(tmp_path, "test")) == 2
     assert not caplog.messages
 
 
@@ -112,8 +109,6 @@ def test_skipped_records_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert len(set(caplog.messages)) == 1
     assert "1 of 4 records skipped" in caplog.messages[0]
     assert "high/2.txt" in caplog.messages[0]
-    with pytest.raises(UserError, match=r"high/2.txt.*question 1.*--skip-bad-records"):
-        DATASETS["race"].read_split(tmp_path, "dev")
 
 
 def test_limits_draw_from_the_whole_file_in_its_order(tmp_path: Path) -> None:
@@ -131,13 +126,13 @@ def test_limits_draw_from_the_whole_file_in_its_order(tmp_path: Path) -> None:
     assert texts("imdb", tmp_path, "train", limit=5000) == [text for text, _ in rows]
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("imdb", "jsonl"), ("yelp_polarity", "csv")])
+@pytest.mark.parametrize(("name", "suffix", "classes"), TEXTS)
 def test_dev_is_held_out_of_train(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, suffix: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, suffix: str, classes: int
 ) -> None:
     caplog.set_level(logging.INFO)
     everything = [f"{i:02d}" for i in range(50)]
-    write_split(tmp_path, f"train.{suffix}", [(text, i % 2) for i, text in enumerate(everything)])
+    write_split(tmp_path, f"train.{suffix}", [(text, i % classes) for i, text in enumerate(everything)])
     train, dev = texts(name, tmp_path, "train"), texts(name, tmp_path, "dev")
     assert (len(train), len(dev)) == (45, 5)
     assert sorted(train + dev) == everything
@@ -152,17 +147,14 @@ def test_dev_is_held_out_of_train(
 
 
 def test_names_of_the_newsgroups(tmp_path: Path) -> None:
-    dataset, names = DATASETS["20news"], [f"group.{i}" for i in range(20)]
+    dataset, names, file = DATASETS["20news"], [f"group.{i}" for i in range(20)], tmp_path / "labels.json"
     assert dataset.read_labels(tmp_path)[3] == "3"
-    (tmp_path / "labels.json").write_text(json.dumps(names), encoding="utf-8")
+    file.write_text(json.dumps(names), encoding="utf-8")
     assert dataset.read_labels(tmp_path) == tuple(names)
-
-
-@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1, 2]", json.dumps(["a"] * 20), '["a"]'])
-def test_bad_names_of_the_newsgroups(tmp_path: Path, content: str) -> None:
-    (tmp_path / "labels.json").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=r"labels.json"):
-        DATASETS["20news"].read_labels(tmp_path)
+    for content in ("{", '{"a": 1}', json.dumps([*range(20)]), json.dumps(["a"] * 20), '["a"]'):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"labels.json"):
+            dataset.read_labels(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["original_data.txt", "articles-training-byarticle-20181122.xml"])
@@ -172,23 +164,16 @@ def test_hyperpartisan_has_to_be_split_first(tmp_path: Path, file: str) -> None:
         DATASETS["hyperpartisan"].read_split(tmp_path, "train")
 
 
-def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write_split(tmp_path, "test.jsonl", [("a", 0)])
-    assert texts("imdb", Path("~"), "test") == ["a"]
-
-
-@pytest.mark.parametrize(("name", "file"), [("imdb", "train.jsonl"), ("squad", "train-v2.0.json")])
-def test_missing_files(tmp_path: Path, name: str, file: str) -> None:
-    dataset = DATASETS[name]
-    with pytest.raises(UserError, match=rf"data.path: .*nowhere: .*{file}"):
-        dataset.read_split(tmp_path / "nowhere", "train")
+def test_missing_files(tmp_path: Path) -> None:
+    read = DATASETS["squad"].read_split
+    with pytest.raises(UserError, match=r"data.path: .*nowhere: .*train-v2.0.json"):
+        read(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match=r"data.path: missing"):
-        dataset.read_split(None, "train")
-    with pytest.raises(MissingSplitError, match=file):
-        dataset.read_split(tmp_path, "train")
+        read(None, "train")
+    with pytest.raises(MissingSplitError, match=r"train-v2.0.json"):
+        read(tmp_path, "train")
     with pytest.raises(UserError, match="'valid'"):
-        dataset.read_split(tmp_path, "valid")
+        read(tmp_path, "valid")
 
 
 @pytest.mark.parametrize("name", ["imbd", "tfds", "tfds:", ""])
