@@ -1,15 +1,23 @@
-"""Tiny model directories for the tests of everything that reads them."""
+"""Tiny models, folders of them, and random batches."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import unittest
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
 
 from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.pretrained import save_pretrained
+from trbert_jax.model.model import Batch
+from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, wrap_tokenizer
 from trbert_jax.model.weights import from_original_names, parameters
 
@@ -34,18 +42,23 @@ BERT = ModelConfig(
 DISTILBERT = dataclasses.replace(
     BERT, model_type="distilbert", type_vocab_size=0, num_layers=6, classifier_dropout=0.2
 )
+CONFIGS = pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=lambda c: c.model_type)
+
+
+def word_pieces(vocabulary: Iterable[str], lowercase: bool) -> Tokenizer:
+    """Returns WordPiece as of BERT; lower case also strips accents."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    return wrap_tokenizer(backend)
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """WordPiece over `VOCABULARY`."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    ids = {token: i for i, token in enumerate(VOCABULARY)}
-    backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=False)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return wrap_tokenizer(backend)
+    return word_pieces(VOCABULARY, lowercase=False)
 
 
 # With these parameters both backbones, 4 layers deep, drop some tokens at either point of reduction
@@ -74,3 +87,57 @@ def tiny_model(directory: Path, config: ModelConfig = BERT, seed: int = SEED) ->
     """Writes a whole model directory, tokenizer included."""
     save_pretrained(directory, config, tiny_params(config, seed), tiny_tokenizer())
     return directory
+
+
+def quietly(path: str | Path, **options: Any) -> Any:
+    """Loads a checkpoint and fails if that logs anything."""
+    with unittest.TestCase().assertNoLogs("trbert_jax", level="DEBUG"):
+        return load_pretrained(path, **options)
+
+
+def edit_json(path: Path, remove: tuple[str, ...] = (), **changes: Any) -> None:
+    values = {k: v for k, v in json.loads(path.read_text()).items() if k not in remove}
+    path.write_text(json.dumps({**values, **changes}))
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    weights = load_file(path / "model.safetensors")
+    changed = change(weights)
+    save_file(weights if changed is None else changed, path / "model.safetensors")
+
+
+def assert_same_params(left: Any, right: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def random_batch(config: ModelConfig, lengths: Sequence[int], width: int, seed: int = 0) -> Batch:
+    """Rows of the given lengths, padded to `width`, with all that any training stage reads.
+
+    A row's contents follow from `seed` and its number alone: the same whatever `width`, and whoever
+    its neighbors are.
+    """
+    rows = [_row(config, length, width, (seed, i)) for i, length in enumerate(lengths)]
+    batch = {key: jnp.asarray(np.stack([row[key] for row in rows])) for key in rows[0]}
+    return {**batch, "index": jnp.arange(len(rows)), "valid": jnp.ones(len(rows), bool)}
+
+
+def take(batch: Batch, rows: Sequence[int] | np.ndarray) -> Batch:
+    """Some rows of a batch."""
+    return {key: value[np.asarray(rows)] for key, value in batch.items()}
+
+
+def _row(config: ModelConfig, length: int, width: int, seed: tuple[int, int]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    row = {
+        "input_ids": rng.integers(1, config.vocab_size, length).astype(np.int32),
+        "token_type_ids": rng.integers(0, 2, length).astype(np.int32),
+        "mask": np.ones(length, bool),
+        "guide": rng.uniform(size=(2, length)).astype(np.float32),
+        "rank": rng.uniform(size=(2, length)).astype(np.float32),
+    }
+    row = {k: np.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, width - length)]) for k, v in row.items()}
+    if not config.type_vocab_size:
+        row.pop("token_type_ids")
+    row["labels"] = np.asarray(rng.integers(0, config.num_labels), np.int32)
+    row["teacher_logits"] = rng.normal(size=config.num_labels).astype(np.float32)
+    return row

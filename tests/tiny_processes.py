@@ -57,15 +57,11 @@ def start_together(
         f"--num-processes={len(configs)}",
         "--join-timeout=60",
     ]
-    return [
-        start(
-            train_command(config, *joining, f"--process-id={i}", before=before),
-            devices=2,
-            folder=folders[i] if folders else None,
-            **env,
-        )
-        for i, config in enumerate(configs)
-    ]
+    processes = []
+    for i, config in enumerate(configs):
+        command = train_command(config, *joining, f"--process-id={i}", before=before)
+        processes.append(start(command, 2, folders[i] if folders else None, **env))
+    return processes
 
 
 def finish(processes: Sequence[Any], timeout: int = 1200) -> list[Ended]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tiny_models import word_pieces
 
 from trbert_jax.config import BackboneConfig, DataConfig, RunConfig
-from trbert_jax.model.tokenizers import Tokenizer, wrap_tokenizer
+from trbert_jax.model.tokenizers import Tokenizer
 from trbert_jax.tasks import Splits
 from trbert_jax.tasks.examples import Examples
 
@@ -53,15 +54,8 @@ def _entry(piece: str) -> str:
 
 def word_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """WordPiece as of bert-base-uncased, with the pieces of these texts for its vocabulary."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
     entries = [entry for text in texts for entry in pieces(text).split()]
-    ids = {entry: i for i, entry in enumerate(dict.fromkeys((*_SPECIAL, *entries)))}
-    backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
-    return wrap_tokenizer(backend)
+    return word_pieces(dict.fromkeys((*_SPECIAL, *entries)), lowercase=True)
 
 
 class Published:

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_checkpoints import edit_json, edit_weights
-from tiny_models import tiny_model
+from tiny_models import edit_json, edit_weights, tiny_model
 
 from trbert_jax.errors import UserError
 from trbert_jax.model.pretrained import load_pretrained

@@ -9,8 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_checkpoints import assert_same_params, edit_json, edit_weights, quietly
-from tiny_models import BERT, DISTILBERT, tiny_model, tiny_params
+from tiny_models import (
+    BERT,
+    DISTILBERT,
+    assert_same_params,
+    edit_json,
+    edit_weights,
+    quietly,
+    tiny_model,
+    tiny_params,
+)
 
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained

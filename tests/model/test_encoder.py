@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_batches import random_batch, take
+from tiny_models import random_batch, take
 
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.encoder import Encoder

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from tiny_checkpoints import CONFIGS
+from tiny_models import CONFIGS
 
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import ModelConfig, model_config_from_dict, model_config_to_dict

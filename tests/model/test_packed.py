@@ -16,7 +16,7 @@ import pytest
 import tiny_models
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_batches import random_batch
+from tiny_models import random_batch
 
 from trbert_jax.model import packed as packed_module
 from trbert_jax.model.config import ModelConfig

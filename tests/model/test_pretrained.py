@@ -15,8 +15,18 @@ import numpy as np
 import pytest
 import tiny_models
 from safetensors.numpy import load_file
-from tiny_checkpoints import CONFIGS, assert_same_params, edit_json, edit_weights, quietly
-from tiny_models import BERT, DISTILBERT, tiny_model, tiny_params, tiny_weights
+from tiny_models import (
+    BERT,
+    CONFIGS,
+    DISTILBERT,
+    assert_same_params,
+    edit_json,
+    edit_weights,
+    quietly,
+    tiny_model,
+    tiny_params,
+    tiny_weights,
+)
 
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import ModelConfig

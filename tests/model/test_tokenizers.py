@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from tiny_checkpoints import edit_json
-from tiny_models import BERT, tiny_model, tiny_params, tiny_tokenizer
+from tiny_models import BERT, edit_json, tiny_model, tiny_params, tiny_tokenizer
 
 from trbert_jax.errors import UserError
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
-from tiny_batches import random_batch, take
+from tiny_models import random_batch, take
 
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, TokenReducingModel, forward, head_inputs

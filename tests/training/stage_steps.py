@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tiny_batches import random_batch
+from tiny_models import random_batch
 
 from trbert_jax.config import RunConfig, load_config
 from trbert_jax.model.config import ModelConfig

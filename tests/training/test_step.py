@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_models
-from tiny_batches import random_batch
+from tiny_models import random_batch
 
 from trbert_jax.model.model import Batch, Params, TokenReducingModel
 from trbert_jax.training import objectives
