@@ -27,8 +27,6 @@ QUESTIONS: list[tuple[str, str, tuple[str, ...], int]] = [
     ("squad", "squad", ("train-v2.0.json", "dev-v2.0.json"), 4),
     ("squad", "squad", ("train-v1.1.json", "dev-v1.1.json"), 4),
     ("newsqa", "mrqa", ("train.jsonl", "dev.jsonl"), 3),
-    ("newsqa", "mrqa", ("train/NewsQA.jsonl.gz", "dev/NewsQA.jsonl.gz"), 3),
-    ("naturalqa", "mrqa", ("train.jsonl.gz", "dev.jsonl.gz"), 3),
     ("naturalqa", "mrqa", ("train/NaturalQuestionsShort.jsonl", "dev/NaturalQuestionsShort.jsonl"), 3),
     ("race", "race", ("train", "dev", "test"), 4),
     ("race_high", "race", ("train", "dev", "test"), 3),
