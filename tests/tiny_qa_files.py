@@ -28,13 +28,9 @@ def squad_document() -> Any:
     for question in questions:
         question["is_impossible"] = not question["answers"]
     other = {"id": "q4", "question": "What is here?", "answers": [{"text": "words", "answer_start": 5}]}
-    return {
-        "version": "v2.0",
-        "data": [
-            {"title": "Mont_Blanc", "paragraphs": [{"context": MOUNTAIN, "qas": questions}]},
-            {"title": "Other", "paragraphs": [{"context": "Some words.", "qas": [other]}]},
-        ],
-    }
+    first = {"title": "Mont_Blanc", "paragraphs": [{"context": MOUNTAIN, "qas": questions}]}
+    second = {"title": "Other", "paragraphs": [{"context": "Some words.", "qas": [other]}]}
+    return {"version": "v2.0", "data": [first, second]}
 
 
 def mrqa_document() -> Any:
@@ -59,47 +55,32 @@ def mrqa_document() -> Any:
 
 def race_document() -> Any:
     """Articles by file; one has few questions, one has none."""
+    elodie = {
+        "article": "Élodie reads.",
+        "questions": ["Who reads?", "", "She _ ."],
+        "options": [["Élodie", "Bo", "Cy", "Di"], ["a", "b", "c", "d"], ["reads", "x", "x", "y z"]],
+        "answers": ["A", "D", "A"],
+        "id": "high2.txt",
+    }
+    bo = {"questions": ["Who runs?"], "options": [["Al", "Bo", "Cy", "Di"]], "answers": ["B"]}
+    none: Any = {"questions": [], "options": [], "answers": []}
     return {
-        "high/2.txt": {
-            "article": "Élodie reads.",
-            "questions": ["Who reads?", "", "She _ ."],
-            "options": [["Élodie", "Bo", "Cy", "Di"], ["a", "b", "c", "d"], ["reads", "x", "x", "y z"]],
-            "answers": ["A", "D", "A"],
-            "id": "high2.txt",
-        },
-        "high/10.txt": {"article": "No question.", "questions": [], "options": [], "answers": []},
-        "middle/1.txt": {
-            "article": "Bo runs.",
-            "questions": ["Who runs?"],
-            "options": [["Al", "Bo", "Cy", "Di"]],
-            "answers": ["B"],
-        },
+        "high/2.txt": elodie,
+        "high/10.txt": {"article": "No question.", **none},
+        "middle/1.txt": {"article": "Bo runs.", **bo},
     }
 
 
 def hotpotqa_document() -> Any:
     """A span, a yes and, in the last, an empty sentence that counts."""
-    context = [
-        ["Léon", ["Léon is a film.", " It is from 1994."]],
-        ["Nikita", ["Nikita is older.", "", " It is from 1990."]],
-    ]
+    leon = ["Léon", ["Léon is a film.", " It is from 1994."]]
+    nikita = ["Nikita", ["Nikita is older.", "", " It is from 1990."]]
+    h1 = {"_id": "h1", "question": "When was the older film made?", "answer": "1990"}
+    h1 |= {"type": "bridge", "level": "hard"}
+    h2 = {"_id": "h2", "question": "Are both films?", "answer": "yes"}
     return [
-        {
-            "_id": "h1",
-            "question": "When was the older film made?",
-            "answer": "1990",
-            "type": "bridge",
-            "level": "hard",
-            "context": context,
-            "supporting_facts": [["Nikita", 2], ["Léon", 1]],
-        },
-        {
-            "_id": "h2",
-            "question": "Are both films?",
-            "answer": "yes",
-            "context": context,
-            "supporting_facts": [["Léon", 0]],
-        },
+        {**h1, "context": [leon, nikita], "supporting_facts": [["Nikita", 2], ["Léon", 1]]},
+        {**h2, "context": [leon, nikita], "supporting_facts": [["Léon", 0]]},
     ]
 
 
@@ -139,11 +120,6 @@ DOCUMENTS = {
 }
 
 
-def triviaqa_web_document() -> Any:
-    """`triviaqa_document` as a question with each document by itself."""
-    return {**triviaqa_document(), "Domain": "Web"}
-
-
 def triviaqa_document() -> Any:
     """Two questions with one answer each; the first has three documents."""
     answer = {
@@ -153,64 +129,44 @@ def triviaqa_document() -> Any:
         "Value": "Sunset Boulevard",
         "Type": "WikipediaEntity",
     }
-    return {
-        "Domain": "Wikipedia",
-        "Data": [
-            {
-                "QuestionId": "tc_33",
-                "Question": "Which Lloyd Webber musical premiered in the US in 1993?",
-                "Answer": answer,
-                "EntityPages": [{"Filename": "Lloyd_Webber.txt"}, {"Filename": "Élysée.txt"}],
-                "SearchResults": [{"Filename": "35/35_995.txt", "Rank": 0}],
-            },
-            {
-                "QuestionId": "tc_34",
-                "Question": "Who wrote it?",
-                "Answer": {**answer, "NormalizedAliases": ["lloyd webber"], "HumanAnswers": ["Webber, the"]},
-                "EntityPages": [{"Filename": "Lloyd_Webber.txt"}],
-            },
-        ],
+    lloyd = {"Filename": "Lloyd_Webber.txt"}
+    first = {
+        "QuestionId": "tc_33",
+        "Question": "Which Lloyd Webber musical premiered in the US in 1993?",
+        "Answer": answer,
+        "EntityPages": [lloyd, {"Filename": "Élysée.txt"}],
+        "SearchResults": [{"Filename": "35/35_995.txt", "Rank": 0}],
     }
+    author = {**answer, "NormalizedAliases": ["lloyd webber"], "HumanAnswers": ["Webber, the"]}
+    second = {"QuestionId": "tc_34", "Question": "Who wrote it?", "Answer": author, "EntityPages": [lloyd]}
+    return {"Domain": "Wikipedia", "Data": [first, second]}
+
+
+def triviaqa_web_document() -> Any:
+    """`triviaqa_document` as a question with each document by itself."""
+    return {**triviaqa_document(), "Domain": "Web"}
 
 
 def triviaqa_list_document() -> Any:
     """Two contexts with a question each; the second has no span."""
+
+    def context(text: str, id: str, question: str, aliases: list[str], *spans: list[int]) -> dict[str, Any]:
+        found = [{"char_spans": [span]} for span in spans]
+        answers = {"answers": {"Aliases": aliases}, "detected_answers": found}
+        return {"context": text, "qas": [{"qid": id, "question": question, **answers}]}
+
     return [
-        {
-            "context": "東京 is big; Tokyo is.",
-            "qas": [
-                {
-                    "qid": "t1",
-                    "question": "Which city?",
-                    "answers": {"Aliases": ["Tokyo", "東京"]},
-                    "detected_answers": [{"char_spans": [[0, 1]]}, {"char_spans": [[11, 15]]}],
-                }
-            ],
-        },
-        {
-            "context": "Nothing here.",
-            "qas": [
-                {
-                    "qid": "t2",
-                    "question": "Which?",
-                    "answers": {"Aliases": ["Kyoto"]},
-                    "detected_answers": [],
-                }
-            ],
-        },
+        context("東京 is big; Tokyo is.", "t1", "Which city?", ["Tokyo", "東京"], [0, 1], [11, 15]),
+        context("Nothing here.", "t2", "Which?", ["Kyoto"]),
     ]
 
 
 def wikihop_document() -> Any:
     """Candidates of several words, the right one last; documents, one of them empty."""
+    first = {"candidates": ["france", "united kingdom", "côte d'ivoire"], "answer": "côte d'ivoire"}
+    supports = ["Élan vital is from Côte d'Ivoire.", ""]
     return [
-        {
-            "id": "WH_dev_0",
-            "query": "country élan vital",
-            "candidates": ["france", "united kingdom", "côte d'ivoire"],
-            "supports": ["Élan vital is from Côte d'Ivoire.", ""],
-            "answer": "côte d'ivoire",
-        },
+        {"id": "WH_dev_0", "query": "country élan vital", **first, "supports": supports},
         {"id": "WH_dev_1", "query": "genre x", "candidates": ["y"], "supports": ["x is y"], "answer": "y"},
     ]
 
@@ -260,25 +216,23 @@ class Sample:
         return DATASETS[self.dataset].read_file(path, bad)
 
 
-_FULLWIKI = "hotpot_dev_fullwiki_v1.json"
 SAMPLES = {
     "squad": Sample("squad", squad_document, write_json, "dev-v2.0.json"),
     "mrqa": Sample("newsqa", mrqa_document, write_lines, "dev.jsonl"),
     "mrqa_gz": Sample("newsqa", mrqa_document, write_lines, "dev.jsonl.gz"),
     "race": Sample("race", race_document, write_race, "dev"),
-    "hotpotqa": Sample("hotpotqa", hotpotqa_document, write_json, "hotpot_dev_distractor_v1.json"),
-    "hotpotqa_fullwiki": Sample("hotpotqa_fullwiki", hotpotqa_document, write_json, _FULLWIKI),
-    "hotpotqa_graph": Sample(
-        "hotpotqa_graph", hotpotqa_graph_document, write_lines, "hotpot_train_graph.json"
-    ),
-    "hotpotqa_graph_dev": Sample(
-        "hotpotqa_graph", hotpotqa_graph_dev_document, write_lines, "rerank_dev_tok.json"
-    ),
     "triviaqa": Sample("triviaqa", triviaqa_document, write_triviaqa, "qa/wikipedia-dev.json"),
     "triviaqa_web": Sample("triviaqa_web", triviaqa_web_document, write_triviaqa, "qa/web-dev.json"),
     "triviaqa_list": Sample("triviaqa", triviaqa_list_document, write_json, "dev.json"),
     "wikihop": Sample("wikihop", wikihop_document, write_json, "dev.json"),
 }
+for _name, _document, _write, _path in (
+    ("hotpotqa", hotpotqa_document, write_json, "hotpot_dev_distractor_v1.json"),
+    ("hotpotqa_fullwiki", hotpotqa_document, write_json, "hotpot_dev_fullwiki_v1.json"),
+    ("hotpotqa_graph", hotpotqa_graph_document, write_lines, "hotpot_train_graph.json"),
+    ("hotpotqa_graph_dev", hotpotqa_graph_dev_document, write_lines, "rerank_dev_tok.json"),
+):
+    SAMPLES[_name] = Sample(_name.removesuffix("_dev"), _document, _write, _path)
 
 
 def read_sample(name: str, folder: Path, document: Any = None, bad: BadRecords | None = None) -> Any:
