@@ -98,8 +98,9 @@ WHOLE = gzip.compress("".join(json.dumps(line) + "\n" for line in mrqa_document(
     [
         *(WHOLE[: int(len(WHOLE) * share)] for share in (0.9, 0.5, 0.02)),
         b'{"context": "not compressed"}',
-        gzip.compress(b"{}")[:10] + b"\xff" * 20,
+        gzip.compress(b"{}", mtime=0)[:10] + b"\xff" * 20,
     ],
+    ids=["most", "half", "head", "plain", "header"],  # the bytes would be ids of their own
 )
 def test_damaged_gzip(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "dev.jsonl.gz"
