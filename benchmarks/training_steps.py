@@ -30,7 +30,7 @@ from trbert_jax.model.model import Batch, Params, TokenReducingModel, init_param
 from trbert_jax.model.packed import BACKENDS
 from trbert_jax.parallel import make_mesh
 from trbert_jax.reduction import selection as tokens
-from trbert_jax.reduction.flops import EncoderShape, dense_flops, layer_macs, reduced_flops
+from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
 from trbert_jax.tasks.examples import pad_batch
 from trbert_jax.training import objectives
 from trbert_jax.training import step as optimizer
@@ -128,7 +128,7 @@ def model_flops(
             continue
         kept = batch["actions"].sum(-1)
         every = reduced_flops(shape, np.tile(lengths, num_samples), kept).sum()
-        first = 2 * shape.segments[0] * layer_macs(lengths, shape.hidden_size, shape.intermediate_size).sum()
+        first = 2 * shape.segments[0] * shape.layer_macs(lengths).sum()
         total += (1 if stage == "policy" else 3) * float(every - (num_samples - 1) * first)
     return total / len(batches)
 

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from trbert_jax.model.config import ModelConfig, model_config_from_dict
+from trbert_jax.model.encoder import Encoder
 from trbert_jax.model.model import TokenReducingModel, forward, head_inputs, init_params
 from trbert_jax.model.packed import packed_forward
 from trbert_jax.model.tiles import Tiling
@@ -423,15 +424,16 @@ def _masked_scores(
     """As `objectives.score_tokens`, which runs packed: the padded reference for it."""
     run = functools.partial(model.apply, {"params": params})
     before, back = residual.score_layers(model.config)
-    tokens = run(batch["input_ids"], batch["mask"], batch.get("token_type_ids"), method="embed")
+    encoder = functools.partial(Encoder(model.config, model.dtype).apply, {"params": params["encoder"]})
+    tokens = encoder(batch["input_ids"], batch["mask"], batch.get("token_type_ids"), method="embed")
     states = {-1: tokens.states}  # [B, S, H] each
     for layer in range(back + 1):
-        tokens = run(tokens, [layer], method="run_layers")
+        tokens = encoder(tokens, [layer], method="run_layers")
         states[layer] = tokens.states
 
     def loss_from(back_states: jax.Array) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         last = dataclasses.replace(tokens, states=back_states)
-        last = run(last, range(back + 1, model.config.num_layers), method="run_layers")
+        last = encoder(last, range(back + 1, model.config.num_layers), method="run_layers")
         logits = run(last, head_inputs(batch), method="answer")
         loss = LOSSES[model.config.task].loss(logits, Rows(batch))
         return loss.sum(), (logits, loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -30,6 +31,7 @@ from tiny_models import (
 
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.encoder import Encoder
 from trbert_jax.model.model import TokenReducingModel
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.weights import to_original_names
@@ -92,8 +94,9 @@ def test_transformers_loads_what_we_save(tmp_path: Path, config: ModelConfig) ->
     inputs = dict(zip(("input_ids", "mask"), arguments, strict=True))
     ours = module.apply({"params": loaded.params}, inputs, rule=None).logits
     np.testing.assert_allclose(ours, theirs.logits.numpy(), atol=1e-5)
-    tokens = module.apply({"params": loaded.params}, *arguments, method="embed")
-    tokens = module.apply({"params": loaded.params}, tokens, range(config.num_layers), method="run_layers")
+    encoder = functools.partial(Encoder(loaded.config).apply, {"params": loaded.params["encoder"]})
+    tokens = encoder(*arguments, method="embed")
+    tokens = encoder(tokens, range(config.num_layers), method="run_layers")
     real = arguments[1]
     np.testing.assert_allclose(tokens.states[real], theirs.hidden_states[-1].numpy()[real], atol=1e-5)
 

@@ -27,7 +27,7 @@ SMALL = flops.EncoderShape(4, 2, 3, num_outputs=3, reduction_layers=(1, 2), sele
     ],
 )
 def test_published_costs_of_a_bert_base_layer(num_tokens: int, macs: int) -> None:
-    assert flops.layer_macs(num_tokens, 768, 3072) == macs
+    assert BERT_BASE.layer_macs(num_tokens) == macs
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import tiny_models
 from tiny_models import random_batch, take
 
 from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.encoder import Encoder
 from trbert_jax.model.model import Batch, TokenReducingModel, forward, head_inputs
 from trbert_jax.reduction.residual_scores import rank_targets, score_layers
 from trbert_jax.reduction.selection import TokenSet
@@ -48,9 +49,10 @@ def losses_after_moving(
       which: the tokens, bool [B * G, S].
     """
     _, back = score_layers(model.config)
-    layers = functools.partial(model.apply, {"params": params}, method="run_layers")
+    encoder = functools.partial(Encoder(model.config).apply, {"params": params["encoder"]})
+    layers = functools.partial(encoder, method="run_layers")
     inputs = (batch["input_ids"], batch["mask"], batch.get("token_type_ids"))
-    tokens = [model.apply({"params": params}, *inputs, method="embed")]
+    tokens = [encoder(*inputs, method="embed")]
     for layer in range(back + 1):
         tokens.append(layers(tokens[-1], [layer]))
     states = jnp.stack([t.states for t in tokens])  # from the embeddings on

@@ -11,52 +11,32 @@ from typing import Any
 
 Names = tuple[tuple[str, str], ...]  # (key in the parameter tree, name on disk), in order of computation
 
-BERT_TOKENS = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
+BERT_TOKENS = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A family of encoders.
+    """A family of encoders."""
 
-    Attributes:
-      name: `model_type` in config.json, and the prefix of weight names on disk.
-      aliases: other `model_type`s with the same parameters: the published code names a model after what it
-        does.
-      class_name: beginning of the class name in config.json.
-      keys: `ModelConfig` field -> key in config.json.
-      activation_key: key in config.json; the activation must be the exact GELU.
-      defaults: `ModelConfig` fields for a silent config.json, where they differ from `ModelConfig`'s own.
-      embeddings: names below `<name>.embeddings`.
-      stack: module that holds the layers and the selectors.
-      layer: names below `<name>.<stack>.layer.<number>`.
-      pooler: whether a tanh layer in the encoder reads [CLS]; otherwise a ReLU layer in the classification
-        head does (`pre_classifier`).
-      attention_output_dropout: whether dropout follows the output projection of attention.
-      span_dropout: dropout probability before the last layer of a span head.
-      decays_layer_norm: whether weight decay applies to the LayerNorm scales outside the embeddings, as in
-        the published training.
-      special_tokens: role -> token, unless the tokenizer's own files name it.
-    """
-
-    name: str
+    name: str  # `model_type` in config.json, and the prefix of weight names on disk
+    # Other `model_type`s with the same parameters: the published code names a model after what it does.
     aliases: tuple[str, ...] = ()
-    class_name: str
-    keys: Mapping[str, str]
-    activation_key: str
+    class_name: str  # beginning of the class name in config.json
+    keys: Mapping[str, str]  # `ModelConfig` field -> key in config.json
+    activation_key: str  # key in config.json; the activation must be the exact GELU
+    # `ModelConfig` fields for a silent config.json, where they differ from `ModelConfig`'s own.
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    embeddings: Names
-    stack: str
-    layer: Names
+    embeddings: Names  # names below `<name>.embeddings`
+    stack: str  # module that holds the layers and the selectors
+    layer: Names  # names below `<name>.<stack>.layer.<number>`
+    # Whether a tanh layer in the encoder reads [CLS]; otherwise a ReLU layer in the classification head does
+    # (`pre_classifier`).
     pooler: bool
-    attention_output_dropout: bool = True
-    span_dropout: float = 0.0
+    attention_output_dropout: bool = True  # whether dropout follows the output projection of attention
+    span_dropout: float = 0.0  # dropout probability before the last layer of a span head
+    # Whether weight decay applies to the LayerNorm scales outside the embeddings, as published.
     decays_layer_norm: bool = False
+    # Role -> token, unless the tokenizer's own files name it.
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=lambda: BERT_TOKENS)
 
 

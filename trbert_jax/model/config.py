@@ -31,23 +31,16 @@ _DEFAULT_MAX_LENGTH = 512
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig:
-    """How questions become inputs; stored with the model, which must be asked as it was trained.
+    """How questions become inputs; stored with the model, which must be asked as it was trained."""
 
-    Attributes:
-      data: name of the data set it was trained on, which decides the form of a question.
-      choices: form of a multiple choice, see `config.DataConfig.choices`.
-      max_question_length, window_step, max_segments: see `config.BackboneConfig`; 0: data set's default.
-      unanswerable: whether questions may have no answer, as in SQuAD 2.0.
-      null_threshold: null odds above which such a question gets no answer.
-    """
-
-    data: str = ""
-    choices: str = "pairs"
+    data: str = ""  # name of the data set it was trained on, which decides the form of a question
+    choices: str = "pairs"  # form of a multiple choice, see `config.DataConfig.choices`
+    # See `config.BackboneConfig`; 0 for the data set's default.
     max_question_length: int = 0
     window_step: int = 0
     max_segments: int = 1
-    unanswerable: bool = False
-    null_threshold: float = 0.0
+    unanswerable: bool = False  # whether questions may have no answer, as in SQuAD 2.0
+    null_threshold: float = 0.0  # null odds above which such a question gets no answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,38 +48,27 @@ class ModelConfig:
     """A post-LN encoder with token selectors and the head of a task.
 
     Sizes are counts, dropouts are probabilities. See docs/method.md, "Encoder".
-
-    Attributes:
-      model_type: key of `BACKBONES`.
-      task: key of `HEADS`.
-      max_positions: rows of the position table; the longest input, special tokens included.
-      type_vocab_size: rows of the token type table; 0 for none.
-      classifier_dropout: dropout before the last linear layer of the classification head.
-      labels: label names in the order of their ids, one per class.
-      selector_hidden: width of a selector's hidden layer.
-      max_length: padded length the selectors were trained with, the unit of the length penalty.
-      inputs: how questions become inputs; unused for classification of texts.
     """
 
-    model_type: str = "bert"
-    task: str = _DEFAULT_TASK
+    model_type: str = "bert"  # key of `BACKBONES`
+    task: str = _DEFAULT_TASK  # key of `HEADS`
     vocab_size: int = 30522
     hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
     intermediate_size: int = 3072
-    max_positions: int = 512
-    type_vocab_size: int = 2
+    max_positions: int = 512  # rows of the position table; the longest input, special tokens included
+    type_vocab_size: int = 2  # rows of the token type table; 0 for none
     layer_norm_eps: float = 1e-12
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
-    classifier_dropout: float = 0.1
+    classifier_dropout: float = 0.1  # before the last linear layer of the classification head
     initializer_range: float = 0.02
     pad_token_id: int = 0
-    labels: tuple[str, ...] = ("0", "1")
-    selector_hidden: int = 32
-    max_length: int = 512
-    inputs: InputConfig = InputConfig()
+    labels: tuple[str, ...] = ("0", "1")  # label names in the order of their ids, one per class
+    selector_hidden: int = 32  # width of a selector's hidden layer
+    max_length: int = 512  # padded length the selectors were trained with, the unit of the length penalty
+    inputs: InputConfig = InputConfig()  # how questions become inputs; unused for classification of texts
 
     @property
     def backbone(self) -> Backbone:

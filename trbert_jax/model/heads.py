@@ -108,54 +108,29 @@ class MultiHopHead(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The head of a task.
+    """The head of a task."""
 
-    Attributes:
-      name: key of `HEADS`, the task.
-      module: made with a configuration and a compute dtype.
-      layers: its linear layers, named as on disk.
-      class_suffix: end of the class name in config.json; Hugging Face has no class for some tasks.
-      reads_all_tokens: whether it reads every token, a dropped one in the state it had when dropped;
-        otherwise it reads [CLS] alone.
-      num_outputs: outputs of its last layer, per token or per [CLS]; None for one per label.
-      inputs: entries of a batch that it reads besides the states -> shape of a row in the smallest example.
-    """
-
-    name: str
-    module: type[nn.Module]
-    layers: tuple[str, ...]
-    class_suffix: str = "Model"
+    name: str  # key of `HEADS`, the task
+    module: type[nn.Module]  # made with a configuration and a compute dtype
+    layers: tuple[str, ...]  # its linear layers, named as on disk
+    class_suffix: str = "Model"  # end of the class name in config.json; some tasks have no class of their own
+    # Whether it reads every token, a dropped one in the state it had when dropped; otherwise [CLS] alone.
     reads_all_tokens: bool = True
-    num_outputs: int | None = None
+    num_outputs: int | None = None  # of its last layer, per token or per [CLS]; None for one per label
+    # Entries of a batch that it reads besides the states -> shape of a row in the smallest example.
     inputs: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
+
+_SENTENCE, _MULTI_HOP = ("classifier",), ("qa_outputs", "qa_classifier", "sent_linear", "sent_classifier")
 
 HEADS: dict[str, Head] = {
     head.name: head
     for head in (
-        Head(
-            "classification",
-            ClassificationHead,
-            ("classifier",),
-            "ForSequenceClassification",
-            reads_all_tokens=False,
-        ),
-        Head(
-            "multiple_choice",
-            ClassificationHead,
-            ("classifier",),
-            "ForMultipleChoice",
-            reads_all_tokens=False,
-            num_outputs=1,
-        ),
+        Head("classification", ClassificationHead, _SENTENCE, "ForSequenceClassification", False),
+        Head("multiple_choice", ClassificationHead, _SENTENCE, "ForMultipleChoice", False, num_outputs=1),
         Head("span", SpanHead, ("qa_outputs",), "ForQuestionAnswering"),
         Head("candidates", CandidateHead, ("qa_outputs",), num_outputs=1, inputs={"candidates": (1,)}),
-        Head(
-            "multi_hop",
-            MultiHopHead,
-            ("qa_outputs", "qa_classifier", "sent_linear", "sent_classifier"),
-            inputs={"sentences": (1, 2)},
-        ),
+        Head("multi_hop", MultiHopHead, _MULTI_HOP, inputs={"sentences": (1, 2)}),
     )
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -28,18 +28,13 @@ class ModelOutput:
 
 
 class TokenReducingModel(nn.Module):
-    """An encoder that drops tokens between its layers, and the head of a task.
-
-    Attributes:
-      config: the model's shape.
-      dtype: compute dtype; parameters, selector logits, softmax and LayerNorm statistics and the
-        head's logits stay float32.
-      remat: recompute a layer's inner values in the backward pass instead of storing them.
-    """
+    """An encoder that drops tokens between its layers, and the head of a task."""
 
     config: ModelConfig
+    # Compute dtype; parameters, selector logits, softmax and LayerNorm statistics and the head's logits stay
+    # float32.
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool = False  # recompute a layer's inner values in the backward pass instead of storing them
 
     def setup(self) -> None:
         self.encoder = Encoder(self.config, self.dtype, self.remat)
@@ -64,7 +59,9 @@ class TokenReducingModel(nn.Module):
             for all; outputs have K * B rows, row `j * B + i` is copy j of example i.
           deterministic: no dropout; otherwise the `dropout` RNG is needed.
         """
-        tokens = self.embed(batch["input_ids"], batch["mask"], batch.get("token_type_ids"), deterministic)
+        tokens = self.encoder.embed(
+            batch["input_ids"], batch["mask"], batch.get("token_type_ids"), deterministic
+        )
         tokens = self.encoder.before_selection(tokens, deterministic)
         if num_copies > 1:
             tokens = tokens.repeat(num_copies)
@@ -84,22 +81,6 @@ class TokenReducingModel(nn.Module):
             return self.head(self.encoder.sentence_state(tokens), deterministic)
         states = jnp.where(tokens.valid[..., None], tokens.states, 0)
         return self.head(states, inputs.get("head_mask", tokens.valid), inputs, deterministic)
-
-    # Pieces of the forward pass, for the residual scores and the packed backend.
-
-    def embed(
-        self,
-        input_ids: jax.Array,
-        mask: jax.Array,
-        token_type_ids: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> TokenSet:
-        """Embeds the tokens, see `Encoder.embed`."""
-        return self.encoder.embed(input_ids, mask, token_type_ids, deterministic)
-
-    def run_layers(self, tokens: TokenSet, layers: Sequence[int]) -> TokenSet:
-        """Runs layers without dropout or reduction, see `Encoder.run_layers`."""
-        return self.encoder.run_layers(tokens, layers)
 
 
 def forward(

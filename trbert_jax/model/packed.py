@@ -35,22 +35,15 @@ from trbert_jax.reduction.selection import Rule, Selection, TokenSet, restore, s
 
 @struct.dataclass
 class PackedTokens:
-    """The tokens of R rows without gaps: the longest row first, each row's tokens in order.
+    """The tokens of R rows without gaps: the longest row first, each row's tokens in order."""
 
-    Attributes:
-      states: [C, H]; meaningless after the last token.
-      valid: bool [R, S], the positions of the tokens in the padded batch.
-      slot: int32 [R, S], the index of each token in `states`.
-      order: int32 [R], the order of the rows. Neighbors have similar lengths, so that attention over a group
-        of them has little to pad.
-      scratch: four arrays [C, H] for layers to write to, so that no layer has to clear memory.
-    """
-
-    states: jax.Array
-    valid: jax.Array
-    slot: jax.Array
+    states: jax.Array  # [C, H]; meaningless after the last token
+    valid: jax.Array  # bool [R, S], the positions of the tokens in the padded batch
+    slot: jax.Array  # int32 [R, S], the index of each token in `states`
+    # int32 [R], the order of the rows. Neighbors have similar lengths, so that attention over a group of them
+    # has little to pad.
     order: jax.Array
-    scratch: tuple[jax.Array, ...]
+    scratch: tuple[jax.Array, ...]  # four arrays [C, H] for layers to write to; no layer has to clear memory
 
     @property
     def length(self) -> jax.Array:
@@ -136,7 +129,8 @@ def packed_forward(
     for stage, (start, stop) in enumerate(itertools.pairwise(points)):
         copies = num_copies if stage == 0 else 1
         if rule is None:
-            packed = encoder.keep(packed, packed.valid, copies) if copies > 1 else packed
+            if copies > 1:
+                packed = encoder.keep(packed, jnp.tile(packed.valid, (copies, 1)), copies)
         else:
             logits = encoder.selector_logits(params, packed, stage)
             valid = jnp.tile(packed.valid, (copies, 1))
@@ -171,7 +165,8 @@ class PackedEncoder:
         types = batch.get("token_type_ids")
         # Only this part sees padding: a table lookup, whose derivative is best in one piece.
         layers = self.model.config.num_layers
-        tokens = self._apply(params, "embed", dropout_rng, layers, batch["input_ids"], batch["mask"], types)
+        inputs = (batch["input_ids"], batch["mask"], types)
+        tokens = self._apply(params, _embed, dropout_rng, layers, *inputs)
         rows, width, hidden = tokens.states.shape
         slot = jnp.arange(rows * width, dtype=jnp.int32).reshape(rows, width)
         return pack(tokens.states.reshape(-1, hidden), slot, tokens.valid, self.tiling)
@@ -284,7 +279,7 @@ class PackedEncoder:
         return dataclasses.replace(packed, states=states, scratch=(*qkv, context))
 
     def _apply(
-        self, params: Params, method: str, dropout_rng: jax.Array | None, number: int, *arguments: Any
+        self, params: Params, method: Any, dropout_rng: jax.Array | None, number: int, *arguments: Any
     ) -> Any:
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
         deterministic = rng is None
@@ -294,6 +289,10 @@ class PackedEncoder:
 def _rows(packed: PackedTokens) -> tuple[jax.Array, jax.Array, int]:
     """Returns starts and lengths of the rows in their order, and the largest possible length."""
     return packed.start[packed.order], packed.length[packed.order], packed.valid.shape[-1]
+
+
+def _embed(model: TokenReducingModel, *inputs: Any) -> TokenSet:
+    return model.encoder.embed(*inputs)
 
 
 def _attend(layer: TransformerLayer, *arrays: jax.Array, rng: jax.Array | None) -> jax.Array:

@@ -46,19 +46,13 @@ _MODEL_FILES = {"config.json", SAFETENSORS, TORCH, "added_tokens.json", "vocab.t
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A loaded checkpoint.
+    """A loaded checkpoint."""
 
-    Attributes:
-      config: the model's shape, as loaded.
-      params: nested dict of float32 numpy arrays.
-      tokenizer: a `transformers.PreTrainedTokenizerFast`; None if the directory has none.
-      newly_initialized: parts with random values, of `selectors`, `pooler`, `pre_classifier` and the linear
-        layers of the task's head (`classifier`, `qa_outputs`, ...).
-    """
-
-    config: ModelConfig
-    params: Tree
-    tokenizer: Tokenizer | None
+    config: ModelConfig  # the model's shape, as loaded
+    params: Tree  # nested dict of float32 numpy arrays
+    tokenizer: Tokenizer | None  # None if the directory has none
+    # Parts with random values, of `selectors`, `pooler`, `pre_classifier` and the linear layers of the task's
+    # head (`classifier`, `qa_outputs`, ...).
     newly_initialized: tuple[str, ...] = ()
 
 

@@ -30,21 +30,14 @@ SMALL_REQUEST = 4  # rows
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes of the loops' steps.
+    """Sizes of the loops' steps."""
 
-    Attributes:
-      tokens: tokens of a large tile.
-      rest: tokens of a small tile, for the remainder; divides `tokens`.
-      group_tokens: tokens of a group of rows in attention, padded to the group's width.
-      width_step: widths of attention are multiples of this.
-      row_by_row: whether the rows of a group are copied one by one. On a CPU each is a fast memory copy,
-        and gathers are slow; on an accelerator each copy is a launch, and one gather replaces them all.
-    """
-
-    tokens: int = 512
-    rest: int = 64
-    group_tokens: int = 512
-    width_step: int = 32
+    tokens: int = 512  # tokens of a large tile
+    rest: int = 64  # tokens of a small tile, for the remainder; divides `tokens`
+    group_tokens: int = 512  # tokens of a group of rows in attention, padded to the group's width
+    width_step: int = 32  # widths of attention are multiples of this
+    # Whether the rows of a group are copied one by one. On a CPU each is a fast memory copy, and gathers are
+    # slow; on an accelerator each copy is a launch, and one gather replaces them all.
     row_by_row: bool = True
 
     @classmethod

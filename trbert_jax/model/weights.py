@@ -56,19 +56,13 @@ _OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "Layer
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One parameter.
+    """One parameter."""
 
-    Attributes:
-      name: on disk.
-      path: keys of the nested parameter tree.
-      shape: on disk.
-      part: `encoder`, `selectors`, `pooler`, `pre_classifier` or a linear layer of the head
-        (`classifier`, `qa_outputs`, ...). A checkpoint has or lacks a part as a whole.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
+    name: str  # on disk
+    path: tuple[str, ...]  # keys of the nested parameter tree
+    shape: tuple[int, ...]  # on disk
+    # `encoder`, `selectors`, `pooler`, `pre_classifier` or a linear layer of the head (`classifier`, ...). A
+    # checkpoint has or lacks a part as a whole.
     part: str
 
     @property

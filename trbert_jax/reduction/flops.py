@@ -19,30 +19,17 @@ import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
 
-BERT_BASE_LAYERS = 12
-BERT_BASE_HIDDEN = 768
-BERT_BASE_INTERMEDIATE = 3072
-
 
 @dataclasses.dataclass(frozen=True)
 class EncoderShape:
-    """Sizes of an encoder and its classifier.
+    """Sizes of an encoder and its classifier."""
 
-    Attributes:
-      num_layers: L.
-      hidden_size: H.
-      intermediate_size: I, width of the feed-forward layer.
-      num_outputs: C, outputs of the classifier.
-      reduction_layers: 0-based layers before which tokens are dropped, ascending.
-      selector_hidden: width of a selector's hidden layer.
-    """
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_outputs: int
-    reduction_layers: tuple[int, ...] = ()
-    selector_hidden: int = 32
+    num_layers: int  # L
+    hidden_size: int  # H
+    intermediate_size: int  # I, width of the feed-forward layer
+    num_outputs: int  # C, outputs of the classifier
+    reduction_layers: tuple[int, ...] = ()  # 0-based layers before which tokens are dropped, ascending
+    selector_hidden: int = 32  # width of a selector's hidden layer
 
     @classmethod
     def of(cls, config: Any) -> EncoderShape:
@@ -57,6 +44,15 @@ class EncoderShape:
         """
         bounds = (0, *self.reduction_layers, self.num_layers)
         return tuple(end - start for start, end in itertools.pairwise(bounds))
+
+    def layer_macs(self, num_tokens: npt.ArrayLike) -> Counts:
+        """Counts MACs of one layer over n tokens, integers of any shape: 4nH^2 + 2nHI + 2n^2H.
+
+        Query, key, value and output projections, then the feed-forward layer, then the two products of
+        attention.
+        """
+        n, hidden = np.asarray(num_tokens, np.int64), self.hidden_size
+        return n * (4 * hidden**2 + 2 * hidden * self.intermediate_size) + 2 * n**2 * hidden
 
     @property
     def selector_macs(self) -> int:
@@ -74,24 +70,6 @@ class EncoderShape:
         return self.hidden_size**2
 
 
-def layer_macs(num_tokens: npt.ArrayLike, hidden_size: int, intermediate_size: int) -> Counts:
-    """Counts MACs of one encoder layer over n tokens: 4nH^2 + 2nHI + 2n^2H.
-
-    Query, key, value and output projections, then the feed-forward layer, then the two products of
-    attention.
-
-    Args:
-      num_tokens: n, integers of any shape.
-      hidden_size: H.
-      intermediate_size: I.
-
-    Returns:
-      int64, shaped as `num_tokens`.
-    """
-    n = np.asarray(num_tokens, np.int64)
-    return n * (4 * hidden_size**2 + 2 * hidden_size * intermediate_size) + 2 * n**2 * hidden_size
-
-
 def dense_flops(shape: EncoderShape, lengths: npt.ArrayLike) -> Counts:
     """Counts FLOPs without reduction, as published work reports them.
 
@@ -102,8 +80,7 @@ def dense_flops(shape: EncoderShape, lengths: npt.ArrayLike) -> Counts:
     Returns:
       int64 [n].
     """
-    per_layer = layer_macs(lengths, shape.hidden_size, shape.intermediate_size)
-    return 2 * (shape.num_layers * per_layer + shape.classifier_macs)
+    return 2 * (shape.num_layers * shape.layer_macs(lengths) + shape.classifier_macs)
 
 
 def exact_dense_flops(shape: EncoderShape, lengths: npt.ArrayLike) -> Counts:
@@ -113,8 +90,7 @@ def exact_dense_flops(shape: EncoderShape, lengths: npt.ArrayLike) -> Counts:
 
 def bert_base_flops(lengths: npt.ArrayLike, num_outputs: int) -> Counts:
     """Counts reported FLOPs of a dense BERT-base, the reference for models of all sizes."""
-    bert_base = EncoderShape(BERT_BASE_LAYERS, BERT_BASE_HIDDEN, BERT_BASE_INTERMEDIATE, num_outputs)
-    return dense_flops(bert_base, lengths)
+    return dense_flops(EncoderShape(12, 768, 3072, num_outputs), lengths)
 
 
 def reduced_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
@@ -131,10 +107,8 @@ def reduced_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLi
     Raises:
       ValueError: `kept` is not [n, T] or exceeds the number of tokens before.
     """
-    tokens = _tokens_per_segment(shape, lengths, kept)
-    return 2 * (
-        _encoder_macs(shape, tokens) + shape.selector_macs * tokens[:, 1:].sum(1) + shape.classifier_macs
-    )
+    macs, tokens = _encoder_macs(shape, lengths, kept)
+    return 2 * (macs + shape.selector_macs * tokens[:, 1:].sum(1) + shape.classifier_macs)
 
 
 def exact_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
@@ -142,18 +116,13 @@ def exact_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike
 
     Arguments, result and errors are those of `reduced_flops`.
     """
-    tokens = _tokens_per_segment(shape, lengths, kept)
-    head = shape.pooler_macs + shape.classifier_macs
-    return 2 * (_encoder_macs(shape, tokens) + shape.selector_macs * tokens[:, :-1].sum(1) + head)
+    macs, tokens = _encoder_macs(shape, lengths, kept)
+    selectors = shape.selector_macs * tokens[:, :-1].sum(1)
+    return 2 * (macs + selectors + shape.pooler_macs + shape.classifier_macs)
 
 
-def _encoder_macs(shape: EncoderShape, tokens: Counts) -> Counts:
-    per_layer = layer_macs(tokens, shape.hidden_size, shape.intermediate_size)
-    return np.sum(per_layer * np.asarray(shape.segments, np.int64), axis=1)
-
-
-def _tokens_per_segment(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
-    """Returns int64 [n, T + 1], the tokens in the layers of each segment."""
+def _encoder_macs(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> tuple[Counts, Counts]:
+    """Returns MACs of all layers, int64 [n], and the tokens of each segment, int64 [n, T + 1]."""
     lengths, kept = np.asarray(lengths, np.int64), np.asarray(kept, np.int64)
     expected = (*lengths.shape, len(shape.reduction_layers))
     if lengths.ndim != 1 or kept.shape != expected:
@@ -163,7 +132,7 @@ def _tokens_per_segment(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.A
     tokens = np.column_stack([lengths, kept])
     if np.any(np.diff(tokens, axis=1) > 0):
         raise ValueError("an example keeps more tokens than it had")
-    return tokens
+    return np.sum(shape.layer_macs(tokens) * np.asarray(shape.segments, np.int64), axis=1), tokens
 
 
 # Training stages ------------------------------------------------------------------------------------
@@ -174,7 +143,7 @@ ASSUMED_KEPT = 0.5  # share of the tokens that a point of reduction keeps, befor
 def assumed_flops(
     shape: EncoderShape, lengths: npt.NDArray[Any], shares: Sequence[float] | None = None
 ) -> npt.NDArray[np.float64]:
-    """Exact FLOPs with reduction if each point keeps a share of the tokens, float64 [n].
+    """Counts exact FLOPs with reduction if each point keeps a share of the tokens, float64 [n].
 
     Args:
       shape: of the model, T points of reduction.
@@ -191,11 +160,11 @@ def assumed_flops(
 def sampled_flops(
     shape: EncoderShape, lengths: npt.NDArray[Any], num_samples: int, shares: Sequence[float] | None = None
 ) -> npt.NDArray[np.float64]:
-    """FLOPs of several sampled selections of each example, which share the layers before the first point.
+    """Counts FLOPs of several sampled selections of an example; they share the layers before the first point.
 
     Arguments and result are those of `assumed_flops`.
     """
-    shared = 2.0 * shape.segments[0] * layer_macs(lengths, shape.hidden_size, shape.intermediate_size)
+    shared = 2.0 * shape.segments[0] * shape.layer_macs(lengths)
     return shared + num_samples * (assumed_flops(shape, lengths, shares) - shared)
 
 
@@ -216,5 +185,5 @@ PEAK_TFLOPS = {
 
 
 def known_peak(device: str) -> float | None:
-    """bfloat16 TFLOP/s of a device by its name; None for one that is not in the table, such as a CPU."""
+    """Returns bfloat16 TFLOP/s of a device by its name; None if it is not in the table, such as a CPU."""
     return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in device), None)

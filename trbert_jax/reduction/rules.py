@@ -23,32 +23,23 @@ DEFAULT_THRESHOLD = 0.5  # the published rule
 
 @dataclasses.dataclass(frozen=True)
 class RuleSpec:
-    """A reduction rule.
+    """A reduction rule. Arrays have R rows, copies included."""
 
-    Attributes:
-      name: key of `RULES`.
-      description: one line, for help texts and documentation.
-      build: makes the rule from the entries of `inputs`; returns None to run the dense encoder. May be
-        called inside a compiled function.
-      use: `evaluate` (evaluation and prediction), `baseline` (selects without having learned anything) or
-        `train`.
-      inputs: the entries `build` reads, of R rows (copies included):
-        `min_logit` float32 [R], the lowest selector logit that keeps a token (`selection.min_logit`);
-        `num_kept` int32 [R, stages], tokens each row keeps;
-        `row_keys` PRNG keys [R], one per row (`tasks.losses.Rows.keys`);
-        `guide` float32 [R, stages, S], residual scores;
-        `imitating` bool [R], the rows that follow the guide.
-      exact: whether a row's selection is independent of the other rows of its batch.
-      drops: whether the rule asks the selectors at all; False for the dense encoder.
-    """
-
-    name: str
-    description: str
+    name: str  # key of `RULES`
+    description: str  # one line, for help texts and documentation
+    # Makes the rule from the entries of `inputs`; returns None to run the dense encoder. May be called inside
+    # a compiled function.
     build: Callable[[Inputs], Rule | None]
-    use: Use = "evaluate"
+    use: Use = "evaluate"  # or `baseline` (selects without having learned anything), or `train`
+    # The entries that `build` reads:
+    #   `min_logit` float32 [R], the lowest selector logit that keeps a token (`selection.min_logit`);
+    #   `num_kept` int32 [R, stages], tokens each row keeps;
+    #   `row_keys` PRNG keys [R], one per row (`tasks.losses.Rows.keys`);
+    #   `guide` float32 [R, stages, S], residual scores;
+    #   `imitating` bool [R], the rows that follow the guide.
     inputs: tuple[str, ...] = ()
-    exact: bool = True
-    drops: bool = True
+    exact: bool = True  # whether a row's selection is independent of the other rows of its batch
+    drops: bool = True  # whether the rule asks the selectors at all; False for the dense encoder
 
     @property
     def has_threshold(self) -> bool:

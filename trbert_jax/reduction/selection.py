@@ -30,15 +30,10 @@ LOG_EPSILON = 1e-6
 
 @struct.dataclass
 class TokenSet:
-    """Hidden states, and which of them are remaining tokens.
+    """Hidden states, and which of them are remaining tokens."""
 
-    Attributes:
-      states: float [B, S, H].
-      valid: bool [B, S]; False for padding and for dropped tokens.
-    """
-
-    states: jax.Array
-    valid: jax.Array
+    states: jax.Array  # float [B, S, H]
+    valid: jax.Array  # bool [B, S]; False for padding and for dropped tokens
 
     def repeat(self, num_copies: int) -> TokenSet:
         """Stacks copies of the batch: row `j * B + i` is copy j of example i."""
@@ -51,14 +46,10 @@ class SharedPassage:
 
     The rows decide on them together, by the mean of their selector logits, and keep the same tokens. A rule
     must treat rows with the same logits alike, and draw the same random numbers for them.
-
-    Attributes:
-      shared: bool [B, S], the same in all rows of a group.
-      group: rows of a group.
     """
 
-    shared: jax.Array
-    group: int = struct.field(pytree_node=False)
+    shared: jax.Array  # bool [B, S], the same in all rows of a group
+    group: int = struct.field(pytree_node=False)  # rows of a group
 
     def mean(self, logits: jax.Array) -> jax.Array:
         """Averages over each group: [B, S] -> [B, S], the same in all rows of a group."""
@@ -72,17 +63,11 @@ class SharedPassage:
 
 @struct.dataclass
 class Selection:
-    """The decisions at one point of reduction.
+    """The decisions at one point of reduction."""
 
-    Attributes:
-      logits: float32 [B, S], selector logits.
-      scored: bool [B, S], tokens that were judged.
-      keep: bool [B, S], tokens that were kept; always the first.
-    """
-
-    logits: jax.Array
-    scored: jax.Array
-    keep: jax.Array
+    logits: jax.Array  # float32 [B, S], selector logits
+    scored: jax.Array  # bool [B, S], tokens that were judged
+    keep: jax.Array  # bool [B, S], tokens that were kept; always the first
 
     @property
     def num_kept(self) -> jax.Array:

@@ -71,7 +71,7 @@ def _score_flops(
 ) -> np.ndarray:
     """Adds the gradient of states, not of parameters, through the last layers."""
     layers = model.num_layers - 1 - residual.score_layers(model)[1]
-    layer = flops.layer_macs(lengths, model.hidden_size, model.intermediate_size)
+    layer = EncoderShape.of(model).layer_macs(lengths)
     return _dense(1)(config, model, lengths, shares) + 2.0 * layers * layer
 
 
