@@ -7,15 +7,14 @@ and single files. `register_dataset` adds one.
 from __future__ import annotations
 
 from trbert_jax.datasets import (  # noqa: F401 - each registers its data sets
+    choice_files,
     hotpotqa,
     hyperpartisan,
     python_source,
-    race,
     span_files,
     text_files,
     tfds,
     triviaqa,
-    wikihop,
 )
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.registry import DATASETS, DataSet, dataset_names, find_dataset, register_dataset

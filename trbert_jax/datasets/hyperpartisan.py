@@ -40,8 +40,8 @@ def split_hyperpartisan(input_path: str | Path, output_dir: str | Path) -> dict[
       UserError: a missing or malformed file (with its line), or too few articles.
     """
     path = _find_source(Path(input_path).expanduser())
-    examples = list(_read_xml(path) if path.suffix == ".xml" else _read_original_data(path))
-    splits = _divide(examples, str(path))
+    read = _read_xml if path.suffix == ".xml" else _read_original_data
+    splits = _divide(list(read(path)), path)
     for name, part in splits.items():
         with atomic_file(Path(output_dir).expanduser() / f"{name}.jsonl") as stream:
             for example in part:
@@ -50,7 +50,7 @@ def split_hyperpartisan(input_path: str | Path, output_dir: str | Path) -> dict[
     return {name: len(part) for name, part in splits.items()}
 
 
-def _divide(examples: list[Example], source: str) -> dict[str, list[Example]]:
+def _divide(examples: list[Example], source: Path) -> dict[str, list[Example]]:
     """Returns the published split: seed 42, each class shuffled, its last tenths for dev and test.
 
     A tenth of class 0 is taken from both classes, and the classes follow each other. Both are oddities of
@@ -60,10 +60,8 @@ def _divide(examples: list[Example], source: str) -> dict[str, list[Example]]:
     size = int(len(classes[0]) / 10 + 0.5)
     if size == 0 or min(map(len, classes)) <= 2 * size:
         counts = ", ".join(f"{len(c)} {name}" for c, name in zip(classes, LABELS, strict=True))
-        raise UserError(
-            f"{source}: too few articles to split ({counts}); expected at least 5 not hyperpartisan, and "
-            "hyperpartisan ones more than a fifth of that"
-        )
+        expected = "at least 5 not hyperpartisan, and hyperpartisan ones more than a fifth of that"
+        raise UserError(f"{source}: too few articles to split ({counts}); expected {expected}")
     rng = random.Random(_SEED)
     for members in classes:
         rng.shuffle(members)
@@ -72,7 +70,7 @@ def _divide(examples: list[Example], source: str) -> dict[str, list[Example]]:
 
 
 def _read_original_data(path: Path) -> Iterator[Example]:
-    """Yields the articles of lines of id, label (0 or 1) and text with single spaces between them."""
+    """Yields the articles of lines of id, label (0 or 1) and text, separated by single spaces."""
     for number, line in reading.read_lines(path):
         if line.strip():
             with reading.record(f"{path}:{number}"):
@@ -97,8 +95,8 @@ def _read_xml(articles_path: Path) -> Iterator[Example]:
         with reading.record(f"{articles_path}: article {article_id}"):
             if article_id not in labels:
                 raise ValueError(f"not in {truth_path}; the two files do not belong together")
-            text = " ".join(f"{article.get('title', '')} {''.join(article.itertext())}".split())
-            item = {"text": text, "label": labels.pop(article_id)}
+            words = f"{article.get('title', '')} {''.join(article.itertext())}".split()
+            item = {"text": " ".join(words), "label": labels.pop(article_id)}
             yield text_files.make_example(article_id, item, LABELS)
     if labels:
         raise UserError(f"{truth_path}: article {next(iter(labels))}: not in {articles_path}")
@@ -109,10 +107,9 @@ def _articles(path: Path) -> Iterator[tuple[str, ElementTree.Element]]:
         with readable(path), path.open("rb") as stream:
             for _, element in ElementTree.iterparse(stream):
                 if element.tag == "article":
-                    article_id = element.get("id")
-                    if article_id is None:
+                    if "id" not in element.attrib:
                         raise UserError(f"{path}: an article without an id")
-                    yield article_id, element
+                    yield element.attrib["id"], element
                     element.clear()  # the by-publisher files do not fit into memory
     except ElementTree.ParseError as error:
         raise UserError(f"{path}:{error.position[0]}: not valid XML ({error})") from error
@@ -124,8 +121,6 @@ def _find_source(path: Path) -> Path:
     found = [path] if path.is_file() else in_folder
     if len(found) != 1 or (found[0].suffix == ".xml" and not found[0].name.startswith(_ARTICLES)):
         names = ", ".join(file.name for file in found) or "nothing to split"
-        raise UserError(
-            f"{path}: found {names}; expected one {_TEXT_FILE}, or one {_ARTICLES}NAME.xml with "
-            f"{_GROUND_TRUTH}NAME.xml"
-        )
+        expected = f"one {_TEXT_FILE}, or one {_ARTICLES}NAME.xml with {_GROUND_TRUTH}NAME.xml"
+        raise UserError(f"{path}: found {names}; expected {expected}")
     return found[0]

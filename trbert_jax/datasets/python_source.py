@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import sysconfig
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
@@ -35,10 +36,7 @@ _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycach
 
 
 class _StandardLibrary(DataSet):
-    """`CHUNKS_PER_CLASS` chunks for each of `NUM_CLASSES` classes over all splits.
-
-    No two chunks are alike or overlap. An id is the file and the number of the chunk's first line.
-    """
+    """Has chunks that differ and do not overlap. An id is the file and the number of the first line."""
 
     def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
         return _read_all(path)[0]
@@ -60,27 +58,26 @@ register_dataset(
 @functools.lru_cache(maxsize=1)
 def _read_all(path: PathLike) -> tuple[tuple[str, ...], tuple[Example, ...]]:
     root = Path(path or sysconfig.get_path("stdlib")).expanduser()
-    chunks: dict[str, dict[str, str]] = {}  # class -> text -> id; a repeated text counts once
-    seen: set[str] = set()
+    chunks = defaultdict[str, list[tuple[str, str]]](list)  # ids and texts by class
+    seen = set[str]()
     for name, file in _source_files(root):
         for line, text in _chunks(file):
             if text not in seen:
                 seen.add(text)
-                chunks.setdefault(name, {})[text] = f"{file.relative_to(root).as_posix()}:{line}"
-    large = [name for name, texts in chunks.items() if len(texts) >= CHUNKS_PER_CLASS]
+                chunks[name].append((f"{file.relative_to(root).as_posix()}:{line}", text))
+    large = [name for name, found in chunks.items() if len(found) >= CHUNKS_PER_CLASS]
     if len(large) < NUM_CLASSES:
         raise UserError(
             f"{root}: {len(large)} modules of Python's standard library with enough source text; expected "
             f"at least {NUM_CLASSES}. Set data.path to the folder of a complete one (its files *.py)"
         )
-    label_names = tuple(sorted(sorted(large, key=lambda name: (-len(chunks[name]), name))[:NUM_CLASSES]))
+    largest = sorted(large, key=lambda name: (-len(chunks[name]), name))[:NUM_CLASSES]
     examples = []
-    for label, name in enumerate(label_names):
-        available = list(chunks[name].items())
+    for label, name in enumerate(sorted(largest)):
         for i in range(CHUNKS_PER_CLASS):  # evenly spaced over the module
-            text, example_id = available[i * len(available) // CHUNKS_PER_CLASS]
+            example_id, text = chunks[name][i * len(chunks[name]) // CHUNKS_PER_CLASS]
             examples.append(Example(example_id, text, label))
-    return label_names, tuple(examples)
+    return tuple(sorted(largest)), tuple(examples)
 
 
 def _source_files(root: Path) -> Iterator[tuple[str, Path]]:

@@ -98,14 +98,10 @@ class BadRecord(UserError):
 
 
 class UnusableRecords(UserError):
-    """Records that were read, but cannot become inputs of a model.
-
-    Attributes:
-      found: id -> what is wrong.
-    """
+    """Records that were read, but cannot become inputs of a model."""
 
     def __init__(self, found: Mapping[str, BadRecord]) -> None:
-        self.found = dict(found)
+        self.found = dict(found)  # id -> what is wrong
         super().__init__(str(next(iter(self.found.values()))))
 
 
@@ -169,24 +165,18 @@ class BadRecords:
     def summary(self, kept: int, start: int = 0) -> str | None:
         """Returns one line about `skipped[start:]`, beside `kept` good records; None if nothing is."""
         skipped = self.skipped[start:]
-        if not skipped:
-            return None
         listed = "; ".join(map(str, skipped[:_LISTED]))
         more = f"; and {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else ""
-        return f"{len(skipped)} of {kept + len(skipped)} records skipped: {listed}{more}"
+        return f"{len(skipped)} of {kept + len(skipped)} records skipped: {listed}{more}" if skipped else None
 
 
 def collect(
     records: Iterable[R], source: object, bad: BadRecords, expected: str, *, repeats: bool = False
 ) -> list[R]:
-    """Returns the records of a source, in its order; a second record with the same id is bad.
+    """Returns the records of a source, in its order. Raises `UserError` if it has none.
 
-    Args:
-      records: of the source.
-      source: file, folder or name, for messages.
-      bad: how to handle bad records.
-      expected: the format, for the message about a source without records.
-      repeats: drop a record that equals an earlier one.
+    A second record with the same id is bad; with `repeats` it is dropped if it equals the first one.
+    `source`, a file or name, and `expected`, the format, are for messages.
     """
     found = dict[str, R]()
     for item in records:
@@ -219,7 +209,7 @@ def text(item: Any, key: str | int, *, may_be_empty: bool = False) -> str:
     """Returns a string, in valid Unicode and with more than white space unless it may be empty."""
     value = field(item, key)
     if not isinstance(value, str):
-        raise _wrong(key, value, "a text")
+        raise _error(key, f"is {describe(value)}; expected a text")
     with within(_name(key)):
         if not may_be_empty and (not value or value.isspace()):
             raise ValueError("is empty; expected a text")
@@ -244,7 +234,8 @@ def integer(item: Any, key: str | int, low: int = 0, high: int | None = None) ->
     """Returns a whole number from `low` to `high`, both included."""
     value = field(item, key)
     if type(value) is not int or value < low or (high is not None and value > high):
-        raise _wrong(key, value, f"a whole number from {low}{'' if high is None else f' to {high}'}")
+        limits = f"from {low}{'' if high is None else f' to {high}'}"
+        raise _error(key, f"is {describe(value)}; expected a whole number {limits}")
     return value
 
 
@@ -252,7 +243,7 @@ def flag(item: Any, key: str | int | None = None) -> bool:
     """Returns true or false, also of the numbers 1 and 0: a field, or `item` itself without a key."""
     value = field(item, key)
     if not isinstance(value, int) or value not in (0, 1):
-        raise _wrong(key, value, "true or false")
+        raise _error(key, f"is {describe(value)}; expected true or false")
     return bool(value)
 
 
@@ -262,10 +253,9 @@ def items(
     """Returns a list, of `count` items or at least of `some`: a field, or `item` itself without a key."""
     value = field(item, key)
     if not isinstance(value, list):
-        raise _wrong(key, value, "a list")
+        raise _error(key, f"is {describe(value)}; expected a list")
     if (count is not None and len(value) != count) or (some and not value):
-        name = "" if key is None else f"{_name(key)}: "
-        raise ValueError(f"{name}has {len(value)} items; expected {'some' if count is None else count}")
+        raise _error(key, f"has {len(value)} items; expected {'some' if count is None else count}")
     return value
 
 
@@ -303,6 +293,5 @@ def _name(key: str | int | None) -> str:
     return f"[{key}]" if isinstance(key, int) else key or ""
 
 
-def _wrong(key: str | int | None, value: Any, expected: str) -> ValueError:
-    name = "" if key is None else f"{_name(key)}: "
-    return ValueError(f"{name}is {describe(value)}; expected {expected}")
+def _error(key: str | int | None, reason: str) -> ValueError:
+    return ValueError(reason if key is None else f"{_name(key)}: {reason}")

@@ -19,10 +19,6 @@ from trbert_jax.io import read_json
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "dev", "test")
-# The held-out part of a training set depends on its size alone, so that runs with different seeds are
-# measured on the same examples.
-_HOLD_OUT_SEED = 42
-_HOLD_OUT_SHARE = 10  # one in ten
 
 T = TypeVar("T")
 PathLike = str | Path | None
@@ -86,11 +82,7 @@ class DataSet:
     ) -> list[Any]:
         """Reads the records of one split, in the order of the source.
 
-        Args:
-          path: `data.path`.
-          split: `train`, `dev` or `test`.
-          bad: how to handle bad records; by default the first one raises.
-          options: see `Options`.
+        `path` is `data.path`. By default the first bad record raises.
 
         Raises:
           MissingSplitError: the folder has no file for the split.
@@ -128,10 +120,7 @@ class DataSet:
     ) -> list[Any]:
         """Reads one file (RACE: one folder) in the format of this data set, and logs what was skipped.
 
-        `bad` and `labels` are by default those of `read_split`.
-
-        Raises:
-          UserError: the file cannot be read, has a bad record or no record.
+        Raises `UserError` if the file cannot be read, has a bad record (by default) or no record.
         """
         bad = bad or BadRecords()
         before, file = len(bad.skipped), Path(path).expanduser()
@@ -201,12 +190,11 @@ def sample(records: Sequence[T], split: str, options: Options) -> list[T]:
 def hold_out(num: int, source: str, split: str) -> list[int]:
     """Returns the positions of `train` (9 of 10) or `dev` (1 of 10) in a training set without a dev set.
 
-    Raises:
-      UserError: the training set has one example only.
+    They depend on its size alone, so that runs with different seeds are measured on the same examples.
     """
     if num < 2:
         raise UserError(f"{source}: one example cannot be divided into train and dev; give a dev set")
-    size = max(1, num // _HOLD_OUT_SHARE)
+    size = max(1, num // 10)
     logger.info("%s: has no dev split; %d of %d training examples serve as dev", source, size, num)
-    order = np.random.Generator(np.random.PCG64(_HOLD_OUT_SEED)).permutation(num)
+    order = np.random.Generator(np.random.PCG64(42)).permutation(num)
     return sorted((order[:size] if split == "dev" else order[size:]).tolist())

@@ -60,7 +60,9 @@ def _read_csv(path: Path, labels: Sequence[str]) -> Iterator[Example]:
     lines = (line.removesuffix("\n").removesuffix("\r") + "\n" for _, line in reading.read_lines(path))
     rows, start = csv.reader(lines, strict=True), 1
     row: list[str] | None = []
-    with _long_fields():
+    with contextlib.ExitStack() as stack:
+        # The csv module has a limit of 128 KiB a field, which holds for the whole process.
+        stack.callback(csv.field_size_limit, csv.field_size_limit(_LONGEST_FIELD))
         while row is not None:
             with reading.record(f"{path}:{start}"):
                 try:
@@ -84,16 +86,6 @@ def _csv_item(row: list[str], *, is_first: bool) -> dict[str, Any]:
     if not is_number and is_first:
         raise ValueError(f"label: is {reading.describe(row[0])}; if the line is a header, remove it")
     return {"label": int(digits) if is_number else row[0], "text": row[1]}
-
-
-@contextlib.contextmanager
-def _long_fields() -> Iterator[None]:
-    """Lifts the limit of the csv module of 128 KiB a field, which holds for the whole process."""
-    limit = csv.field_size_limit(_LONGEST_FIELD)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
 
 
 def register(name: str, suffix: str, labels: Sequence[str], **options: Any) -> None:

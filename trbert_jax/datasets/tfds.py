@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Unpack
 
-from trbert_jax.datasets import race, reading, span_files, text_files, triviaqa
+from trbert_jax.datasets import choice_files, reading, span_files, text_files, triviaqa
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import ChoiceQuestion, Example, SpanQuestion
 from trbert_jax.datasets.registry import FAMILIES, DataSet, Options, PathLike, check_split, hold_out, sample
@@ -96,10 +96,10 @@ def _mrqa(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]:
 
 def _race(item: Any, where: str, bad: BadRecords) -> Iterator[ChoiceQuestion]:
     name = reading.text(item, "example_id")
-    for level in race.LEVELS:  # high10194.txt is the published high/10194.txt
+    for level in choice_files.LEVELS:  # high10194.txt is the published high/10194.txt
         if name.startswith(level):
             name = f"{level}/{name.removeprefix(level)}"
-    return race.make_questions(item, name, where, bad)
+    return choice_files.race_questions(item, name, where, bad)
 
 
 def _trivia_qa(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]:
@@ -119,7 +119,7 @@ _QUESTIONS: dict[str, dict[str, Any]] = {
     "squad": {"task": "span", "style": "squad", "read": span_files.read_squad, "convert": _squad},
     "mrqa": {"task": "span", "style": "mrqa", "read": span_files.read_mrqa, "convert": _mrqa},
     "trivia_qa": {"task": "span", "style": "triviaqa", "read": triviaqa.read, "convert": _trivia_qa},
-    "race": {"task": "multiple_choice", "read": race.read, "convert": _race},
+    "race": {"task": "multiple_choice", "read": choice_files.read_race, "convert": _race},
 }
 _TEXTS: dict[str, Any] = {"task": "classification", "read": text_files.read, "has_fields": True}
 

@@ -55,9 +55,7 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[Sp
         place = f"{path}: Data[{i}]"
         with bad.record(place, item):
             question_id, question = reading.text(item, "QuestionId"), reading.text(item, "Question")
-            answers: tuple[str, ...] = ()
-            if with_answer:
-                answers = accepted_answers(item, "Answer", "NormalizedAliases", "HumanAnswers")
+            answers = accepted_answers(item, "Answer", "NormalizedAliases") if with_answer else ()
             for field, folder in _SOURCES.items():
                 for k, page in enumerate(reading.items(item, field) if field in item else []):
                     where = f"{place}.{field}[{k}]"
@@ -71,37 +69,27 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[Sp
 def make_question(
     question_id: str, question: str, answers: tuple[str, ...], name: str, document: str, where: str
 ) -> SpanQuestion:
-    """Returns the record of a question and a document, cut to `MAX_WORDS` words, which is in the file `name`.
+    """Returns the record `QUESTION_ID--NAME` of a question and the document in the file `name`.
 
-    The id becomes `tc_33--Andrew_Lloyd_Webber.txt`.
+    The context is the first `MAX_WORDS` words of the document, with all that is between them.
     """
-    context = first_words(document)
+    words = itertools.islice(re.finditer(r"\S+", document), MAX_WORDS)
+    context = document[: max((word.end() for word in words), default=0)]
     spans = find_aliases(context, answers)
     return SpanQuestion(f"{question_id}--{name}", question, context, spans, answers, False, where)
 
 
-def accepted_answers(item: Any, key: str, aliases: str, *others: str) -> tuple[str, ...]:
-    """Returns what the official scorer compares with, from the field `key` of a question.
-
-    The answer has a list `aliases`, and may have lists `others`. Raises `ValueError` without any string.
-    """
-    answer = reading.field(item, key)
+def accepted_answers(item: Any, key: str, aliases: str) -> tuple[str, ...]:
+    """Returns what the official scorer compares with: `aliases` of the answer `key`, and `HumanAnswers`."""
+    answer, accepted = reading.field(item, key), tuple[str, ...]()
     with reading.within(key):
-        accepted: tuple[str, ...] = ()
-        for field in (aliases, *(other for other in others if reading.has(answer, other))):
-            # The normalization drops signs (the band "!!!"), so an alias may be empty.
-            accepted += reading.texts(answer, field, may_be_empty=True)
+        for field in (aliases, "HumanAnswers"):
+            if field == aliases or reading.has(answer, field):
+                # The normalization drops signs (the band "!!!"), so an alias may be empty.
+                accepted += reading.texts(answer, field, may_be_empty=True)
         if not accepted:
             raise ValueError(f"{aliases}: is empty; expected at least one alias")
     return accepted
-
-
-def first_words(document: str, count: int = MAX_WORDS) -> str:
-    """Returns the first words of a text, divided at white space, with all that is between them."""
-    end = 0
-    for word in itertools.islice(re.finditer(r"\S+", document), count):
-        end = word.end()
-    return document[:end]
 
 
 def _read_evidence(name: str, folder: Path) -> str:
@@ -119,13 +107,10 @@ def _read_evidence(name: str, folder: Path) -> str:
 def _find_evidence(path: Path) -> Path:
     """Returns the evidence folder of the published archive, which has `path` in its folder `qa`."""
     folders = [folder / "evidence" for folder in (path.absolute().parent.parent, path.absolute().parent)]
-    found = next(filter(Path.is_dir, folders), None)
-    if found:
-        return found
-    raise UserError(
-        f"{path}: no evidence documents; expected them in {' or '.join(map(str, folders))}, unpack "
-        "triviaqa-rc.tar.gz as a whole"
-    )
+    for folder in filter(Path.is_dir, folders):
+        return folder
+    expected = " or ".join(map(str, folders))
+    raise UserError(f"{path}: no evidence in {expected}; unpack triviaqa-rc.tar.gz as a whole")
 
 
 def _listed_question(item: Any, context: str, where: str) -> SpanQuestion:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from trbert_jax.datasets import reading
-from trbert_jax.datasets.race import LETTERS
+from trbert_jax.datasets.choice_files import LETTERS
 from trbert_jax.datasets.records import ChoiceQuestion
 from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks.base import RecordErrors, Score, Task, register_task

@@ -1,7 +1,9 @@
-"""Reads RACE as published: a folder a split with `high` and `middle`, a text file of JSON an article.
+"""Reads questions with given answers to choose from, as published: RACE and WikiHop.
 
-`{"article", "questions": [str], "options": [[str, str, str, str]], "answers": ["A".."D"]}`. Published
-at https://www.cs.cmu.edu/~glai1/data/race/.
+RACE (https://www.cs.cmu.edu/~glai1/data/race/) has a folder a split with `high` and `middle`, and in them a
+text file of JSON an article, `{"article", "questions": [str], "options": [[str, str, str, str]], "answers":
+["A".."D"]}`. WikiHop (http://qangaroo.cs.ucl.ac.uk) has a JSON list a split, `[{"id", "query", "candidates":
+[str], "supports": [str], "answer"}]`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 from trbert_jax.datasets import reading
 from trbert_jax.datasets.reading import BadRecords
-from trbert_jax.datasets.records import ChoiceQuestion
+from trbert_jax.datasets.records import CandidateQuestion, ChoiceQuestion
 from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
 
@@ -22,7 +24,7 @@ LEVELS = ("high", "middle")
 _FORMAT = f"files *.txt in the folders {' and '.join(LEVELS)}, a JSON object with questions in each"
 
 
-def read(
+def read_race(
     path: Path, bad: BadRecords, labels: Sequence[str] = (), *, levels: Sequence[str] = LEVELS
 ) -> Iterator[ChoiceQuestion]:
     """Yields the questions in the folder of a split, `high` before `middle`, each by file name."""
@@ -32,16 +34,15 @@ def read(
     for file, article in zip(files, articles, strict=True):
         with bad.record(str(file)):
             name = f"{file.parent.name}/{file.name}"
-            yield from make_questions(article, name, str(file), bad, with_answers=with_answers)
+            yield from race_questions(article, name, str(file), bad, with_answers=with_answers)
 
 
-def make_questions(
+def race_questions(
     item: Any, name: str, where: str, bad: BadRecords, *, with_answers: bool = True
 ) -> Iterator[ChoiceQuestion]:
-    """Yields the questions of an article, whose ids are `NAME:0` and so on.
+    """Yields the questions of an article, with the ids `NAME:0` and so on.
 
-    `with_answers`: False if the source withholds the answers. Raises `ValueError` if the article as a whole
-    is bad.
+    `with_answers` is false if the source withholds them. Raises `ValueError` if the whole article is bad.
     """
     article, questions = reading.text(item, "article"), reading.items(item, "questions")
     options = reading.items(item, "options", len(questions))
@@ -74,8 +75,46 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
+def read_wikihop(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[CandidateQuestion]:
+    """Yields the queries of a file."""
+    values = reading.load_records(path)
+    with_answer = reading.any_has(values, "answer")
+    for i, item in enumerate(values):
+        with bad.record(f"{path}: [{i}]", item):
+            yield _wikihop_question(item, f"{path}: [{i}]", with_answer)
+
+
+def _wikihop_question(item: Any, where: str, with_answer: bool) -> CandidateQuestion:
+    question_id, query = reading.text(item, "id"), reading.text(item, "query")
+    candidates = reading.texts(item, "candidates", some=True)
+    if len(set(candidates)) != len(candidates):
+        twice = next(c for i, c in enumerate(candidates) if c in candidates[:i])
+        raise ValueError(f"candidates: has {twice!r} twice; expected different candidates")
+    supports = reading.texts(item, "supports", may_be_empty=True)
+    if not any(map(str.strip, supports)):
+        raise ValueError("supports: has no text; expected at least one document")
+    answer = reading.text(item, "answer") if with_answer else None
+    if answer is not None and answer not in candidates:
+        raise ValueError(
+            f"answer: {answer!r} is not among the {len(candidates)} candidates "
+            f"({reading.shorten(', '.join(candidates))}); expected one of them"
+        )
+    index = None if answer is None else candidates.index(answer)
+    return CandidateQuestion(question_id, query, candidates, supports, index, where)
+
+
 for _name, _levels in (("race", LEVELS), ("race_high", ["high"]), ("race_middle", ["middle"])):
-    _read, _files_by_split = partial(read, levels=_levels), each_split("{split}")
+    _read, _files_by_split = partial(read_race, levels=_levels), each_split("{split}")
     register_dataset(
         DataSet(name=_name, task="multiple_choice", read=_read, format=_FORMAT, files=_files_by_split)
     )
+register_dataset(
+    DataSet(
+        name="wikihop",
+        task="candidates",
+        read=read_wikihop,
+        format='[{"id": ..., "query": ..., "candidates": [...], "supports": [...], "answer": ...}]',
+        files={"train": ("train.json",), "dev": ("dev.json", "dev_sort.json"), "test": ("test.json",)},
+        dev_as_test=True,
+    )
+)
