@@ -5,38 +5,34 @@ Paths are relative to a folder that holds config.yaml, data/, model/ and, once a
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
+import errno
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from spoiling import (
-    RECORDS,
-    SIZES,
-    WEIGHTS,
-    Spoil,
-    append,
-    corrupt,
-    cut,
-    denying,
-    press_ctrl_c,
-    remove,
-    scale_weights,
-    scores,
-    set_json,
-    write,
-)
+from safetensors import numpy as safetensors
 from tiny_models import tiny_model
 
 from trbert_jax.cli import main
+from trbert_jax.training import batches
 
+TEXTS = ["the film was good .", "a dull plot !", "it is very bright and good", "I saw a bad film yesterday"]
+RECORDS = [{"text": text, "label": label} for text, label in zip(TEXTS, (1, 0, 1, 0), strict=True)]
+LINE = json.dumps(RECORDS[0]) + "\n"
+SIZES = {"train": 8, "dev": 2, "test": 3}
+WEIGHTS = "model/model.safetensors"
 CONFIG = """\
 workdir: work
 data: {name: imdb, path: data}
@@ -56,8 +52,66 @@ PREDICT = "predict --model model --output out/lines.jsonl good"
 TIMES = "benchmark --model model --data data/test.jsonl --batch-sizes 1 --variants packed"
 BENCHMARK = f"{TIMES} --json out/speed.json --plot out/speed.png"
 CONVERT = "convert --input model --output out/model"
-LINE = json.dumps(RECORDS[0]) + "\n"
 STEP_2 = "work/finetune/checkpoints/step_00000002"
+
+
+Spoil = Callable[[], Any]  # makes a mistake in the current folder
+
+
+def write(path: str, content: str | bytes) -> Spoil:
+    def spoil() -> None:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return spoil
+
+
+def remove(path: str) -> Spoil:
+    return Path(path).unlink
+
+
+def change(path: str, to: Callable[[bytes], bytes]) -> Spoil:
+    return lambda: Path(path).write_bytes(to(Path(path).read_bytes()))
+
+
+def append(path: str, content: str) -> Spoil:
+    return change(path, lambda old: old + content.encode())
+
+
+def cut(path: str, share: float) -> Spoil:
+    """Leaves the first part of a file, as a full disk or a broken download does."""
+    return change(path, lambda old: old[: int(share * len(old))])
+
+
+def corrupt(path: str, start: int, stop: int) -> Spoil:
+    return change(path, lambda old: old[:start] + b"\xff" * (stop - start) + old[stop:])
+
+
+def set_json(path: str, **values: Any) -> Spoil:
+    return change(path, lambda old: json.dumps({**json.loads(old), **values}).encode())
+
+
+def scale_weights(value: float) -> Spoil:
+    """The classifier's weights become a finite number with which its logits overflow."""
+
+    def scaled(old: bytes) -> bytes:
+        weights = safetensors.load(old)
+        weights["classifier.weight"][:] = value
+        return safetensors.save(weights)
+
+    return change(WEIGHTS, scaled)
+
+
+def scores(content: bytes | None) -> Spoil:
+    """Scores that are damaged, or, for None, of other data."""
+
+    def spoil() -> None:
+        write("work/score/done.json", '{"data_digest": "another"}')()
+        np.save("work/score/scores.npy", np.zeros((SIZES["train"], 2, 16), np.float32))
+        if content is not None:
+            Path("work/score/scores.npy").write_bytes(content)
+
+    return spoil
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +119,7 @@ class Case:
     name: str
     command: str  # after `trbert`
     named: tuple[str, ...]  # what the message has to name: file and line, key, option, advice
-    spoil: Spoil = lambda: None  # makes the mistake, in the current folder
+    spoil: Spoil = lambda: None
     start: str = "fresh"  # the folder before it: fresh, interrupted (in update 3 of 4) or finetuned
     made_by: str | None = None  # the fixture that has run the command already
     code: int = 2  # of the exit; if it is another, `named` may be in either stream
@@ -155,8 +209,6 @@ RUN_CASES = [
         leaves=""),
     Case("missing inputs of a stage", f"{TRAIN} --stages policy",
         ("work/finetune/model", "`--stages finetune,policy`")),
-    Case("missing scores", f"{TRAIN} --stages policy", ("work/score/scores.npy", "`--stages score,policy`"),
-        start="finetuned"),
     Case("missing inputs of evaluate", f"{TRAIN} --stages evaluate",
         ("work/policy/model", "`--stages policy,evaluate`"), start="finetuned",
         leaves=r"work/evaluate/predictions_finetune\.jsonl|work/cache/features-\w+\.npz"),
@@ -180,7 +232,6 @@ RUN_CASES = [
 WRITE_CASES = [
     Case("Ctrl-C", FINETUNE, ("trbert: interrupted; run the same command again",), made_by="interrupted",
         code=130, leaves="work/.*"),
-    Case("work directory below a file", f"{FINETUNE} workdir=config.yaml/x", ("config.yaml/x: ",)),
     Case("work directory is a file", f"{FINETUNE} workdir=config.yaml", ("config.yaml: ",)),
     Case("work directory is a model", f"{FINETUNE} workdir=model", ("model/config.json: ", "`workdir`"),
         leaves=""),
@@ -205,8 +256,6 @@ DENIED_CASES = [
     Case("denied model", CONVERT.replace("out/", "closed/"), ("closed/model: ",), CLOSED, denied="closed"),
     Case("denied config", FINETUNE, ("config.yaml: ",), denied="config.yaml", leaves=""),
     Case("denied data", EVALUATE, ("data/test.jsonl: ",), denied="data/test.jsonl"),
-    Case("denied texts", PREDICT.replace("good", "--file data/test.jsonl"), ("data/test.jsonl: ",),
-        denied="data/test.jsonl"),
 ]
 
 RANDOM = BENCHMARK.replace("--model model", "--random")
@@ -225,12 +274,49 @@ BENCHMARK_CASES = [
         ("--random: ", "'large'", "bert-base, minilm")),
     Case("nothing to replay", f"{BENCHMARK} --replay models/other", ("models/other: ",)),
     Case("longer than the positions", f"{BENCHMARK} --max-length 99", ("max_length", "99", "20 positions")),
-    Case("records below a file", BENCHMARK.replace("out/speed.json", "config.yaml/speed.json"),
-        ("config.yaml/speed.json: ",)),
-    Case("picture into a folder", BENCHMARK.replace("out/speed.png", "data"), ("data: ",)),
 ]
 # fmt: on
 CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES, *DENIED_CASES, *BENCHMARK_CASES]
+
+
+def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C at the start of an update."""
+    original = batches.update_batches
+
+    def interrupted(training: batches.Training, at: int, width: int) -> Any:
+        if at == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(training, at, width)
+
+    monkeypatch.setattr(batches, "update_batches", interrupted)
+
+
+@contextlib.contextmanager
+def denying(denied: Path) -> Iterator[None]:
+    """The system's refusals for a file or a folder, to whomever: to root it refuses nothing by itself."""
+
+    def is_denied(path: Any) -> bool:
+        if not isinstance(path, str | os.PathLike):  # an open file's number
+            return False
+        absolute = Path(os.path.abspath(path))
+        return denied in (absolute, *absolute.parents)
+
+    def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if is_denied(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return function(path, *arguments, **options)
+
+        return call
+
+    access = os.access
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            os, "access", lambda path, *mode, **how: not is_denied(path) and access(path, *mode, **how)
+        )
+        for module, name in ((os, "mkdir"), (os, "open"), (io, "open"), (builtins, "open")):
+            patch.setattr(module, name, refusing(getattr(module, name)))
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,25 +376,22 @@ def finetuned(interrupted: Outcome, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def outcome(request: pytest.FixtureRequest, case: Case, tmp_path: Path) -> Iterator[Outcome]:
+def outcome(request: pytest.FixtureRequest, case: Case, tmp_path: Path) -> Outcome:
     if case.made_by:
-        yield request.getfixturevalue(case.made_by)
-        return
+        return request.getfixturevalue(case.made_by)
     start = request.getfixturevalue(case.start)
     folder = shutil.copytree(start if isinstance(start, Path) else start.folder, tmp_path / "folder")
     with contextlib.chdir(folder):
         case.spoil()
-    yield run(folder, case.command, case.denied)
+    return run(folder, case.command, case.denied)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bad_input(case: Case, outcome: Outcome) -> None:
     assert outcome.code == case.code
     assert "Traceback" not in outcome.out + outcome.err
-    said = outcome.out + outcome.err
-    if case.code == 2:
-        _, _, said = outcome.err.partition("trbert: error: ")
-        assert "trbert: error: " not in said
+    said = outcome.err.partition("trbert: error: ")[2] if case.code == 2 else outcome.out + outcome.err
+    assert "trbert: error: " not in said
     for word in case.named:
         assert word in said
 

@@ -14,7 +14,6 @@ import pytest
 import tiny_runs
 from safetensors import safe_open
 from tiny_models import BERT, tiny_model, tiny_params, tiny_tokenizer
-from tiny_published import Published
 
 import trbert_jax
 from trbert_jax import TRBert, answer_questions
@@ -23,7 +22,7 @@ from trbert_jax.cli import main
 from trbert_jax.config import load_config
 from trbert_jax.datasets import DATASETS, BadRecords, DataSet, find_dataset, reading, register_dataset
 from trbert_jax.datasets.reading import read_lines
-from trbert_jax.datasets.records import Example, Span, SpanQuestion
+from trbert_jax.datasets.records import Example
 from trbert_jax.datasets.registry import each_split
 from trbert_jax.errors import UserError
 from trbert_jax.model.backbones import BACKBONES, register_backbone
@@ -51,7 +50,7 @@ def _registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         registry.update(entries)
 
 
-def test_dataset_of_texts(tmp_path: Path) -> None:
+def test_dataset(tmp_path: Path) -> None:
     def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> Iterator[Example]:
         for number, line in read_lines(path):
             with bad.record(f"{path}:{number}"):
@@ -85,35 +84,6 @@ def test_dataset_of_texts(tmp_path: Path) -> None:
         register_dataset(DATASETS["dummy"])
     with pytest.raises(UserError, match="did you mean dummy"):
         find_dataset("dumy")
-
-
-def test_dataset_of_questions(tmp_path: Path) -> None:
-    def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> Iterator[SpanQuestion]:
-        for number, line in read_lines(path):
-            with bad.record(f"{path}:{number}"):
-                question, context, answer = line.rstrip("\n").split("|")
-                span = Span(context.index(answer), context.index(answer) + len(answer))
-                yield SpanQuestion(
-                    str(number), question, context, (span,), (answer,), False, f"{path}:{number}"
-                )
-
-    files: dict[str, tuple[str, ...]] = {"train": ("questions.txt",), "dev": ("questions.txt",), "test": ()}
-    register_dataset(
-        DataSet(name="dummy", task="span", style="mrqa", read=read, files=files, dev_as_test=True)
-    )
-    (tmp_path / "questions.txt").write_text("who ?|the king of france|king\nwhere ?|in paris|paris\n")
-    config = tiny_runs.write_config(tmp_path, data={"name": "dummy", "path": str(tmp_path)})
-    assert load_config(config).data.name == "dummy"
-    dummy = Published("dummy", tmp_path, max_length=16)
-    assert dummy.rows("test")[0] == "[CLS] who ? [SEP] the king of france [SEP]"
-    metrics, predictions = dummy.score("test", dummy.sure_of([(5, 5), (5, 5)]))
-    assert predictions["predictions.json"] == {"1": "king", "2": "paris"}
-    assert metrics["exact_match"] == 100
-    with (tmp_path / "questions.txt").open("a") as stream:
-        stream.write("who ?|the king|queen\n")
-    bad = BadRecords(skip=True)
-    assert len(DATASETS["dummy"].read_split(tmp_path, "test", bad)) == 2
-    assert "questions.txt:3" in str(bad.skipped[0])
 
 
 def test_task(tmp_path: Path) -> None:
