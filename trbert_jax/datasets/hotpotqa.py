@@ -1,15 +1,14 @@
 """Reads HotpotQA: as published, and in the graph format of TR-BERT's authors.
 
-Published at https://hotpotqa.github.io, with the "distractor" or "fullwiki" contexts: a JSON list a
-split, `[{"_id", "question", "answer", "context": [[title, [sentence]]], "supporting_facts": [[title,
-number]]}]`. The test set has neither answers nor supporting facts.
+Published at https://hotpotqa.github.io, with the "distractor" or "fullwiki" contexts: a JSON list a split,
+`[{"_id", "question", "answer", "context": [[title, [sentence]]], "supporting_facts": [[title, number]]}]`.
+The test set has neither answers nor supporting facts.
 
 The graph format has JSON lines of questions with paragraphs in wordpieces: `hotpot_train_graph.json` and,
 for dev, `rerank_dev_tok.json` with paragraphs chosen and ordered by a reranker. A line is `{"question",
-"answer", "node": [...]}`, for dev with `qid` too. A node is `{"name", "context": [wordpiece],
-"sent_pos": [[start, end]], "supp_label": [0 or 1], "has_supp"}`, where `end` does not belong to the
-sentence; in training also `"spans": [[first, last]]`, where `last` does belong to the answer; in dev also
-`"doc_tokens": [word]` and `"tok_to_orig_index": [number of the word]`. `edge` is not read.
+"answer", "node": [...]}`, for dev with `qid` too. A node is `{"name", "context": [wordpiece], "sent_pos":
+[[start, end]], "supp_label": [0 or 1], "has_supp"}`, `end` exclusive; in training also `"spans": [[first,
+last]]`, `last` inclusive; in dev also `"doc_tokens": [word]` and `"tok_to_orig_index": [number of the word]`.
 """
 
 from __future__ import annotations
@@ -68,10 +67,7 @@ def _facts(item: Any, paragraphs: tuple[Paragraph, ...], all_titles: bool) -> tu
         if not lengths and all_titles:
             raise ValueError(f"no paragraph is titled {title!r}; expected the title of one")
         if lengths and number >= max(lengths):
-            raise ValueError(
-                f"sentence {number} of {title!r} does not exist; expected one of {max(lengths)}, "
-                "counted from 0"
-            )
+            raise ValueError(f"{title!r} has no sentence {number}; expected 0 to {max(lengths) - 1}")
         return title, number
 
     return reading.each(item, "supporting_facts", read_fact)
@@ -106,8 +102,7 @@ def _graph_paragraph(node: Any) -> GraphParagraph:
     sentences = _ranges(node, "sent_pos", len(pieces), inclusive=False)
     supporting: tuple[bool, ...] = ()
     if reading.has(node, "supp_label"):
-        reading.items(node, "supp_label", len(sentences))
-        supporting = reading.each(node, "supp_label", reading.flag)
+        supporting = reading.each(node, "supp_label", reading.flag, count=len(sentences))
     words: tuple[str, ...] = ()
     word_of: tuple[int, ...] = ()
     if reading.has(node, "doc_tokens") or not reading.has(node, "spans"):

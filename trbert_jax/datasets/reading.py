@@ -196,8 +196,10 @@ def collect(
 
 def field(item: Any, key: str | int | None) -> Any:
     """Returns a field of an object, an item of a list, or `item` itself without a key."""
-    if key is None or isinstance(key, int):
-        return item if key is None else item[key]
+    if key is None:
+        return item
+    if isinstance(key, int):
+        return item[key]
     if not isinstance(item, dict):
         raise ValueError(f"is {describe(item)}; expected an object with the field {key!r}")
     if key not in item:
@@ -259,10 +261,10 @@ def items(
     return value
 
 
-def each(item: Any, key: str, read: Callable[[Any], T], *, some: bool = False) -> tuple[T, ...]:
-    """Returns what `read` makes of each item of a list; its errors name the item."""
+def each(item: Any, key: str, read: Callable[[Any], T], count: int | None = None) -> tuple[T, ...]:
+    """Returns what `read` makes of each item of a list as `items` returns it; errors name the item."""
     result = []
-    for i, value in enumerate(items(item, key, some=some)):
+    for i, value in enumerate(items(item, key, count)):
         with within(f"{key}[{i}]"):
             result.append(read(value))
     return tuple(result)

@@ -1,7 +1,7 @@
 """Defines the records: labeled texts, and questions of each kind.
 
-Text is kept as published. Offsets are character offsets into it, `start` inclusive, `end` exclusive. Ids are
-unique in a data set. `where` names file and line, or file and path in the file, in messages.
+Text is kept as published. Ids are unique in a data set. `where` names file and line, or file and path in the
+file, in messages.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class SpanQuestion:
     answers: tuple[str, ...]  # that the official scorer accepts; empty if impossible or withheld
     impossible: bool  # whether the source says that the context holds no answer
     where: str = dataclasses.field(compare=False)
-    # Id of the prediction, if several records (a question with each of its documents) share one answer.
-    scored_as: str | None = None
+    scored_as: str | None = None  # id of the prediction, if a question shares it with several documents
 
     @property
     def scored_id(self) -> str:

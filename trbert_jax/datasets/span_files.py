@@ -52,8 +52,7 @@ def read_squad(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Itera
 def squad_question(item: Any, context: str, where: str) -> SpanQuestion:
     """Returns the question of an item of `qas` of SQuAD. Raises `ValueError` if a field is wrong.
 
-    Keeps every answer, in order and with repetitions, as the official scorer expects them; `spans` and
-    `answers` correspond.
+    Keeps every answer, in order and with repetitions, as the official scorer expects; each has its span.
     """
     question_id, question, impossible = (
         reading.text(item, "id"),
@@ -68,10 +67,9 @@ def squad_question(item: Any, context: str, where: str) -> SpanQuestion:
 def _is_impossible(item: Any) -> bool:
     """Returns `is_impossible`. Raises `ValueError` unless exactly the impossible questions have no answer."""
     impossible = reading.has(item, "is_impossible") and reading.flag(item, "is_impossible")
-    if impossible and reading.items(item, "answers"):
-        raise ValueError("answers: is_impossible is true, but the list is not empty")
-    if not impossible and not reading.items(item, "answers"):
-        raise ValueError("answers: is empty; expected at least one answer, or is_impossible: true")
+    if impossible == bool(reading.items(item, "answers")):
+        problem = "is_impossible is true, but the list is not empty" if impossible else "is empty"
+        raise ValueError(f"answers: {problem}; expected at least one answer, or is_impossible: true")
     return impossible
 
 

@@ -95,10 +95,8 @@ def _mrqa(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]:
 
 
 def _race(item: Any, where: str, bad: BadRecords) -> Iterator[ChoiceQuestion]:
-    name = reading.text(item, "example_id")
-    for level in choice_files.LEVELS:  # high10194.txt is the published high/10194.txt
-        if name.startswith(level):
-            name = f"{level}/{name.removeprefix(level)}"
+    # high10194.txt is the published high/10194.txt
+    name = re.sub("^(high|middle)", r"\1/", reading.text(item, "example_id"))
     return choice_files.race_questions(item, name, where, bad)
 
 
@@ -206,9 +204,7 @@ def _find_split(name: str, sources: Mapping[str, Any], split: str) -> tuple[Any,
 def _label_names(name: str, source: Any, label_field: str) -> tuple[str, ...]:
     names = getattr(_feature(name, source, "label_field", label_field), "names", None)
     if not names:
-        raise UserError(
-            f"data.label_field: {label_field!r} of {name} is not a class label; choose a field that is"
-        )
+        raise UserError(f"data.label_field: {label_field!r} of {name} is no class label; choose one that is")
     return tuple(names)
 
 

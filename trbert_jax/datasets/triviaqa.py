@@ -1,11 +1,10 @@
 """Reads TriviaQA: as published (questions and evidence documents), or as a list like that of SQuAD.
 
-Published at https://nlp.cs.washington.edu/triviaqa/ as `triviaqa-rc.tar.gz`: questions in
-`qa/wikipedia-*.json` and `qa/web-*.json`, `{"Data": [{"QuestionId", "Question", "Answer":
-{"Aliases", "NormalizedAliases"}, "EntityPages": [{"Filename"}], "SearchResults": [{"Filename"}]}]}`,
-documents in `evidence/wikipedia` and `evidence/web`. Each pair of a question and a document becomes a
-record, and the answer is searched in the document. The official scorer judges these pairs, except for
-files with `"Domain": "Wikipedia"`: there a question has one answer.
+Published at https://nlp.cs.washington.edu/triviaqa/ as `triviaqa-rc.tar.gz`: questions in `qa/web-*.json` and
+`qa/wikipedia-*.json`, `{"Data": [{"QuestionId", "Question", "Answer": {"Aliases", "NormalizedAliases"},
+"EntityPages": [{"Filename"}], "SearchResults": [{"Filename"}]}]}`, documents in `evidence/wikipedia` and
+`evidence/web`. Each pair of a question and a document becomes a record, and the answer is searched in the
+document. The official scorer judges these pairs; with `"Domain": "Wikipedia"`, a question has one answer.
 
 The list is `[{"context", "qas": [{"qid", "question", "answers": {"Aliases"}, "detected_answers":
 [{"char_spans": [[first, last]]}]}]}]`, where the last character belongs to the answer.
@@ -36,10 +35,7 @@ _SOURCES = {"EntityPages": "wikipedia", "SearchResults": "web"}
 
 
 def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[SpanQuestion]:
-    """Yields the questions of either format; an object at the top is the published one, a list the other.
-
-    The evidence lies in the folder `evidence` beside the folder of `path`, or in it.
-    """
+    """Yields the questions of either format; an object at the top is the published one, a list the other."""
     document = reading.load_json(path)
     if isinstance(document, list):
         for i, item in enumerate(document):
@@ -115,10 +111,9 @@ def _find_evidence(path: Path) -> Path:
 
 def _listed_question(item: Any, context: str, where: str) -> SpanQuestion:
     question_id, question = reading.text(item, id_field(item)), reading.text(item, "question")
-    aliases = accepted_answers(item, "answers", "Aliases")
-    return SpanQuestion(
-        question_id, question, context, detected_spans(item, context, aliases), aliases, False, where
-    )
+    answers = accepted_answers(item, "answers", "Aliases")
+    spans = detected_spans(item, context, answers)
+    return SpanQuestion(question_id, question, context, spans, answers, False, where)
 
 
 # Aliases, compared like the official scorer compares answers ---------------------------------------------
@@ -150,14 +145,14 @@ def find_aliases(context: str, aliases: Sequence[str]) -> tuple[Span, ...]:
             by_first_word[words[0]].add(words)
     in_context = _words(context)
     plain = [word for word, _, _ in in_context]
-    # `_WORD` splits at a few signs that the normalization keeps: AC–DC is not AC DC to it.
-    accepted = set(map(normalize, aliases))
     places = set()
     for i, first in enumerate(plain):
         for words in by_first_word.get(first, ()):
             last = i + len(words) - 1
             if tuple(plain[i : last + 1]) == words:
                 places.add((in_context[i][1], in_context[last][2]))
+    # `_WORD` splits at a few signs that the normalization keeps: AC–DC is not AC DC to it.
+    accepted = set(map(normalize, aliases))
     return tuple(Span(*place) for place in sorted(places) if normalize(context[slice(*place)]) in accepted)
 
 
