@@ -32,15 +32,7 @@ def test_published_costs_of_a_bert_base_layer(num_tokens: int, macs: int) -> Non
 
 @pytest.mark.parametrize(
     ("num_layers", "segments"),
-    [
-        (12, (1, 5, 6)),
-        (6, (1, 2, 3)),
-        (5, (1, 1, 3)),
-        (4, (1, 1, 2)),
-        (3, (1, 2)),
-        (2, (1, 1)),
-        (1, (0, 1)),
-    ],
+    [(12, (1, 5, 6)), (6, (1, 2, 3)), (5, (1, 1, 3)), (4, (1, 1, 2)), (3, (1, 2)), (2, (1, 1)), (1, (0, 1))],
 )
 def test_every_layer_belongs_to_one_segment(num_layers: int, segments: tuple[int, ...]) -> None:
     shape = flops.EncoderShape.of(ModelConfig(num_layers=num_layers))

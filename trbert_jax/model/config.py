@@ -25,8 +25,6 @@ _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "problem_type": ("single_label_classification", None),
 }
 _OWN_KEYS = ("task", "selector_hidden", "max_length", "inputs")
-_DEFAULT_TASK = "classification"
-_DEFAULT_MAX_LENGTH = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,7 @@ class ModelConfig:
     """
 
     model_type: str = "bert"  # key of `BACKBONES`
-    task: str = _DEFAULT_TASK  # key of `HEADS`
+    task: str = "classification"  # key of `HEADS`
     vocab_size: int = 30522
     hidden_size: int = 768
     num_layers: int = 12
@@ -116,11 +114,9 @@ class ModelConfig:
 
 
 def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
-    """Reads a model's shape from the contents of a `config.json`.
+    """Reads a model's shape from the `config.json` of a Hugging Face, published TR-BERT or saved model.
 
-    Args:
-      values: the configuration of a Hugging Face model, a published TR-BERT or a saved model.
-      source: named in errors.
+    Errors name `source`.
 
     Raises:
       UserError: an unknown model type, an unsupported setting or a bad value.
@@ -146,7 +142,7 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
         fields.setdefault("classifier_dropout", fields["hidden_dropout"])
     fields["labels"] = labels_from_dict(values, source) or ModelConfig.labels
     fields["task"] = _task_of(values)
-    fields["max_length"] = min(_DEFAULT_MAX_LENGTH, fields.get("max_positions", ModelConfig.max_positions))
+    fields["max_length"] = min(ModelConfig.max_length, fields.get("max_positions", ModelConfig.max_positions))
     config = ModelConfig(**{**fields, **_own_section(values.get("trbert", {}), source)})
     if config.hidden_size % config.num_heads:
         raise UserError(
@@ -208,7 +204,7 @@ def _task_of(values: Mapping[str, Any]) -> str:
         for head in HEADS.values():
             if head.class_suffix != "Model" and str(name).endswith(head.class_suffix):
                 return head.name
-    return _DEFAULT_TASK
+    return ModelConfig.task
 
 
 def _own_section(section: Any, source: str) -> dict[str, Any]:
@@ -223,7 +219,7 @@ def _own_section(section: Any, source: str) -> dict[str, Any]:
             "was it written by a later version of trbert_jax?"
         )
     fields = dict(section)
-    if fields.get("task", _DEFAULT_TASK) not in tuple(HEADS):
+    if fields.get("task", ModelConfig.task) not in tuple(HEADS):
         raise UserError(f"{source}: trbert.task is {fields['task']!r}; expected one of {', '.join(HEADS)}")
     for key in {"selector_hidden", "max_length"} & set(fields):
         fields[key] = _number(fields[key], key, f"{source}: trbert.{key}")

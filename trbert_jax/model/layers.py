@@ -117,16 +117,9 @@ class TransformerLayer(nn.Module):
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array, deterministic: bool
     ) -> jax.Array:
-        """Multi-head attention over padded rows.
+        """Multi-head attention over padded rows: query [B, Q, H], key and value [B, S, H] -> [B, Q, H].
 
-        Args:
-          query: [B, Q, H].
-          key, value: [B, S, H].
-          valid: bool [B, S].
-          deterministic: no dropout.
-
-        Returns:
-          [B, Q, H].
+        Only `valid` tokens, bool [B, S], are attended to.
         """
         shape = query.shape
         # Heads in front and plain batched products: half the time of the einsum over [B, S, N, d]

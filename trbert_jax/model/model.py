@@ -41,12 +41,7 @@ class TokenReducingModel(nn.Module):
         self.head = self.config.head.module(self.config, self.dtype)
 
     def __call__(
-        self,
-        batch: Batch,
-        *,
-        rule: Rule | None,
-        num_copies: int = 1,
-        deterministic: bool = True,
+        self, batch: Batch, *, rule: Rule | None, num_copies: int = 1, deterministic: bool = True
     ) -> ModelOutput:
         """Runs a batch.
 
@@ -70,12 +65,9 @@ class TokenReducingModel(nn.Module):
         return ModelOutput(self.answer(tokens, head_inputs(batch, num_copies), deterministic), selections)
 
     def answer(self, tokens: TokenSet, inputs: Batch, deterministic: bool = True) -> Logits:
-        """Computes float32 logits from the encoder's output.
+        """Computes float32 logits from the encoder's output and the `head_inputs`.
 
-        Args:
-          tokens: the encoder's output; only its first token if the head reads [CLS] alone.
-          inputs: see `head_inputs`.
-          deterministic: no dropout.
+        The output needs only its first token if the head reads [CLS] alone.
         """
         if not self.config.reads_all_tokens:
             return self.head(self.encoder.sentence_state(tokens), deterministic)

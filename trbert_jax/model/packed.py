@@ -73,14 +73,10 @@ class PackedTokens:
 def pack(
     states: jax.Array, slot: jax.Array, valid: jax.Array, tiling: Tiling, scratch: Sequence[jax.Array] = ()
 ) -> PackedTokens:
-    """Packs the valid tokens of R rows.
+    """Packs the `valid` tokens, bool [R, S], of R rows.
 
-    Args:
-      states: [N, H].
-      slot: int32 [R, S], the index of each token in `states`; tokens may share one.
-      valid: bool [R, S].
-      tiling: sizes of the loops.
-      scratch: arrays to overwrite, of any capacity.
+    `slot`, int32 [R, S], is the index of each token in `states` [N, H]; tokens may share one. Overwrites the
+    `scratch` arrays that have the right capacity.
     """
     capacity = tiling.capacity(valid.size, valid.shape[-1])
     usable = [x for x in scratch if len(x) == capacity]
@@ -236,12 +232,9 @@ class PackedEncoder:
         dropout_rng: jax.Array | None = None,
         dropped: TokenSet | None = None,
     ) -> Logits:
-        """Runs the last layers and the head.
+        """Runs the last layers, which may be none, and the head, whose inputs `head_inputs` returns.
 
-        Args:
-          layers: the last layers, in order; may be empty.
-          inputs: see `trbert_jax.model.model.head_inputs`.
-          dropped: for a head that reads all tokens, the tokens to restore; None if none were dropped.
+        `dropped` are the tokens to restore for a head that reads all tokens; None if none were dropped.
         """
         config = self.model.config
         if config.reads_all_tokens:

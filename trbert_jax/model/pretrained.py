@@ -27,8 +27,8 @@ from trbert_jax.model.heads import HEADS
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, find_tokenizer, save_tokenizer
 from trbert_jax.model.weights import (
     SAFETENSORS,
+    SMALL_FILES,
     TORCH,
-    Parameter,
     Tree,
     from_original_names,
     local_directory,
@@ -40,8 +40,7 @@ from trbert_jax.model.weights import (
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-_MODEL_FILES = {"config.json", SAFETENSORS, TORCH, "added_tokens.json", "vocab.txt"} | _TOKENIZER_FILES
+_MODEL_FILES = {*SMALL_FILES, SAFETENSORS, TORCH, "added_tokens.json"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,13 +244,9 @@ def _initialize_missing(config: ModelConfig, tree: Tree, seed: int) -> tuple[Tre
     """Adds missing parameters; returns the tree and the parts they belong to."""
     arrays = flatten_dict(tree)
     missing = [p for p in parameters(config) if p.path not in arrays]
-    new = {p.path: _initial_value(p, config, seed) for p in missing}
-    return unflatten_dict({**arrays, **new}), tuple(dict.fromkeys(p.part for p in missing))
-
-
-def _initial_value(p: Parameter, config: ModelConfig, seed: int) -> np.ndarray:
-    if not p.transposed:
-        return np.zeros(p.shape, np.float32)
-    # A generator for each parameter: its values do not depend on what else is missing.
-    rng = np.random.default_rng([seed, zlib.crc32(p.name.encode())])
-    return rng.normal(0.0, config.initializer_range, p.shape[::-1]).astype(np.float32)
+    for p in missing:
+        # A generator for each parameter: its values do not depend on what else is missing.
+        rng = np.random.default_rng([seed, zlib.crc32(p.name.encode())])
+        drawn = rng.normal(0.0, config.initializer_range, p.shape[::-1])
+        arrays[p.path] = (drawn if p.transposed else np.zeros(p.shape)).astype(np.float32)
+    return unflatten_dict(arrays), tuple(dict.fromkeys(p.part for p in missing))

@@ -154,10 +154,7 @@ def gather_tokens(
 
     run = jax.custom_vjp(forward)
     run.defvjp(
-        lambda states, source, into, count: (
-            forward(states, source, into, count),
-            (states, source, count),
-        ),
+        lambda states, source, into, count: (forward(states, source, into, count), (states, source, count)),
         backward,
     )
     return run(states, source, jax.lax.stop_gradient(into), count)
@@ -262,11 +259,7 @@ def attend_rows(
 
 
 def _over_groups(
-    step: Callable[[jax.Array, int, int, Any], Any],
-    carry: Any,
-    length: jax.Array,
-    width: int,
-    tiling: Tiling,
+    step: Callable[[jax.Array, int, int, Any], Any], carry: Any, length: jax.Array, width: int, tiling: Tiling
 ) -> Any:
     """Runs `step(first row, number of rows, width, carry)` over all rows with tokens, the longest first.
 

@@ -15,19 +15,16 @@ from trbert_jax.model.weights import local_directory
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerFast; importing transformers takes a second
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL_TOKENS = tuple(BERT_TOKENS.values())
 MIN_VOCAB_SIZE = 100
 _MAX_CHARACTERS = 1000
 _CONTINUES = "##"
 
 
 def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
-    """Reads the fast tokenizer of a directory or of a model on the hub.
+    """Reads the fast tokenizer, a `PreTrainedTokenizerFast`, of a directory or of a model on the hub.
 
     Switches off stored truncation and padding, which would cut texts silently.
-
-    Returns:
-      A `transformers.PreTrainedTokenizerFast`.
 
     Raises:
       UserError: no tokenizer, a damaged one, or one that does not put [CLS] first.
@@ -45,9 +42,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
 def find_tokenizer(directory: Path, special_tokens: Mapping[str, str] = BERT_TOKENS) -> Tokenizer | None:
     """Like `load_tokenizer` for a local directory, but returns None if there is no tokenizer.
 
-    Args:
-      directory: of the tokenizer's files.
-      special_tokens: role -> token, unless the files name it.
+    `special_tokens` are those that the files do not name, role -> token.
     """
     import tokenizers
 
@@ -66,14 +61,13 @@ def find_tokenizer(directory: Path, special_tokens: Mapping[str, str] = BERT_TOK
             tokens[role] = token
     # tokenizer.json is the tokenizer itself; the classes of transformers rebuild it from parts of
     # that file and lose, for one, a normalizer that keeps the case.
-    if (directory / "tokenizer.json").is_file():
-        file = directory / "tokenizer.json"
+    if (file := directory / "tokenizer.json").is_file():
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the Rust library raises plain Exception
             raise UserError(f"{file}: not a tokenizer ({error}); fetch it again") from error
-    elif (directory / "vocab.txt").is_file():
-        backend = _backend_of_vocabulary(directory / "vocab.txt", settings, tokens)
+    elif (file := directory / "vocab.txt").is_file():
+        backend = _backend_of_vocabulary(file, settings, tokens)
     else:
         return None
     return wrap_tokenizer(backend, tokens, source=str(directory))
@@ -82,12 +76,10 @@ def find_tokenizer(directory: Path, special_tokens: Mapping[str, str] = BERT_TOK
 def wrap_tokenizer(
     backend: Any, special_tokens: Mapping[str, str] = BERT_TOKENS, source: str = "tokenizer"
 ) -> Tokenizer:
-    """Makes a `transformers` tokenizer of a `tokenizers.Tokenizer`, without truncation or padding.
+    """Makes a `transformers` tokenizer of a `tokenizers.Tokenizer`.
 
-    Args:
-      backend: changed in place: truncation and padding are switched off.
-      special_tokens: role -> token.
-      source: named in errors.
+    Switches off truncation and padding, in `backend` itself. `special_tokens` are role -> token; errors name
+    `source`.
 
     Raises:
       UserError: it lacks a special token BERT needs, or does not put [CLS] first and [SEP] last.

@@ -32,24 +32,21 @@ TORCH = "pytorch_model.bin"
 _INDEX_SUFFIX = ".index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 
-# Downloaded from the hub: the PyTorch file only if there is no safetensors file.
-_SMALL_FILES = (
+SMALL_FILES = (
     "config.json",
     "tokenizer.json",
     "vocab.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-_SAFETENSORS_FILES = (*_SMALL_FILES, SAFETENSORS, SAFETENSORS + _INDEX_SUFFIX, "model-*.safetensors")
+# Downloaded from the hub: the PyTorch file only if there is no safetensors file.
+_SAFETENSORS_FILES = (*SMALL_FILES, SAFETENSORS, SAFETENSORS + _INDEX_SUFFIX, "model-*.safetensors")
 _TORCH_FILES = (TORCH, TORCH + _INDEX_SUFFIX, "pytorch_model-*.bin")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 # Heads of the pre-training tasks, and constants that some versions of the frameworks stored as tensors.
 _IGNORED_HEADS = ("cls.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.")
 _IGNORED_TENSORS = ("position_ids", "token_type_ids")
-# LayerNorm's parameters in the first TensorFlow checkpoints.
-_OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
 
 # Names ------------------------------------------------------------------------------------------------
 
@@ -105,14 +102,10 @@ def _modules(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], str, str]]:
 
 
 def from_original_names(weights: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[Tree, list[str]]:
-    """Builds a parameter tree from a checkpoint.
+    """Builds a parameter tree from a checkpoint's arrays by their name on disk.
 
     The model's prefix (`bert.`, `distilbert.`) is optional. Ignores pre-training heads, stored constants
     and, for a head that reads all tokens, the layers that read [CLS].
-
-    Args:
-      weights: arrays by their name on disk.
-      config: the model's shape.
 
     Returns:
       The tree of all parameters found with the right shape, and the differences, one line each. It is no
@@ -134,15 +127,14 @@ def from_original_names(weights: Mapping[str, np.ndarray], config: ModelConfig) 
     tree = {}
     present = {"encoder", *(expected[name].part for name in found)}
     for p in expected.values():
-        if p.name not in found:
+        stored = found.get(p.name)
+        if stored is None:
             if p.part in present:
                 differences.append(f"{p.name} {list(p.shape)}: missing")
-        elif found[p.name].shape != p.shape:
-            shape = list(found[p.name].shape)
-            differences.append(f"{p.name}: {shape} in the checkpoint, {list(p.shape)} expected")
+        elif stored.shape != p.shape:
+            differences.append(f"{p.name}: {list(stored.shape)} in the checkpoint, {list(p.shape)} expected")
         else:
-            array = found[p.name]
-            tree[p.path] = np.ascontiguousarray(array.T) if p.transposed else array
+            tree[p.path] = np.ascontiguousarray(stored.T) if p.transposed else stored
     return unflatten_dict(tree), differences
 
 
@@ -157,9 +149,8 @@ def original_name(name: str, config: ModelConfig) -> str | None:
     """Returns the full name of a tensor on disk, prefix included; None for one that is ignored."""
     if name.startswith(_IGNORED_HEADS) or name.rpartition(".")[2] in _IGNORED_TENSORS:
         return None
-    for old, new in _OLD_SUFFIXES.items():
-        if name.endswith(old):
-            name = name.removesuffix(old) + new
+    # The first TensorFlow checkpoints call LayerNorm's parameters gamma and beta.
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     backbone = config.backbone
     inside = name.startswith(("embeddings.", f"{backbone.stack}.", "pooler."))
     return f"{backbone.name}.{name}" if inside else name
@@ -213,14 +204,10 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a checkpoint's weights as float32.
+    """Reads a checkpoint's weights as float32 arrays by their name on disk, without integer constants.
 
-    Args:
-      path: a directory with `model.safetensors` or `pytorch_model.bin` (or the `.index.json` of a
-        checkpoint in several files, or one `.safetensors` file of any name); or such a file itself.
-
-    Returns:
-      float32 arrays by their name on disk, without stored constants that are not floating point.
+    `path` is a directory with `model.safetensors` or `pytorch_model.bin` (or the `.index.json` of a
+    checkpoint in several files, or one `.safetensors` file of any name), or such a file itself.
 
     Raises:
       UserError: no weights, a damaged or truncated file, a precision that is no float, NaN or infinity.
@@ -305,11 +292,8 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
     try:
         # Weights only: unpickling anything else would run code from the file.
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-        return {
-            name: tensor.detach().to(torch.float32).numpy()
-            for name, tensor in tensors.items()
-            if tensor.is_floating_point()
-        }
+        floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        return {name: tensor.detach().to(torch.float32).numpy() for name, tensor in floats.items()}
     except PermissionError as error:
         raise UserError(f"{file}: no permission to read it") from error
     except Exception as error:  # whatever torch's unpickler or archive reader raises

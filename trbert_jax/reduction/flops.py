@@ -71,14 +71,9 @@ class EncoderShape:
 
 
 def dense_flops(shape: EncoderShape, lengths: npt.ArrayLike) -> Counts:
-    """Counts FLOPs without reduction, as published work reports them.
+    """Counts FLOPs without reduction, as published work reports them, int64 [n].
 
-    Args:
-      shape: of the model, with its own depth; its points of reduction are ignored.
-      lengths: int [n], tokens of each example, special ones included.
-
-    Returns:
-      int64 [n].
+    `lengths`, int [n], are the tokens of each example, special ones included.
     """
     return 2 * (shape.num_layers * shape.layer_macs(lengths) + shape.classifier_macs)
 

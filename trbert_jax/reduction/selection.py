@@ -104,15 +104,8 @@ def drop_tokens(
 ) -> tuple[TokenSet, Selection]:
     """Applies a rule at one point of reduction to a padded batch.
 
-    Args:
-      tokens: the tokens before it, states [B, S, H].
-      logits: float32 [B, S].
-      stage: index of the point of reduction.
-      rule: see the module's docstring.
-      passage: see `select`.
-
-    Returns:
-      The tokens after it (same shape, dropped ones no longer valid) and the `Selection`.
+    Takes the tokens before it, states [B, S, H]; the other arguments are those of `select`. Returns the
+    tokens after it (same shape, dropped ones no longer valid) and the `Selection`.
     """
     selection = select(logits, tokens.valid, stage, rule, passage)
     return dataclasses.replace(tokens, valid=selection.keep), selection
@@ -121,9 +114,7 @@ def drop_tokens(
 def restore(dropped: TokenSet, tokens: TokenSet) -> TokenSet:
     """Restores dropped tokens in the state they had when dropped, without gradient.
 
-    Args:
-      dropped: all tokens, each in the state to restore.
-      tokens: the remaining tokens of the same batch.
+    `dropped` holds all tokens of a batch, each in the state to restore; `tokens` are its remaining tokens.
     """
     left = jax.lax.stop_gradient(dropped.states)
     return dataclasses.replace(dropped, states=jnp.where(tokens.valid[..., None], tokens.states, left))
@@ -175,8 +166,7 @@ def replay(actions: jax.Array) -> Rule:
 def sample(row_keys: jax.Array) -> Rule:
     """Draws every token's action from its own keep probability.
 
-    Args:
-      row_keys: PRNG keys [B], one per row, so that a row's draws do not depend on the batch.
+    `row_keys` are PRNG keys [B], one per row, so that a row's draws do not depend on the batch.
     """
 
     def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
@@ -241,13 +231,8 @@ def keep_random(counts: jax.Array, row_keys: jax.Array) -> Rule:
 def top_tokens(score: jax.Array, valid: jax.Array, count: jax.Array) -> jax.Array:
     """Selects the `count[row]` valid tokens with the highest score; among equals, the first ones.
 
-    Args:
-      score: [B, S], finite or +inf on valid tokens.
-      valid: bool [B, S].
-      count: int32 [B]; a row with fewer valid tokens keeps them all.
-
-    Returns:
-      bool [B, S].
+    `score` [B, S] is finite or +inf on `valid` tokens, bool [B, S]. A row with fewer than `count`, int32 [B],
+    keeps all of them. Returns bool [B, S].
     """
     # Two stable sorts give each token its rank; invalid ones come last. Sorting along a row needs
     # no communication when rows are sharded, which lax.top_k would.
