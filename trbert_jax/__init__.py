@@ -21,18 +21,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["TRBert", "UserError", "__version__", "answer_questions", "load_config"]
-
 _MODULES = {
-    "UserError": "trbert_jax.errors",
-    "TRBert": "trbert_jax.inference.predictor",
-    "answer_questions": "trbert_jax.inference.predictor",
-    "load_config": "trbert_jax.config",
+    "UserError": "errors",
+    "TRBert": "inference.predictor",
+    "answer_questions": "inference.predictor",
+    "load_config": "config",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+        return getattr(importlib.import_module(f"trbert_jax.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "trbert"
 DESCRIPTION = """\
-Trains and runs BERT and DistilBERT models that read every word once and then drop the words they no
-longer need (TR-BERT), so that long texts cost less: for text classification, question answering and
-multiple choice. All settings of a training run are in one YAML file.
+Trains and runs BERT and DistilBERT models that read every word once and then drop the words they no longer
+need (TR-BERT): for text classification, question answering and multiple choice.
 """
 EXAMPLES = """\
 examples:
@@ -35,10 +34,8 @@ examples:
   trbert predict --model runs/quickstart/model "some text"
   trbert COMMAND --help
 """
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-EXIT_TERMINATED = 143  # 128 + SIGTERM; launchers restart a job that ends so
+# Exit codes; 128 + the signal as shells report it. Launchers restart a job that SIGTERM has ended.
+USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143
 RESUME = "run the same command again to go on from the last checkpoint"
 
 Arguments = argparse.Namespace
@@ -54,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:  # argparse has printed help, the version or an error
-        return stop.code if isinstance(stop.code, int) else EXIT_USER_ERROR
+        return stop.code if isinstance(stop.code, int) else USER_ERROR
     # transformers without PyTorch is intended; its advice to install it is no help.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     io.setup_logging()
@@ -63,17 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         _say(f"error: {error}")
-        return EXIT_USER_ERROR
+        return USER_ERROR
     except KeyboardInterrupt:
         _say(f"interrupted; {RESUME}" if args.command == "train" else "interrupted")
-        return EXIT_INTERRUPTED
+        return INTERRUPTED
     except PreemptedError as stop:
         _say(f"{stop}; {RESUME}")
-        return EXIT_TERMINATED
+        return TERMINATED
     except BrokenPipeError:
         # The interpreter flushes stdout again at exit; send that nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        return BROKEN_PIPE
     return 0
 
 
@@ -82,15 +79,16 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER_ERROR, f"{PROGRAM}: error: {message} (see `{self.prog} --help`)\n")
+        self.exit(USER_ERROR, f"{PROGRAM}: error: {message} (see `{self.prog} --help`)\n")
 
 
+Type = Callable[[str], Any]
 Option = tuple[str, dict[str, Any]]  # for `add_argument`; its choices and help may be functions
 Run = Callable[[Arguments], None]
 COMMANDS: dict[str, tuple[Run, tuple[Option, ...]]] = {}
 
 
-def _option(name: str, metavar: str | None, convert: Callable[[str], Any], help: Any, **rest: Any) -> Option:
+def _option(name: str, metavar: str | None, convert: Type, help: Any, **rest: Any) -> Option:
     return name, {"metavar": metavar, "type": convert, "help": help, **rest}
 
 
@@ -159,9 +157,7 @@ def _rules_help() -> str:
     return f"how tokens are selected. {rules}. Default threshold, or dense if the selectors are untrained"
 
 
-def _type(
-    expected: str, convert: Callable[[str], Any], accepts: Callable[[Any], bool]
-) -> Callable[[str], Any]:
+def _type(expected: str, convert: Type, accepts: Callable[[Any], bool]) -> Type:
     """Builds the type of an argument, which names what is expected if a text is anything else."""
 
     def parse(text: str) -> Any:
@@ -174,12 +170,16 @@ def _type(
     return parse
 
 
-def _list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+def _list_of(convert: Type) -> Type:
     return lambda text: [convert(word.strip()) for word in text.split(",")]
 
 
 def _digits(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() else -1
+
+
+def _former(name: str, new: str) -> Option:
+    return _option(name, None, _type(f"{new} instead", str, lambda _: False), argparse.SUPPRESS)
 
 
 _name = _type("names with commas between them", str, bool)
@@ -202,16 +202,14 @@ BATCH_SIZE = _option("--batch-size", "N", _count, "texts per batch (default 32)"
 RULE = (
     _option("--rule", None, str, _rules_help, choices=rule_names),
     _option("--backend", None, str, BACKEND_HELP, choices=_backends, default="packed"),
-    _option(
-        "--execution", None, _type("--rule and --backend instead", str, lambda _: False), argparse.SUPPRESS
-    ),
+    _former("--execution", "--rule and --backend"),
 )
 THRESHOLD = _option("--threshold", "P", _probability, THRESHOLD_HELP, default=DEFAULT_THRESHOLD)
 TEXT_FILE = 'one text per line; .jsonl: objects with "text"'
 
 
-def _chosen(args: Arguments, *names: str) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in names}
+def _chosen(args: Arguments, names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names.split()}
 
 
 def _config(args: Arguments) -> RunConfig:
@@ -219,16 +217,6 @@ def _config(args: Arguments) -> RunConfig:
 
     skip = ["data.skip_bad_records=true"] if args.skip_bad_records else []
     return load_config(args.config, [*args.overrides, *skip])
-
-
-def _check_outputs(*paths: Path | None) -> None:
-    """Raises a UserError if a file cannot be written, or if two outputs are the same file."""
-    seen = set[Path]()
-    for path in filter(None, paths):
-        io.check_writable(path)
-        if path.resolve() in seen:
-            raise UserError(f"{path}: is named for two outputs; give each a file of its own")
-        seen.add(path.resolve())
 
 
 @_command(
@@ -262,9 +250,7 @@ def _train(args: Arguments) -> None:
         raise UserError("--devices and --processes need --dry-run; a run uses all devices")
     given = [x is not None for x in (args.coordinator, args.num_processes, args.process_id)]
     if any(given) and (args.distributed or not all(given)):
-        raise UserError(
-            "--coordinator, --num-processes and --process-id need each other, and no --distributed"
-        )
+        raise UserError("--coordinator, --num-processes and --process-id go together, without --distributed")
     if all(given) and args.process_id >= args.num_processes:
         raise UserError(f"--process-id {args.process_id} is not below --num-processes {args.num_processes}")
     config = _config(args)  # before the slow import
@@ -299,9 +285,7 @@ def _train(args: Arguments) -> None:
     THRESHOLD,
     _option("--json", "FILE", Path, "write the numbers to this file"),
     _option("--predictions", "FILE", Path, "write a JSON line per text, or the official scorer's input"),
-    _switch(
-        "--baselines", lambda: f"also evaluate {', '.join(rule_names('baseline'))} at the same kept counts"
-    ),
+    _switch("--baselines", lambda: f"also {', '.join(rule_names('baseline'))}, at the same kept counts"),
     SKIP,
     _option("--config", "FILE", Path, "settings, for --all-checkpoints"),
     _switch("--all-checkpoints", "evaluate all checkpoints of a run"),
@@ -324,14 +308,12 @@ def _evaluate(args: Arguments) -> None:
         if others or args.threshold != DEFAULT_THRESHOLD:
             raise UserError("--all-checkpoints takes model, data and settings from --config alone")
     elif args.config or args.overrides:
-        raise UserError(
-            "--config and key=value need --all-checkpoints; for one model give --model and --data"
-        )
+        raise UserError("--config and key=value need --all-checkpoints; one model takes --model and --data")
     elif not (args.model and args.data):
         raise UserError("--model and --data are needed, or --config with --all-checkpoints")
     elif args.baselines and args.rule is not None and not RULES[args.rule].drops:
         raise UserError(f"--baselines keep as many tokens as the model; --rule {args.rule} drops none")
-    _check_outputs(args.json, args.predictions)
+    io.check_writable(args.json, args.predictions)
     io.enable_compilation_cache()
     if args.all_checkpoints:
         from trbert_jax.training.evaluation import evaluate_all_checkpoints
@@ -341,10 +323,8 @@ def _evaluate(args: Arguments) -> None:
         from trbert_jax.inference.evaluate import evaluate_file
 
         baselines = rule_names("baseline") if args.baselines else ()
-        options = _chosen(args, "batch_size", "rule", "backend", "threshold", "skip_bad_records")
-        result = evaluate_file(
-            args.model, args.data, baselines=baselines, predictions=args.predictions, **options
-        )
+        options = _chosen(args, "batch_size rule backend threshold predictions skip_bad_records")
+        result = evaluate_file(args.model, args.data, baselines=baselines, **options)
     if args.json:
         io.write_json(args.json, result)
     shown = {name: value for name, value in result.items() if name != "data"}  # logged while it was read
@@ -385,12 +365,12 @@ def _predict(args: Arguments) -> None:
     if not args.texts and not args.file and sys.stdin.isatty():
         _say("reading texts from the keyboard, one per line; Ctrl-D ends")
     lines_in = input_lines(args.texts, args.file)
-    _check_outputs(args.output)
+    io.check_writable(args.output)
     io.enable_compilation_cache()
     from trbert_jax.inference.predictor import TRBert
 
     model = TRBert.from_pretrained(args.model)
-    options = _chosen(args, "batch_size", "rule", "backend", "threshold")
+    options = _chosen(args, "batch_size rule backend threshold")
     lines = output_lines(model, lines_in, args.file, args.with_text, **options)
     with io.atomic_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as stream:
         for line in lines:
@@ -429,7 +409,7 @@ def _compile(args: Arguments) -> None:
     _option("--replay", "DIR", str, "keep the tokens that this model keeps, instead of the model's own"),
     _option("--batch-sizes", "N,N", _list_of(_count), "default 1,8,32,128, up to the number of texts"),
     _option("--variants", "A,B", _list_of(_name), "variants to time (default all)"),
-    _option("--executions", None, _type("--variants instead", str, lambda _: False), argparse.SUPPRESS),
+    _former("--executions", "--variants"),
     _option("--max-texts", "N", _count, "use only the first N texts of the file"),
     SKIP,
     _option("--max-length", "N", _count, "tokens after which texts are cut (default the model's)"),
@@ -452,14 +432,13 @@ def _benchmark(args: Arguments) -> None:
     """
     if bool(args.model) == bool(args.random):
         raise UserError("one of --model and --random is needed")
-    _check_outputs(args.json, args.plot)
+    io.check_writable(args.json, args.plot)
     from trbert_jax.inference.benchmark import benchmark_file
     from trbert_jax.inference.benchmark_report import plot_benchmark, table
 
     names = "random batch_sizes variants max_texts max_length repeats dtype skip_bad_records"
-    folders = {"model_dir": args.model, "replay_dir": args.replay}
-    options = _chosen(args, *names.split())
-    records = benchmark_file(args.data, **folders, command=args.command_line, **options)
+    options = _chosen(args, names) | {"model_dir": args.model, "replay_dir": args.replay}
+    records = benchmark_file(args.data, command=args.command_line, **options)
     print("\n".join(table(records)))
     if args.json:
         io.write_json(args.json, records)
@@ -491,8 +470,7 @@ def _convert(args: Arguments) -> None:
     output: Path = args.output
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
         raise UserError(f"{output}: exists and is not empty; choose another --output or give --overwrite")
-    options = _chosen(args, "labels", "max_positions", "max_length", "keep_layers")
-    model = load_pretrained(args.input, **options)
+    model = load_pretrained(args.input, **_chosen(args, "labels max_positions max_length keep_layers"))
     save_pretrained(output, model.config, model.params, model.tokenizer, exclude=model.newly_initialized)
     shape = model.config
     print(
@@ -551,7 +529,7 @@ def _table(result: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _table(value, f"{prefix}{name}.")
         else:
             values = value if isinstance(value, list | tuple) else [value]
-            yield f"{prefix + name:<32}  {', '.join(_number(v) for v in values)}"
+            yield f"{prefix + name:<32}  {', '.join(map(_number, values))}"
 
 
 def _number(value: Any) -> str:

@@ -395,7 +395,6 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Finds settings that are valid alone but not together; yields dotted key and problem."""
     if list(config.stages) != [stage for stage in STAGES if stage in config.stages] or not config.stages:
         yield "stages", f"expected some of {', '.join(STAGES)}, each once and in this order"
-
     data, model, scratch = config.data, config.model, config.model.scratch
     try:
         dataset = find_dataset(data.name)
@@ -415,8 +414,7 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
     if layers is not None and (not layers or list(layers) != sorted(set(layers))):
         yield "model.keep_layers", f"expected rising layer numbers, got {list(layers)}"
     if model.init == "scratch" and scratch.hidden_size % scratch.num_heads:
-        size, heads = scratch.hidden_size, scratch.num_heads
-        yield "model.scratch.hidden_size", f"{size} is not a multiple of model.scratch.num_heads {heads}"
+        yield "model.scratch.hidden_size", f"is not a multiple of model.scratch.num_heads {scratch.num_heads}"
     for stage in STAGES if dataset.task == "classification" else ():
         if getattr(getattr(config, stage), "published_padding", False):
             yield f"{stage}.published_padding", f"padding takes no part for {data.name}, remove it"

@@ -49,16 +49,20 @@ def make_directory(path: str | Path) -> Path:
     return path
 
 
-def check_writable(path: str | Path) -> None:
-    """Raises `UserError` if a file cannot be written; for results that take long to compute."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory, a file was expected")
-    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
-    if not os.path.isdir(folder):
-        raise UserError(f"{path}: cannot be written, {folder} is not a directory")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: no permission to write there; choose another path")
+def check_writable(*paths: str | Path | None) -> None:
+    """Raises `UserError` if a file cannot be written, or two are the same; for results that take long."""
+    seen = set[Path]()
+    for path in [Path(path) for path in paths if path]:
+        if path.is_dir():
+            raise UserError(f"{path}: is a directory, a file was expected")
+        folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+        if not os.path.isdir(folder):
+            raise UserError(f"{path}: cannot be written, {folder} is not a directory")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{path}: no permission to write there; choose another path")
+        if path.resolve() in seen:
+            raise UserError(f"{path}: is named for two outputs; give each a file of its own")
+        seen.add(path.resolve())
 
 
 def _temporary(path: Path) -> Path:
