@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_qa_files import SAMPLES, mrqa_document, race_document, write_lines, write_race
+from tiny_qa_files import SAMPLES, mrqa_document, write_lines, write_race
 
 from trbert_jax.datasets import DATASETS, BadRecords, find_dataset
 from trbert_jax.errors import MissingSplitError, UserError
@@ -44,11 +44,8 @@ QUESTIONS: list[tuple[str, str, tuple[str, ...], int]] = [
 
 def write_split(folder: Path, name: str, rows: Sequence[tuple[str, int]]) -> None:
     """Writes texts with 0-based labels in the format of the name's ending."""
-    if name.endswith(".csv"):
-        lines = [f'{label + 1},"{text}"' for text, label in rows]
-    else:
-        lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
-    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    form = '{1},"{0}"\n' if name.endswith(".csv") else '{{"text": "{0}", "label": {2}}}\n'
+    (folder / name).write_text("".join(form.format(text, label + 1, label) for text, label in rows))
 
 
 def texts(name: str, folder: Path, split: str, **options: Any) -> list[str]:
@@ -98,7 +95,7 @@ def test_own_test_set_comes_first(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_skipped_records_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    document = race_document()
+    document = SAMPLES["race"].fresh()
     document["high/2.txt"]["answers"][1] = "E"
     write_race(tmp_path / "dev", document)
     bad = BadRecords(skip=True)

@@ -44,8 +44,7 @@ def write_library(root: Path, names: list[str], lines: int = 4000) -> None:
     for name in names:
         path = root / name if name.endswith(".py") else root / name / "part.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        word = name.replace("/", "")
-        path.write_text("".join(f"{word} = {i} + x ({i})\n" for i in range(lines)))
+        path.write_text("".join(f"{name.replace('/', '')} = {i} + x ({i})\n" for i in range(lines)))
 
 
 def test_which_files_count(tmp_path: Path) -> None:
