@@ -28,14 +28,7 @@ import numpy as np
 from common import random_actions, random_examples, review_lengths
 from training_steps import Setting, make_batches, make_objective, measure
 
-from trbert_jax.inference.benchmark import (
-    SIZES,
-    Workload,
-    prepare,
-    prepare_huggingface,
-    time_runs,
-    torch_available,
-)
+from trbert_jax.inference.benchmark import SIZES, Workload, prepare, time_runs, torch_available
 from trbert_jax.inference.benchmark_report import machine, make_records, table
 from trbert_jax.inference.engine import CompiledForward
 from trbert_jax.io import check_writable, write_json
@@ -151,9 +144,8 @@ def inference(config: ModelConfig, params: Params, plan: Plan, batch_size: int) 
     """Times the variants of a model in bfloat16, side by side, at one batch size."""
     programs = CompiledForward(TokenReducingModel(config, jnp.bfloat16))
     workload = make_workload(config, plan.num_texts)
-    prepared = [prepare(name, programs, params, workload, batch_size) for name in VARIANTS]
-    if jax.default_backend() != "cpu" and torch_available():
-        prepared.append(prepare_huggingface(config, params, workload, batch_size, "bfloat16"))
+    others = ("huggingface",) if jax.default_backend() != "cpu" and torch_available() else ()
+    prepared = [prepare(name, programs, params, workload, batch_size) for name in (*VARIANTS, *others)]
     seconds = time_runs({run.name: run.calls for run in prepared}, plan.repeats)
     found = make_records(prepared, seconds, batch_size)
     print("\n".join(table(found)), flush=True)

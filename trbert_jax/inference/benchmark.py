@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,25 +20,18 @@ import numpy as np
 from trbert_jax.datasets import BadRecords
 from trbert_jax.datasets.records import Example
 from trbert_jax.errors import UserError
-from trbert_jax.inference.benchmark_report import (
-    PreparedRun,
-    Record,
-    described,
-    drift,
-    machine,
-    make_records,
-    num_cores,
-)
+from trbert_jax.inference import benchmark_report as report
+from trbert_jax.inference.benchmark_report import VARIANTS, PreparedRun, Record
 from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Inputs, bucket_widths
 from trbert_jax.inference.evaluate import read_examples
 from trbert_jax.inference.lines import input_lines, read_texts
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.model import Params, init_params
+from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.pretrained import save_pretrained
-from trbert_jax.reduction import selection
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
 from trbert_jax.reduction.rules import RULES, RuleSpec
+from trbert_jax.reduction.selection import Rule, keep_batch_max
 from trbert_jax.tasks.classification import encode_texts
 from trbert_jax.tasks.examples import Examples, pad_batch
 
@@ -47,41 +40,16 @@ logger = logging.getLogger(__name__)
 Name = TypeVar("Name")
 
 BATCH_SIZES = (1, 8, 32, 128)
-HUGGINGFACE = "huggingface"
 SIZES = {
     "bert-base": ModelConfig(),
     "minilm": ModelConfig(hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536),
     # Too small to measure speed; shows that a benchmark runs.
     "tiny": ModelConfig(
-        vocab_size=100,
-        hidden_size=16,
-        num_layers=4,
-        num_heads=2,
-        intermediate_size=32,
-        max_positions=256,
-        max_length=256,
+        hidden_size=16, num_layers=4, num_heads=2, intermediate_size=32, max_positions=256, max_length=256
     ),
 }
 _REFERENCE_BATCH = 32
 _SETTLE_SECONDS = 0.02  # threads of one library may spin for a while after their work
-
-
-class Variant(NamedTuple):
-    """A way to run the batches of a workload."""
-
-    rule: str
-    backend: str
-    full_length: bool = False  # whether all batches are padded to the longest length
-
-
-VARIANTS = {
-    "packed": Variant("threshold", "packed"),
-    "masked": Variant("threshold", "masked"),
-    "masked_full": Variant("threshold", "masked", full_length=True),
-    "batch_max": Variant("batch_max", "packed"),
-    "dense": Variant("dense", "packed"),
-    "dense_full": Variant("dense", "masked", full_length=True),
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,11 +71,7 @@ class Workload:
         return self.examples.take(np.arange(len(self.examples) // batch_size * batch_size))
 
     def batches(self, batch_size: int, widths: Sequence[int]) -> Iterator[tuple[np.ndarray, Inputs]]:
-        """Pads the full batches, in order.
-
-        Args:
-          batch_size: B, texts of a batch.
-          widths: padded lengths to choose from, ascending, the last one `max_length`.
+        """Pads the full batches, in order, each to the smallest width (ascending) that holds it.
 
         Yields:
           Positions of the batch's texts, int [B], and its arrays with the rule's inputs `min_logit` float32
@@ -127,57 +91,54 @@ def prepare(
     name: str, programs: CompiledForward, params: Params, workload: Workload, batch_size: int
 ) -> PreparedRun:
     """Compiles a variant for all batches of a workload and runs each batch once."""
-    variant, config = VARIANTS[name], programs.model.config
+    variant, model, longest = VARIANTS[name], programs.model, workload.max_length
+    if variant.backend == "torch":
+        return _prepare_torch(name, model, params, workload, batch_size)
     rule = RULES[variant.rule]
     if workload.actions is not None:
-        rule = _GIVEN.get(variant.rule, rule)
-    longest = workload.max_length
+        rule = _GIVEN.get(rule.name, rule)
     widths = (longest,) if variant.full_length else bucket_widths(variant.backend, longest)
     numbered = list(workload.batches(batch_size, widths))
-    examples, batches = workload.whole_batches(batch_size), [batch for _, batch in numbered]
-    engine = InferenceEngine(programs.model, batch_size, programs)
+    examples = workload.whole_batches(batch_size)
+    engine = InferenceEngine(model, batch_size, programs)
     outputs = engine.run_batches(params, examples, numbered, rule, variant.backend)
-    compiled = [programs.get(params, batch, rule, variant.backend) for batch in batches]
-    keep = outputs.kept_masks(longest) if rule.drops else None
 
     def run(program: Any, batch: Inputs) -> Any:
         return jax.block_until_ready(program(params, batch))
 
+    batches = [batch for _, batch in numbered]
+    compiled = [programs.get(params, batch, rule, variant.backend) for batch in batches]
     shapes = [batch["input_ids"].shape for batch in batches]
-    lengths, shape = examples.row_lengths, EncoderShape.of(config)
-    padded = variant.backend == "masked"
-    computed = np.concatenate([np.full(rows, width) for rows, width in shapes]) if padded else lengths
-    if keep is None:
-        flops = dense_flops(shape, computed)
-    elif padded:  # the selectors judge every token, and every token goes on
-        flops = reduced_flops(shape, computed, np.repeat(computed[:, None], config.num_reductions, axis=1))
-    else:
-        flops = reduced_flops(shape, computed, keep.sum(-1))
+    lengths, kept = examples.row_lengths, outputs.num_kept
+    if variant.backend == "masked":  # computes padding too, and dropped tokens to the end
+        lengths = np.concatenate([np.full(rows, width) for rows, width in shapes])
+        kept = np.repeat(lengths[:, None], model.config.num_reductions, axis=1)
+    shape = EncoderShape.of(model.config)
+    flops = reduced_flops(shape, lengths, kept) if rule.drops else dense_flops(shape, lengths)
     return PreparedRun(
         name=name,
         calls=[functools.partial(run, *pair) for pair in zip(compiled, batches, strict=True)],
         num_texts=len(examples),
         flops=float(flops.sum() / len(examples)),
+        logits=outputs.logits,
+        keep=outputs.kept_masks(longest) if rule.drops else None,
         compile_seconds=sum(programs.compile_seconds[rule.name, variant.backend, *x] for x in set(shapes)),
         peak_memory_bytes=max(memory_bytes(program) for program in compiled),
-        logits=outputs.logits,
-        keep=keep,
     )
 
 
-def _given(batch: Inputs) -> selection.Rule:
+def _given(batch: Inputs) -> Rule:
     """Keeps the tokens of `batch["actions"]`."""
     actions = jnp.swapaxes(batch["actions"], 0, 1)  # [stages, B, S]
     # Reads the logits too: the compiler would remove selectors whose result is not used.
     return lambda stage, logits, valid: actions[stage] & (logits > -jnp.inf) & valid
 
 
-def _given_batch_max(batch: Inputs) -> selection.Rule:
-    given = _given(batch)
-
+def _given_batch_max(batch: Inputs) -> Rule:
     def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
-        return selection.keep_batch_max(stage, jnp.where(given(stage, logits, valid), 1.0, -1.0), valid)
+        return keep_batch_max(stage, jnp.where(given(stage, logits, valid), 1.0, -1.0), valid)
 
+    given = _given(batch)
     return rule
 
 
@@ -219,9 +180,6 @@ def time_runs(
     return seconds
 
 
-# Hugging Face's model in PyTorch, for comparison -------------------------------------------------------
-
-
 def torch_available() -> bool:
     """Whether PyTorch is installed for the kind of device that JAX runs on."""
     if importlib.util.find_spec("torch") is None:
@@ -233,10 +191,10 @@ def torch_available() -> bool:
     return jax.default_backend() == "gpu" and bool(torch.cuda.is_available())
 
 
-def prepare_huggingface(
-    config: ModelConfig, params: Params, workload: Workload, batch_size: int, dtype: str
+def _prepare_torch(
+    name: str, ours: TokenReducingModel, params: Params, workload: Workload, batch_size: int
 ) -> PreparedRun:
-    """Prepares the dense model in PyTorch, each batch padded to its longest text."""
+    """Prepares Hugging Face's dense model, each batch padded to its longest text."""
     import torch
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging as transformers_logging
@@ -244,10 +202,11 @@ def prepare_huggingface(
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"  # without the selectors, which it does not know
-        save_pretrained(path, config, jax.device_get(params), None, exclude=("selectors",))
+        save_pretrained(path, ours.config, jax.device_get(params), None, exclude=("selectors",))
         model = AutoModelForSequenceClassification.from_pretrained(path).eval()
-    model = model.to("cpu" if jax.default_backend() == "cpu" else "cuda", getattr(torch, dtype))
-    torch.set_num_threads(num_cores())
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    model = model.to(device, getattr(torch, jnp.dtype(ours.dtype).name))
+    torch.set_num_threads(report.num_cores())
 
     def run(inputs: dict[str, Any]) -> Any:
         with torch.inference_mode():
@@ -257,15 +216,12 @@ def prepare_huggingface(
     calls, widths = [], []
     for _, batch in workload.batches(batch_size, (workload.max_length,)):
         widths.append(batch["mask"].sum(-1).max())
-        names = {"input_ids": "input_ids", "attention_mask": "mask"}
-        inputs = {name: torch.tensor(batch[key][:, : widths[-1]]).long() for name, key in names.items()}
+        arrays = {"input_ids": batch["input_ids"], "attention_mask": batch["mask"]}
+        inputs = {name: torch.tensor(array[:, : widths[-1]]).long() for name, array in arrays.items()}
         calls.append(functools.partial(run, inputs))
     logits = np.concatenate([call() for call in calls])
-    flops = float(dense_flops(EncoderShape.of(config), np.repeat(widths, batch_size)).mean())
-    return PreparedRun(HUGGINGFACE, calls, len(logits), flops, None, None, logits, None)
-
-
-# The command --------------------------------------------------------------------------------------------
+    flops = float(dense_flops(EncoderShape.of(ours.config), np.repeat(widths, batch_size)).mean())
+    return PreparedRun(name, calls, len(logits), flops, logits)
 
 
 def benchmark_file(
@@ -292,7 +248,7 @@ def benchmark_file(
       random: in place of a model, a key of `SIZES`: random weights, tokenizer and labels of `replay_dir`.
       replay_dir: a model whose kept tokens the model under test keeps.
       batch_sizes: None takes those of `BATCH_SIZES` that the texts are enough for.
-      variants: keys of `VARIANTS`, and `huggingface`; None takes all that can run.
+      variants: keys of `VARIANTS`; None takes all that can run.
       max_texts: number of texts (of questions: inputs) to read; None reads all.
       repeats: passes over all variants.
       command: what the user typed, for the records.
@@ -314,23 +270,22 @@ def benchmark_file(
         model = TRBert.from_pretrained(model_dir, max_length=max_length, dtype=dtype)
     else:
         raise ValueError("model_dir or random is needed")
+    actions = None
     if model.answers_questions:
         if replayed is not None:
             raise UserError("--replay: kept tokens are replayed for models that label texts only")
-        if HUGGINGFACE in names and variants is not None:
+        if "huggingface" in (variants or ()):
             raise UserError("--variants: huggingface is compared for models that label texts only")
-        names = [name for name in names if name != HUGGINGFACE]
+        names = [name for name in names if name != "huggingface"]
         examples = read_examples(model, Path(data), BadRecords(skip=skip_bad_records))
-        examples = examples.take(np.arange(min(len(examples), max_texts or len(examples))))
-        workload = Workload(examples, model.config.max_length)
+        examples = examples.take(range(len(examples))[:max_texts])
     else:
         texts = list(itertools.islice(read_texts(input_lines([], Path(data)), Path(data)), max_texts))
-        workload = Workload(_encode(texts, model, str(data)), model.config.max_length)
+        examples = _encode(texts, model, str(data))
         if replayed is not None:
             logger.info("computing the tokens that %s keeps", replay_dir)
-            actions = _actions_of(replayed, str(replay_dir), texts, model, workload)
-            workload = dataclasses.replace(workload, actions=actions)
-    count = len(workload.examples)
+            actions = _actions_of(replayed, str(replay_dir), texts, model, examples)
+    workload, count = Workload(examples, model.config.max_length, actions), len(examples)
     sizes = list(dict.fromkeys(batch_sizes or [size for size in BATCH_SIZES if size <= count]))
     if max(sizes) > count:
         raise UserError(f"--batch-sizes: {max(sizes)} is more than the {count} texts of {data}")
@@ -341,8 +296,8 @@ def benchmark_file(
         "max_length": model.config.max_length,
         "repeats": repeats,
         "command": command,
-        **described(Path(data)),
-        **machine(),
+        **report.described(Path(data)),
+        **report.machine(),
     }
     exact = TRBert(model.config, model.params)
 
@@ -355,34 +310,27 @@ def benchmark_file(
         runs = []
         for name in names:
             logger.info("batch size %d: preparing %s", size, name)
-            if name == HUGGINGFACE:
-                runs.append(prepare_huggingface(model.config, model.params, workload, size, dtype))
-            else:
-                runs.append(prepare(name, model.programs, model.params, workload, size))
+            runs.append(prepare(name, model.programs, model.params, workload, size))
         seconds = time_runs({run.name: run.calls for run in runs}, repeats, f"batch size {size}: ")
         about["tokens"] = float(workload.whole_batches(size).row_lengths.mean())
-        for run, record in zip(runs, make_records(runs, seconds, size), strict=True):
-            changes: Record = {}
-            if dtype != "float32" and run.name == "batch_max":  # compares only with the same batches
-                changes = dict.fromkeys(("kept_changed_tokens", "kept_changed_texts", "labels_changed"))
-            elif dtype != "float32":
-                reference = float32_run("dense" if run.keep is None else "packed")
-                given = workload.actions is not None
-                changes = drift(run, reference, workload.examples.row_lengths, given)
-            records.append({**record, **changes, **about})
+        for run, record in zip(runs, report.make_records(runs, seconds, size), strict=True):
+            if dtype != "float32":
+                reference = None  # batch_max compares only with the same batches
+                if run.name != "batch_max":
+                    reference = float32_run("dense" if run.keep is None else "packed")
+                record |= report.drift(run, reference, examples.row_lengths, given=actions is not None)
+            records.append({**record, **about})
     return records
 
 
 def _check_variants(names: Sequence[str] | None) -> list[str]:
-    known = (*VARIANTS, HUGGINGFACE)
-    if names is None:
-        return [name for name in known if name != HUGGINGFACE or torch_available()]
-    for name in names:
-        if name not in known:
-            raise UserError(f"--variants: unknown variant {name!r}; expected some of {', '.join(known)}")
-    if HUGGINGFACE in names and not torch_available():
-        raise UserError("--variants: huggingface needs PyTorch: pip install 'trbert-jax[torch]'")
-    return list(dict.fromkeys(names))
+    possible = [name for name in VARIANTS if name != "huggingface" or torch_available()]
+    for name in names or ():
+        if name not in VARIANTS:
+            raise UserError(f"--variants: unknown variant {name!r}; expected some of {', '.join(VARIANTS)}")
+        if name not in possible:
+            raise UserError(f"--variants: {name} needs PyTorch: pip install 'trbert-jax[torch]'")
+    return list(dict.fromkeys(names or possible))
 
 
 def _random_model(size: str, replayed: TRBert | None, dtype: str) -> TRBert:
@@ -396,21 +344,20 @@ def _random_model(size: str, replayed: TRBert | None, dtype: str) -> TRBert:
 
 
 def _encode(texts: Sequence[str], model: TRBert, source: str) -> Examples:
-    examples = tuple(Example(f"{source}: text {number}", text, 0) for number, text in enumerate(texts, 1))
-    return encode_texts(examples, model.require_tokenizer(), model.config.max_length)
+    records = [Example(f"{source}: text {number}", text, 0) for number, text in enumerate(texts, 1)]
+    return encode_texts(records, model.require_tokenizer(), model.config.max_length)
 
 
 def _actions_of(
-    replayed: TRBert, name: str, texts: Sequence[str], model: TRBert, workload: Workload
+    replayed: TRBert, name: str, texts: Sequence[str], model: TRBert, examples: Examples
 ) -> np.ndarray:
     """Returns what the replayed model keeps, bool [n, stages, max_length]."""
     for field in ("num_reductions", "max_length"):
         theirs, ours = getattr(replayed.config, field), getattr(model.config, field)
         if theirs != ours:
             raise UserError(f"--replay: {name} has {field} {theirs}, the model under test {ours}")
-    examples = _encode(texts, replayed, name)
-    if not np.array_equal(examples.tokens, workload.examples.tokens):
+    if not np.array_equal(_encode(texts, replayed, name).tokens, examples.tokens):
         raise UserError(f"--replay: {name} splits the texts into other tokens; it needs the same tokenizer")
     engine = replayed.engine(min(_REFERENCE_BATCH, len(examples)))
     outputs = engine.run(replayed.params, examples, rule=replayed.default_rule)
-    return outputs.kept_masks(workload.max_length)
+    return outputs.kept_masks(model.config.max_length)

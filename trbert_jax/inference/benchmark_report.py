@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +19,33 @@ from trbert_jax.model.heads import Logits
 
 Record = dict[str, Any]
 
+
+class Variant(NamedTuple):
+    """A way to run the batches of a workload.
+
+    Attributes:
+      rule, backend: keys of `RULES` and `BACKENDS`; the backend `torch` is Hugging Face's model.
+      full_length: whether all batches are padded to the longest length.
+      line: the look of its line in the picture.
+    """
+
+    rule: str
+    backend: str
+    full_length: bool
+    line: dict[str, Any]
+
+
 REFERENCE = "masked_full"  # the variant that speed-ups are measured against
+# Variants of one rule share a color; the markers are for those who cannot tell colors.
+VARIANTS = {
+    "packed": Variant("threshold", "packed", False, {"color": "#0b6e4f", "marker": "o", "linewidth": 2.4}),
+    "masked": Variant("threshold", "masked", False, {"color": "#d9822b", "marker": "^"}),
+    REFERENCE: Variant("threshold", "masked", True, {"color": "#d9822b", "marker": "v", "linestyle": "--"}),
+    "batch_max": Variant("batch_max", "packed", False, {"color": "#6bb392", "marker": "s"}),
+    "dense": Variant("dense", "packed", False, {"color": "#3b6fb6", "marker": "D"}),
+    "dense_full": Variant("dense", "masked", True, {"color": "#3b6fb6", "marker": "d", "linestyle": "--"}),
+    "huggingface": Variant("dense", "torch", False, {"color": "#777777", "marker": "x", "linestyle": ":"}),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,36 +53,31 @@ class PreparedRun:
     """A variant that is compiled and has run every batch of a workload once.
 
     Attributes:
-      name: the variant.
+      name: key of `VARIANTS`.
       calls: for each batch a function that runs it and waits for its logits.
       num_texts: n, in whole batches.
       flops: mean of a text, by the published count; padding counts if it is computed.
+      logits: float32 [n, C], or those of another head, see `inference.engine.Outputs`.
+      keep: bool [rows, stages, max_length], the kept tokens; None if nothing is dropped.
       compile_seconds: of all shapes; None if nothing is compiled.
       peak_memory_bytes: parameters, inputs, outputs and temporaries of the largest program; None if unknown.
         From the compiler: a device's own counter cannot be reset between programs.
-      logits: float32 [n, C], or those of another head, see `inference.engine.Outputs`.
-      keep: bool [rows, stages, max_length], the kept tokens; None if nothing is dropped.
     """
 
     name: str
     calls: Sequence[Callable[[], Any]]
     num_texts: int
     flops: float
-    compile_seconds: float | None
-    peak_memory_bytes: int | None
     logits: Logits
-    keep: np.ndarray | None
+    keep: np.ndarray | None = None
+    compile_seconds: float | None = None
+    peak_memory_bytes: int | None = None
 
 
 def make_records(
     runs: Sequence[PreparedRun], seconds: Mapping[str, np.ndarray], batch_size: int
 ) -> list[Record]:
-    """Makes one record per run.
-
-    Args:
-      runs: of one workload.
-      seconds: name -> seconds of each batch, [repeats, num_batches].
-      batch_size: texts of a batch.
+    """Makes one record per run of a workload from its seconds, [repeats, num_batches].
 
     Returns:
       Records with `variant`, `batch_size`, `texts` (how many were run), `examples_per_second` (median of the
@@ -72,15 +93,15 @@ def make_records(
         rate, ratio = run.num_texts / total[run.name], None
         if REFERENCE in total and run.name != REFERENCE and run.compile_seconds is not None:
             ratio = (total[REFERENCE] / total[run.name]) / (flops[REFERENCE] / run.flops)
-        milliseconds = 1000 * seconds[run.name].ravel()
+        p50, p99 = np.percentile(1000 * seconds[run.name], (50, 99)).tolist()
         records.append(
             {
                 "variant": run.name,
                 "batch_size": batch_size,
                 "texts": run.num_texts,
                 "examples_per_second": rate,
-                "p50_ms": float(np.percentile(milliseconds, 50)),
-                "p99_ms": float(np.percentile(milliseconds, 99)),
+                "p50_ms": p50,
+                "p99_ms": p99,
                 "flops": run.flops,
                 "flops_per_second": run.flops * rate,
                 "speedup_per_flop_saved": ratio,
@@ -93,33 +114,34 @@ def make_records(
 
 
 def drift(
-    run: PreparedRun, reference: PreparedRun, lengths: np.ndarray, given: bool = False
+    run: PreparedRun, reference: PreparedRun | None, lengths: np.ndarray, given: bool = False
 ) -> dict[str, float | None]:
     """Compares a run with the same in float32, on the texts that both have run.
 
     Args:
-      run: n texts.
-      reference: the float32 run, of m texts.
+      run: the run.
+      reference: the float32 run; None if no such run had the same batches.
       lengths: int [rows], tokens of each row.
       given: whether both keep given tokens, so that selections are not compared.
 
     Returns:
       `kept_changed_tokens`, the share of tokens decided differently at any point of reduction;
       `kept_changed_texts`, the share of rows with such a token; `labels_changed`, the share of texts with
-      another label (of spans: of rows with another likeliest token).
+      another label (of spans: of rows with another likeliest token). Each is None if not compared.
     """
-    result: dict[str, float | None] = {"kept_changed_tokens": None, "kept_changed_texts": None}
-    if run.keep is not None and reference.keep is not None and not given:
+    tokens = texts = labels = None
+    if reference and run.keep is not None and reference.keep is not None and not given:
         count = min(len(run.keep), len(reference.keep))
         changed = (run.keep[:count] != reference.keep[:count]).any(1)  # [rows, max_length]
-        result["kept_changed_tokens"] = float(changed.sum() / lengths[:count].sum())
-        result["kept_changed_texts"] = float(changed.any(-1).mean())
-    others = []
-    for ours, theirs in zip(jax.tree.leaves(run.logits), jax.tree.leaves(reference.logits), strict=True):
-        count = min(len(ours), len(theirs))
-        other = ours[:count].argmax(-1) != theirs[:count].argmax(-1)
-        others.append(other.reshape(count, -1).any(-1))
-    return {**result, "labels_changed": float(np.any(others, axis=0).mean())}
+        tokens, texts = float(changed.sum() / lengths[:count].sum()), float(changed.any(-1).mean())
+    if reference:
+        others = []
+        for ours, theirs in zip(jax.tree.leaves(run.logits), jax.tree.leaves(reference.logits), strict=True):
+            count = min(len(ours), len(theirs))
+            other = ours[:count].argmax(-1) != theirs[:count].argmax(-1)
+            others.append(other.reshape(count, -1).any(-1))
+        labels = float(np.any(others, axis=0).mean())
+    return {"kept_changed_tokens": tokens, "kept_changed_texts": texts, "labels_changed": labels}
 
 
 def described(data: Path) -> Record:
@@ -127,16 +149,16 @@ def described(data: Path) -> Record:
 
     A folder's is that of one line per file, `SHA-256  path inside the folder`, sorted by path.
     """
+
+    def sha256(path: Path) -> str:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
     if not data.is_dir():
-        return {"data": data.name, "data_sha256": _sha256(data)}
+        return {"data": data.name, "data_sha256": sha256(data)}
     names = sorted(path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file())
-    lines = "".join(f"{_sha256(data / name)}  {name}\n" for name in names)
+    lines = "".join(f"{sha256(data / name)}  {name}\n" for name in names)
     return {"data": data.name, "data_sha256": hashlib.sha256(lines.encode()).hexdigest()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def num_cores() -> int:
@@ -152,9 +174,12 @@ def machine() -> Record:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    processors = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "device": jax.devices()[0].device_kind,
-        "processor": _processor(),
+        "processor": next(processors, platform.machine()),
         "cpus": num_cores(),
         "platform": platform.platform(),
         # On a CPU, speed depends on how the allocator hands out XLA's buffers.
@@ -163,16 +188,6 @@ def machine() -> Record:
         "compilation_cache": compilation_cache() is not None,
         **versions,
     }
-
-
-def _processor() -> str:
-    """The processor's name if the system tells it, otherwise its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def table(records: Sequence[Record]) -> Iterator[str]:
@@ -200,28 +215,10 @@ def table(records: Sequence[Record]) -> Iterator[str]:
         yield f"{last:>5}  {record['variant']:<12} {' '.join(cells)}"
 
 
-# The picture --------------------------------------------------------------------------------------------
-
-# Variants of one rule share a color; the markers are for those who cannot tell colors.
-_STYLES: dict[str, dict[str, Any]] = {
-    "packed": {"color": "#0b6e4f", "marker": "o", "linewidth": 2.4},
-    "batch_max": {"color": "#6bb392", "marker": "s"},
-    "masked": {"color": "#d9822b", "marker": "^"},
-    "masked_full": {"color": "#d9822b", "marker": "v", "linestyle": "--"},
-    "dense": {"color": "#3b6fb6", "marker": "D"},
-    "dense_full": {"color": "#3b6fb6", "marker": "d", "linestyle": "--"},
-    "huggingface": {"color": "#777777", "marker": "x", "linestyle": ":"},
-}
-
-
 def plot_benchmark(records: Sequence[Record], png_path: str | Path) -> None:
     """Draws texts per second over the batch size, and the speed-up of packed beside its saving of FLOPs.
 
-    The second panel needs the variants `packed` and `masked_full`.
-
-    Args:
-      records: of one benchmark.
-      png_path: the image, written atomically.
+    The second panel needs the variants `packed` and `masked_full`. Writes the image atomically.
 
     Raises:
       UserError: the image cannot be written.
@@ -238,30 +235,29 @@ def plot_benchmark(records: Sequence[Record], png_path: str | Path) -> None:
     first = records[0]
     replayed = f" keeping what {Path(first['replay']).name} keeps" if first["replay"] else ""
     device = "" if first["device"] == "cpu" else f", {first['device']}"
-    figure.suptitle(
+    heading = (
         f"{Path(first['model']).name}{replayed}\n"
         f"{first['dtype']}, {first['tokens']:.0f} tokens a text (at most {first['max_length']}); "
-        f"{first['processor']}, {first['cpus']} cores{device}",
-        fontsize=11,
-        x=0.01,
-        ha="left",
+        f"{first['processor']}, {first['cpus']} cores{device}"
     )
+    figure.suptitle(heading, fontsize=11, x=0.01, ha="left")
+    titles = ("texts per second", "packed against masked at full length: times ...")
+    for axes, title, ticks in zip(panels, titles, (sizes, ratios), strict=False):
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set(xlabel="batch size", xticks=range(len(ticks)), xticklabels=ticks)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="y", alpha=0.25)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
     # The legend lists the lines as they end, the fastest first.
     fastest = sorted(records, key=lambda record: (-record["batch_size"], -record["examples_per_second"]))
     for name in dict.fromkeys(record["variant"] for record in fastest):
         xs = [place for place, size in enumerate(sizes) if (size, name) in by]
         speeds = [by[sizes[x], name]["examples_per_second"] for x in xs]
-        style = {"linewidth": 1.4, "markersize": 6, **_STYLES.get(name, {})}
+        style = {"linewidth": 1.4, "markersize": 6, **VARIANTS[name].line}
         panels[0].plot(xs, speeds, label=name.replace("_", " "), **style)
-    panels[0].set(ylim=(0, None), xticks=range(len(sizes)), xticklabels=sizes)
-    panels[0].set_title("texts per second", loc="left", fontsize=10)
+    panels[0].set_ylim(0, None)
     panels[0].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    for axes in panels:
-        axes.set_xlabel("batch size")
-        axes.tick_params(labelsize=8)
-        axes.grid(axis="y", alpha=0.25)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
     if ratios:
         pairs = [(by[size, "packed"], by[size, REFERENCE]) for size in ratios]
         fewer = [full["flops"] / packed["flops"] for packed, full in pairs]
@@ -270,8 +266,7 @@ def plot_benchmark(records: Sequence[Record], png_path: str | Path) -> None:
         for shift, heights, label, color in bars:
             drawn = panels[1].bar(np.arange(len(ratios)) + shift, heights, 0.38, label=label, color=color)
             panels[1].bar_label(drawn, fmt="{:.2f}", fontsize=8, padding=2)
-        panels[1].set(ylim=(0, 1.28 * max(fewer + faster)), xticks=range(len(ratios)), xticklabels=ratios)
-        panels[1].set_title("packed against masked at full length: times ...", loc="left", fontsize=10)
+        panels[1].set_ylim(0, 1.28 * max(fewer + faster))
         panels[1].legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
     with atomic_file(png_path, "wb") as stream:
         canvas.print_png(stream)

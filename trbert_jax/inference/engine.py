@@ -35,7 +35,6 @@ from trbert_jax.tasks.scorers import accuracy
 
 Inputs = Mapping[str, Any]  # arrays [B, ...]
 Program = Callable[[Params, Inputs], tuple[Logits, jax.Array]]
-# Called after each batch with all examples, the batch's own as int [b], and its logits.
 AfterBatch = Callable[[Examples, np.ndarray, Logits], None]
 # Name of the logits ("" where there is one array) and shape -> zeros, float32.
 Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
@@ -81,8 +80,7 @@ class CompiledForward:
         """Returns the program for batches of this shape, compiled on the first call.
 
         Args:
-          params: the model's parameters, or their shapes.
-          batch: arrays [B * G, ...] with the rule's inputs, or their shapes.
+          params, batch: arrays, those of the batch [B * G, ...] with the rule's inputs; or their shapes.
           rule: key of `RULES`, or a rule that is not in the table.
           backend: key of `BACKENDS`.
 
@@ -93,7 +91,14 @@ class CompiledForward:
         spec = RULES[rule] if isinstance(rule, str) else rule
         key = (spec.name, backend, *batch["input_ids"].shape)
         if key not in self._compiled:
-            self._warn_of_many(len(self._compiled) + 1)
+            if len(self._compiled) + 1 == MANY_PROGRAMS:
+                shapes = ", ".join(f"{rows} x {width}" for *_, rows, width in self._compiled)
+                warnings.warn(
+                    f"{MANY_PROGRAMS} programs have been compiled for one model, for batches of {shapes} and "
+                    "now one more; each batch size compiles its own, so always ask for the same few",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
             forward = BACKENDS[backend]
 
             def program(params: Params, batch: Inputs) -> tuple[Logits, jax.Array]:
@@ -124,16 +129,6 @@ class CompiledForward:
             return jax.tree.map(lambda x: x.addressable_data(0), compiled(params, place(batch)))
 
         return run
-
-    def _warn_of_many(self, count: int) -> None:
-        if count == MANY_PROGRAMS:
-            shapes = ", ".join(f"{rows} x {width}" for *_, rows, width in self._compiled)
-            warnings.warn(
-                f"{count} programs have been compiled for one model, for batches of {shapes} and now one "
-                "more; each batch size compiles its own, so always ask for the same few",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +183,7 @@ class InferenceEngine:
       model: the model.
       batch_size: examples per forward pass, rounded up to a multiple of the devices.
       programs: compiled passes to share with other engines.
-      after_batch: called after each batch.
+      after_batch: called after each batch with all examples, the batch's own, int [b], and its logits.
     """
 
     def __init__(
@@ -198,13 +193,12 @@ class InferenceEngine:
         programs: CompiledForward | None = None,
         after_batch: AfterBatch | None = None,
     ) -> None:
-        self.model = model
-        self._after_batch = after_batch
+        self.model, self._after_batch = model, after_batch
         self.programs = programs or CompiledForward(model)
         self.batch_size = self.programs.devices.rounded(batch_size)
 
     def num_batches(self, examples: Examples) -> int:
-        """Returns the number of batches of a run over `examples`."""
+        """Number of batches of a run over `examples`."""
         return -(-len(examples) // self.batch_size)
 
     def run(
@@ -224,8 +218,7 @@ class InferenceEngine:
         """Runs the model with a rule of `RULES`.
 
         Args:
-          params: the model's parameters.
-          examples: n examples.
+          params, examples: the model's parameters, and n examples of R rows.
           rule: a rule of evaluation, or with `num_kept` a baseline.
           backend: `packed` or `masked`.
           threshold: keep probability from which rule `threshold` keeps a token.
@@ -251,12 +244,8 @@ class InferenceEngine:
             seeds = np.full(examples.num_rows, seed, np.int32)
             inputs = {"num_kept": num_kept.astype(np.int32), "seed": seeds}
         widths = bucket_widths(backend, self.model.config.max_length)
-        batches = (
-            (index, self.batch(examples, index, width, inputs))
-            for index, width in itertools.islice(
-                length_batches(examples, self.batch_size, widths), start, None
-            )
-        )
+        indices = itertools.islice(length_batches(examples, self.batch_size, widths), start, None)
+        batches = ((index, self.batch(examples, index, width, inputs)) for index, width in indices)
         return self.run_batches(params, examples, batches, RULES[rule], backend, progress, allocate, start)
 
     def run_batches(
@@ -295,21 +284,14 @@ class InferenceEngine:
         return Outputs(logits, kept, examples.row_lengths, examples.labels, seconds)
 
     def rule_inputs(self, examples: Examples, threshold: float = DEFAULT_THRESHOLD) -> dict[str, np.ndarray]:
-        """Returns the inputs of the rules of evaluation, one entry per row."""
+        """Inputs of the rules of evaluation, one entry per row."""
         # The threshold is an input of the compiled program, which all thresholds share.
         return {"min_logit": np.full(examples.num_rows, min_logit(threshold), np.float32)}
 
     def batch(
         self, examples: Examples, index: np.ndarray, width: int, inputs: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Pads examples to a batch and adds the inputs of the rule.
-
-        Args:
-          examples: n examples of R rows.
-          index: int [b], positions of the batch's examples, b <= batch size.
-          width: padded length.
-          inputs: arrays [R, ...].
-        """
+        """Pads the examples at positions `index`, int [b], and adds the rule's inputs, arrays [R, ...]."""
         batch = pad_batch(examples, index, self.batch_size, width)
         rows = np.maximum(batch_rows(examples, index, self.batch_size), 0)
         return batch | {name: values[rows] for name, values in inputs.items()}
@@ -317,12 +299,7 @@ class InferenceEngine:
     def compile(
         self, params: Params, example: Examples, rule: str = DEFAULT_RULE, backend: str = DEFAULT_BACKEND
     ) -> Iterator[tuple[str, float]]:
-        """Compiles the programs for all padded lengths.
-
-        Args:
-          params: the model's parameters.
-          example: one example; all others have inputs of the same shapes.
-          rule, backend: see `run`.
+        """Compiles the programs for all padded lengths of examples that are made like `example`.
 
         Yields:
           The name of each program and the seconds that compiling took.
@@ -346,8 +323,7 @@ class LogitStore:
     def __init__(
         self, config: ModelConfig, examples: Examples, like: Logits, allocate: Allocate | None = None
     ) -> None:
-        self._examples = examples
-        task = TASKS[config.task]
+        self._examples, task = examples, TASKS[config.task]
         self._by_row = task.by_row
         count = examples.num_rows if self._by_row else len(examples)
 
@@ -375,19 +351,18 @@ class LogitStore:
 
         def put(into: np.ndarray, x: jax.Array) -> None:
             values = np.asarray(x)[valid]
-            self._check_finite(to, values)
+            finite = np.isfinite(values.reshape(len(values), -1)).all(-1)
+            if not finite.all():
+                raise UserError(
+                    f"example {self._name(to[finite.argmin()])}: the model's logits are not finite (NaN or "
+                    "infinity); its weights are damaged, or too large for the dtype it computes in"
+                )
             into[to, ..., : values.shape[-1]] = values
 
         jax.tree.map(put, self.logits, output)
 
-    def _check_finite(self, entries: np.ndarray, values: np.ndarray) -> None:
-        finite = np.isfinite(values.reshape(len(values), -1)).all(-1)
-        if finite.all():
-            return
-        entry, first_row = entries[np.flatnonzero(~finite)[0]], self._examples.first_row
-        if self._by_row and first_row is not None:
-            entry = np.searchsorted(first_row, entry, side="right") - 1
-        raise UserError(
-            f"example {self._examples.ids[entry]}: the model's logits are not finite (NaN or infinity); its "
-            "weights are damaged, or too large for the dtype it computes in"
-        )
+    def _name(self, entry: int) -> str:
+        """Name of the example that an entry of the logits belongs to."""
+        if self._by_row and self._examples.first_row is not None:
+            entry = int(np.searchsorted(self._examples.first_row, entry, side="right")) - 1
+        return self._examples.ids[entry]

@@ -57,8 +57,8 @@ def evaluate_file(
     Raises:
       UserError: a model or file that cannot be read, a label the model does not have.
     """
-    model = TRBert.from_pretrained(model_dir)
-    rule, bad = rule or model.default_rule, BadRecords(skip=skip_bad_records)
+    model, bad = TRBert.from_pretrained(model_dir), BadRecords(skip=skip_bad_records)
+    rule = rule or model.default_rule
     examples = read_examples(model, Path(data_file), bad)
     engine = model.engine(batch_size)
     outputs = engine.run(model.params, examples, rule=rule, backend=backend, threshold=threshold)
@@ -88,10 +88,7 @@ def evaluate_file(
 def read_examples(model: TRBert, path: Path, bad: BadRecords) -> Examples:
     """Reads labeled texts, or questions in the published format of the model's data set.
 
-    Args:
-      model: the model, which must have a tokenizer.
-      path: of the data.
-      bad: whether malformed questions are skipped; receives those that are.
+    Malformed questions go to `bad`.
 
     Raises:
       UserError: a file that cannot be read, a label the model does not have, a model without tokenizer.
@@ -104,7 +101,7 @@ def read_examples(model: TRBert, path: Path, bad: BadRecords) -> Examples:
 
 
 def baseline_runs(outputs: Outputs, rules: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
-    """Returns the runs of baseline rules with the kept counts of `outputs`, for `evaluate_runs`."""
+    """Returns runs of baseline rules with the kept counts of `outputs`, for `evaluate_runs`."""
     return {rule: {"rule": rule, "num_kept": outputs.num_kept, "seed": seed} for rule in rules}
 
 
@@ -126,32 +123,29 @@ def evaluate_runs(
 def summarize(outputs: Outputs, config: ModelConfig, metrics: Mapping[str, float]) -> dict[str, Any]:
     """Returns the numbers of an evaluation.
 
-    Args:
-      outputs: of the model.
-      config: its shape.
-      metrics: of the task.
-
     Returns:
-      `metrics`, and means of a row: `tokens`, `kept` (at each point of reduction), `flops` (2 x MACs by the
-      published accounting, padding not counted), `flops_exact` (with what that leaves out; docs/method.md,
-      "FLOPs") and `flops_speedup` (the dense model's `flops` over the reduced ones).
+      The task's `metrics`, and means of a row: `tokens`, `kept` (at each point of reduction), `flops` (2 x
+      MACs by the published accounting, padding not counted), `flops_exact` (with what that leaves out;
+      docs/method.md, "FLOPs") and `flops_speedup` (the dense model's `flops` over the reduced ones).
     """
-    shape, lengths = flops.EncoderShape.of(config), outputs.lengths
-    dense = float(flops.dense_flops(shape, lengths).mean())
-    summary: dict[str, Any] = {**metrics, "examples": len(lengths)}
+    shape, lengths, num_kept = flops.EncoderShape.of(config), outputs.lengths, outputs.num_kept
+    used = dense = float(flops.dense_flops(shape, lengths).mean())
+    exact, reduction = flops.exact_dense_flops(shape, lengths), dict[str, Any]()
     if outputs.kept:
-        num_kept = outputs.num_kept
         used = float(flops.reduced_flops(shape, lengths, num_kept).mean())
-        exact = float(flops.exact_flops(shape, lengths, num_kept).mean())
-        summary |= {"flops": used, "flops_exact": exact, "flops_speedup": dense / used}
-        summary["kept"] = num_kept.mean(0).tolist()
-    else:
-        summary |= {"flops": dense, "flops_exact": float(flops.exact_dense_flops(shape, lengths).mean())}
+        exact = flops.exact_flops(shape, lengths, num_kept)
+        reduction = {"flops_speedup": dense / used, "kept": num_kept.mean(0).tolist()}
     base = float(flops.bert_base_flops(lengths, config.num_outputs).mean())
-    summary["flops_speedup_over_bert_base"] = base / summary["flops"]
-    summary["tokens"] = float(lengths.mean())
-    summary["examples_per_second"] = len(lengths) / max(outputs.seconds, 1e-9)
-    return summary
+    return {
+        **metrics,
+        "examples": len(lengths),
+        "flops": used,
+        "flops_exact": float(exact.mean()),
+        **reduction,
+        "flops_speedup_over_bert_base": base / used,
+        "tokens": float(lengths.mean()),
+        "examples_per_second": len(lengths) / max(outputs.seconds, 1e-9),
+    }
 
 
 def write_predictions(path: str | Path, outputs: Outputs, examples: Examples, labels: Sequence[str]) -> None:

@@ -16,10 +16,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,11 @@ from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
 from trbert_jax.tasks import Task
 from trbert_jax.tasks.base import parse_requests
-from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.examples import Examples, Ragged
 from trbert_jax.tasks.splits import encode_usable, saved_task
+
+Item = TypeVar("Item")
+Encoded = TypeVar("Encoded")
 
 WINDOW = 32  # batches within which inputs are sorted by length
 SMALL = (1, 4)  # rows of small batches, for requests of a few texts
@@ -104,9 +107,7 @@ class TRBert:
             raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
         if tokenizer is not None:
             check_vocabulary(tokenizer, config, "TRBert")
-        self.config = config
-        self.params = jax.device_put(params)
-        self.tokenizer = tokenizer
+        self.config, self.params, self.tokenizer = config, jax.device_put(params), tokenizer
         self.newly_initialized = tuple(newly_initialized)
         self.programs = CompiledForward(TokenReducingModel(config, _DTYPES[dtype]))
         self._engines: dict[int, InferenceEngine] = {}
@@ -170,7 +171,7 @@ class TRBert:
             example = self.task.encode(request, self.require_tokenizer())
         else:
             sizes = sorted({_num_rows(count, batch_size) for count in (*SMALL, batch_size)})
-            example = _make_examples([np.zeros(1, np.int32)])
+            example = _make_examples([[0]])
         for size in sizes:
             yield from self.engine(size).compile(self.params, example, rule or self.default_rule, backend)
 
@@ -221,65 +222,40 @@ class TRBert:
             raise UserError(
                 "this model answers questions; ask it with trbert_jax.answer_questions(model, questions)"
             )
-        return self._predict_windows(iter(texts), batch_size, self._options(batch_size, **options))
+        return self._predict(texts, batch_size, self._options(batch_size, **options))
 
-    def _predict_windows(
-        self, texts: Iterator[str], batch_size: int, options: dict[str, Any]
+    def _predict(
+        self, texts: Iterable[str], batch_size: int, options: dict[str, Any]
     ) -> Iterator[Prediction]:
-        def read() -> list[str]:
-            return list(itertools.islice(texts, WINDOW * batch_size))
+        engine = None
+        for window, examples, truncated in _encode_ahead(texts, WINDOW * batch_size, self._encode):
+            engine = engine or self.engine(_num_rows(len(window), batch_size))
+            outputs = engine.run(self.params, examples, **options)
+            scores, winners = outputs.probabilities, outputs.logits.argmax(-1)
+            for i, text in enumerate(window):
+                yield Prediction(
+                    label=self.config.labels[winners[i]],
+                    label_id=int(winners[i]),
+                    scores=scores[i],
+                    kept=tuple(stage[i] for stage in outputs.kept),
+                    num_tokens=int(examples.lengths[i]),
+                    truncated=truncated[i],
+                    text=text,
+                    input_ids=examples.row(i),
+                    _tokenizer=self.tokenizer,
+                )
 
-        if not (window := read()):
-            return
-        num_read = 0
-        engine = self.engine(_num_rows(len(window), batch_size))
-        with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without Python's lock
-            encoding = pool.submit(self._encode, window, num_read)
-            while window:
-                examples, truncated = encoding.result()
-                num_read += len(window)
-                if following := read():
-                    encoding = pool.submit(self._encode, following, num_read)
-                outputs = engine.run(self.params, examples, **options)
-                yield from self._predictions(window, examples, truncated, outputs)
-                window = following
-
-    def _predictions(
-        self, texts: Sequence[str], examples: Examples, truncated: Sequence[bool], outputs: Outputs
-    ) -> Iterator[Prediction]:
-        scores, winners = outputs.probabilities, outputs.logits.argmax(-1)
-        for i, text in enumerate(texts):
-            yield Prediction(
-                label=self.config.labels[winners[i]],
-                label_id=int(winners[i]),
-                scores=scores[i],
-                kept=tuple(stage[i] for stage in outputs.kept),
-                num_tokens=int(examples.lengths[i]),
-                truncated=truncated[i],
-                text=text,
-                input_ids=examples.tokens[examples.offsets[i] : examples.offsets[i + 1]],
-                _tokenizer=self.tokenizer,
-            )
-
-    def _encode(self, texts: Sequence[str], first: int) -> tuple[Examples, list[bool]]:
+    def _encode(self, texts: list[str], first: int) -> tuple[list[str], Examples, list[bool]]:
+        """Encodes texts, whose numbers begin with `first`; tells which are cut."""
         _check_texts(texts, first)
         tokenizer, longest = self.require_tokenizer(), self.config.max_length
-        encoded = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(list(texts))]
+        encoded = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(texts)]
         truncated = [len(ids) > longest for ids in encoded]
         rows = [
             [*ids[: longest - 1], tokenizer.sep_token_id] if cut else ids
             for ids, cut in zip(encoded, truncated, strict=True)
         ]
-        return _make_examples([np.array(row, np.int32) for row in rows]), truncated
-
-    def require_tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer. Raises UserError if the model has none."""
-        if self.tokenizer is None:
-            raise UserError(
-                "this model has no tokenizer; put the tokenizer files (tokenizer.json or vocab.txt) of the "
-                "model it was made of into its directory"
-            )
-        return self.tokenizer
+        return texts, _make_examples(rows), truncated
 
     def _options(
         self,
@@ -295,6 +271,15 @@ class TRBert:
         check_backend(backend)
         return {"rule": rule, "backend": backend, "threshold": threshold}
 
+    def require_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer. Raises UserError if the model has none."""
+        if self.tokenizer is None:
+            raise UserError(
+                "this model has no tokenizer; put the tokenizer files (tokenizer.json or vocab.txt) of the "
+                "model it was made of into its directory"
+            )
+        return self.tokenizer
+
     # Questions
 
     def answer_stream(
@@ -309,7 +294,7 @@ class TRBert:
         Results and errors: see `answer_questions`; a bad question raises when its window is reached.
         """
         options = self._options(batch_size, **options)
-        engine, source, ids = self.engine(batch_size), iter(requests), set[str]()
+        source, ids = iter(requests), set[str]()
         while window := list(itertools.islice(source, WINDOW * batch_size)):
             if not self.answers_questions:
                 raise UserError(
@@ -319,17 +304,26 @@ class TRBert:
                 )
             records = parse_requests(self.task, window, ids)
             examples = encode_usable(self.task, records, self.require_tokenizer(), BadRecords(), "questions")
-            outputs = engine.run(self.params, examples, **options)
-            answers = self.task.score(examples, outputs.logits).files["predictions.json"]
-            supporting = None
+            outputs = self.engine(batch_size).run(self.params, examples, **options)
+            answers, more = self.task.score(examples, outputs.logits).files["predictions.json"], {}
             if self.config.task == "multi_hop":
-                answers, supporting = answers["answer"], answers["sp"]
-            # In pairs the options of a question are examples, named `question:A` and so on.
-            in_pairs = self.task.name == "multiple_choice" and examples.group == 1
-            counts = _count_tokens(examples, outputs, in_pairs)
+                answers, more = answers["answer"], answers["sp"]
+            counts = self._count_tokens(examples, outputs)
             for record in records:
-                hops = {"supporting": supporting[record.id]} if supporting else {}
+                hops = {"supporting": more[record.id]} if more else {}
                 yield {"id": record.id, "answer": answers[record.id], **hops, **counts[record.id]}
+
+    def _count_tokens(self, examples: Examples, outputs: Outputs) -> dict[str, dict[str, Any]]:
+        """Returns for each question the tokens of its inputs, and how many each point of reduction keeps."""
+        # In pairs the options of a question are examples, named `question:A` and so on.
+        in_pairs = self.task.name == "multiple_choice" and examples.group == 1
+        num_kept, totals = outputs.num_kept, dict[str, np.ndarray]()
+        for name, rows in zip(examples.ids, examples.rows(np.arange(len(examples))), strict=True):
+            question = name.rpartition(":")[0] if in_pairs else name
+            rows = rows[rows >= 0]
+            counts = np.array([examples.row_lengths[rows].sum(), *num_kept[rows].sum(0)])
+            totals[question] = totals.get(question, 0) + counts
+        return {id: {"num_tokens": int(x[0]), "num_kept": x[1:].tolist()} for id, x in totals.items()}
 
 
 def answer_questions(
@@ -355,29 +349,26 @@ def answer_questions(
     return list(model.answer_stream(placed, **options))
 
 
-def _count_tokens(examples: Examples, outputs: Outputs, in_pairs: bool) -> dict[str, dict[str, Any]]:
-    """Returns for each question the tokens of its inputs, and how many each point of reduction keeps."""
-    num_kept = outputs.num_kept
-    totals = dict[str, np.ndarray]()
-    for name, rows in zip(examples.ids, examples.rows(np.arange(len(examples))), strict=True):
-        question = name.rpartition(":")[0] if in_pairs else name
-        rows = rows[rows >= 0]
-        counts = np.array([examples.row_lengths[rows].sum(), *num_kept[rows].sum(0)])
-        totals[question] = totals.get(question, 0) + counts
-    return {id: {"num_tokens": int(x[0]), "num_kept": x[1:].tolist()} for id, x in totals.items()}
+def _encode_ahead(
+    items: Iterable[Item], size: int, encode: Callable[[list[Item], int], Encoded]
+) -> Iterator[Encoded]:
+    """Encodes `size` items at a time, given their first number; the next ones while these are in use."""
+    source, first, pending = iter(items), 0, None
+    with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without Python's lock
+        while window := list(itertools.islice(source, size)):
+            following = pool.submit(encode, window, first)
+            if pending:
+                yield pending.result()
+            pending, first = following, first + len(window)
+        if pending:
+            yield pending.result()
 
 
-def _make_examples(rows: Sequence[np.ndarray]) -> Examples:
+def _make_examples(rows: Sequence[Sequence[int]]) -> Examples:
     """Returns examples of one row each, without labels."""
-    return Examples(
-        tokens=np.concatenate(rows),
-        offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
-        token_types=None,
-        labels=np.zeros(len(rows), np.int32),
-        ids=[str(i) for i in range(len(rows))],
-        num_truncated=0,
-        digest="",
-    )
+    tokens = Ragged.of([np.array(row, np.int32) for row in rows])
+    ids = [str(i) for i in range(len(rows))]
+    return Examples(tokens.values, tokens.offsets, None, np.zeros(len(rows), np.int32), ids, 0, "")
 
 
 def _num_rows(num_texts: int, batch_size: int) -> int:
@@ -388,7 +379,7 @@ def _num_rows(num_texts: int, batch_size: int) -> int:
 def _check_texts(texts: Sequence[str], first: int = 0) -> None:
     if isinstance(texts, str):
         raise UserError("predict takes a list of texts; put the text into one: predict([text])")
-    for i, text in enumerate(texts, first):  # `first`: texts of earlier windows
+    for i, text in enumerate(texts, first):
         if not isinstance(text, str):
             raise UserError(f"texts[{i}] is a {type(text).__name__}; expected a string")
         try:
