@@ -57,16 +57,9 @@ def test_dataset(tmp_path: Path) -> None:
                 label, text = line.rstrip("\n").split("\t")
                 yield Example(f"{path.name}:{number}", text, labels.index(label))
 
-    register_dataset(
-        DataSet(
-            name="dummy",
-            task="classification",
-            read=read,
-            files=each_split("{split}.tsv"),
-            labels=("bad", "good"),
-            dev_from_train=True,
-        )
-    )
+    files, labels = each_split("{split}.tsv"), ("bad", "good")
+    dummy = DataSet(name="dummy", task="classification", read=read, files=files, labels=labels)
+    register_dataset(dataclasses.replace(dummy, dev_from_train=True))
     data = tmp_path / "data"
     data.mkdir()
     for split, count in (("train", 40), ("test", 8)):
@@ -132,22 +125,11 @@ def test_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         dense = objectives.dense_objective(**update.forward)
         return dense.replace(total=update.config.polish.weight * dense.total)  # type: ignore[attr-defined]
 
-    register_stage(
-        Stage(
-            settings=PolishConfig,
-            starts_from=("finetune",),
-            trains=step.trains_all,
-            objective=objective,
-            reduces=True,
-        )
-    )
+    kind: dict[str, Any] = {"starts_from": ("finetune",), "trains": step.trains_all, "reduces": True}
+    register_stage(Stage(settings=PolishConfig, objective=objective, **kind))
     training = {"batch_size": 8, "accumulation_steps": 1, "max_steps": 3}
-    path = tiny_runs.write_config(
-        tmp_path,
-        stages=["finetune", "polish", "evaluate"],
-        finetune={"max_steps": 3},
-        polish={**training, "weight": 0.5},
-    )
+    stages, polish = ["finetune", "polish", "evaluate"], {**training, "weight": 0.5}
+    path = tiny_runs.write_config(tmp_path, stages=stages, finetune={"max_steps": 3}, polish=polish)
     results = tiny_runs.train(path)
     assert results["stages"]["polish"]["steps"] == 3
     assert results["config"]["polish"]["weight"] == 0.5
@@ -160,13 +142,11 @@ def test_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_rule(tmp_path: Path) -> None:
     """A rule of evaluation: known to the settings, used by both backends."""
-    register_rule(
-        RuleSpec(
-            "even_positions",
-            "keep every second token",
-            lambda inputs: lambda stage, logits, valid: valid & (jnp.arange(valid.shape[1]) % 2 == 0),
-        )
-    )
+
+    def keep_even(inputs: Any) -> Any:
+        return lambda stage, logits, valid: valid & (jnp.arange(valid.shape[1]) % 2 == 0)
+
+    register_rule(RuleSpec("even_positions", "keep every second token", keep_even))
     config = load_config(QUICKSTART, ["evaluate.rule=even_positions", "evaluate.thresholds=[]"])
     model = trbert_jax.TRBert.from_pretrained(tiny_model(tmp_path))
     for backend in ("packed", "masked"):
