@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 from trbert_jax.datasets.records import Identified
 from trbert_jax.errors import UserError
 from trbert_jax.io import check_unicode, parse_json, readable
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Identified)
@@ -24,9 +27,6 @@ _SHOWN = 60  # characters of a value in a message
 # Fields of a record's id in the published formats; the official scorer of MRQA prefers `qid` to `id`.
 _ID_FIELDS = ("qid", "id", "_id", "QuestionId", "question_id")
 _KINDS = {bool: "true or false", str: "a text", int: "a number", float: "a fraction", list: "a list"}
-
-
-# Lines and JSON ---------------------------------------------------------------------------------------
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -88,9 +88,6 @@ def load_json_lines(path: Path, bad: BadRecords | None = None) -> Iterator[tuple
                 except ValueError as error:
                     raise ValueError(f"{error}; expected one object a line") from error
                 yield number, value
-
-
-# Bad records ------------------------------------------------------------------------------------------
 
 
 class BadRecord(UserError):
@@ -173,12 +170,13 @@ class BadRecords:
 def collect(
     records: Iterable[R], source: object, bad: BadRecords, expected: str, *, repeats: bool = False
 ) -> list[R]:
-    """Returns the records of a source, in its order. Raises `UserError` if it has none.
+    """Returns the records of a source, in its order, and logs the skipped ones.
 
-    A second record with the same id is bad; with `repeats` it is dropped if it equals the first one.
+    A second record with the same id is bad; with `repeats` it is dropped if it equals the first one. Raises
+    `UserError` if the source has none.
     `source`, a file or name, and `expected`, the format, are for messages.
     """
-    found = dict[str, R]()
+    found, before = dict[str, R](), len(bad.skipped)
     for item in records:
         other = found.setdefault(item.id, item)
         if other is not item and not (repeats and item == other):
@@ -186,8 +184,11 @@ def collect(
                 raise ValueError(
                     f"has the id {item.id!r}, which is also that of {other.where}; expected an id of its own"
                 )
+    summary = bad.summary(len(found), before)
     if not found:
-        raise UserError(f"{source}: has no usable record; {bad.summary(0) or f'expected {expected}'}")
+        raise UserError(f"{source}: has no usable record; {summary or f'expected {expected}'}")
+    if summary:
+        logger.warning("%s: %s", source, summary)
     return list(found.values())
 
 
@@ -196,10 +197,8 @@ def collect(
 
 def field(item: Any, key: str | int | None) -> Any:
     """Returns a field of an object, an item of a list, or `item` itself without a key."""
-    if key is None:
-        return item
-    if isinstance(key, int):
-        return item[key]
+    if key is None or isinstance(key, int):
+        return item if key is None else item[key]
     if not isinstance(item, dict):
         raise ValueError(f"is {describe(item)}; expected an object with the field {key!r}")
     if key not in item:

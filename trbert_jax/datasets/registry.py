@@ -122,13 +122,8 @@ class DataSet:
 
         Raises `UserError` if the file cannot be read, has a bad record (by default) or no record.
         """
-        bad = bad or BadRecords()
-        before, file = len(bad.skipped), Path(path).expanduser()
-        result = reading.collect(self.read(file, bad, labels or self.labels), file, bad, self.format)
-        summary = bad.summary(len(result), before)
-        if summary:
-            logger.warning("%s: %s", file, summary)
-        return result
+        bad, file = bad or BadRecords(), Path(path).expanduser()
+        return reading.collect(self.read(file, bad, labels or self.labels), file, bad, self.format)
 
     def _hint(self, folder: Path) -> str:
         for pattern, advice in self.hints:

@@ -17,7 +17,6 @@ offsets. WikiHop, and HotpotQA with its paragraphs and supporting facts, are not
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Unpack
@@ -27,8 +26,6 @@ from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import ChoiceQuestion, Example, SpanQuestion
 from trbert_jax.datasets.registry import FAMILIES, DataSet, Options, PathLike, check_split, hold_out, sample
 from trbert_jax.errors import MissingSplitError, UserError
-
-logger = logging.getLogger(__name__)
 
 # The catalog's names of the splits, in order of preference.
 _SPLITS = {"train": ("train",), "dev": ("validation", "dev"), "test": ("test",)}
@@ -63,10 +60,8 @@ class TfdsDataSet(DataSet):
             return list(_examples(self.name, split, source, sample(indices, split, options), options))
         questions = _questions(place, (source[i] for i in indices), bad, self.convert)
         # trivia_qa lists a document of a question twice if both of its parts have it.
-        records = reading.collect(questions, place, bad, "questions", repeats=self.style == "triviaqa")
-        if bad.skipped:
-            logger.warning("%s: %s", self.name, bad.summary(len(records)))
-        return sample(records, split, options)
+        repeats = self.style == "triviaqa"
+        return sample(reading.collect(questions, place, bad, "questions", repeats=repeats), split, options)
 
 
 def _questions(place: str, source: Iterator[Any], bad: BadRecords, convert: Converter) -> Iterator[Question]:
