@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import unittest
 from collections.abc import Callable, Iterable, Sequence
@@ -81,6 +82,12 @@ def tiny_weights(config: ModelConfig, seed: int = SEED, scale: float = 0.4) -> d
 def tiny_params(config: ModelConfig, seed: int = SEED, scale: float = 0.4) -> dict[str, Any]:
     """The same as a parameter tree."""
     return from_original_names(tiny_weights(config, seed, scale), config)[0]
+
+
+@functools.cache
+def params_of(config: ModelConfig) -> Any:
+    """Parameters on the device, the same objects for every caller."""
+    return jax.tree.map(jnp.asarray, tiny_params(config))
 
 
 def tiny_model(directory: Path, config: ModelConfig = BERT, seed: int = SEED) -> Path:

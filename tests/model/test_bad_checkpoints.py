@@ -38,6 +38,7 @@ def drop_and_add(path: Path) -> None:
         del weights["bert.encoder.linear_2.1.bias"]  # half a selector
         weights["qa_outputs.weight"] = np.zeros((2, 16), np.float32)
         weights["bert.encoder.layer.4.output.dense.bias"] = np.zeros(16, np.float32)
+        weights["embeddings.LayerNorm.weight"] = np.zeros(16, np.float32)  # also there with its prefix
 
     edit_weights(path, change)
 
@@ -80,6 +81,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
             "bert.encoder.linear_2.1.bias [1]",
             "qa_outputs.weight",
             "bert.encoder.layer.4.output.dense.bias",
+            "embeddings.LayerNorm.weight: not",
         ),
     ),
     "quantized": (put(classifier__weight=np.zeros((2, 16), np.int8)), ("classifier.weight", "I8")),

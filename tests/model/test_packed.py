@@ -16,7 +16,7 @@ import pytest
 import tiny_models
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_models import random_batch
+from tiny_models import params_of, random_batch
 
 from trbert_jax.model import packed as packed_module
 from trbert_jax.model.config import ModelConfig
@@ -33,11 +33,6 @@ WIDTH = 18
 # Smaller than the batches: several large tiles, several small ones, several groups and buckets.
 TILING = Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
 NUM_ROWS = 5
-
-
-@functools.cache
-def params_of(config: ModelConfig) -> Any:
-    return jax.tree.map(jnp.asarray, tiny_models.tiny_params(config))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -213,8 +208,7 @@ def test_buckets_end_at_the_width_and_are_few(width: int) -> None:
 @pytest.mark.parametrize("execute", [forward, packed_forward], ids=["masked", "packed"])
 def test_remat_changes_no_gradient(execute: Callable[..., Any]) -> None:
     config = dataclasses.replace(tiny_models.BERT, num_layers=2)
-    params = jax.tree.map(jnp.asarray, tiny_models.tiny_params(config))
-    batch = random_batch(config, [18, 1, 7], width=18)
+    params, batch = params_of(config), random_batch(config, [18, 1, 7], width=18)
 
     def gradient(remat: bool) -> tuple[Any, str]:
         model = TokenReducingModel(config, remat=remat)

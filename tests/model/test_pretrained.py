@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from trbert_jax.model.encoder import Encoder
 from trbert_jax.model.model import TokenReducingModel
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.weights import to_original_names
+
+OLD_NAMES = {"weight": "gamma", "bias": "beta"}  # of LayerNorm, in TensorFlow's checkpoints
 
 
 @CONFIGS
@@ -145,25 +148,22 @@ def test_other_precisions_become_float32(tmp_path: Path, dtype: Any) -> None:
         np.testing.assert_array_equal(loaded[name], array)
 
 
-def test_names_without_prefix_old_names_and_harmless_extras(tmp_path: Path) -> None:
-    tiny_model(tmp_path)
+@CONFIGS
+def test_names_without_prefix_old_names_and_harmless_extras(tmp_path: Path, config: ModelConfig) -> None:
+    tiny_model(tmp_path, config)
+    heads = ("cls.seq_relationship", "vocab_transform", "vocab_layer_norm", "vocab_projector")
+    extras = {f"{head}.weight": np.zeros((2, 16), np.float32) for head in heads}
 
-    def rename(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        renamed = {
-            k.removeprefix("bert.")
-            .replace("LayerNorm.weight", "LayerNorm.gamma")
-            .replace("LayerNorm.bias", "LayerNorm.beta"): v
-            for k, v in weights.items()
-        }
-        extras: dict[str, Any] = {
-            "embeddings.position_ids": np.arange(20)[None],
-            "cls.predictions.bias": np.zeros(3, np.float32),
-            "cls.seq_relationship.weight": np.zeros((2, 16), np.float32),
-        }
-        return {**renamed, **extras}
+    def rename(name: str) -> str:
+        name = name.removeprefix(f"{config.model_type}.")
+        return re.sub(r"LayerNorm.(weight|bias)", lambda m: f"LayerNorm.{OLD_NAMES[m[1]]}", name)
 
-    edit_weights(tmp_path, rename)
-    assert_same_params(quietly(tmp_path).params, tiny_params(BERT))
+    def change(weights: dict[str, np.ndarray]) -> dict[str, Any]:
+        constants = {"embeddings.position_ids": np.arange(20)[None]}
+        return {**{rename(name): array for name, array in weights.items()}, **extras, **constants}
+
+    edit_weights(tmp_path, change)
+    assert_same_params(quietly(tmp_path).params, tiny_params(config))
 
 
 @pytest.mark.parametrize(

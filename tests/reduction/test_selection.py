@@ -78,10 +78,6 @@ def test_repeat_stacks_copies() -> None:
 # Deterministic rules ------------------------------------------------------------------------------
 
 
-def test_keep_all() -> None:
-    assert_kept(tokens.keep_all(0, jnp.full((2, 3), -9.0), bools("110", "111")), "110", "111")
-
-
 def test_keep_probable_includes_one_half() -> None:
     selection = apply(tokens.keep_probable, [[-5.0, 0.0, -ABOVE_ZERO, ABOVE_ZERO, 3.0]], bools("11110"))
     assert_kept(selection.keep, "11010")
@@ -132,13 +128,6 @@ def test_keep_batch_max_counts_cls_once(cls: float) -> None:
     """[CLS] is among the kept whatever its logit, and its place is not given to another."""
     keep = apply(tokens.keep_batch_max, [[cls, 1.0, -1.0, -2.0]] * 2, bools("1111", "1111")).keep
     assert_kept(keep, "1100", "1100")
-
-
-def test_replay() -> None:
-    rule = tokens.replay(jnp.stack([bools("1011"), bools("0110")]))
-    logits = [[0.0] * 4]
-    assert_kept(apply(rule, logits, bools("1110")).keep, "1010")
-    assert_kept(apply(rule, logits, bools("1110"), stage=1).keep, "1110")
 
 
 @pytest.mark.parametrize(
