@@ -21,7 +21,7 @@ from typing import Any
 from trbert_jax.config import RunConfig, load_config
 from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.io import check_writable, hash_file, write_json
-from trbert_jax.training import batches
+from trbert_jax.training import loop
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.stages import STAGES
 
@@ -57,8 +57,8 @@ def _resident(pid: int) -> int:
 
 def read_speed(config: RunConfig, folder: Path, seconds: float) -> dict[str, float]:
     """Returns examples per second of training batches, read and padded but not computed on."""
-    training = batches.prepare(Experiment(config), STAGES["finetune"])
-    stream = batches.read_ahead(training, 0)
+    training = loop.prepare(Experiment(config), STAGES["finetune"])
+    stream = loop.read_ahead(training, 0)
     next(stream)
     count, start = 0, time.perf_counter()
     for batch in stream:
@@ -95,7 +95,7 @@ def main() -> None:
         ]
         overrides = [*args.overrides, f"data.prepared={folder / 'whole'}", f"workdir={folder / 'work3'}"]
         config = load_config(args.config, overrides)
-        examples = len(Experiment(config).read_features("train", _tokenizer(config)))
+        examples = len(Experiment(config).data.examples("train", _tokenizer(config)))
         result: dict[str, Any] = {
             "config": args.config,
             "overrides": args.overrides,

@@ -154,7 +154,7 @@ class Step:
         adamw = optimizer.adamw(optimizer.linear_schedule(3e-5, 1000, 0), model.config)
         # Copies: the step donates its state.
         state = init_state(jax.tree.map(jnp.copy, trained), adamw)
-        self._state, self._frozen = steps.place_state(state, layout), steps.place_frozen(frozen, layout)
+        self._state, self._frozen = steps.place(state, layout), steps.place(frozen, layout)
         rng = jax.random.key(0, impl="rbg")  # the generator of the stages for dropout
         self._rng = rng if strategy == "pmap" else layout.replicate(rng)
         # [accumulation steps, B, ...], on the device: loading is not measured.

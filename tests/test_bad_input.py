@@ -26,7 +26,7 @@ from safetensors import numpy as safetensors
 from tiny_models import tiny_model
 
 from trbert_jax.cli import main
-from trbert_jax.training import batches
+from trbert_jax.training import loop
 
 TEXTS = ["the film was good .", "a dull plot !", "it is very bright and good", "I saw a bad film yesterday"]
 RECORDS = [{"text": text, "label": label} for text, label in zip(TEXTS, (1, 0, 1, 0), strict=True)]
@@ -281,14 +281,14 @@ CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES, *DE
 
 def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C at the start of an update."""
-    original = batches.update_batches
+    original = loop.update_batches
 
-    def interrupted(training: batches.Training, at: int, width: int) -> Any:
+    def interrupted(training: loop.Training, at: int) -> Any:
         if at == step:
             signal.raise_signal(signal.SIGINT)
-        return original(training, at, width)
+        return original(training, at)
 
-    monkeypatch.setattr(batches, "update_batches", interrupted)
+    monkeypatch.setattr(loop, "update_batches", interrupted)
 
 
 @contextlib.contextmanager

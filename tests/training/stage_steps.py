@@ -89,7 +89,7 @@ class StageStep:
         state = steps.first_state(first.trained, self.adamw, layout)
         rng = jax.random.key(3)
         rng = rng if layout.strategy == "pmap" else layout.replicate(rng)
-        return state, steps.place_frozen(frozen, layout), rng
+        return state, steps.place(frozen, layout), rng
 
     def batch(self, number: int, passes: int = 1, rows: int = ROWS_AN_UPDATE) -> dict[str, np.ndarray]:
         """An update's examples, [passes, rows / passes, ...].

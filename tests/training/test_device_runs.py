@@ -42,16 +42,16 @@ steps.first_state = placed
 # Before the command: at the start of the update number 7 it is told to stop.
 STOPPING = """
 import signal
-from trbert_jax.training import batches
+from trbert_jax.training import loop
 
-update_batches = batches.update_batches
+update_batches = loop.update_batches
 
-def stopping(training, step, width):
+def stopping(training, step):
     if step == 7:
         signal.raise_signal(signal.SIGTERM)
-    return update_batches(training, step, width)
+    return update_batches(training, step)
 
-batches.update_batches = stopping
+loop.update_batches = stopping
 """
 
 

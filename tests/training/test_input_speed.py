@@ -12,7 +12,7 @@ import pytest
 from stage_steps import QUICKSTART
 
 from trbert_jax.config import load_config
-from trbert_jax.training import batches
+from trbert_jax.training import loop
 from trbert_jax.training import step as steps
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.prepared import PreparedFeatures
@@ -30,7 +30,7 @@ def quickstart(folder: Path, *overrides: str) -> Experiment:
     return Experiment(load_config(QUICKSTART, [f"workdir={folder}", *small, *overrides]))
 
 
-def examples_per_second(stream: Iterator[batches.UpdateBatch]) -> float:
+def examples_per_second(stream: Iterator[loop.UpdateBatch]) -> float:
     next(stream)  # threads start
     count, start = 0, time.perf_counter()
     for batch in stream:
@@ -40,12 +40,11 @@ def examples_per_second(stream: Iterator[batches.UpdateBatch]) -> float:
     return count / (time.perf_counter() - start)
 
 
-def trained_per_second(training: batches.Training) -> float:
+def trained_per_second(training: loop.Training) -> float:
     """Examples of whole updates on this CPU, without reading."""
-    adamw, _ = training.optimizer()
-    trained, frozen = jax.tree.map(jnp.asarray, training.trained_and_frozen())
-    state, step = steps.init_state(trained, adamw), training.update(adamw)
-    stream = batches.read_ahead(training, 0)
+    trained, frozen = jax.tree.map(jnp.asarray, (training.trained, training.frozen))
+    state, step = steps.init_state(trained, training.optimizer), training.update()
+    stream = loop.read_ahead(training, 0)
     updates = [next(stream).arrays for _ in range(STEPS)]
     state, _ = jax.block_until_ready(step(state, frozen, updates[0], jax.random.key(0)))
     start = time.perf_counter()
@@ -60,10 +59,10 @@ def test_reading_is_twenty_times_as_fast_as_a_step(tmp_path: Path) -> None:
     """Of the quickstart, from memory and from prepared data."""
     run, stage = quickstart(tmp_path / "work"), STAGES["finetune"]
     run.prepare_data(tmp_path / "shards", shard_size=64, workers=1)
-    in_memory = batches.prepare(run, stage)
+    in_memory = loop.prepare(run, stage)
     overrides = f"data.prepared={tmp_path / 'shards'}"
-    from_shards = batches.prepare(quickstart(tmp_path / "work", overrides), stage)
+    from_shards = loop.prepare(quickstart(tmp_path / "work", overrides), stage)
     assert isinstance(from_shards.examples, PreparedFeatures)
     needed = trained_per_second(in_memory)
     for training in (in_memory, from_shards):
-        assert examples_per_second(batches.read_ahead(training, 0)) >= 20 * needed
+        assert examples_per_second(loop.read_ahead(training, 0)) >= 20 * needed

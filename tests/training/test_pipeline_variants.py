@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
-from trbert_jax.training import batches
+from trbert_jax.training import loop
 
 SHALLOW = {**tiny_runs.SCRATCH, "model_type": "distilbert", "num_layers": 3}
 TRAINING = {"batch_size": 16, "epochs": 1}
@@ -40,11 +40,11 @@ def test_dense_run_that_takes_the_best_checkpoint(tmp_path: Path, monkeypatch: p
     accuracy = iter([0.5, 0.75, 0.75, 0.625])
     seen: list[np.ndarray] = []
 
-    def evaluate(training: batches.Training, params: Any) -> dict[str, float]:
+    def evaluate(training: loop.Training, params: Any) -> dict[str, float]:
         seen.append(np.asarray(params["head"]["classifier"]["kernel"]))
         return {"accuracy": next(accuracy)}
 
-    monkeypatch.setattr(batches.Training, "evaluate", evaluate)
+    monkeypatch.setattr(loop.Training, "evaluate", evaluate)
     results = tiny_runs.train(
         tiny_runs.write_config(
             folder,

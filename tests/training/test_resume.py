@@ -19,7 +19,7 @@ import tiny_runs
 from trbert_jax.cli import main
 from trbert_jax.config import upgrade
 from trbert_jax.io import read_json, write_json
-from trbert_jax.training import batches, checkpoints
+from trbert_jax.training import checkpoints, loop
 from trbert_jax.training.logging import read_metrics
 
 TRAINED = ["finetune", "policy", "joint"]
@@ -64,16 +64,16 @@ class Interruptions:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *where: tuple[str, int]) -> None:
         self.begun: collections.Counter[tuple[str, int]] = collections.Counter()
-        left, original = set(where), batches.update_batches
+        left, original = set(where), loop.update_batches
 
-        def update_batches(training: batches.Training, step: int, width: int) -> Any:
-            if (training.name, step) in left:
-                left.remove((training.name, step))
+        def update_batches(training: loop.Training, step: int) -> Any:
+            if (training.stage.name, step) in left:
+                left.remove((training.stage.name, step))
                 raise KeyboardInterrupt
-            self.begun[training.name, step] += 1
-            return original(training, step, width)
+            self.begun[training.stage.name, step] += 1
+            return original(training, step)
 
-        monkeypatch.setattr(batches, "update_batches", update_batches)
+        monkeypatch.setattr(loop, "update_batches", update_batches)
 
 
 def use_old_keys(work: Path) -> None:

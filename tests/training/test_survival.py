@@ -20,7 +20,7 @@ from trbert_jax.cli import main
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.parallel import single_device
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.training import batches
+from trbert_jax.training import loop
 from trbert_jax.training.logging import read_metrics
 from trbert_jax.training.preemption import StopRequest
 from trbert_jax.training.stage_inputs import check_finite
@@ -55,15 +55,15 @@ def assert_ended_alike(stage: Path, whole: Path) -> None:
 
 def at_update(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> None:
     """Does something at the start of an update (0-based), once."""
-    original, left = batches.update_batches, [number]
+    original, left = loop.update_batches, [number]
 
-    def update_batches(training: batches.Training, step: int, width: int) -> Any:
+    def update_batches(training: loop.Training, step: int) -> Any:
         if left == [step]:
             left.clear()
             action()
-        return original(training, step, width)
+        return original(training, step)
 
-    monkeypatch.setattr(batches, "update_batches", update_batches)
+    monkeypatch.setattr(loop, "update_batches", update_batches)
 
 
 def test_sigterm_saves_and_the_next_run_resumes(

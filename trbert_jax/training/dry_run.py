@@ -56,7 +56,7 @@ def plan(experiment: Experiment, devices: int, processes: int) -> list[StagePlan
             check_batch(stage.name, getattr(config, stage.name).batch_size, devices)
     model, plans = experiment.base_model(), []
     for stage in configured(config):
-        split = config.evaluate.split if stage.name == "evaluate" else "train"
+        split = getattr(config, stage.name).split if stage.evaluates else "train"
         examples = experiment.features(split, model)
         plans.append(_plan_stage(config, stage, model.config, examples, devices, processes))
     return plans
@@ -81,7 +81,7 @@ def _plan_stage(
         size, passes = -(-settings.batch_size // devices) * devices, 1
         steps = -(-len(examples) // size)
         parameters, optimizer = _bytes(shapes, 1), 0
-        if stage.name == "evaluate":
+        if stage.evaluates:
             dense, reduced = num_passes(config)
             steps *= dense + reduced
             total *= dense
@@ -129,7 +129,6 @@ def _activation_bytes(config: RunConfig, stage: Stage, model: ModelConfig, rows:
 
 def lines(experiment: Experiment, devices: int, processes: int) -> Iterator[str]:
     """Yields the plan as lines of text."""
-    experiment.check_prepared()
     plans, parallel = plan(experiment, devices, processes), experiment.config.parallel
     yield (
         f"{devices} devices of {processes} process{'es' if processes > 1 else ''}, "

@@ -23,56 +23,55 @@ from trbert_jax.model.heads import Logits
 from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.tasks import Score
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.training import loop, stages
-from trbert_jax.training.batches import prepare
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Progress
+from trbert_jax.training.loop import prepare, restore_state
 from trbert_jax.training.preemption import stop_here
+from trbert_jax.training.stages import Stage, compared_models, configured
 from trbert_jax.training.step import init_state, merge_params
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate_stage(experiment: Experiment) -> dict[str, Any]:
+def evaluate_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     """Evaluates the dense model, the models that reduce, and the baselines; exports the last model."""
-    settings, devices = experiment.config.evaluate, experiment.devices
-    compared = stages.compared_models(experiment.config)
-    passes = _Passes(experiment, sum(num_passes(experiment.config)))
-    directory, result = experiment.directory("evaluate"), dict[str, Any]()
-    for stage in compared:
-        model = experiment.load(stage.name, "evaluate")
+    settings, devices, task = experiment.config.evaluate, experiment.devices, experiment.data.task
+    compared, result = compared_models(experiment.config), dict[str, Any]()
+    passes = _Passes(experiment, stage.name, sum(num_passes(experiment.config)))
+    for trained in compared:
+        model = experiment.load(trained.name, stage.name)
         examples = experiment.features(settings.split, model)
-        experiment.check_inputs("evaluate", model, (settings.split,))
+        experiment.check_inputs(stage.name, model, (settings.split,))
         engine = experiment.engine(model.config, settings.batch_size, passes.after_batch)
-        params = jax.device_put(model.params)
-        rule: dict[str, Any] = {"rule": stage.rule(experiment.config), "backend": settings.backend}
-        outputs = engine.run(params, examples, **rule)
-        score = experiment.score(settings.split, model, outputs)
+        params, options = jax.device_put(model.params), trained.evaluation(experiment.config)
+        outputs = engine.run(params, examples, **options)
+        score = task.score(examples, outputs.logits)
         summary = summarize(outputs, model.config, score.metrics)
-        first, last = stage is compared[0], stage is compared[-1]
+        first, last = trained is compared[0], trained is compared[-1]
         threshold: dict[str, Any] = {}
         if first or last:
-            threshold = _tune_null_threshold(experiment, model, engine, rule, outputs, score)
+            threshold = _tune_null_threshold(experiment, model, engine, options, outputs, score)
         if first:
             result["dense"] = summary | threshold
         else:
-            result["reduced" if last else stage.name] = summary
+            result["reduced" if last else trained.name] = summary
         write = functools.partial(_write_answers, outputs, examples, model, score)
-        devices.on_main(functools.partial(write, directory, f"_{stage.name}"))
+        devices.on_main(functools.partial(write, experiment.workdir / stage.name, f"_{trained.name}"))
         if last:
             devices.on_main(functools.partial(write, experiment.workdir, ""))
             if outputs.kept:
 
-                def metrics(outputs: Outputs, model: Pretrained = model) -> dict[str, float]:
-                    return experiment.score(settings.split, model, outputs).metrics
+                def metrics(outputs: Outputs, examples: Examples = examples) -> dict[str, float]:
+                    return task.score(examples, outputs.logits).metrics
 
                 for name, runs in (
                     ("baselines", baseline_runs(outputs, settings.baselines, experiment.config.seed)),
-                    ("thresholds", {str(x): {**rule, "threshold": x} for x in settings.thresholds}),
+                    ("thresholds", {str(x): {**options, "threshold": x} for x in settings.thresholds}),
                 ):
                     result[name] = evaluate_runs(engine, params, examples, metrics, runs)
             result |= threshold
-    devices.on_main(functools.partial(_export, experiment, compared[-1].name, model, result))
+            source = experiment.output_of(trained.name, "model", stage.name)
+            devices.on_main(functools.partial(_export, source, experiment.workdir / "model", model, result))
     return {"split": settings.split, "rule": settings.rule, "backend": settings.backend, **result}
 
 
@@ -81,16 +80,17 @@ def num_passes(config: RunConfig) -> tuple[int, int]:
 
     Passes that tune a null threshold are not counted.
     """
-    reduced = sum(stage.reduces for stage in stages.compared_models(config))
+    compared = compared_models(config)
+    reduced = sum(stage.reduces for stage in compared)
     variants = len(config.evaluate.baselines) + len(config.evaluate.thresholds) if reduced else 0
-    return len(stages.compared_models(config)) - reduced, reduced + variants
+    return len(compared) - reduced, reduced + variants
 
 
 class _Passes:
     """Shows the progress of stage evaluate, which makes `count` passes over the same examples."""
 
-    def __init__(self, experiment: Experiment, count: int) -> None:
-        self._devices, self._count = experiment.devices, count
+    def __init__(self, experiment: Experiment, stage: str, count: int) -> None:
+        self._devices, self._stage, self._count = experiment.devices, stage, count
         self._size = self._devices.rounded(experiment.config.evaluate.batch_size)
         self._progress: Progress | None = None
         self._digest, self._step, self._total = "", 0, 0
@@ -99,21 +99,21 @@ class _Passes:
         """Moves the progress display; on SIGTERM all processes stop after the same batch."""
         if not self._total:
             self._digest, self._total = examples.digest, self._count * -(-len(examples) // self._size)
-            self._progress = Progress("evaluate", self._total) if self._devices.is_main else None
+            self._progress = Progress(self._stage, self._total) if self._devices.is_main else None
         # Null thresholds are tuned on dev, which may be the same examples: no step after the last.
         if self._progress is not None and examples.digest == self._digest and self._step < self._total:
             self._step += 1
             self._progress.update(self._step, len(index))
             if self._step == self._total:
                 self._progress.close()
-        stop_here(self._devices, "in evaluate")
+        stop_here(self._devices, f"in {self._stage}")
 
 
 def _tune_null_threshold(
     experiment: Experiment,
     model: Pretrained,
     engine: InferenceEngine,
-    rule: Mapping[str, Any],
+    options: Mapping[str, Any],
     outputs: Outputs,
     reported: Score,
 ) -> dict[str, Any]:
@@ -126,24 +126,19 @@ def _tune_null_threshold(
         return {}
     tuned_on = reported
     if split != "dev":
-        dev = engine.run(model.params, experiment.features("dev", model), **rule)
-        tuned_on = experiment.score("dev", model, dev)
+        dev = experiment.features("dev", model)
+        tuned_on = data.task.score(dev, engine.run(model.params, dev, **options).logits)
     threshold = tuned_on.null_threshold
     if threshold is None:  # every question of the development set has an answer
         return {}
     common = len(data.ids("dev") & data.ids(split))
-    metrics = experiment.score(split, model, outputs, threshold).metrics
+    metrics = data.task.score(experiment.features(split, model), outputs.logits, threshold).metrics
     tuned = {"value": threshold, "tuned_on": "dev", "questions_in_common": common, **metrics}
     return {"null_threshold": tuned}
 
 
 def _write_answers(
-    outputs: Outputs,
-    examples: Examples,
-    model: Pretrained,
-    score: Score,
-    directory: Path,
-    suffix: str,
+    outputs: Outputs, examples: Examples, model: Pretrained, score: Score, directory: Path, suffix: str
 ) -> None:
     """Writes predictions in the official scorer's format; for labels, one JSON line per example."""
     if not score.files:
@@ -153,10 +148,9 @@ def _write_answers(
         write_json(path.with_stem(path.stem + suffix), content)
 
 
-def _export(experiment: Experiment, stage: str, model: Pretrained, result: Mapping[str, Any]) -> None:
-    """Writes WORKDIR/model: the model of the last stage with the tuned null threshold."""
-    source = experiment.output_of(stage, "model", "evaluate")
-    with atomic_directory(experiment.workdir / "model") as temporary:
+def _export(source: Path, target: Path, model: Pretrained, result: Mapping[str, Any]) -> None:
+    """Copies the model of the last stage and adds the tuned null threshold."""
+    with atomic_directory(target) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         if "null_threshold" in result:
             value = result["null_threshold"]["value"]
@@ -176,27 +170,22 @@ def evaluate_all_checkpoints(config: RunConfig) -> dict[str, Any]:
     """
     experiment = Experiment(config)
     experiment.check_owner()
-    split, results = config.evaluate.split, dict[str, Any]()
-    for stage in stages.configured(config):
-        if not (experiment.directory(stage.name) / "checkpoints").is_dir():
+    results = dict[str, Any]()
+    for stage in configured(config):
+        if not (experiment.workdir / stage.name / "checkpoints").is_dir():
             continue
         training = prepare(experiment, stage)
-        model, store = training.start, training.checkpoints()
+        model, store = training.start, training.checkpoints
         engine = experiment.engine(model.config, config.evaluate.batch_size)
-        trained, frozen = training.trained_and_frozen()
-        like = init_state(trained, training.optimizer()[0])
+        examples = experiment.features(config.evaluate.split, model)
+        like = init_state(training.trained, training.optimizer)
         results[stage.name] = {"best": store.best_step(), "last": store.latest_step()}
         for step in store.steps():
             logger.info("%s: evaluating step %d", stage.name, step)
-            params = merge_params(loop.restore_state(store, step, like).trained, frozen)
-            outputs = engine.run(
-                params,
-                experiment.features(split, model),
-                rule=stage.rule(config),
-                backend=config.evaluate.backend,
-            )
-            score = experiment.score(split, model, outputs)
-            results[stage.name][f"step_{step}"] = summarize(outputs, model.config, score.metrics)
+            params = merge_params(restore_state(store, step, like).trained, training.frozen)
+            outputs = engine.run(params, examples, **stage.evaluation(config))
+            metrics = experiment.data.task.score(examples, outputs.logits).metrics
+            results[stage.name][f"step_{step}"] = summarize(outputs, model.config, metrics)
     if not results:
         raise UserError(
             f"{experiment.workdir}: has no checkpoints; run `trbert train` with this configuration first"

@@ -27,18 +27,18 @@ import numpy as np
 
 from trbert_jax.config import STAGES, RunConfig, diff_configs, load_stored, to_dict
 from trbert_jax.errors import MissingSplitError, UserError
-from trbert_jax.inference.engine import AfterBatch, CompiledForward, InferenceEngine, Outputs
+from trbert_jax.inference.engine import AfterBatch, CompiledForward, InferenceEngine
 from trbert_jax.io import make_directory, only_process, read_json, write_json
 from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.pretrained import Pretrained, load_pretrained
-from trbert_jax.model.tokenizers import load_tokenizer, read_line_breaks_as_spaces
+from trbert_jax.model.tokenizers import load_tokenizer, read_line_breaks_as_spaces, train_wordpiece
 from trbert_jax.parallel import DeviceMesh, make_mesh
-from trbert_jax.tasks import Score, Splits
+from trbert_jax.tasks import Splits
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.text_encoder import prepare_tokenizer
-from trbert_jax.training.prepared import load_prepared, read_provenance, write_prepared
+from trbert_jax.training.prepared import load_prepared, write_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +51,27 @@ SHARED_TIMEOUT = 20  # seconds until a file of one process must be visible to th
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """A configuration with its work directory, devices, data and models.
+    """A configuration with its work directory, data, devices and models.
 
-    Attributes:
+    Args:
       config: settings of all stages.
       profile_steps: updates of each stage to profile: the first (0-based) and one past the last.
+
+    Attributes:
+      workdir: folder of all files; those of a stage are in a folder of its name.
+      data: the splits of the data set, and their task.
+
+    Raises:
+      UserError: an unknown data set, or a setting that its task does not read.
     """
 
-    config: RunConfig
-    profile_steps: tuple[int, int] | None = None
+    def __init__(self, config: RunConfig, profile_steps: tuple[int, int] | None = None) -> None:
+        self.config, self.profile_steps = config, profile_steps
+        self.workdir, self.data = Path(config.workdir), Splits(config)
+        self._cache = Path(config.data.cache_dir or self.workdir / "cache")
+        self._features: dict[tuple[str, Any], Examples] = {}
+        self._programs: dict[ModelConfig, CompiledForward] = {}
 
     @functools.cached_property
     def devices(self) -> DeviceMesh:
@@ -70,18 +80,9 @@ class Experiment:
 
     # Work directory -----------------------------------------------------------------------------
 
-    @property
-    def workdir(self) -> Path:
-        """Folder of all files of the experiment."""
-        return Path(self.config.workdir)
-
-    def directory(self, stage: str) -> Path:
-        """Folder of a stage."""
-        return self.workdir / stage
-
     def finished(self, stage: str) -> dict[str, Any] | None:
         """Reads the summary of a finished stage; returns None before that."""
-        path = self.directory(stage) / "done.json"
+        path = self.workdir / stage / "done.json"
         return read_json(path) if path.exists() else None
 
     def output_of(self, stage: str, name: str, needed_by: str) -> Path:
@@ -90,7 +91,7 @@ class Experiment:
         Raises:
           UserError: the stage has not been run; names it.
         """
-        path = self.directory(stage) / name
+        path = self.workdir / stage / name
         if self.finished(stage) is None or not path.exists():
             advice = f"add {stage} to `stages`"
             if stage in self.config.stages:
@@ -125,7 +126,7 @@ class Experiment:
                 )
         stack.enter_context(only_process(self.workdir))
         # A first try that failed before any stage wrote a file, because of a wrong path, is no claim.
-        if any(any(self.directory(stage).glob("*")) for stage in STAGES):
+        if any(any((self.workdir / stage).glob("*")) for stage in STAGES):
             self.check_owner()
         write_json(path, to_dict(self.config))
 
@@ -198,48 +199,45 @@ class Experiment:
 
     def base_model(self) -> Pretrained:
         """Makes the model before any training, with a new head for the labels of the data."""
-        base = self._scratch() if self.config.model.init == "scratch" else self._pretrained()
-        base = dataclasses.replace(
-            base, config=dataclasses.replace(base.config, inputs=self.data.task.inputs)
-        )
-        if self.config.model.line_breaks_as_spaces:
-            read_line_breaks_as_spaces(base.tokenizer)
-        return base
-
-    def _pretrained(self) -> Pretrained:
-        model = self.config.model
-        task, names = self.data.task, ("max_positions", "keep_layers", "max_length")
-        options = {name: getattr(model, name) for name in names}
-        loaded = load_pretrained(
-            model.init, task=task.head, labels=task.labels or None, seed=self.config.seed, **options
-        )
-        tokenizer = load_tokenizer(model.tokenizer) if model.tokenizer else loaded.tokenizer
+        model, task = self.config.model, self.data.task
+        tokenizer = load_tokenizer(model.tokenizer) if model.tokenizer else None
+        if model.init == "scratch":
+            base = self._scratch(tokenizer)
+        else:
+            base = load_pretrained(
+                model.init,
+                task=task.head,
+                labels=task.labels or None,
+                seed=self.config.seed,
+                max_positions=model.max_positions,
+                keep_layers=model.keep_layers,
+                max_length=model.max_length,
+            )
+        tokenizer = base.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
             raise UserError(
                 f"model.init: {model.init} has no tokenizer files; set model.tokenizer to a folder that has"
             )
-        return dataclasses.replace(loaded, tokenizer=tokenizer)
+        if model.line_breaks_as_spaces:
+            read_line_breaks_as_spaces(tokenizer)
+        config = dataclasses.replace(base.config, inputs=task.inputs)
+        return dataclasses.replace(base, config=config, tokenizer=tokenizer)
 
-    def _scratch(self) -> Pretrained:
-        from trbert_jax.model.tokenizers import train_wordpiece
-
-        model, shape = self.config.model, self.config.model.scratch
-        if model.tokenizer:
-            tokenizer = load_tokenizer(model.tokenizer)
-        else:
+    def _scratch(self, tokenizer: Any) -> Pretrained:
+        model, shape, task = self.config.model, self.config.model.scratch, self.data.task
+        if tokenizer is None:
             texts = self.data.texts("train")
-            tokenizer = train_wordpiece(texts, shape.vocab_size, self.data.task.markers)
+            tokenizer = train_wordpiece(texts, shape.vocab_size, task.markers)
             logger.info("trained a WordPiece vocabulary of %d tokens on %d texts", len(tokenizer), len(texts))
-        backbone = BACKBONES[shape.model_type]
         sizes: dict[str, Any] = {
             **dataclasses.asdict(shape),
-            "task": self.data.task.head,
+            "task": task.head,
             "vocab_size": max(tokenizer.get_vocab().values()) + 1,  # a vocabulary may have gaps
             "max_positions": model.max_positions or model.max_length,
-            "labels": self.data.task.labels or ModelConfig.labels,
+            "labels": task.labels or ModelConfig.labels,
             "max_length": model.max_length,
         }
-        config = ModelConfig(**{**backbone.defaults, **sizes})
+        config = ModelConfig(**{**BACKBONES[shape.model_type].defaults, **sizes})
         params = jax.device_get(init_params(config, jax.random.key(self.config.seed)))
         return Pretrained(config, params, tokenizer, newly_initialized=("selectors", "head"))
 
@@ -247,54 +245,30 @@ class Experiment:
         """Returns the Flax module of a model, in the configured dtype."""
         return TokenReducingModel(config, DTYPES[self.config.model.dtype], self.config.parallel.remat)
 
-    @functools.cache  # noqa: B019 - an experiment lives as long as the process
-    def _programs(self, config: ModelConfig) -> CompiledForward:
-        return CompiledForward(self.module(config), self.devices)
-
     def engine(
         self, config: ModelConfig, batch_size: int, after_batch: AfterBatch | None = None
     ) -> InferenceEngine:
         """Returns an engine for models of this shape; all engines of one shape share compiled programs."""
-        programs = self._programs(config)
+        if config not in self._programs:
+            self._programs[config] = CompiledForward(self.module(config), self.devices)
+        programs = self._programs[config]
         return InferenceEngine(programs.model, batch_size, programs, after_batch)
 
     # Data ---------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def data(self) -> Splits:
-        """The splits of the configured data set, and their task."""
-        return Splits(self.config)
-
-    @functools.cache  # noqa: B019 - an experiment lives as long as the process
-    def _features(self, split: str, tokenizer: Any) -> Examples:
-        prepared = self.config.data.prepared
-        if prepared and split == "train":
-            if self.data.task.resamples:
+    def features(self, split: str, model: Pretrained) -> Examples:
+        """Returns the tokenized examples of a split for a model."""
+        prepared, key = self.config.data.prepared, (split, model.tokenizer)
+        if key not in self._features:
+            if not prepared or split != "train":
+                self._features[key] = self.data.examples(*key, self._cache)
+            elif self.data.task.resamples:
                 raise UserError(
                     f"data.prepared: {self.config.data.name} draws new inputs in each epoch; leave it out"
                 )
-            return load_prepared(prepared, split, self.preparation(tokenizer))
-        return self.read_features(split, tokenizer)
-
-    def features(self, split: str, model: Pretrained) -> Examples:
-        """Returns the tokenized examples of a split for a model."""
-        return self._features(split, model.tokenizer)
-
-    def read_features(self, split: str, tokenizer: Any) -> Examples:
-        """Tokenizes a split from the original files, or reads it from the cache."""
-        cache = self.config.data.cache_dir or self.workdir / "cache"
-        return self.data.examples(split, tokenizer, Path(cache))
-
-    def score(
-        self, split: str, model: Pretrained, outputs: Outputs, null_threshold: float | None = None
-    ) -> Score:
-        """Scores a model's outputs for the examples of a split; see `Task.score`."""
-        return self.data.task.score(self.features(split, model), outputs.logits, null_threshold)
-
-    def check_prepared(self) -> None:
-        """Raises a UserError if `data.prepared` is missing, before any long computation."""
-        if self.config.data.prepared:
-            read_provenance(self.config.data.prepared, "train")
+            else:
+                self._features[key] = load_prepared(prepared, split, self.preparation(model.tokenizer))
+        return self._features[key]
 
     def preparation(self, tokenizer: Any) -> dict[str, Any]:
         """Returns the settings that prepared data depends on."""
@@ -318,7 +292,7 @@ class Experiment:
         splits = {}
         for split in ("train", "dev", "test"):
             try:
-                splits[split] = self.read_features(split, model.tokenizer)
+                splits[split] = self.data.examples(split, model.tokenizer, self._cache)
             except MissingSplitError as error:
                 if split == "train":
                     raise

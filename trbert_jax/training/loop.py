@@ -7,32 +7,197 @@ order of the examples and every random draw follow from the seed and the number 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from trbert_jax.config import TrainingConfig
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.model.model import Params
-from trbert_jax.model.pretrained import save_pretrained
-from trbert_jax.parallel import DeviceMesh
+from trbert_jax.model.pretrained import Pretrained, save_pretrained
 from trbert_jax.reduction.flops import known_peak
+from trbert_jax.tasks.examples import Examples, batch_rows, epoch_order, pad_batch, width_buckets
 from trbert_jax.training import step as updates
-from trbert_jax.training.batches import Training, prepare, read_ahead
 from trbert_jax.training.checkpoints import CheckpointStore, DamagedCheckpointError
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Profile, StageReport, StepClock
 from trbert_jax.training.preemption import StopRequest
-from trbert_jax.training.stages import Stage
+from trbert_jax.training.prepared import PreparedFeatures
+from trbert_jax.training.stage_inputs import StageInputs
+from trbert_jax.training.stages import Stage, objective_of
 from trbert_jax.training.step import TrainState, init_state, merge_params
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 10  # updates between lines of metrics.jsonl
+READERS = 4  # threads that read prepared data
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Training:
+    """A training stage that is ready to run."""
+
+    experiment: Experiment
+    stage: Stage
+    settings: TrainingConfig  # the stage's section of the configuration
+    start: Pretrained  # the model it starts from
+    trained: Params  # its parameters that the stage trains, on the host
+    frozen: Params  # the others
+    examples: Examples  # for training, as in epoch 0
+    inputs: StageInputs  # outputs of earlier stages that batches contain
+    resamples: bool  # whether each epoch has new inputs
+    width: int  # padded length of all batches, so that the update compiles once
+    update_size: int  # examples of an update
+    steps_per_epoch: int  # the last update of an epoch may have fewer examples
+    total_steps: int
+    schedule: Any  # learning rate
+    optimizer: Any
+    checkpoints: CheckpointStore
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - lives as long as the stage
+    def epoch(self, epoch: int) -> tuple[Examples, np.ndarray]:
+        """Returns the examples of an epoch and the order in which it takes them, int64 [n]."""
+        examples = self.examples
+        if self.resamples and epoch:
+            examples = self.experiment.data.resample(examples, epoch)
+        return examples, epoch_order(len(examples), self.experiment.config.seed, epoch)
+
+    def update(self) -> Any:
+        """Returns the compiled update; see `step.update_step`."""
+        experiment, module = self.experiment, self.experiment.module(self.start.config)
+        objective = objective_of(self.stage, experiment.config, module, self.total_steps)
+        return updates.update_step(objective, self.optimizer, experiment.devices)
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Evaluates parameters on the development set."""
+        experiment, dev = self.experiment, self.experiment.features("dev", self.start)
+        engine = experiment.engine(self.start.config, experiment.config.evaluate.batch_size)
+        outputs = engine.run(params, dev, **self.stage.evaluation(experiment.config))
+        kept = {f"kept_tokens_{point}": float(x) for point, x in enumerate(outputs.num_kept.mean(0))}
+        return {**experiment.data.task.score(dev, outputs.logits).metrics, **kept}
+
+
+def prepare(experiment: Experiment, stage: Stage) -> Training:
+    """Gathers everything that a training stage needs.
+
+    Raises:
+      UserError: an earlier stage's output is missing (the message names that stage), the data is bad, or the
+        settings do not fit the model.
+    """
+    settings: TrainingConfig = getattr(experiment.config, stage.name)
+    start = stage.start(experiment)
+    model, shares = start.config, experiment.config.init.keep
+    if shares is not None and len(shares) != model.num_reductions:
+        raise UserError(
+            f"init.keep: {list(shares)} are {len(shares)} shares, expected {model.num_reductions}: one for "
+            "each point of reduction of this model"
+        )
+    examples = experiment.features("train", start)
+    read = stage.inputs(settings)
+    inputs = read(experiment, stage.name, examples, model.task) if read else {}
+    experiment.features("dev", start)  # read now: mistakes in it show before the training
+
+    # Outputs of earlier stages are about the inputs of epoch 0.
+    resamples, width = experiment.data.task.resamples and not inputs, model.max_length
+    # The inputs of later epochs are unknown; the published code pads to the full length.
+    if not resamples and not settings.published_padding:
+        width = next(w for w in width_buckets(width) if w >= examples.lengths.max())
+    size = settings.batch_size * settings.accumulation_steps
+    steps_per_epoch = -(-len(examples) // size)
+    total = settings.max_steps or steps_per_epoch * settings.epochs
+    warmup = min(settings.warmup_steps or int(settings.warmup_fraction * total), total)
+    schedule = updates.linear_schedule(settings.learning_rate, total, warmup)
+    # On the host: a device may be too small for all of them.
+    params = jax.tree.map(np.asarray, start.params)
+    trained, frozen = updates.split_params(params, stage.trained(model))
+    return Training(
+        experiment=experiment,
+        stage=stage,
+        settings=settings,
+        start=start,
+        trained=trained,
+        frozen=frozen,
+        examples=examples,
+        inputs=inputs,
+        resamples=resamples,
+        width=width,
+        update_size=size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        schedule=schedule,
+        optimizer=updates.adamw(
+            schedule,
+            model,
+            weight_decay=settings.weight_decay,
+            clip_norm=settings.clip_norm,
+            epsilon=settings.adam_epsilon,
+        ),
+        checkpoints=CheckpointStore(
+            experiment.workdir / stage.name / "checkpoints",
+            settings.keep_checkpoints,
+            experiment.fingerprint(stage.name, examples),
+        ),
+    )
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+class UpdateBatch(NamedTuple):
+    """The examples of one update."""
+
+    arrays: dict[str, Any]  # [accumulation_steps, examples of this process's devices, ...]
+    num_examples: int  # of all processes
+    lengths: np.ndarray  # int [R], tokens of each of their rows
+
+
+def update_batches(training: Training, step: int) -> UpdateBatch:
+    """Builds the batches of an update, which follow from the seed and the number of the update.
+
+    The last update of an epoch takes the remaining examples; padding examples, not counted, fill it up.
+    """
+    epoch, position = divmod(step, training.steps_per_epoch)
+    examples, order = training.epoch(epoch)
+    index = order[position * training.update_size :][: training.update_size]
+    size, width = training.settings.batch_size, training.width
+    own = training.experiment.devices.own_rows(size)
+    passes = []
+    for start in range(0, training.update_size, size):
+        chosen = index[start : start + size][own]
+        batch = pad_batch(examples, chosen, own.stop - own.start, width)
+        rows = np.maximum(batch_rows(examples, chosen, own.stop - own.start), 0)
+        numbers = np.maximum(batch["index"], 0)
+        batch |= jax.tree.map(lambda x, i=numbers, r=rows: x.take(i, r, width), dict(training.inputs))
+        passes.append(batch)
+    rows = examples.rows(index)
+    lengths = examples.row_lengths[rows[rows >= 0]]
+    return UpdateBatch(jax.tree.map(lambda *x: np.stack(x), *passes), len(index), lengths)
+
+
+def read_ahead(training: Training, start: int) -> Iterator[UpdateBatch]:
+    """Yields the batches of all updates from `start` on; threads read prepared data ahead.
+
+    The position in the data is the number of the update, so that a checkpoint needs no more than that.
+    """
+    steps = range(start, training.total_steps)
+    make = functools.partial(update_batches, training)
+    if not isinstance(training.examples, PreparedFeatures):
+        yield from map(make, steps)
+        return
+    import grain
+
+    source = grain.MapDataset.source(steps).map(make)
+    options = grain.ReadOptions(num_threads=READERS, prefetch_buffer_size=2 * READERS)
+    yield from source.to_iter_dataset(options)
+
+
+# Training -----------------------------------------------------------------------------------------
 
 
 def train_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
@@ -44,7 +209,7 @@ def train_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     devices.check_agreement(f"what stage {stage.name} trains on (settings, data)", fingerprint)
     experiment.check_inputs(stage.name, start, ("dev",))
     params, summary = train(training)
-    folder, exclude = experiment.directory(stage.name) / "model", () if stage.reduces else ("selectors",)
+    folder, exclude = experiment.workdir / stage.name / "model", () if stage.reduces else ("selectors",)
     params = jax.device_get(params)
     devices.on_main(lambda: save_pretrained(folder, start.config, params, start.tokenizer, exclude=exclude))
     return summary
@@ -60,37 +225,35 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
       PreemptedError: the process received SIGTERM; a checkpoint of the last update is saved.
       UserError: the loss or the gradient is not finite; the message names the update.
     """
-    experiment, settings, total = training.experiment, training.settings, training.total_steps
-    devices, directory = experiment.devices, experiment.directory(training.name)
-    adamw, schedule = training.optimizer()
-    trained, frozen = training.trained_and_frozen()
-    store = training.checkpoints()
-    like = jax.eval_shape(functools.partial(init_state, optimizer=adamw), trained)
-    start, restored = latest_state(training, store, like)
+    experiment, stage, settings = training.experiment, training.stage, training.settings
+    devices, total, store = experiment.devices, training.total_steps, training.checkpoints
+    directory = experiment.workdir / stage.name
+    like = jax.eval_shape(functools.partial(init_state, optimizer=training.optimizer), training.trained)
+    start, restored = latest_state(training, like)
 
-    update = training.update(adamw)
+    update, placed = training.update(), updates.place(training.frozen, devices)
     if restored is None:
-        state = updates.first_state(trained, adamw, devices)
+        state = updates.first_state(training.trained, training.optimizer, devices)
     else:
-        state = updates.place_state(restored, devices)
-    placed = updates.place_frozen(frozen, devices)
-    rng = jax.random.fold_in(jax.random.key(experiment.config.seed), _stage_number(training.name))
+        state = updates.place(restored, devices)
+    # Each stage draws its own random numbers: the first letters of its name are a number.
+    number = int.from_bytes(stage.name.encode()[:4].ljust(4, b"\0"), "big") & 0x7FFFFFFF
+    rng = jax.random.fold_in(jax.random.key(experiment.config.seed), number)
     rng = rng if devices.strategy == "pmap" else devices.replicate(rng)
-    eval_steps = settings.eval_steps or training.steps_per_epoch
-    flops = functools.partial(training.stage.flops, experiment.config, training.start.config)
+    flops = functools.partial(stage.flops, experiment.config, training.start.config)
+    peak = known_peak(devices.mesh.devices.flat[0].device_kind)
+    peak = None if peak is None else 1e12 * peak * devices.num_devices
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
 
     def current() -> Params:
         if devices.is_single and devices.strategy == "jit":
             return merge_params(state.trained, placed)
-        return merge_params(updates.fetch(state.trained, devices), frozen)
-
-    def check() -> None:
-        check_finite(training, store, unchecked)
-        unchecked.clear()
+        return merge_params(updates.fetch(state.trained, devices), training.frozen)
 
     with contextlib.ExitStack() as stack:
-        report = stack.enter_context(_open_report(training, start))
+        report = stack.enter_context(
+            devices.together(lambda: StageReport(directory, stage.name, total, start, not devices.is_main))
+        )
         stop = stack.enter_context(StopRequest())
         stack.enter_context(store)
         profile = stack.enter_context(Profile(directory / "profile", experiment.profile_steps))
@@ -106,56 +269,75 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
             unchecked.append((done, metrics))
             clock.count(batch.num_examples, batch.lengths)
             if done % LOG_EVERY == 0 or done in (1, total):
-                values = _floats(updates.fetch(metrics, devices))
-                check()
-                scalars = {**values, "learning_rate": float(schedule(step))}
+                values = {name: float(x) for name, x in updates.fetch(metrics, devices).items()}
+                check_finite(training, unchecked)
+                scalars = {**values, "learning_rate": float(training.schedule(step))}
                 devices.on_main(functools.partial(report.log, done, scalars))
-                report.log_speed(done, clock.rates(values, flops, _peak(devices)))
+                report.log_speed(done, clock.rates(values, flops, peak))
             report.progress(done, batch.num_examples)
             evaluated = None
-            if done % eval_steps == 0 or done == total:
+            if done % (settings.eval_steps or training.steps_per_epoch) == 0 or done == total:
                 with clock.part("evaluation"):
                     evaluated = training.evaluate(current())
                 scalars = {f"dev_{name}": value for name, value in evaluated.items()}
                 devices.on_main(functools.partial(report.log, done, scalars))
             stopping = done < total and stop.requested(devices)
             if evaluated is not None or done % settings.save_steps == 0 or stopping:
-                check()  # a checkpoint is always finite
+                check_finite(training, unchecked)  # a checkpoint is always finite
                 with clock.part("checkpoint"):
-                    saved = checkpoint(training, updates.fetch(state, devices))
+                    saved = to_checkpoint(training, updates.fetch(state, devices))
                     metric = None if evaluated is None else evaluated.get(experiment.data.task.metric)
                     save = functools.partial(store.save, done, saved, metrics=evaluated, metric=metric)
                     devices.on_main(save)
             if stopping:
                 devices.on_main(store.wait)
-                raise PreemptedError(f"{training.name}: told to stop; saved at step {done} of {total}")
+                raise PreemptedError(f"{stage.name}: told to stop; saved at step {done} of {total}")
         devices.on_main(store.wait)
 
-    result, chosen = current(), total
-    if settings.output == "best":
-        chosen = store.best_step() or total
+    best = store.best_step()
+    chosen = best if settings.output == "best" and best else total
+    result = current()
     if chosen != total:
-        result = merge_params(restore_state(store, chosen, like).trained, frozen)
-    return result, {"steps": total, "output_step": chosen, "best_step": store.best_step()}
+        result = merge_params(restore_state(store, chosen, like).trained, training.frozen)
+    return result, {"steps": total, "output_step": chosen, "best_step": best}
+
+
+def check_finite(training: Training, unchecked: list[tuple[int, dict[str, jax.Array]]]) -> None:
+    """Raises a UserError that names the first update whose loss or gradient is not finite; empties the list.
+
+    Args:
+      training: the stage.
+      unchecked: number and metrics of updates.
+    """
+    name, store = training.stage.name, training.checkpoints
+    for step, metrics in unchecked:
+        watched = {metric: metrics[metric] for metric in ("loss", "gradient_norm")}
+        values = updates.fetch(watched, training.experiment.devices)
+        bad = [f"{metric} is {float(x)}" for metric, x in values.items() if not math.isfinite(x)]
+        if bad:
+            last = store.latest_step()
+            good = f"the last good checkpoint is {store.folder(last)}" if last else "no checkpoint exists yet"
+            raise UserError(
+                f"{name}: {', '.join(bad)} at step {step}; {good}; a smaller {name}.learning_rate or float32 "
+                "may help"
+            )
+    unchecked.clear()
 
 
 # Checkpoints --------------------------------------------------------------------------------------
 
 
-def checkpoint(training: Training, state: TrainState) -> dict[str, Any]:
+def to_checkpoint(training: Training, state: TrainState) -> dict[str, Any]:
     """Returns the arrays from which a run resumes: parameters, optimizer, seed, position in the data."""
     epoch, position = divmod(int(state.step), training.steps_per_epoch)
-    numbers = {
-        "seed": training.experiment.config.seed,
-        "epoch": epoch,
-        "position": position * training.update_size,
-    }
-    arrays = {
+    return {
         "trained": state.trained,
         "opt_state": state.opt_state,
         "step": np.asarray(state.step, np.int32),
+        "seed": np.asarray(training.experiment.config.seed, np.int64),
+        "epoch": np.asarray(epoch, np.int64),
+        "position": np.asarray(position * training.update_size, np.int64),
     }
-    return arrays | {name: np.asarray(value, np.int64) for name, value in numbers.items()}
 
 
 def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainState:
@@ -170,15 +352,13 @@ def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainS
     return TrainState(saved["step"], saved["trained"], saved["opt_state"])
 
 
-def latest_state(
-    training: Training, store: CheckpointStore, like: TrainState
-) -> tuple[int, TrainState | None]:
+def latest_state(training: Training, like: TrainState) -> tuple[int, TrainState | None]:
     """Returns step and state of the last undamaged checkpoint; 0 and None without one.
 
     Damaged checkpoints are renamed, so that they are not looked at again.
     """
-    devices = training.experiment.devices
-    devices.barrier(f"{training.name} looks for checkpoints")
+    devices, store, name = training.experiment.devices, training.checkpoints, training.stage.name
+    devices.barrier(f"{name} looks for checkpoints")
     while True:
         try:
             step = store.latest_step()
@@ -186,56 +366,12 @@ def latest_state(
                 return 0, None
             restored = restore_state(store, step, like)
         except DamagedCheckpointError as error:
-            devices.barrier(f"{training.name} found step {error.step} damaged")
+            devices.barrier(f"{name} found step {error.step} damaged")
             devices.on_main(functools.partial(_set_aside, store, error))
             continue
-        logger.info("%s: resuming from step %d of %d", training.name, step, training.total_steps)
+        logger.info("%s: resuming from step %d of %d", name, step, training.total_steps)
         return step, restored
 
 
 def _set_aside(store: CheckpointStore, error: DamagedCheckpointError) -> None:
     logger.warning("%s; set aside as %s", error.finding, store.set_aside(error.step))
-
-
-def check_finite(
-    training: Training, store: CheckpointStore, metrics: Sequence[tuple[int, dict[str, jax.Array]]]
-) -> None:
-    """Raises a UserError that names the first of these updates whose loss or gradient is not finite."""
-    for step, values in metrics:
-        watched = {name: values[name] for name in ("loss", "gradient_norm")}
-        floats = _floats(updates.fetch(watched, training.experiment.devices))
-        bad = [f"{name} is {value}" for name, value in floats.items() if not math.isfinite(value)]
-        if bad:
-            last = store.latest_step()
-            good = f"the last good checkpoint is {store.folder(last)}" if last else "no checkpoint exists yet"
-            raise UserError(
-                f"{training.name}: {', '.join(bad)} at step {step}; {good}; a smaller "
-                f"{training.name}.learning_rate or float32 may help"
-            )
-
-
-# Reports ------------------------------------------------------------------------------------------
-
-
-def _open_report(training: Training, start: int) -> StageReport:
-    """Opens the report in the first process; if that fails, all processes stop."""
-    experiment, name = training.experiment, training.name
-    make = functools.partial(StageReport, experiment.directory(name), name, training.total_steps, start)
-    opened: list[StageReport] = []
-    experiment.devices.on_main(lambda: opened.append(make()))
-    return opened[0] if opened else make(silent=True)
-
-
-def _peak(devices: DeviceMesh) -> float | None:
-    """Returns the highest FLOP/s of all devices together; None if it is unknown."""
-    peak = known_peak(devices.mesh.devices.flat[0].device_kind)
-    return None if peak is None else 1e12 * peak * devices.num_devices
-
-
-def _stage_number(name: str) -> int:
-    """Returns a number for a stage's name, so that each stage draws its own random numbers."""
-    return int.from_bytes(name.encode()[:4].ljust(4, b"\0"), "big") & 0x7FFFFFFF
-
-
-def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}

@@ -21,21 +21,13 @@ from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import plot_metrics
 from trbert_jax.training.loop import train_stage
 from trbert_jax.training.preemption import stop_here
+from trbert_jax.training.prepared import read_provenance
 from trbert_jax.training.stages import STAGES, Stage, compared_models, configured
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = [
-    "trbert-jax",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "tokenizers",
-    "numpy",
-]
+PACKAGES: tuple[str, ...] = ("trbert-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+PACKAGES += ("transformers", "tokenizers", "numpy")
 
 
 def train(
@@ -70,13 +62,17 @@ def train(
             check_batch(stage.name, getattr(config, stage.name).batch_size, devices.num_devices)
     if not devices.is_single:
         logger.info(devices.describe())
-    if any(experiment.finished(stage.name) is None for stage in chosen if stage.name != "evaluate"):
-        experiment.check_prepared()
+    reads_train = [stage.name for stage in chosen if not stage.evaluates]
+    if config.data.prepared and any(experiment.finished(name) is None for name in reads_train):
+        read_provenance(config.data.prepared, "train")  # before any long computation
     with experiment.claim([stage.name for stage in chosen]):
         for stage in chosen:
             _run_stage(experiment, stage)
         results = collect_results(experiment)
-        devices.on_main(lambda: _write_results(experiment, results))
+        devices.on_main(functools.partial(write_json, experiment.workdir / "results.json", results))
+        trained = [experiment.workdir / name for name in results["stages"] if STAGES[name].trains]
+        if trained:
+            devices.on_main(functools.partial(plot_metrics, trained, experiment.workdir / "curves.png"))
     return results
 
 
@@ -94,7 +90,7 @@ def _chosen_stages(config: RunConfig, only: Sequence[str] | None) -> list[Stage]
 
 def _run_stage(experiment: Experiment, stage: Stage) -> None:
     """Runs a stage unless it is finished, and records its summary in `done.json`."""
-    devices, directory = experiment.devices, experiment.directory(stage.name)
+    devices, directory = experiment.devices, experiment.workdir / stage.name
     if experiment.finished(stage.name) is not None:
         logger.info("%s: finished before, skipped (delete %s to run it again)", stage.name, directory)
         return
@@ -116,17 +112,19 @@ def _run_stage(experiment: Experiment, stage: Stage) -> None:
 
 def collect_results(experiment: Experiment) -> dict[str, Any]:
     """Collects the results of all finished stages, with settings, versions and machine."""
-    summaries = {name: experiment.finished(name) for name in experiment.config.stages}
-    done = {name: summary for name, summary in summaries.items() if summary is not None}
-    notes: dict[str, Any] = {}
-    for summary in done.values():
+    evaluated, notes, stages = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    for stage in configured(experiment.config):
+        summary = experiment.finished(stage.name)
+        if summary is None:
+            continue
         notes |= summary.pop("data", {})
-    evaluated = done.pop("evaluate", {})
-    seconds = {"evaluate": {"seconds": evaluated.pop("seconds")}} if evaluated else {}
+        if stage.evaluates:
+            evaluated, summary = summary, {"seconds": summary.pop("seconds")}
+        stages[stage.name] = summary
     return {
         **evaluated,
         **({"data": notes} if notes else {}),
-        "stages": {**done, **seconds},
+        "stages": stages,
         "config": to_dict(experiment.config),
         "seed": experiment.config.seed,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -145,13 +143,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _write_results(experiment: Experiment, results: dict[str, Any]) -> None:
-    write_json(experiment.workdir / "results.json", results)
-    trained = [experiment.directory(name) for name in results["stages"] if STAGES[name].trains]
-    if trained:
-        plot_metrics(trained, experiment.workdir / "curves.png")
 
 
 def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:

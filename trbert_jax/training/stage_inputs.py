@@ -139,7 +139,7 @@ def _load(experiment: Experiment, path: Path, examples: Examples, count: int) ->
 def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     """Writes residual scores of all training tokens, `scores.npy`, float32 [rows, stages, max_length]."""
     devices, model = experiment.devices, stage.start(experiment)
-    experiment.check_inputs("score", model, ("train",))
+    experiment.check_inputs(stage.name, model, ("train",))
     examples, module = experiment.features("train", model), experiment.module(model.config)
     max_length = model.config.max_length
     size = devices.rounded(experiment.config.score.batch_size)
@@ -152,7 +152,7 @@ def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     mapped = devices.by_rows(scores_and_losses, out_specs=ROWS)
     score = jax.jit(mapped) if devices.is_single else jax.jit(mapped, out_shardings=devices.whole)
     params = devices.replicate(model.params)
-    with _outputs(experiment, "score", model, examples, size, len(batches)) as (report, arrays):
+    with _outputs(experiment, stage.name, model, examples, size, len(batches)) as (report, arrays):
         scores = arrays.array(SCORES, (examples.num_rows, model.config.num_selectors, max_length))
         losses = arrays.array(LOSSES, (len(examples),))
         for done, (index, width) in enumerate(batches[arrays.start :], arrays.start + 1):
@@ -164,7 +164,7 @@ def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
             losses[index] = loss[: len(index)]
             report.progress(done, len(index))
             arrays.progress(done)
-            stop_here(devices, "in score")
+            stop_here(devices, f"in {stage.name}")
         if not devices.is_main:  # only the main process has the arrays
             return {}
         arrays.finish(SCORES)
@@ -179,12 +179,12 @@ def teacher_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     One array is `logits.npy`, several are `logits_NAME.npy` each.
     """
     devices, model = experiment.devices, stage.start(experiment)
-    experiment.check_inputs("teacher", model, ("train",))
+    experiment.check_inputs(stage.name, model, ("train",))
     examples = experiment.features("train", model)
     size = devices.rounded(experiment.config.teacher.batch_size)
     engine = experiment.engine(model.config, size)
     steps = engine.num_batches(examples)
-    with _outputs(experiment, "teacher", model, examples, size, steps) as (report, arrays):
+    with _outputs(experiment, stage.name, model, examples, size, steps) as (report, arrays):
         names: list[str] = []
 
         def allocate(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -195,7 +195,7 @@ def teacher_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         def progress(done: int, num_examples: int) -> None:
             report.progress(done, num_examples)
             arrays.progress(done)
-            stop_here(devices, "in teacher")
+            stop_here(devices, f"in {stage.name}")
 
         outputs = engine.run(
             model.params, examples, rule="dense", progress=progress, allocate=allocate, start=arrays.start
@@ -213,7 +213,7 @@ def _outputs(
     experiment: Experiment, stage: str, model: Pretrained, examples: Examples, size: int, steps: int
 ) -> Iterator[tuple[StageReport, ResumableArrays]]:
     """Opens the report and the arrays of a stage that computes `steps` batches of `size` examples."""
-    devices, directory = experiment.devices, experiment.directory(stage)
+    devices, directory = experiment.devices, experiment.workdir / stage
     fingerprint = experiment.fingerprint(stage, examples)
     fingerprint |= {"of": params_digest(model.params), "batch": size}
     with (

@@ -100,7 +100,8 @@ class Stage:
     # Computes the stage, given the stage itself, writes its files and returns its summary.
     run: Callable[[Experiment, Any], dict[str, Any]] | None = None
     reduces: bool = False  # whether its model is evaluated with token reduction
-    compared: bool = False  # whether stage evaluate reports its model even if later stages train it further
+    compared: bool = False  # whether its model is reported even if later stages train it further
+    evaluates: bool = False  # whether it evaluates the models of the other stages, on `SECTION.split`
     # Settings, model, row lengths int [R], kept shares (`flops.assumed_flops`) -> FLOPs of one pass [R].
     flops: StageFlops = _DENSE_UPDATE
     # Layers whose inner values the backward pass keeps, for all tokens; None without an encoder gradient.
@@ -117,14 +118,10 @@ class Stage:
             raise ValueError(f"stage {self.name} trains nothing")
         return self.trains(model)
 
-    def rule(self, config: RunConfig) -> str:
-        """Name of the rule with which its model is evaluated."""
-        return config.evaluate.rule if self.reduces else "dense"
-
-    def predecessor(self, config: RunConfig) -> str | None:
-        """Name of the stage whose model it starts from; None for the model before training."""
-        available = [name for name in self.starts_from if name in config.stages]
-        return next(iter([*available, *self.starts_from[-1:]]), None)
+    def evaluation(self, config: RunConfig) -> dict[str, Any]:
+        """Returns rule and backend with which its model is evaluated."""
+        rule = config.evaluate.rule if self.reduces else "dense"
+        return {"rule": rule, "backend": config.evaluate.backend}
 
     def start(self, experiment: Experiment) -> Pretrained:
         """Loads the model that the stage starts from.
@@ -132,8 +129,10 @@ class Stage:
         Raises:
           UserError: the stage that makes this model has not been run; names it.
         """
-        predecessor = self.predecessor(experiment.config)
-        return experiment.load(predecessor, self.name) if predecessor else experiment.base_model()
+        if not self.starts_from:
+            return experiment.base_model()
+        available = [name for name in self.starts_from if name in experiment.config.stages]
+        return experiment.load([*available, self.starts_from[-1]][0], self.name)
 
 
 def configured(config: RunConfig) -> list[Stage]:
@@ -142,10 +141,13 @@ def configured(config: RunConfig) -> list[Stage]:
 
 
 def compared_models(config: RunConfig) -> list[Stage]:
-    """Returns the stages whose models stage evaluate compares: finetune first, the final model last."""
+    """Returns the stages whose models are compared: the dense one first, the final one last."""
     trained = [stage for stage in configured(config) if stage.trains]
     compared = [stage for stage in trained if stage.compared or stage is trained[-1]]
-    return compared if compared and not compared[0].reduces else [STAGES["finetune"], *compared]
+    if compared and not compared[0].reduces:
+        return compared
+    dense = next(stage for stage in STAGES.values() if stage.trains and not stage.starts_from)
+    return [dense, *compared]
 
 
 def objective_of(stage: Stage, config: RunConfig, model: TokenReducingModel, total_steps: int) -> ObjectiveFn:
@@ -182,10 +184,6 @@ def _dropout_rng(rng: jax.Array, batch: Batch) -> jax.Array:
 
 
 # Objectives ---------------------------------------------------------------------------------------
-
-
-def _finetune(update: Update) -> Objective:
-    return objectives.dense_objective(**update.forward)
 
 
 def _init(update: Update) -> Objective:
@@ -231,7 +229,7 @@ def _samples(
 def _evaluate(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     from trbert_jax.training.evaluation import evaluate_stage  # imports this module
 
-    return evaluate_stage(experiment)
+    return evaluate_stage(experiment, stage)
 
 
 STAGES: dict[str, Stage] = {}  # in the order in which they run
@@ -253,7 +251,12 @@ def register_stage(stage: Stage) -> None:
 
 
 for _stage in (
-    Stage(settings=settings.FinetuneConfig, trains=step.trains_dense, objective=_finetune, compared=True),
+    Stage(
+        settings=settings.FinetuneConfig,
+        trains=step.trains_dense,
+        objective=lambda update: objectives.dense_objective(**update.forward),
+        compared=True,
+    ),
     Stage(
         settings=settings.ScoreConfig,
         starts_from=("finetune",),
@@ -298,11 +301,6 @@ for _stage in (
         flops=_sampled(3, _joint_samples),
         kept_layers=_joint_layers,
     ),
-    Stage(
-        settings=settings.EvaluateConfig,
-        run=_evaluate,
-        flops=_dense(1),
-        kept_layers=None,
-    ),
+    Stage(settings=settings.EvaluateConfig, run=_evaluate, evaluates=True, flops=_dense(1), kept_layers=None),
 ):
     register_stage(_stage)

@@ -52,24 +52,23 @@ def update_step(
     Args:
       objective: the stage's objective.
       optimizer: its optimizer.
-      layout: the devices; None for one. `place_state`, `place_frozen` and `place_batches` lay out arguments.
+      layout: the devices; None for one. `place` and `place_batches` lay out arguments.
 
     Returns:
       A function of `state` (donated), `frozen` parameters, `batches`, arrays [accumulation_steps, batch_size,
       ...], and `rng`, the stage's key, from which the update's own key is derived with `state.step`. It
       returns the next state and metrics: means over examples and the gradient's global norm.
     """
+    step = functools.partial(train_step, objective, optimizer)
     if layout is not None and layout.strategy == "pmap":
-        step = functools.partial(train_step, objective, optimizer, add_up=_added_up(_DEVICES))
         return jax.pmap(
-            step,
+            functools.partial(step, axis_name=_DEVICES),
             axis_name=_DEVICES,
             in_axes=(0, 0, 0, None),
             devices=list(layout.mesh.devices.flat),
             donate_argnums=(0,),
         )
-    step = functools.partial(train_step, objective, optimizer, layout=layout)
-    return jax.jit(step, donate_argnums=(0,))
+    return jax.jit(functools.partial(step, layout=layout), donate_argnums=(0,))
 
 
 def train_step(
@@ -80,20 +79,21 @@ def train_step(
     batches: Batch,
     rng: jax.Array,
     *,
-    add_up: Callable[[Any], Any] | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     layout: DeviceMesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update as a pure function; see `update_step` for arguments and results.
 
-    `add_up` adds gradients and sums up over devices; `layout` does that and divides the results.
+    `axis_name` is the axis of pmap over which gradients and sums are added up; `layout` does that over a mesh
+    and divides the results.
     """
 
     def gradients(params: tuple[Params, Params], batches: Batch, rng: jax.Array, step: jax.Array) -> Any:
         result = accumulated_gradients(objective, *params, batches, rng, step)
-        return add_up(result) if add_up else result
+        return result if axis_name is None else jax.lax.psum(result, axis_name)
 
     if layout is not None and not layout.is_single:
-        add_up = _added_up(AXES)
+        axis_name = AXES
         gradients = layout.by_rows(gradients, out_specs=WHOLE, batch_spec=PartitionSpec(None, AXES))
     update_rng = jax.random.fold_in(rng, state.step)
     grads, sums = gradients((state.trained, frozen), batches, update_rng, state.step)
@@ -107,12 +107,7 @@ def train_step(
 
 
 def accumulated_gradients(
-    objective: ObjectiveFn,
-    trained: Params,
-    frozen: Params,
-    batches: Batch,
-    rng: jax.Array,
-    step: jax.Array,
+    objective: ObjectiveFn, trained: Params, frozen: Params, batches: Batch, rng: jax.Array, step: jax.Array
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Returns gradients of the summed loss and `Objective.sums`, added up over micro-batches.
 
@@ -124,27 +119,21 @@ def accumulated_gradients(
       step: int32 scalar, number of the update.
     """
 
-    def micro_step(batch: Batch) -> tuple[Params, dict[str, jax.Array]]:
-        def loss(trained: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            sums = objective(merge_params(trained, frozen), batch, rng, step).sums()
-            return sums["loss"], sums
+    def loss(trained: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        sums = objective(merge_params(trained, frozen), batch, rng, step).sums()
+        return sums["loss"], sums
 
-        return jax.grad(loss, has_aux=True)(trained)
-
+    gradients = functools.partial(jax.grad(loss, has_aux=True), trained)
     first = jax.tree.map(lambda x: x[0], batches)
     if jax.tree.leaves(batches)[0].shape[0] == 1:
-        return micro_step(first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_step, first))
+        return gradients(first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, first))
 
     def accumulate(carry: Any, batch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, micro_step(batch)), None
+        return jax.tree.map(jnp.add, carry, gradients(batch)), None
 
     total, _ = jax.lax.scan(accumulate, zeros, batches)
     return total
-
-
-def _added_up(axes: str | tuple[str, ...]) -> Callable[[Any], Any]:
-    return functools.partial(jax.lax.psum, axis_name=axes)
 
 
 # Onto the devices and back ------------------------------------------------------------------------
@@ -156,46 +145,22 @@ def first_state(trained: Params, optimizer: optax.GradientTransformation, layout
     A divided state is made in place: no device ever holds all of it.
     """
     if layout.is_single or layout.strategy == "pmap":
-        return place_state(init_state(jax.tree.map(jnp.array, trained), optimizer), layout)
+        return place(init_state(jax.tree.map(jnp.array, trained), optimizer), layout)
     init = functools.partial(init_state, optimizer=optimizer)
     shardings = jax.tree.map(layout.sharding_of, jax.eval_shape(init, trained))
     return jax.jit(init, out_shardings=shardings, donate_argnums=(0,))(layout.divide(trained))
 
 
-def place_state(state: TrainState, layout: DeviceMesh) -> TrainState:
-    """Lays out a state for `update_step`."""
-    if layout.strategy == "pmap":
-        return copies(state, layout)
-    if layout.is_single:  # copies of host arrays: a step writes into its state
-        return jax.tree.map(lambda x: jnp.array(x) if isinstance(x, np.ndarray) else x, state)
-    return layout.divide(state)
-
-
-def place_frozen(frozen: Params, layout: DeviceMesh) -> Params:
-    """Lays out parameters that are not trained for `update_step`."""
-    return copies(frozen, layout) if layout.strategy == "pmap" else layout.divide(frozen)
-
-
-def place_batches(batches: Mapping[str, Any], layout: DeviceMesh) -> Batch:
-    """Lays out arrays [accumulation_steps, rows of this process, ...] for `update_step`."""
-    if layout.strategy == "pmap":
-        return per_device(batches, layout)
-    return layout.place_own_rows(batches, axis=1)
-
-
-def fetch(tree: Any, layout: DeviceMesh) -> Any:
-    """Returns NumPy copies of (a part of) a state, each array once."""
-    if layout.strategy == "pmap":
-        return jax.tree.map(lambda x: np.array(x.addressable_data(0))[0], tree)
-    return layout.fetch(tree)
-
-
-def copies(tree: Any, layout: DeviceMesh) -> Any:
-    """Repeats each array for each of this process's devices, [devices, ...]."""
+def place(tree: Any, layout: DeviceMesh) -> Any:
+    """Lays out a state, or parameters that are not trained, for `update_step`; copies host arrays."""
+    if layout.is_single and layout.strategy == "jit":
+        return jax.tree.map(lambda x: jnp.array(x) if isinstance(x, np.ndarray) else x, tree)
+    if layout.strategy == "jit":
+        return layout.divide(tree)
     devices = layout.local_devices
     sharding = NamedSharding(Mesh(np.array(devices), (_DEVICES,)), PartitionSpec(_DEVICES))
 
-    def repeated(x: Any) -> jax.Array:
+    def repeated(x: Any) -> jax.Array:  # [devices of this process, ...]
         array = np.asarray(x)
         shape = (len(devices), *array.shape)
         return jax.make_array_from_callback(shape, sharding, lambda index: array[None])
@@ -203,15 +168,24 @@ def copies(tree: Any, layout: DeviceMesh) -> Any:
     return jax.tree.map(repeated, tree)
 
 
-def per_device(batches: Mapping[str, Any], layout: DeviceMesh) -> Batch:
-    """[accumulation_steps, own rows, ...] -> [own devices, accumulation_steps, rows of a device, ...]."""
+def place_batches(batches: Mapping[str, Any], layout: DeviceMesh) -> Batch:
+    """Lays out arrays [accumulation_steps, rows of this process, ...] for `update_step`."""
+    if layout.strategy == "jit":
+        return layout.place_own_rows(batches, axis=1)
 
-    def divided(x: Any) -> np.ndarray:
+    def divided(x: Any) -> np.ndarray:  # [devices of this process, accumulation_steps, rows of a device, ...]
         array = np.asarray(x)
         shape = (array.shape[0], len(layout.local_devices), -1, *array.shape[2:])
         return np.moveaxis(array.reshape(shape), 1, 0)
 
     return jax.tree.map(divided, batches)
+
+
+def fetch(tree: Any, layout: DeviceMesh) -> Any:
+    """Returns NumPy copies of (a part of) a state, each array once."""
+    if layout.strategy == "jit":
+        return layout.fetch(tree)
+    return jax.tree.map(lambda x: np.array(x.addressable_data(0))[0], tree)
 
 
 # Optimizer ----------------------------------------------------------------------------------------
