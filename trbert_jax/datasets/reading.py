@@ -173,8 +173,7 @@ def collect(
     """Returns the records of a source, in its order, and logs the skipped ones.
 
     A second record with the same id is bad; with `repeats` it is dropped if it equals the first one. Raises
-    `UserError` if the source has none.
-    `source`, a file or name, and `expected`, the format, are for messages.
+    `UserError` if no record remains. `source` and `expected`, the format, are for messages.
     """
     found, before = dict[str, R](), len(bad.skipped)
     for item in records:

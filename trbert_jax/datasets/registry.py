@@ -43,10 +43,7 @@ def each_split(*names: str) -> dict[str, tuple[str, ...]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A data set in one file a split (RACE: one folder).
-
-    Sources of another kind override `read_labels` and `read_split`.
-    """
+    """A data set in one file a split (RACE: one folder); others override `read_labels` and `read_split`."""
 
     name: str  # value of `data.name`
     task: str  # key of `trbert_jax.tasks.TASKS`
@@ -72,9 +69,7 @@ class DataSet:
         names, count = read_json(file), len(self.labels)
         is_texts = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
         if not is_texts or not len(set(names)) == len(names) == count:
-            raise UserError(
-                f"{file}: is {reading.describe(names)}; expected a list of {count} different names"
-            )
+            raise UserError(f"{file}: is {reading.describe(names)}; expected {count} different names")
         return tuple(names)
 
     def read_split(
@@ -95,24 +90,19 @@ class DataSet:
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise UserError(f"data.path: {folder}: no such folder; expected one with {expected}")
-        found = {
-            part: next(filter(Path.exists, map(folder.joinpath, self.files[part])), None) for part in SPLITS
-        }
-        file = found[split]
-        if file is None and split == "test" and self.dev_as_test and found["dev"]:
-            file = found["dev"]
-            logger.warning(
-                "%s: no test set with answers is published; %s serves as test", self.name, file.name
-            )
+        found = {part: [*filter(Path.exists, map(folder.joinpath, self.files[part]))] for part in SPLITS}
         hold_out_dev = self.dev_from_train and split != "test" and not found["dev"]
-        file = found["train"] if hold_out_dev else file
-        if file is None:
+        files = found["train" if hold_out_dev else split]
+        if not files and split == "test" and self.dev_as_test and found["dev"]:
+            files = found["dev"]
+            logger.warning("%s: no test set with answers; %s serves as test", self.name, files[0].name)
+        if not files:
             raise MissingSplitError(
                 f"{folder}: has no {split} split of {self.name}; expected {expected}{self._hint(folder)}"
             )
-        records = self.read_file(file, bad, self.read_labels(folder))
+        records = self.read_file(files[0], bad, self.read_labels(folder))
         if hold_out_dev:
-            records = [records[i] for i in hold_out(len(records), str(file), split)]
+            records = [records[i] for i in hold_out(len(records), str(files[0]), split)]
         return sample(records, split, options)
 
     def read_file(

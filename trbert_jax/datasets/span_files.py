@@ -21,7 +21,7 @@ from typing import Any
 from trbert_jax.datasets import reading
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import Span, SpanQuestion, trim_span
-from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
+from trbert_jax.datasets.registry import DataSet, Reader, each_split, register_dataset
 
 _ARTICLES = frozenset(("a", "an", "the"))
 
@@ -152,27 +152,19 @@ def _essence(answer: str) -> str:
     return "".join(word for word in re.findall(r"\w+", plain) if word not in _ARTICLES)
 
 
-register_dataset(
-    DataSet(
-        name="squad",
-        task="span",
-        style="squad",
-        read=read_squad,
-        format='{"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}',
-        files=each_split("{split}-v2.0.json", "{split}-v1.1.json"),
-        dev_as_test=True,
-    )
-)
-for _name, _published in (("newsqa", "NewsQA"), ("naturalqa", "NaturalQuestionsShort")):
-    _places = ("{split}", f"{{split}}/{_published}")
+def register(name: str, style: str, read: Reader, form: str, *files: str) -> None:
+    """Registers a data set of span questions in one file a split; without a test set, dev serves as test."""
+    by_split = each_split(*files)
     register_dataset(
-        DataSet(
-            name=_name,
-            task="span",
-            style="mrqa",
-            read=read_mrqa,
-            format='a header line, then {"context": ..., "qas": [...]} a line',
-            files=each_split(*(f"{place}.jsonl{end}" for place in _places for end in ("", ".gz"))),
-            dev_as_test=True,
-        )
+        DataSet(name=name, task="span", style=style, read=read, format=form, files=by_split, dev_as_test=True)
+    )
+
+
+_SQUAD = '{"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}'
+_MRQA = 'a header line, then {"context": ..., "qas": [...]} a line'
+register("squad", "squad", read_squad, _SQUAD, "{split}-v2.0.json", "{split}-v1.1.json")
+for _name, _published in (("newsqa", "NewsQA"), ("naturalqa", "NaturalQuestionsShort")):
+    _files = ("{split}", f"{{split}}/{_published}")
+    register(
+        _name, "mrqa", read_mrqa, _MRQA, *(f"{file}.jsonl{end}" for file in _files for end in ("", ".gz"))
     )

@@ -24,8 +24,7 @@ from typing import Any
 from trbert_jax.datasets import reading
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import Span, SpanQuestion
-from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
-from trbert_jax.datasets.span_files import detected_spans, id_field, read_context
+from trbert_jax.datasets.span_files import detected_spans, id_field, read_context, register
 from trbert_jax.errors import UserError
 from trbert_jax.io import read_text
 
@@ -162,15 +161,6 @@ def _words(document: str) -> list[tuple[str, int, int]]:
     return [word for word in matches if word[0] not in _ARTICLES]
 
 
+_FORMAT = '{"Data": [...]} with folder evidence, or [{"context": ..., "qas": [...]}]'
 for _name, _part in (("triviaqa", "wikipedia"), ("triviaqa_web", "web")):
-    register_dataset(
-        DataSet(
-            name=_name,
-            task="span",
-            style="triviaqa",
-            read=read,
-            format='{"Data": [...]} with folder evidence, or [{"context": ..., "qas": [...]}]',
-            files=each_split(f"qa/{_part}-{{split}}.json", "{split}.json"),
-            dev_as_test=True,
-        )
-    )
+    register(_name, "triviaqa", read, _FORMAT, f"qa/{_part}-{{split}}.json", "{split}.json")
