@@ -21,29 +21,26 @@ def read(path: Path) -> list[Example]:
     return DATASETS["imdb"].read_file(path, labels=NAMES)
 
 
-def test_jsonl(tmp_path: Path) -> None:
-    lines = ['{"text": "a film", "label": 2}', "", '{"label": 0, "text": "b", "stars": 1}\r', ""]
-    data = read(write(tmp_path / "t.jsonl", "\n".join(lines)))
-    assert [(e.id, e.text, e.label) for e in data] == [
-        ("t.jsonl:1", "a film", 2),
-        ("t.jsonl:3", "b", 0),
-    ]
+SIGNS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"  # none ends a line
 
 
-def test_csv(tmp_path: Path) -> None:
-    rows = '1,plain\r\n"3","two, ""quoted""\nlines"\n\n2,last'
-    data = read(write(tmp_path / "t.csv", rows))
-    assert [(e.id, e.text, e.label) for e in data] == [
-        ("t.csv:1", "plain", 0),
-        ("t.csv:2", 'two, "quoted"\nlines', 2),
-        ("t.csv:5", "last", 1),
-    ]
-
-
-def test_only_a_line_feed_ends_a_csv_line(tmp_path: Path) -> None:
-    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
-    data = read(write(tmp_path / "t.csv", b"\xef\xbb\xbf" + f'2,"{text}"\n2,"{text}"\n'.encode()))
-    assert [(e.text, e.label) for e in data] == [(text, 1)] * 2  # and a byte order mark does no harm
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("t.jsonl", '{"text": "a film", "label": 2}\n\n', [(1, "a film", 2)]),
+        ("t.jsonl", '\n{"label": 0, "text": "b", "stars": 1}\r', [(2, "b", 0)]),
+        (
+            "t.csv",
+            '1,plain\r\n"3","two, ""quoted""\nlines"\n',
+            [(1, "plain", 0), (2, 'two, "quoted"\nlines', 2)],
+        ),
+        ("t.csv", '2,"a\nb"\n\n2,last', [(1, "a\nb", 1), (4, "last", 1)]),
+        ("t.csv", f'\ufeff2,"{SIGNS}"\n2,"{SIGNS}"\n', [(1, SIGNS, 1), (2, SIGNS, 1)]),  # a byte order mark
+    ],
+)
+def test_good_files(tmp_path: Path, name: str, content: str, expected: list[tuple[int, str, int]]) -> None:
+    found = [(e.id, e.text, e.label) for e in read(write(tmp_path / name, content))]
+    assert found == [(f"{name}:{line}", text, label) for line, text, label in expected]
 
 
 def test_very_long_csv_text(tmp_path: Path) -> None:
