@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_qa_files import SAMPLES, mrqa_document, write_lines, write_race
 
-from trbert_jax.datasets import DATASETS, BadRecords, find_dataset
+from trbert_jax.datasets import DATASETS, BadRecords
 from trbert_jax.errors import MissingSplitError, UserError
 
 # Data set, ending of its files, number of classes.
@@ -169,9 +169,3 @@ def test_missing_files(tmp_path: Path) -> None:
         read(tmp_path, "train")
     with pytest.raises(UserError, match="'valid'"):
         read(tmp_path, "valid")
-
-
-@pytest.mark.parametrize("name", ["imbd", "tfds", "tfds:", ""])
-def test_unknown_names(name: str) -> None:
-    with pytest.raises(UserError, match=r"imdb, .*tfds:NAME"):
-        find_dataset(name)

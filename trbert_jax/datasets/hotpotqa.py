@@ -100,19 +100,17 @@ def _graph_question(item: Any, name: str, where: str) -> GraphQuestion:
 def _graph_paragraph(node: Any) -> GraphParagraph:
     pieces = reading.texts(node, "context", some=True)
     sentences = _ranges(node, "sent_pos", len(pieces), inclusive=False)
-    supporting: tuple[bool, ...] = ()
+    supporting, words, word_of = tuple[bool, ...](), tuple[str, ...](), tuple[int, ...]()
     if reading.has(node, "supp_label"):
         supporting = reading.each(node, "supp_label", reading.flag, count=len(sentences))
-    words: tuple[str, ...] = ()
-    word_of: tuple[int, ...] = ()
     if reading.has(node, "doc_tokens") or not reading.has(node, "spans"):
         words = reading.texts(node, "doc_tokens")
         numbers = reading.items(node, "tok_to_orig_index", len(pieces))
         with reading.within("tok_to_orig_index"):  # not `each`: these lists are long
             word_of = tuple(reading.integer(numbers, i, -1, len(words) - 1) for i in range(len(numbers)))
     answers = _ranges(node, "spans", len(pieces), inclusive=True) if reading.has(node, "spans") else ()
-    title = reading.text(node, "name")
-    return GraphParagraph(title, pieces, sentences, supporting, answers, words, word_of)
+    name = reading.text(node, "name")
+    return GraphParagraph(name, pieces, sentences, supporting, answers, words, word_of)
 
 
 def _ranges(node: Any, field: str, length: int, *, inclusive: bool) -> tuple[Span, ...]:

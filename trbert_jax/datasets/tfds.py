@@ -1,17 +1,10 @@
 """Reads data sets of TensorFlow Datasets as NumPy; TensorFlow itself is not needed.
 
-The library prepares a data set (downloads it, writes array_record files) or finds it prepared. Its catalog
-has some of the published questions:
-
-| catalog | record | questions |
-|---|---|---|
-| `squad/v1.1`, `squad/v2.0` | a question | as published |
-| `mrqa/news_qa`, `mrqa/natural_questions`, ... | a question | as published for the MRQA 2019 shared task |
-| `race/high`, `race/middle` | an article | as published |
-| `trivia_qa/rc` | a question and its documents | web and Wikipedia together |
-
-All others are texts with a label. `natural_questions` is another format: whole web pages with token
-offsets. WikiHop, and HotpotQA with its paragraphs and supporting facts, are not in the catalog.
+The library prepares a data set (downloads it, writes array_record files) or finds it prepared. Of the
+published questions its catalog has SQuAD (`squad/v1.1`, `squad/v2.0`), the MRQA 2019 shared task
+(`mrqa/news_qa`, `mrqa/natural_questions`, ...), RACE (`race/high`, `race/middle`; a record an article) and
+TriviaQA (`trivia_qa/rc`; a record a question with its documents, web and Wikipedia together). All others are
+texts with a label; `natural_questions` is another format, whole web pages with token offsets.
 """
 
 from __future__ import annotations
