@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -12,14 +15,15 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-# No programs from earlier runs, none left behind; unless a folder for them is named, which makes all runs
-# but the first three times as fast.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = programs = os.environ.get("TRBERT_TEST_PROGRAMS", "")
-if programs:
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    # With a limit JAX locks the folder: several workers write into it.
-    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(10**10)
-# Most of the tests' time is compilation. What depends on the program that users run asks for `optimized`:
+# Tests share compiled programs, of earlier runs too if a folder for them is named: compilation is most of the
+# tests' time. With a limit JAX locks the folder: several workers write into it.
+if not os.environ.get("TRBERT_TEST_PROGRAMS"):
+    os.environ["TRBERT_TEST_PROGRAMS"] = programs = tempfile.mkdtemp(prefix="trbert-test-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["TRBERT_TEST_PROGRAMS"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(10**10)
+# What depends on the program that users run asks for `optimized`:
 # parity with the published models, speed, what devices send each other.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # A shell starts background jobs, and with them a whole CI run, deaf to Ctrl-C; the tests press it.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,36 +104,6 @@ def without_times(value: Any) -> Any:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@contextlib.contextmanager
-def compilation_cache(folder: Path) -> Iterator[None]:
-    """Runs that compile the same programs compile them once; compilation is most of their time.
-
-    In `folder`, unless a folder for all tests is named (conftest.py).
-    """
-    from jax.experimental.compilation_cache import compilation_cache as cache
-
-    if os.environ["JAX_COMPILATION_CACHE_DIR"]:
-        yield
-        return
-    options = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-
-    def apply(values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        cache.reset_cache()  # it looks at its settings once
-
-    apply(options)
-    try:
-        yield
-    finally:
-        apply(before)
 
 
 def deaf_model(folder: Path, config: ModelConfig) -> Path:

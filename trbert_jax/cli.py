@@ -1,7 +1,7 @@
 """The command line: `trbert train`, `evaluate`, `predict`, `compile`, `benchmark`, `convert`, ...
 
-A command parses arguments, calls the library and prints the result. It imports slow modules itself, so that
-help and wrong arguments are answered at once. The docstring of a command is its help.
+A command imports slow modules itself, so that help and wrong arguments are answered at once. Its docstring
+is its help.
 """
 
 from __future__ import annotations
@@ -24,15 +24,11 @@ if TYPE_CHECKING:
     from trbert_jax.config import RunConfig
 
 PROGRAM = "trbert"
-DESCRIPTION = """\
-Trains and runs BERT and DistilBERT models that read every word once and then drop the words they no longer
-need (TR-BERT): for text classification, question answering and multiple choice.
-"""
+DESCRIPTION = "Trains and runs BERT models that drop the words of a text they no longer need (TR-BERT)."
 EXAMPLES = """\
 examples:
   trbert train --config configs/quickstart.yaml
   trbert predict --model runs/quickstart/model "some text"
-  trbert COMMAND --help
 """
 # Exit codes; 128 + the signal as shells report it. Launchers restart a job that SIGTERM has ended.
 USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143

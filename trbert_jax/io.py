@@ -157,9 +157,7 @@ def check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"is not valid Unicode (half a surrogate pair at character {error.start})"
-        ) from error
+        raise ValueError(f"is not Unicode (half a surrogate pair at character {error.start})") from error
 
 
 def read_text(path: str | Path) -> str:
@@ -240,7 +238,7 @@ def parse_yaml(text: str, source: str | None = None) -> Any:
         return loader.get_single_data()
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of too many digits
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place = f"{source}:{mark.line + 1}" if mark and source else source or "command line"
+        place = f"{source}:{mark.line + 1}" if mark and source else source or YamlKey.origin
         problem = problem or getattr(error, "reason", None) or "cannot be read"
         raise UserError(f"{place}: not valid YAML ({problem})") from error
 

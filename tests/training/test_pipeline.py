@@ -8,7 +8,6 @@ import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,6 @@ class Finished:
 
 
 pytestmark = pytest.mark.slow  # trains all stages, several times
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_runs.compilation_cache(tmp_path_factory.getbasetemp() / "jax"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,6 @@ from trbert_jax.training import loop
 SHALLOW = {**tiny_runs.SCRATCH, "model_type": "distilbert", "num_layers": 3}
 TRAINING = {"batch_size": 16, "epochs": 1}
 pytestmark = pytest.mark.slow  # each compiles a run of its own
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_runs.compilation_cache(tmp_path_factory.getbasetemp() / "jax"):
-        yield
 
 
 def weights(folder: Path, name: str) -> dict[str, np.ndarray]:

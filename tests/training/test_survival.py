@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,6 @@ ONE_STAGE = {
     "model": {"scratch": {**tiny_runs.SCRATCH, "num_layers": 1}},
     "finetune": {"backend": "masked"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_runs.compilation_cache(tmp_path_factory.getbasetemp() / "jax"):
-        yield
 
 
 @pytest.fixture(scope="module")
