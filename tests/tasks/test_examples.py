@@ -61,25 +61,19 @@ def test_rows_of_two_segments() -> None:
     assert len(Examples.of_pairs([], [], counts=Counts(), digest="")) == 0
 
 
-@pytest.mark.parametrize("max_length", [3, 18, 32, 33, 96, 100, 256, 512, 1000, 1024, 4096])
-def test_width_buckets(max_length: int) -> None:
-    widths = width_buckets(max_length)
-    assert widths[-1] == max_length
-    assert list(widths) == sorted(set(widths))
-    assert len(widths) <= 5
-    assert all(width % 16 == 0 for width in widths[:-1])
-
-
-def test_width_buckets_at_usual_lengths() -> None:
-    assert width_buckets(512) == (64, 128, 256, 384, 512)
-    assert width_buckets(96) == (32, 48, 80, 96)
+@pytest.mark.parametrize(
+    ("max_length", "widths"),
+    [(3, (3,)), (33, (32, 33)), (96, (32, 48, 80, 96)), (512, (64, 128, 256, 384, 512))],
+)
+def test_width_buckets(max_length: int, widths: tuple[int, ...]) -> None:
+    assert width_buckets(max_length) == widths
 
 
 def test_epoch_order() -> None:
     order = epoch_order(1000, seed=42, epoch=0)
     assert sorted(order.tolist()) == list(range(1000))
-    others = [epoch_order(1000, 42, 1), epoch_order(1000, 43, 0), epoch_order(1000, 0, 42)]
-    assert all(order.tolist() != other.tolist() for other in others)
+    for seed, epoch in ((42, 1), (43, 0), (0, 42)):
+        assert order.tolist() != epoch_order(1000, seed, epoch).tolist()
     assert epoch_order(8, 42, 0).tolist() == [3, 4, 2, 7, 6, 1, 5, 0]  # on every machine
 
 
@@ -93,13 +87,6 @@ def test_length_batches_cover_all_examples(batch_size: int) -> None:
         longest = examples.lengths[index].max()
         assert width == min(w for w in widths if w >= longest)
     assert [width for _, width in batches] == sorted((width for _, width in batches), reverse=True)
-
-
-def test_length_batches_pad_little() -> None:
-    examples = make(LENGTHS)
-    area = sum(8 * width for _, width in length_batches(examples, 8, (16, 32, 48, 64)))
-    assert area < 1.35 * examples.lengths.sum()
-    assert examples.lengths.sum() * 1.7 < 64 * 101
 
 
 @pytest.mark.parametrize("token_types", [False, True])
@@ -137,51 +124,34 @@ def test_what_does_not_fit_is_refused() -> None:
         list(length_batches(examples, 2, (8, 16)))
 
 
-@pytest.mark.parametrize("token_types", [False, True])
-def test_take(token_types: bool) -> None:
-    examples = make([4, 9, 6], token_types)
+def test_take() -> None:
+    examples = make([4, 9, 6], token_types=True)
     some = examples.take([2, 0, 2])
     assert [some.row(i).tolist() for i in range(3)] == [examples.row(i).tolist() for i in (2, 0, 2)]
     assert (some.labels.tolist(), some.ids) == ([2, 0, 2], ["2", "0", "2"])
     assert some.digest not in (examples.digest, examples.take([2, 0]).digest)
-    if token_types:
-        assert some.token_types is not None
-        assert some.token_types.tolist() == (some.tokens % 2).tolist()
+    assert some.token_types is not None
+    assert some.token_types.tolist() == (some.tokens % 2).tolist()
     assert len(examples.take(np.zeros(0, np.int64))) == 0
 
 
 def test_counts_in_words() -> None:
-    assert Counts(3, 5).describe() == "3 questions, 5 inputs"
-    lossy = Counts(3, 5, num_dropped=1)
-    assert "; 1 questions left out" in lossy.describe()
-    assert [Counts(3, 5).is_lossy, lossy.is_lossy] == [False, True]
+    found = [(counts.describe(), counts.is_lossy) for counts in (Counts(3, 5), Counts(3, 5, num_dropped=1))]
+    assert found[0] == ("3 questions, 5 inputs", False)
+    assert found[1][0].startswith("3 questions, 5 inputs; 1 questions left out")
+    assert found[1][1]
 
 
 def test_digest() -> None:
     question = span_question("a b", "a")
-    different = [
-        ("ab", "c"),
-        ("a", "bc"),
-        (("ab", "c"),),
-        (1,),
-        ("1",),
-        (1.0,),
-        (True,),
-        (None,),
-        (np.array([1], np.int32),),
-        (np.array([1], np.int64),),
-        (np.array([[1]], np.int64),),
-        (question,),
-        (dataclasses.replace(question, spans=(Span(2, 3),)),),
-        (dataclasses.replace(question, impossible=True),),
-    ]
-    assert len({digest_of(*values) for values in different}) == len(different)
+    values = [("ab", "c"), ("a", "bc"), (("ab", "c"),), 1, "1", 1.0, True, None]
+    values += [np.array([1], np.int32), np.array([1], np.int64), np.array([[1]], np.int64), question]
+    values += [dataclasses.replace(question, spans=(Span(2, 3),)), dataclasses.replace(question, id="r")]
+    assert len({digest_of(value) for value in values}) == len(values)
+    assert digest_of("ab", "c") != digest_of("a", "bc")
     assert digest_of(question) == digest_of(dataclasses.replace(question, where="elsewhere"))
     assert digest_of([1, "x"]) == digest_of((1, "x"))
     with pytest.raises(TypeError, match="set has no digest"):
         digest_of({1})
-
-
-def test_digest_is_that_of_earlier_versions() -> None:
-    """Else old checkpoints would not resume."""
+    # As in earlier versions; else old checkpoints would not resume.
     assert digest_of("span", span_question("a b", "a"), np.arange(3)).startswith("825cf6718e3af554c56e")

@@ -16,7 +16,7 @@ from trbert_jax.errors import UserError
 from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks.candidates import CandidateTask
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.multiple_choice import MultipleChoiceTask, choose_by_pairs, choose_option
+from trbert_jax.tasks.multiple_choice import MultipleChoiceTask
 
 TOKENIZER = qa_tokenizer()
 CHOICE = ChoiceQuestion(
@@ -44,46 +44,6 @@ def shared(examples: Examples) -> list[int]:
     return examples.row_targets["shared_length"][::4].tolist()
 
 
-@pytest.mark.parametrize(
-    ("length", "options", "end"),
-    [
-        (4, ["who is ? king", "who is ? the", "who is ? a", "who is ? 東"], 11),
-        (3, ["who is ?"] * 4, 11),
-        # The question alone is longer: the rows are equal up to where they are cut.
-        (2, ["who is"] * 4, 10),
-    ],
-)
-def test_questions_and_options_are_cut_together(length: int, options: list[str], end: int) -> None:
-    examples = choices(CHOICE, max_question_length=length)
-    article = "[CLS] the king is in paris . [SEP]"
-    assert [row(examples, i) for i in range(4)] == [f"{article} {option} [SEP]" for option in options]
-    assert shared(examples) == [end]
-    assert examples.counts is not None
-    assert examples.counts.num_questions_cut == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "max_length", "field"),
-    [({}, 8, "question"), ({"article": "\u200b"}, 64, "article"), ({"answer": None}, 64, "answer")],
-)
-def test_unusable_choices_are_named(changes: dict[str, Any], max_length: int, field: str) -> None:
-    question = dataclasses.replace(CHOICE, **changes)
-    with pytest.raises(UserError, match=rf"high/1.txt: questions\[0\]: question 'high/1.txt:0': {field}: "):
-        choices(question, max_length=max_length, training=True)
-
-
-def test_digest_of_choices_follows_the_inputs() -> None:
-    variants = [
-        choices(CHOICE),
-        choices(CHOICE, form="pairs"),
-        choices(CHOICE, max_length=40),
-        choices(CHOICE, max_question_length=40),
-        choices(dataclasses.replace(CHOICE, answer=2)),
-        choices(CHOICE, CHOICE),
-    ]
-    assert len({examples.digest for examples in variants}) == len(variants)
-
-
 @settings(deadline=None)
 @given(texts, st.lists(texts, min_size=4, max_size=4), st.integers(12, 60), st.integers(1, 8))
 def test_rows_of_a_question_agree_up_to_the_option(
@@ -99,12 +59,25 @@ def test_rows_of_a_question_agree_up_to_the_option(
         assert tokens[-1] == 3
 
 
-def test_chosen_options() -> None:
-    right = [[0.1, 0.3, 0.2, 0.0], [0.5, 0.1, 0.5, 0.2], [-3.0, -1.0, -2.0, -4.0]]
-    for wrong in (np.full(12, 9.0), np.arange(12.0)):  # the other class does not matter
-        logits = np.stack([wrong, np.ravel(right)], axis=1)
-        assert choose_by_pairs(logits).tolist() == [1, 2, 1]  # of two equal ones the later
-    assert choose_option(np.array([[0.0, 2.0, 2.0, 1.0], [3.0, 0.0, 0.0, 0.0]])).tolist() == [1, 0]
+def test_a_question_that_is_cut_is_shared_up_to_the_cut() -> None:
+    examples = choices(CHOICE, max_question_length=2)
+    assert row(examples, 0) == "[CLS] the king is in paris . [SEP] who is [SEP]"
+    assert shared(examples) == [10]
+
+
+@pytest.mark.parametrize(("form", "chosen"), [("pairs", "BCB"), ("independent", "BAB"), ("shared", "BAB")])
+def test_chosen_options(form: str, chosen: str) -> None:
+    """Of two equal ones the later in pairs, otherwise the first; the class "wrong" does not matter."""
+    right = np.array([[0.1, 0.3, 0.2, 0.0], [0.5, 0.1, 0.5, 0.2], [-3.0, -1.0, -2.0, -4.0]])
+    records = [
+        dataclasses.replace(CHOICE, id=id, answer=answer)
+        for id, answer in zip("xyz", (0, None, 1), strict=True)
+    ]
+    task = MultipleChoiceTask(InputConfig(data="race", choices=form), 64)
+    logits = np.stack([np.arange(12.0), right.ravel()], axis=1) if form == "pairs" else right
+    score = task.score(task.encode(records, TOKENIZER), logits)
+    assert score.files["predictions.json"] == dict(zip("xyz", chosen, strict=True))
+    assert score.metrics == {"accuracy": 0.5}
 
 
 # Candidates ------------------------------------------------------------------------------------------
@@ -117,7 +90,6 @@ QUERY = CandidateQuestion(
     answer=0,
     where="train.json: [0]",
 )
-HEAD = "[CLS] born [UNK] in king [unused1] paris [unused1] the queen of france [unused1] 東 京"
 
 
 def candidates(
@@ -134,16 +106,37 @@ def candidates(
 
 
 @pytest.mark.parametrize(
-    ("changes", "max_length", "field"),
+    ("changes", "max_length", "place"),
     [
-        ({}, 16, "query"),
-        ({"candidates": tuple(f"x{i}" for i in range(80))}, 999, "candidates"),
-        ({"answer": None}, 99, "answer"),
+        ({"article": "a"}, 8, r"high/1.txt: questions\[0\]: question 'high/1.txt:0': question: "),
+        ({"article": "\u200b"}, 64, "article: "),
+        ({"article": "a", "answer": None}, 64, "answer: "),
+        ({}, 16, r"train.json: \[0\]: question 'WH_0': query: "),
+        ({"candidates": tuple(f"x{i}" for i in range(80))}, 999, "candidates: "),
+        ({"answer": None}, 99, "answer: "),
     ],
 )
-def test_unusable_queries_are_named(changes: dict[str, Any], max_length: int, field: str) -> None:
-    with pytest.raises(UserError, match=rf"train.json: \[0\]: question 'WH_0': {field}: "):
-        candidates(dataclasses.replace(QUERY, **changes), max_length=max_length, training=True)
+def test_unusable_questions_are_named(changes: dict[str, Any], max_length: int, place: str) -> None:
+    encode, question = (choices, CHOICE) if "article" in changes else (candidates, QUERY)
+    with pytest.raises(UserError, match=place):
+        encode(dataclasses.replace(question, **changes), max_length=max_length, training=True)
+
+
+def test_digest_follows_the_inputs() -> None:
+    variants = [
+        choices(CHOICE),
+        choices(CHOICE, form="pairs"),
+        choices(CHOICE, max_length=40),
+        choices(CHOICE, max_question_length=40),
+        choices(dataclasses.replace(CHOICE, answer=2)),
+        choices(CHOICE, CHOICE),
+        candidates(QUERY),
+        candidates(QUERY, max_length=40),
+        candidates(QUERY, max_segments=2),
+        candidates(QUERY, max_document_length=40),
+        candidates(dataclasses.replace(QUERY, candidates=("a", "b"))),
+    ]
+    assert len({examples.digest for examples in variants}) == len(variants)
 
 
 def test_limits_of_candidates() -> None:
@@ -152,17 +145,6 @@ def test_limits_of_candidates() -> None:
     assert (many.row_targets["candidates"] >= 0).all()
     with pytest.raises(UserError, match=r"\[unused2\]"):
         candidates(QUERY, tokenizer=qa_tokenizer(("[unused2]",)))
-
-
-def test_digest_of_candidates_follows_the_inputs() -> None:
-    variants = [
-        candidates(QUERY),
-        candidates(QUERY, max_length=40),
-        candidates(QUERY, max_segments=2),
-        candidates(QUERY, max_document_length=40),
-        candidates(dataclasses.replace(QUERY, candidates=("a", "b"))),
-    ]
-    assert len({examples.digest for examples in variants}) == len(variants)
 
 
 @settings(deadline=None)

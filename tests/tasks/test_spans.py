@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.spans import (
     MAX_ANSWERS,
     SQUAD,
-    SpanAnswers,
     SpanTask,
+    choose_texts,
     decode_segments,
     decode_spans,
     encode_segments,
@@ -44,39 +44,6 @@ def logits(examples: Examples, **values: dict[tuple[int, int], float]) -> np.nda
     return found
 
 
-# [CLS] who ? [SEP] the king of france . [SEP]: the context is tokens 4 to 8.
-KING = span_question("The King of France.")
-
-
-def test_best_answer_and_its_probability() -> None:
-    examples = build(KING)
-    found = decode_spans(
-        examples, logits(examples, start={(0, 4): 1, (0, 5): 2}, end={(0, 5): 3, (0, 7): 2.5})
-    )
-    assert (found.texts, found.null_odds) == ({"q": "King"}, {})
-    entries = found.n_best["q"]
-    assert [e["text"] for e in entries[:4]] == ["King", "King of France", "The King", "The King of France"]
-    assert [(e["start_logit"], e["end_logit"]) for e in entries[:4]] == [(2, 3), (2, 2.5), (1, 3), (1, 2.5)]
-    weights = [math.exp(e["start_logit"] + e["end_logit"]) for e in entries]
-    assert [e["probability"] for e in entries] == pytest.approx([w / sum(weights) for w in weights])
-    json.dumps([found.texts, found.n_best])  # what is written to a file
-
-
-@pytest.mark.parametrize(
-    ("null", "threshold", "answer"),
-    [(4.9, 0.0, "King"), (5.0, 0.0, "King"), (5.1, 0.0, ""), (5.1, 0.2, "King"), (4.9, -0.2, "")],
-)
-def test_no_answer_above_the_threshold(null: float, threshold: float, answer: str) -> None:
-    examples = build(KING)
-    values = logits(examples, start={(0, 5): 2, (0, 0): null}, end={(0, 5): 3, (0, 0): 0})
-    found = decode_spans(examples, values, threshold)
-    assert found.texts == {"q": answer}
-    assert found.null_odds["q"] == pytest.approx(null - 5, abs=1e-6)
-    assert sorted(e["text"] for e in found.n_best["q"][:2]) == ["", "King"]
-    other = found.with_null_threshold(1e9)
-    assert (other.texts, other.n_best) == ({"q": "King"}, found.n_best)
-
-
 def test_the_best_threshold_is_searched_among_all_answers() -> None:
     """It may lie above the present one, whose "" hides what the model would have answered."""
     questions = [span_question("king.", "king", id="a"), span_question("queen.", impossible=True, id="b")]
@@ -92,19 +59,9 @@ def test_the_best_threshold_is_searched_among_all_answers() -> None:
     assert score.files["predictions.json"]["b"] == ""
 
 
-def test_no_possible_answer() -> None:
-    examples = build(span_question("a b"))
-    values = logits(examples, start={(0, 0): 1}, end={(0, 0): 1})
-    found = decode_spans(examples, values, n_best=1)
-    assert found.texts == {"q": "empty"}
-    assert found.n_best["q"] == [{"text": "empty", "probability": 1.0, "start_logit": 0.0, "end_logit": 0.0}]
-    found = decode_spans(examples, values, 0.0, n_best=1)
-    assert (found.texts, found.null_odds) == ({"q": ""}, {"q": 2.0})
-
-
 def published(
     examples: Examples, logits: np.ndarray, n_best: int, longest: int, threshold: float | None
-) -> SpanAnswers:
+) -> tuple[dict[str, str], dict[str, Any], dict[str, float]]:
     """The published procedure, one step at a time."""
     windows = examples.layout
     answers, lists, odds = {}, {}, {}
@@ -142,7 +99,7 @@ def published(
         if threshold is not None:
             odds[question] = sum(null) - best[1] - best[2]
             answers[question] = "" if odds[question] > threshold else best[0]
-    return SpanAnswers(answers, lists, odds)
+    return answers, lists, odds
 
 
 @settings(deadline=None)
@@ -170,14 +127,14 @@ def test_like_the_published_procedure(
     examples = build(*questions, settings=WindowSettings(max_length, 2, step))
     drawn = np.random.default_rng(seed).normal(size=(examples.num_rows, 2, max_length)).astype(np.float32)
     values = np.round(drawn) if ties else drawn
-    ours = decode_spans(examples, values, threshold, n_best, longest)
-    theirs = published(examples, values, n_best, longest, threshold)
-    assert ours.texts == theirs.texts
-    assert ours.null_odds == pytest.approx(theirs.null_odds)
-    for question, entries in ours.n_best.items():
-        expected = theirs.n_best[question]
+    lists, odds = decode_spans(examples, values, threshold is not None, n_best, longest)
+    answers, expected_lists, expected_odds = published(examples, values, n_best, longest, threshold)
+    assert choose_texts(lists, odds, threshold or 0.0) == answers
+    assert odds == pytest.approx(expected_odds)
+    for entries, expected in zip(lists.values(), expected_lists.values(), strict=True):
         assert [e["text"] for e in entries] == [e["text"] for e in expected]
-        assert [e["probability"] for e in entries] == pytest.approx([e["probability"] for e in expected])
+        for name in ("probability", "start_logit", "end_logit"):
+            assert [e[name] for e in entries] == pytest.approx([e[name] for e in expected])
 
 
 def test_chunks_of_windows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 from hypothesis import given, settings
-from tiny_qa import VOCABULARY, pieces, qa_tokenizer, texts
+from tiny_qa import pieces, qa_tokenizer, texts
 
 from trbert_jax.errors import UserError
 from trbert_jax.tasks.text_encoder import TextEncoder, cut_text, locate
@@ -18,15 +18,10 @@ def test_pieces_and_their_characters() -> None:
     encoded = ENCODER.encode([text, "", "x"], chars=True)
     assert pieces(encoded.tokens[0]) == ["the", "japan", "##ese", "cafe", ",", "東", "京"]
     assert [text[a:b] for a, b in encoded.chars[0]] == ["The", "Japan", "ese", "café", ",", "東", "京"]
-    assert (encoded.tokens.lengths.tolist(), encoded.num_tokens.tolist()) == ([7, 0, 1], [7, 0, 1])
-    cut = ENCODER.encode(["a b c", "d"], max_tokens=2)
-    assert pieces(cut.tokens.values) == ["a", "b", "d"]
-    assert (cut.num_tokens.tolist(), cut.chars.values.shape) == ([3, 1], (0, 2))
-
-
-def test_tokens_are_those_of_the_tokenizer() -> None:
-    text = "Who was the King of France?"
-    assert [2, *ENCODER.encode([text]).tokens[0], 3] == qa_tokenizer()(text)["input_ids"]
+    assert [2, *encoded.tokens[0], 3] == qa_tokenizer()(text)["input_ids"]
+    cut = ENCODER.encode(["a b c", "", "d"], max_tokens=2)
+    assert [pieces(tokens) for tokens in cut.tokens] == [["a", "b"], [], ["d"]]
+    assert (cut.num_tokens.tolist(), cut.chars.values.shape) == ([3, 0, 1], (0, 2))
 
 
 def test_markers_are_read_as_vocabulary_entries() -> None:
@@ -35,39 +30,19 @@ def test_markers_are_read_as_vocabulary_entries() -> None:
     plain = ["[", "p", "##a", "##r", "]"]
     assert pieces(encoded.tokens[0]) == ["[unused3]", "cafe", "[unused1]", *plain, "x", *plain]
     assert [text[a:b] for a, b in encoded.chars[0][:3]] == ["[DOC]", "Café", "[PAR]"]
-    assert pieces(ENCODER.encode(["[PAR]"]).tokens[0]) == plain
-
-
-def test_a_vocabulary_that_lacks_a_marker() -> None:
     encoder = TextEncoder(qa_tokenizer(exclude=("[unused1]",)), MARKERS)
     assert len(encoder.encode(["no marker"]).tokens[0])
     with pytest.raises(UserError, match=r"\[PAR\].*\[unused1\]"):
         encoder.encode(["a [PAR] b"])
-    with pytest.raises(UserError, match=r"\[unused1\]"):
-        encoder.id_of("[unused1]")
-    assert ENCODER.id_of("[unused2]") == VOCABULARY.index("[unused2]")
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "expected"),
-    [
-        (0, 3, (0, 0)),
-        (4, 12, (1, 2)),
-        (5, 6, (1, 1)),  # inside a piece: the whole piece
-        (8, 10, (1, 2)),  # a part of either
-        (3, 4, None),  # a space
-        (12, 13, (3, 3)),
-    ],
-)
-def test_locate(start: int, end: int, expected: tuple[int, int] | None) -> None:
-    chars = ENCODER.encode(["the japanese."], chars=True).chars[0]
-    assert locate(chars, start, end) == expected
-
-
-def test_combining_marks_stay_with_their_letter() -> None:
-    text = "cafe\u0301 x"
-    assert ENCODER.encode([text], chars=True).chars[0].tolist() == [[0, 4], [6, 7]]
-    assert (cut_text(text, 0, 4), cut_text(text, 6, 7)) == ("cafe\u0301", "x")
+def test_places_of_characters() -> None:
+    text = "the japanese. cafe\u0301"
+    chars = ENCODER.encode([text], chars=True).chars[0]
+    places = {(0, 3): (0, 0), (4, 12): (1, 2), (12, 13): (3, 3), (3, 4): None}  # the last is a space
+    places |= {(5, 6): (1, 1), (8, 10): (1, 2)}  # a piece that lies partly inside counts
+    assert {span: locate(chars, *span) for span in places} == places
+    assert cut_text(text, *chars[4]) == "cafe\u0301"  # combining marks stay with their letter
     assert cut_text("❤️ y", 0, 1) == "❤️"  # two characters, the second says how to draw the first
 
 

@@ -17,9 +17,9 @@ from trbert_jax.model.model import Params
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.reduction import flops
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES
+from trbert_jax.tasks import encode_usable, notes_of
 from trbert_jax.tasks.classification import encode_texts
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.splits import encode_usable, notes_of
 
 Metrics = Callable[[Outputs], Mapping[str, float]]
 

@@ -35,10 +35,9 @@ from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
-from trbert_jax.tasks import Task
+from trbert_jax.tasks import Task, encode_usable, saved_task
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples, Ragged
-from trbert_jax.tasks.splits import encode_usable, saved_task
 
 Item = TypeVar("Item")
 Encoded = TypeVar("Encoded")

@@ -1,10 +1,22 @@
 """Tasks: records -> inputs -> loss -> answers -> score -> request, one file a task.
 
-`TASKS` has them by name, and `register_task` adds one.
+`TASKS` has them by name, `register_task` adds one, and `Splits` has the examples of a run.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trbert_jax.config import RunConfig
+from trbert_jax.datasets import BadRecords, find_dataset
+from trbert_jax.datasets.reading import BadRecord, UnusableRecords
+from trbert_jax.errors import UserError
+from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.tasks import (  # noqa: F401 - each registers its task
     candidates,
     classification,
@@ -13,6 +25,132 @@ from trbert_jax.tasks import (  # noqa: F401 - each registers its task
     spans,
 )
 from trbert_jax.tasks.base import TASKS, Score, Task, register_task
-from trbert_jax.tasks.splits import Splits
+from trbert_jax.tasks.examples import Examples
 
-__all__ = ["TASKS", "Score", "Splits", "Task", "register_task"]
+__all__ = ["TASKS", "Score", "Splits", "Task", "encode_usable", "notes_of", "register_task", "saved_task"]
+
+logger = logging.getLogger(__name__)
+
+_LISTED = 100  # skipped records in the notes
+
+
+class Splits:
+    """The examples of a run, one split at a time.
+
+    Attributes:
+      notes: split -> what was cut, left out or skipped.
+
+    Raises:
+      UserError: an unknown data set, or a setting that its task does not read.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._source = config, find_dataset(config.data.name)
+        self._kind = TASKS[self._source.task]
+        self.notes: dict[str, dict[str, Any]] = {}
+        self._records: dict[str, Sequence[Any]] = {}
+        self._bad: dict[str, BadRecords] = {}
+        of_tasks = frozenset[str]().union(*(task.settings for task in TASKS.values()))
+        for key in sorted(of_tasks - self._kind.settings_of(config.data.name)):
+            name, _, field = key.partition(".")
+            section = getattr(config, name)
+            value = getattr(section, field)
+            if value != getattr(type(section), field):  # its default
+                raise UserError(f"{key} is {value!r}, which {config.data.name} does not read; leave it out")
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """The task of the data set, with the settings of the run."""
+        data, model = self._config.data, self._config.model
+        inputs = InputConfig(
+            data=data.name,
+            choices=data.choices,
+            max_question_length=model.max_question_length or 0,
+            window_step=model.window_step or 0,
+            max_segments=model.max_segments,
+        )
+        labels = self._source.read_labels(data.path, data.label_field)
+        inputs = self._kind.complete(inputs, lambda: self.records("train"))
+        return self._kind(inputs, model.max_length, labels)
+
+    def records(self, split: str) -> Sequence[Any]:
+        """Returns the records of a split, limited in number as configured."""
+        if split not in self._records:
+            data = self._config.data
+            bad = self._bad[split] = BadRecords(skip=data.skip_bad_records)
+            self._records[split] = self._source.read_split(
+                data.path,
+                split,
+                bad,
+                limit=data.max_train_examples if split == "train" else data.max_eval_examples,
+                seed=self._config.seed,
+                text_field=data.text_field,
+                label_field=data.label_field,
+            )
+        return self._records[split]
+
+    def texts(self, split: str) -> list[str]:
+        """Returns all texts of a split that a tokenizer may be trained on."""
+        return self.task.texts(self.records(split))
+
+    def ids(self, split: str) -> frozenset[str]:
+        """Returns the ids of the records of a split."""
+        return frozenset(record.id for record in self.records(split))
+
+    def examples(self, split: str, tokenizer: Any, cache_dir: Path | None = None) -> Examples:
+        """Tokenizes a split, `train` for training, as `encode_usable` does."""
+        records = self.records(split)
+        options = {"training": split == "train", "seed": self._config.seed, "cache_dir": cache_dir}
+        examples = encode_usable(self.task, records, tokenizer, self._bad[split], split, **options)
+        if len(examples.records) < len(records):
+            self._records[split] = examples.records
+        self.notes.update({split: notes} if (notes := notes_of(examples, self._bad[split])) else {})
+        return examples
+
+    def resample(self, examples: Examples, epoch: int) -> Examples:
+        """Draws the training inputs of an epoch; those of epoch 0 are what `examples` returned."""
+        return self.task.resample(examples, self._config.seed, epoch)
+
+
+def saved_task(config: ModelConfig) -> Task:
+    """Returns the task that a saved model was trained for."""
+    name = find_dataset(config.inputs.data).task if config.inputs.data else config.task
+    return TASKS[name](config.inputs, config.max_length, config.labels)
+
+
+def encode_usable(
+    task: Task, records: Sequence[Any], tokenizer: Any, bad: BadRecords, source: str, **options: Any
+) -> Examples:
+    """Encodes records of a `source`, for messages; those that cannot become inputs are added to `bad`.
+
+    Raises:
+      UserError: a bad record if none are skipped, or no usable record.
+    """
+    unusable: dict[str, BadRecord] = {}
+    try:
+        examples = task.encode(records, tokenizer, **options)
+    except UnusableRecords as error:
+        unusable = error.found
+    if unusable:
+        before = len(bad.skipped)
+        for reason in unusable.values():
+            bad.add(reason)
+        usable = [record for record in records if record.id not in unusable]
+        summary = bad.summary(len(usable), before)
+        if not usable:
+            raise UserError(f"{source}: has no usable record; {summary}")
+        logger.warning("%s: %s", source, summary)
+        examples = task.encode(usable, tokenizer, **options)
+    if examples.counts is not None:
+        level = logging.WARNING if examples.counts.is_lossy else logging.INFO
+        logger.log(level, "%s: %s", source, examples.counts.describe())
+    return examples
+
+
+def notes_of(examples: Examples, bad: BadRecords) -> dict[str, Any]:
+    """Returns what was cut, left out or skipped, as a JSON object."""
+    notes: dict[str, Any] = {}
+    if bad.skipped:
+        listed = [str(error) for error in bad.skipped[:_LISTED]]
+        notes |= {"skipped_records": len(bad.skipped), "skipped": listed}
+    return notes | (dataclasses.asdict(examples.counts) if examples.counts else {})

@@ -23,50 +23,30 @@ T = TypeVar("T", bound="type[Task]")
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Answers and their metrics.
+    """Answers and their metrics."""
 
-    Attributes:
-      metrics: name -> number, under the official scorer's names and in its units; empty if no right
-        answer is known.
-      files: file name -> JSON value, in the form that the official scorer reads.
-      null_threshold: the null threshold with the best metrics; None if the task has none.
-    """
-
+    # Under the official scorer's names and in its units; empty if no right answer is known.
     metrics: dict[str, float]
-    files: dict[str, Any]
-    null_threshold: float | None = None
+    files: dict[str, Any]  # file name -> JSON value, in the form that the official scorer reads
+    null_threshold: float | None = None  # the one with the best metrics; None if the task has none
 
 
 class Task(abc.ABC):
-    """One kind of task. Everything between records and metrics except the model itself.
+    """One kind of task. Everything between records and metrics except the model itself."""
 
-    Attributes:
-      name: key of `TASKS`, and of `HEADS` unless `head` says otherwise.
-      metric: the metric that selects the best checkpoint; higher is better.
-      settings: configuration keys that only some tasks read and this one does.
-      markers: vocabulary entries besides word pieces that inputs may have.
-      shortest_request: a request as short as possible.
-      resamples: whether each epoch has its own inputs, see `resample`.
-      by_row: whether logits have an entry a row, not an entry an example.
-      logits: names of the arrays of logits; empty if they are one array.
-      inputs: how records become inputs; saved with the model.
-      max_length: tokens of a row at most, special tokens included.
-      labels: names of the classes; empty if answers are not classes.
-    """
-
-    name: ClassVar[str]
-    metric: ClassVar[str]
-    settings: ClassVar[frozenset[str]] = frozenset()
-    markers: ClassVar[tuple[str, ...]] = ()
-    shortest_request: ClassVar[dict[str, Any]]
-    resamples: ClassVar[bool] = False
-    by_row: ClassVar[bool] = False
-    logits: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str]  # key of `TASKS`, and of `HEADS` unless `head` says otherwise
+    metric: ClassVar[str]  # the metric that selects the best checkpoint; higher is better
+    settings: ClassVar[frozenset[str]] = frozenset()  # keys that only some tasks read and this one does
+    markers: ClassVar[tuple[str, ...]] = ()  # vocabulary entries besides word pieces that inputs may have
+    shortest_request: ClassVar[dict[str, Any]]  # a request as short as possible
+    resamples: ClassVar[bool] = False  # whether each epoch has its own inputs, see `resample`
+    by_row: ClassVar[bool] = False  # whether logits have an entry a row, not an entry an example
+    logits: ClassVar[tuple[str, ...]] = ()  # names of the arrays of logits; empty if they are one array
 
     def __init__(self, inputs: InputConfig, max_length: int, labels: Sequence[str] = ()) -> None:
-        self.inputs = inputs
-        self.max_length = max_length
-        self.labels = tuple(labels)
+        self.inputs = inputs  # how records become inputs; saved with the model
+        self.max_length = max_length  # tokens of a row at most, special tokens included
+        self.labels = tuple(labels)  # names of the classes; empty if answers are not classes
 
     @property
     def head(self) -> str:
@@ -99,13 +79,12 @@ class Task(abc.ABC):
         seed: int = 0,
         cache_dir: Path | None = None,
     ) -> Examples:
-        """Turns records into inputs.
+        """Turns the records of a split into inputs.
 
         Args:
-          records: of one split.
           tokenizer: a `transformers.PreTrainedTokenizerFast`; not changed.
           training: whether records need an answer, and those whose answer cannot be found are left out.
-          seed: of the run; decides the inputs of epoch 0 if the task resamples.
+          seed: decides the inputs of epoch 0 if the task resamples.
           cache_dir: folder of tokenized examples, for tasks that cache them; None for no cache.
 
         Raises:
@@ -158,12 +137,9 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> Any:
-        """Turns a question asked of a trained model into a record without an answer.
+        """Turns a JSON object asked of a trained model into a record without an answer.
 
-        Args:
-          request: a JSON object; docs/question_answering.md lists its fields.
-          id: of the record.
-          where: place of the request, for messages.
+        docs/question_answering.md lists its fields. `where` is its place, for messages.
 
         Raises:
           ValueError: a missing field, a wrong type or an empty text.
@@ -193,11 +169,8 @@ class RecordErrors:
     def check(self, record: Any, texts: Mapping[str, int], room: int, max_length: int) -> bool:
         """Notes what keeps a record from having an input, and returns whether it can have one.
 
-        Args:
-          record: has `id` and `where`, and `answer` if answers are no spans.
-          texts: field -> number of its tokens, for fields that must have some; the first is the query.
-          room: tokens that the query leaves for the text it asks about.
-          max_length: of a row.
+        `texts` has the number of tokens of each field that must have some. The first field is the query,
+        which leaves `room` of `max_length` tokens for the text it asks about.
         """
         if self._training and getattr(record, "answer", "") is None:
             self.add(record, "answer", "missing; training needs one")
@@ -205,12 +178,9 @@ class RecordErrors:
             if not count:
                 self.add(record, field, "has no tokens; expected a text that the tokenizer keeps")
         if room < 1:
-            self.add(
-                record,
-                next(iter(texts)),
-                f"is too long: it leaves none of {max_length} tokens for the text it asks about; give a "
-                "larger max_length or a smaller max_question_length",
-            )
+            reason = f"is too long: it leaves none of {max_length} tokens for the text it asks about; give "
+            reason += "a larger max_length or a smaller max_question_length"
+            self.add(record, next(iter(texts)), reason)
         return record.id not in self._found
 
     def raise_if_any(self) -> None:
@@ -220,12 +190,10 @@ class RecordErrors:
 
 
 def parse_requests(task: Task, requests: Iterable[tuple[str, Any]], ids: set[str]) -> list[Any]:
-    """Turns requests into records.
+    """Turns requests, each with its place for messages, into records.
 
-    Args:
-      task: the task asked.
-      requests: place, for messages, and JSON object of each request.
-      ids: of all earlier requests; receives those of these. A request without an id gets its number.
+    `ids` has those of all earlier requests and receives those of these. A request without an id gets its
+    number.
 
     Raises:
       UserError: a request is no object or repeats an id, and see `Task.parse_request`.

@@ -17,9 +17,7 @@ from trbert_jax.tasks.losses import NO_CANDIDATE, Rows, masked_mean
 from trbert_jax.tasks.scorers import accuracy
 from trbert_jax.tasks.text_encoder import TextEncoder
 
-MAX_DOCUMENT_LENGTH = 1024  # word pieces of all documents together, their markers included
 MAX_CANDIDATES = 79  # no question of the data set has more
-_CANDIDATE, _DOCUMENT = "[unused1]", "[unused2]"
 
 
 @register_task
@@ -31,7 +29,7 @@ class CandidateTask(Task):
     settings = frozenset({"data.skip_bad_records", "model.max_segments"})
     markers = ("[unused1]", "[unused2]", "[unused3]")
     shortest_request: ClassVar[dict[str, Any]] = {"query": "a", "candidates": ["a"], "supports": ["a"]}
-    max_document_length = MAX_DOCUMENT_LENGTH
+    max_document_length = 1024  # word pieces of all documents together, their markers included
 
     def texts(self, records: Sequence[CandidateQuestion]) -> list[str]:
         asked = [" ".join((record.query, *record.candidates)) for record in records]
@@ -44,13 +42,10 @@ class CandidateTask(Task):
 
         A segment is `[CLS] query ([unused1] candidate)* part of the documents [SEP]`; the segments of a
         query do not overlap. The row target `candidates`, int32 [R, 79], has the position of each
-        candidate's marker, -1 for padding.
-
-        Raises:
-          UnusableRecords: also for more than 79 candidates.
+        candidate's marker, -1 for padding. A query with more than 79 candidates is unusable.
         """
         encoder = TextEncoder(tokenizer)
-        candidate, document = (np.array([encoder.id_of(k)], np.int32) for k in (_CANDIDATE, _DOCUMENT))
+        candidate, document = (np.array([encoder.id_of(k)], np.int32) for k in self.markers[:2])
         queries = encoder.encode([q.query for q in records]).tokens
         names = iter(encoder.encode([name for q in records for name in q.candidates]).tokens)
         supports = encoder.encode(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,8 +65,7 @@ def encode_texts(
     """Encodes texts as `[CLS] tokens [SEP]`, cut to the maximum length, or reads them from the cache.
 
     Args:
-      records: n texts.
-      tokenizer: see `Task.encode`.
+      records, tokenizer: see `Task.encode`.
       max_length: tokens of an example at most, special tokens included.
       cache_dir: folder of the cache; None for no cache. The name of a file in it is a hash of everything
         that decides its contents, so another data set, tokenizer or length never reads it.
@@ -104,14 +104,11 @@ def encode_texts(
 
 
 def _digest(records: Sequence[Example], encoder: TextEncoder, max_length: int) -> str:
-    def parts() -> Iterator[str]:
-        backend, *ends = encoder.description
-        yield from (_FORMAT, str(max_length), str(tuple(ends)), str(backend))
-        for record in records:
-            yield from (record.id, str(record.label), record.text)
-
+    backend, *ends = encoder.description
+    parts = ((record.id, str(record.label), record.text) for record in records)
     digest = hashlib.sha256()
-    for part in parts():
+    head = (_FORMAT, str(max_length), str(tuple(ends)), str(backend))
+    for part in itertools.chain(head, *parts):
         data = part.encode("utf-8")
         digest.update(len(data).to_bytes(8, "little"))  # separates a part from the next
         digest.update(data)

@@ -56,19 +56,25 @@ class Ragged:
         """int64 [n]."""
         return np.diff(self.offsets)
 
+    def members(self, arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns positions of the values of some arrays, and the place in `arrays` of each one's array."""
+        counts = self.lengths[arrays]
+        owner = np.repeat(np.arange(len(arrays)), counts)
+        before = np.cumsum(counts) - counts
+        return np.arange(counts.sum()) + (self.offsets[arrays] - before)[owner], owner
+
     def padded(self, width: int | None = None) -> np.ndarray:
         """int32 [n, width, ...], padded with -1 and cut to `width`, by default the longest length."""
         width = max(1, int(self.lengths.max(initial=0))) if width is None else width
         padded = np.full((len(self), width, *self.values.shape[1:]), -1, np.int32)
-        for i in range(len(self)):
-            array = self[i][:width]
-            padded[i, : len(array)] = array
+        for i, array in enumerate(self):
+            padded[i, : len(array)] = array[:width]
         return padded
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Counts what encoding a data set cut, left out or could not find; see `_LOST` for most."""
+    """Counts what encoding a data set cut, left out or could not find, see `_LOST`."""
 
     num_examples: int = 0  # records given
     num_rows: int = 0  # rows made of them
@@ -85,7 +91,7 @@ class Counts:
 
     def describe(self) -> str:
         """Returns one line for the user."""
-        lost = [f"{number} {_LOST[name]}" for name in _LOST if (number := getattr(self, name))]
+        lost = [f"{number} {text}" for name, text in _LOST.items() if (number := getattr(self, name))]
         return "; ".join([f"{self.num_examples} questions, {self.num_rows} inputs", *lost])
 
 
@@ -104,39 +110,24 @@ class Examples:
 
     An example is one row of tokens, or several that belong together: the options of a multiple choice,
     or the segments of a long document.
-
-    Attributes:
-      tokens: int32 [total], special tokens included.
-      offsets: int64 [R + 1]; row r is `tokens[offsets[r]:offsets[r + 1]]`.
-      token_types: int8 [total], or None if all are 0.
-      labels: int32 [n]; -1 if the answer is withheld or is not a class.
-      ids: n names.
-      num_truncated: texts that were cut; `take` keeps the number of the whole set.
-      digest: hash of records, tokenizer and settings.
-      first_row: int64 [n + 1]; example i has the rows `first_row[i]` to `first_row[i + 1] - 1`. None if
-        each example has one row.
-      group: rows of an example in a batch, padding rows included.
-      row_targets: name -> array [R, ...] that the head or the loss reads, padded with -1.
-      targets: name -> array [n, ...], likewise.
-      counts: what encoding lost; None for texts with a label.
-      records: the records that the examples were made of, for `Task.score`.
-      layout: task-private; places of answers in the source text, for `Task.score`.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
-    token_types: np.ndarray | None
-    labels: np.ndarray
-    ids: list[str]
-    num_truncated: int
-    digest: str
+    tokens: np.ndarray  # int32 [total], special tokens included
+    offsets: np.ndarray  # int64 [R + 1]; row r is `tokens[offsets[r]:offsets[r + 1]]`
+    token_types: np.ndarray | None  # int8 [total]; None if all are 0
+    labels: np.ndarray  # int32 [n]; -1 if the answer is withheld or is not a class
+    ids: list[str]  # n names
+    num_truncated: int  # texts that were cut; `take` keeps the number of the whole set
+    digest: str  # hash of records, tokenizer and settings
+    # int64 [n + 1]; example i has the rows `first_row[i]` to `first_row[i + 1] - 1`; None: one row each
     first_row: np.ndarray | None = None
-    group: int = 1
+    group: int = 1  # rows of an example in a batch, padding rows included
+    # Name -> array [R, ...] or [n, ...] that the head or the loss reads, padded with -1.
     row_targets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     targets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    counts: Counts | None = None
-    records: Sequence[Any] = ()
-    layout: Any = None
+    counts: Counts | None = None  # what encoding lost; None for texts with a label
+    records: Sequence[Any] = ()  # that the examples were made of, for `Task.score`
+    layout: Any = None  # task-private: places of answers in the source text, for `Task.score`
 
     @classmethod
     def of_pairs(
@@ -228,13 +219,11 @@ class Examples:
         rows = self.rows(chosen)
         counts = (rows >= 0).sum(1)
         rows = rows[rows >= 0]
-        lengths = self.row_lengths[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        source = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        source, _ = Ragged(self.tokens, self.offsets).members(rows)
         return dataclasses.replace(
             self,
             tokens=self.tokens[source],
-            offsets=offsets,
+            offsets=np.concatenate([[0], np.cumsum(self.row_lengths[rows], dtype=np.int64)]),
             token_types=None if self.token_types is None else self.token_types[source],
             labels=self.labels[chosen],
             ids=[self.ids[i] for i in chosen],
@@ -251,13 +240,9 @@ class Examples:
 
 
 def width_buckets(max_length: int, shares: Sequence[float] = BUCKET_SHARES) -> tuple[int, ...]:
-    """Returns the padded lengths of batches, ascending, the last one `max_length`.
+    """Returns the padded lengths of batches, ascending; at 512: 64, 128, 256, 384, 512.
 
-    Each width is compiled, so they are few; at 512: 64, 128, 256, 384, 512.
-
-    Args:
-      max_length: the largest width.
-      shares: the other widths, as approximate parts of it.
+    Each one is compiled, so they are few: `max_length`, and about these shares of it.
     """
     rounded = {-(-int(share * max_length) // _BUCKET_STEP) * _BUCKET_STEP for share in shares}
     return (*sorted(w for w in rounded if _SMALLEST_BUCKET <= w < max_length), max_length)
@@ -276,13 +261,12 @@ def length_batches(
 
     The longest come first: a batch that does not fit into memory fails at once.
 
-    Args:
-      examples: n examples.
-      batch_size: examples of a batch; the last one may have fewer.
-      widths: padded lengths to choose from, ascending.
-
     Yields:
-      Positions of a batch's examples, int64 [<= batch_size], and the smallest width that holds them.
+      Positions of a batch's examples, int64 [<= batch_size], and the smallest of the widths (ascending)
+      that holds them.
+
+    Raises:
+      ValueError: an example is longer than all widths.
     """
     lengths = examples.lengths
     order = np.argsort(-lengths, kind="stable")
@@ -296,14 +280,10 @@ def length_batches(
 
 
 def pad_batch(examples: Examples, indices: np.ndarray, batch_size: int, width: int) -> dict[str, np.ndarray]:
-    """Puts examples into arrays of a fixed shape.
+    """Puts the examples at positions int [b], b <= B = `batch_size`, into arrays of W = `width` columns.
 
-    Args:
-      examples: the set, G rows an example (`Examples.group`).
-      indices: int [b], b <= batch_size, positions in the set.
-      batch_size: B, examples of the arrays. Those beyond b are padding (`valid` is False). A padding row
-        has one token, [CLS], so that no computation meets a row without tokens.
-      width: W, columns of the arrays.
+    Examples beyond b are padding. A padding row has one token, [CLS], so that no computation meets a row
+    without tokens. G is `Examples.group`.
 
     Returns:
       input_ids int32 [B * G, W] (0 for padding), mask bool [B * G, W] (True = real), valid bool [B],
@@ -325,31 +305,24 @@ def pad_batch(examples: Examples, indices: np.ndarray, batch_size: int, width: i
     columns = np.arange(width)
     mask = columns < lengths[:, None]  # [B * G, W]
 
-    def padding(values: np.ndarray) -> int:
-        return -1 if values.dtype.kind == "i" else 0
+    index = np.full(batch_size, -1, np.int32)
+    index[: len(chosen)] = chosen
 
-    def by_example(values: np.ndarray) -> np.ndarray:
-        array = np.full((batch_size, *values.shape[1:]), padding(values), values.dtype)
-        array[: len(chosen)] = values[chosen]
-        return array
+    def at(places: np.ndarray, values: np.ndarray) -> np.ndarray:
+        valid = (places >= 0).reshape(-1, *(1,) * (values.ndim - 1))
+        return np.where(valid, values[places], -1 if values.dtype.kind == "i" else 0).astype(values.dtype)
 
     input_ids, token_types = examples.padded_rows(rows, width)
     input_ids[~valid_rows, 0] = examples.first_token
-    index = np.full(batch_size, -1, np.int32)
-    index[: len(chosen)] = chosen
     batch = {"input_ids": input_ids, "mask": mask, "valid": index >= 0, "index": index}
     if token_types is not None:
         batch["token_type_ids"] = token_types
     if examples.has_labels:
-        batch["labels"] = np.maximum(by_example(examples.labels), 0)
-    batch |= {name: by_example(values) for name, values in examples.targets.items()}
-    for name, values in examples.row_targets.items():
-        shape = valid_rows.reshape(-1, *(1,) * (values.ndim - 1))
-        targets = np.where(shape, values[rows], padding(values)).astype(values.dtype)
-        if name == "shared_length":
-            batch["shared"] = columns < targets[:, None]
-        else:
-            batch[name] = targets
+        batch["labels"] = np.maximum(at(index, examples.labels), 0)
+    batch |= {name: at(index, values) for name, values in examples.targets.items()}
+    batch |= {name: at(rows, values) for name, values in examples.row_targets.items()}
+    if "shared_length" in batch:
+        batch["shared"] = columns < batch.pop("shared_length")[:, None]
     if examples.first_row is not None and "shared" not in batch:
         batch["segment"] = valid_rows.copy()
     mask[~valid_rows, 0] = True
@@ -367,11 +340,9 @@ def batch_rows(examples: Examples, indices: np.ndarray, batch_size: int) -> np.n
 
 
 def digest_of(*values: object) -> str:
-    """Returns the sha256 of values of any nesting.
+    """Returns the sha256 of values: None, bool, int, float, str, tuples, lists, arrays, dataclasses of them.
 
-    Args:
-      values: None, bool, int, float, str, tuples, lists, NumPy arrays and dataclasses of them. Of a
-        dataclass, the fields `where` (for messages) and `scored_as` (for scores) are left out.
+    The fields `where` (for messages) and `scored_as` (for scores) of a dataclass are left out.
     """
     digest = hashlib.sha256()
     _feed(digest.update, (_FORMAT, *values))

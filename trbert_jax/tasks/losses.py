@@ -48,7 +48,7 @@ class Rows:
         return jax.tree.map(copies, self.batch[key])
 
     def grouped(self, x: jax.Array) -> jax.Array:
-        """[K * B * G, ...] -> [K * B, G, ...]."""
+        """Divides by example: [K * B * G, ...] -> [K * B, G, ...]."""
         return x.reshape(-1, self.group, *x.shape[1:])
 
     @property
@@ -103,16 +103,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def distillation(
     logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0, mask: jax.Array | None = None
 ) -> jax.Array:
-    """Soft cross entropy with a teacher: float [..., C] (twice) -> float [...], nats.
+    """Soft cross entropy with a teacher: float [..., C] (twice), bool [..., C] -> float [...], nats.
 
     Not a Kullback-Leibler divergence and without the factor temperature^2: the length penalty's
-    coefficient is tuned against exactly this. No gradient reaches the teacher.
-
-    Args:
-      logits, teacher_logits: float [..., C].
-      temperature: divides both.
-      mask: bool [..., C]; None for all. Masked logits are centered, see `_only`; logits without a mask may
-        hold `NO_CANDIDATE`.
+    coefficient is tuned against exactly this. No gradient reaches the teacher. Masked logits are centered,
+    see `_only`; logits without a mask may hold `NO_CANDIDATE`.
     """
     chex.assert_equal_shape([logits, teacher_logits])
     logits = logits / temperature
@@ -128,14 +123,8 @@ def any_of(logits: jax.Array, gold: jax.Array, mask: jax.Array) -> jax.Array:
     """Negative log-likelihood that any of the gold positions is the answer's, in nats.
 
     With one gold position it is the cross entropy. The segments of an example share one softmax.
-
-    Args:
-      logits: float [B, G, S], G segments an example.
-      gold: int [B, G, A], gold positions in each segment, each once; -1 for padding.
-      mask: bool [B, G, S].
-
-    Returns:
-      float [B]; 0 for an example without a gold position.
+    [B, G, S], gold int [B, G, A] (each position once; -1 for padding), bool [B, G, S] -> [B], 0 for an
+    example without a gold position.
     """
     chex.assert_rank([logits, gold, mask], 3)
     flat = (len(logits), -1)

@@ -157,8 +157,7 @@ def _facts(record: Any) -> list[list[Any]]:
 def file_orders(paragraphs: MultiHopParagraphs) -> list[np.ndarray]:
     """Orders paragraphs as the source does, until the input is full; for evaluation.
 
-    Returns:
-      For each question the numbers of its paragraphs, int64; the last may be cut.
+    Returns the numbers of each question's paragraphs, int64; the last may be cut.
     """
     orders = []
     for i in range(len(paragraphs)):
@@ -173,15 +172,7 @@ def drawn_orders(paragraphs: MultiHopParagraphs, seed: int, epoch: int) -> list[
     """Takes the gold paragraphs and, drawn at random, others until the input is full; for training.
 
     The last one added, which may be cut, comes last; the order of the rest is drawn too. Each draw depends
-    only on seed, epoch and the number of the question.
-
-    Args:
-      paragraphs: of n questions.
-      seed: of the run, not negative.
-      epoch: 0-based; each has its own orders.
-
-    Returns:
-      See `file_orders`.
+    only on seed, epoch (0-based) and the number of the question. Returns what `file_orders` does.
     """
     orders = []
     for i in range(len(paragraphs)):
@@ -189,43 +180,27 @@ def drawn_orders(paragraphs: MultiHopParagraphs, seed: int, epoch: int) -> list[
         rng = np.random.Generator(np.random.PCG64([seed, epoch, i + 1]))
         first, last = paragraphs.offsets[i : i + 2]
         lengths, gold = paragraphs.tokens.lengths[first:last], paragraphs.gold[first:last]
-        orders.append(first + _draw(lengths, gold, int(paragraphs.room[i]), rng))
+        chosen, others = np.flatnonzero(gold), rng.permutation(np.flatnonzero(~gold))
+        # A paragraph is added if those before it do not fill the input.
+        before = lengths[chosen].sum() + np.cumsum(lengths[others]) - lengths[others]
+        added = others[before < paragraphs.room[i]]
+        drawn = rng.permutation(np.concatenate([chosen, added[:-1]]))
+        orders.append(first + np.concatenate([drawn, added[-1:]]))
     return orders
-
-
-def _draw(lengths: np.ndarray, gold: np.ndarray, room: int, rng: np.random.Generator) -> np.ndarray:
-    chosen, others = np.flatnonzero(gold), rng.permutation(np.flatnonzero(~gold))
-    # A paragraph is added if those before it do not fill the input.
-    before = lengths[chosen].sum() + np.cumsum(lengths[others]) - lengths[others]
-    added = others[before < room]
-    if not len(added):
-        return rng.permutation(chosen)
-    return np.append(rng.permutation(np.concatenate([chosen, added[:-1]])), added[-1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packing:
-    """The places of paragraphs in inputs; `Examples.layout` of multi-hop questions.
+    """The places of paragraphs in inputs; `Examples.layout` of multi-hop questions."""
 
-    Attributes:
-      paragraphs: of n questions.
-      orders: n int64 arrays, the paragraphs of each input; the last may be cut.
-      facts: int32 [sentences, 2] of each input: paragraph and number in it of every sentence of the
-        target `sentences`.
-    """
-
-    paragraphs: MultiHopParagraphs
-    orders: Sequence[np.ndarray]
+    paragraphs: MultiHopParagraphs  # of n questions
+    orders: Sequence[np.ndarray]  # n int64 arrays, the paragraphs of each input; the last may be cut
+    # int32 [sentences, 2] of each input: paragraph and number in it of each sentence of `sentences`
     facts: Ragged
 
 
 def pack(paragraphs: MultiHopParagraphs, orders: Sequence[np.ndarray], records: Sequence[Any]) -> Examples:
-    """Packs the paragraphs of every question into one input.
-
-    Args:
-      paragraphs: of n questions.
-      orders: for each, its paragraphs in the order wanted; what does not fit is cut.
-      records: see `Examples`.
+    """Packs the paragraphs of each of n questions into one input, in the order given; the rest is cut.
 
     Returns:
       n examples with a `Packing` and the targets
@@ -239,18 +214,14 @@ def pack(paragraphs: MultiHopParagraphs, orders: Sequence[np.ndarray], records: 
     answers, sentences, labels, facts, rows, without = [], [], [], [], [], 0
     for i, order in enumerate(orders):
         query, room = paragraphs.queries[i], paragraphs.room[i]
-        source, _ = _members(paragraphs.tokens, order)
-        rows.append(
-            (
-                (paragraphs.cls, query, paragraphs.sep),
-                (paragraphs.tokens.values[source[:room]], paragraphs.sep),
-            )
-        )
+        source, _ = paragraphs.tokens.members(order)
+        packed = paragraphs.tokens.values[source[:room]]
+        rows.append(((paragraphs.cls, query, paragraphs.sep), (packed, paragraphs.sep)))
         lengths = paragraphs.tokens.lengths[order]
         begin = len(query) + 2 + np.cumsum(lengths) - lengths  # of each paragraph, in the row
         end = len(query) + 2 + min(room, len(source))
 
-        source, owner = _members(paragraphs.spans, order)
+        source, owner = paragraphs.spans.members(order)
         spans = paragraphs.spans.values[source] + begin[owner, None]
         spans = spans[spans[:, 1] <= end][:MAX_ANSWERS] - [0, 1]
         if not len(spans):
@@ -260,7 +231,7 @@ def pack(paragraphs: MultiHopParagraphs, orders: Sequence[np.ndarray], records: 
             spans = np.zeros((1, 2), np.int64)
         answers.append(spans)
 
-        source, owner = _members(paragraphs.sentences, order)
+        source, owner = paragraphs.sentences.members(order)
         ranges = paragraphs.sentences.values[source] + begin[owner, None]
         kept = np.flatnonzero((ranges[:, 0] < ranges[:, 1]) & (ranges[:, 1] <= end))[:MAX_SENTENCES]
         sentences.append(ranges[kept] - [0, 1])
@@ -286,14 +257,6 @@ def pack(paragraphs: MultiHopParagraphs, orders: Sequence[np.ndarray], records: 
     )
 
 
-def _members(ragged: Ragged, arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the positions of the values of some arrays, and the place in `arrays` of each one's array."""
-    counts = ragged.offsets[arrays + 1] - ragged.offsets[arrays]
-    owner = np.repeat(np.arange(len(arrays)), counts)
-    before = np.cumsum(counts) - counts
-    return np.arange(counts.sum()) + (ragged.offsets[arrays] - before)[owner], owner
-
-
 # Answers ---------------------------------------------------------------------------------------------
 
 
@@ -303,7 +266,7 @@ def decode_multi_hop(
     """Chooses an answer and supporting sentences for every question.
 
     Args:
-      examples: from `pack`, not encoded for training.
+      examples: from `pack`; raises `ValueError` if they were encoded for training.
       logits: `span` float [n, 2, S]; `kind` float [n, 3], a span, yes, no; `sentence` float [n, 80, 2], the
         second for supporting.
       max_answer_length: word pieces of an answer at most.
@@ -311,9 +274,6 @@ def decode_multi_hop(
     Returns:
       The input of the official scorer: `{"answer": {id: text}, "sp": {id: [[title, number], ...]}}`. The
       answer is "" if the input has no text.
-
-    Raises:
-      ValueError: examples encoded for training, which have no characters to cut answers from.
 
     Source: docs/question_answering.md, "From logits to answers".
     """
@@ -338,13 +298,7 @@ def _best_span(packing: Packing, i: int, logits: np.ndarray, max_answer_length: 
     """Returns the text of the best span within the text of one paragraph, "" if there is no text.
 
     Titles, markers and pieces that stand for no text end a span. Among equals the one that begins first
-    wins, then the shortest.
-
-    Args:
-      packing: of all questions.
-      i: the question.
-      logits: float [2, tokens of its row].
-      max_answer_length: word pieces at most.
+    wins, then the shortest. `logits` are those of question i, float [2, tokens of its row].
     """
     paragraphs, order = packing.paragraphs, packing.orders[i]
     chars = np.concatenate([np.zeros((0, 2), np.int32), *(paragraphs.chars[p] for p in order)])

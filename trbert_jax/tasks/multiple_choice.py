@@ -87,26 +87,17 @@ class MultipleChoiceTask(Task):
         settings = (encoder.description, self.max_length, max_question_length, training)
         digest = digest_of("choice", *settings, list(records))
         answers = np.array([-1 if q.answer is None else q.answer for q in records], np.int32)
+        fields: dict[str, Any] = {"counts": counts, "records": records}
         if self.form == "pairs":
-            return Examples.of_pairs(
-                rows,
-                [f"{q.id}:{letter}" for q in records for letter in LETTERS],
-                counts=counts,
-                labels=(np.arange(4) == answers[:, None]).astype(np.int32).ravel(),  # 0 if withheld
-                digest=digest_of("pairs", digest),
-                records=records,
-            )
-        lengths = {"shared_length": np.repeat(np.array(shared, np.int32), 4)}
+            ids = [f"{q.id}:{letter}" for q in records for letter in LETTERS]
+            right = (np.arange(4) == answers[:, None]).astype(np.int32).ravel()  # 0 if withheld
+            return Examples.of_pairs(rows, ids, labels=right, digest=digest_of("pairs", digest), **fields)
+        if self.form == "shared":
+            fields["row_targets"] = {"shared_length": np.repeat(np.array(shared, np.int32), 4)}
+        first_row = np.arange(0, len(rows) + 1, 4, dtype=np.int64)
+        ids = [q.id for q in records]
         return Examples.of_pairs(
-            rows,
-            [q.id for q in records],
-            counts=counts,
-            labels=answers,
-            first_row=np.arange(0, len(rows) + 1, 4, dtype=np.int64),
-            group=4,
-            row_targets=lengths if self.form == "shared" else {},
-            digest=digest,
-            records=records,
+            rows, ids, labels=answers, digest=digest, first_row=first_row, group=4, **fields
         )
 
     @staticmethod
@@ -115,11 +106,15 @@ class MultipleChoiceTask(Task):
 
     def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
         records = examples.records
-        choose = choose_by_pairs if self.form == "pairs" else choose_option
-        chosen = choose(np.asarray(logits))
+        if self.form == "pairs":
+            # As published, the logit of "wrong" does not matter, and the later option wins among equals.
+            right = np.asarray(logits)[:, 1].reshape(-1, 4)
+            chosen = 3 - np.argmax(right[:, ::-1], axis=1)
+        else:
+            chosen = np.argmax(logits, axis=1)  # the first among equals
         known = np.array([record.answer is not None for record in records], bool)
-        right = [record.answer for record in records if record.answer is not None]
-        metrics = {"accuracy": accuracy(chosen[known], right)} if right else {}
+        gold = [record.answer for record in records if record.answer is not None]
+        metrics = {"accuracy": accuracy(chosen[known], gold)} if gold else {}
         answers = {record.id: LETTERS[k] for record, k in zip(records, chosen, strict=True)}
         return Score(metrics, {"predictions.json": answers})
 
@@ -128,17 +123,3 @@ class MultipleChoiceTask(Task):
         article = reading.text(request, field)
         question = reading.text({"question": "", **request}, "question", may_be_empty=True)
         return ChoiceQuestion(id, article, question, reading.texts(request, "options", 4), None, where)
-
-
-def choose_by_pairs(logits: np.ndarray) -> np.ndarray:
-    """Chooses the option with the largest logit of "right": float [4 n, 2] -> int64 [n].
-
-    As published, the logit of "wrong" does not matter, and the later option wins among equals.
-    """
-    right = logits[:, 1].reshape(-1, 4)
-    return 3 - np.argmax(right[:, ::-1], axis=1)
-
-
-def choose_option(logits: np.ndarray) -> np.ndarray:
-    """Chooses the option with the largest logit, the first among equals: float [n, 4] -> int64 [n]."""
-    return np.argmax(logits, axis=1)

@@ -20,34 +20,23 @@ from trbert_jax.tasks.examples import Counts, Ragged, digest_of
 from trbert_jax.tasks.text_encoder import TextEncoder, locate
 
 SPAN, YES, NO = range(3)  # kinds of answers
-_TITLE, _CONTEXT = "[unused1]", "[unused2]"
 _CHUNK = 1000  # questions whose paragraphs are separate arrays at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class TokenizedParagraph:
-    """A titled paragraph of k word pieces and s sentences, with g occurrences of the answer.
+    """A titled paragraph of k word pieces and s sentences, with g occurrences of the answer."""
 
-    Attributes:
-      title: as published.
-      text: what answers are cut from; empty if the source lacks it.
-      tokens: int32 [k], without the title.
-      chars: int32 [k, 2], the characters `[start, end)` of `text` that a piece stands for; -1 if it
-        stands for none, and no answer reaches across it.
-      sentences: int32 [s, 2], pieces `[start, end)` of each sentence, which may be empty.
-      supporting: int8 [s], 1 for a supporting sentence, else 0, or -1 if the source withholds it.
-      spans: int32 [g, 2], pieces `[start, end)`, in order.
-      gold: whether the answer follows from it; training always shows such paragraphs.
-    """
-
-    title: str
-    text: str
-    tokens: np.ndarray
+    title: str  # as published
+    text: str  # answers are cut from it; empty if the source lacks it
+    tokens: np.ndarray  # int32 [k], without the title
+    # int32 [k, 2], the characters `[start, end)` of `text` that a piece stands for; -1 if it stands for none,
+    # and no answer reaches across it
     chars: np.ndarray
-    sentences: np.ndarray
-    supporting: np.ndarray
-    spans: np.ndarray
-    gold: bool
+    sentences: np.ndarray  # int32 [s, 2], pieces `[start, end)` of each sentence, which may be empty
+    supporting: np.ndarray  # int8 [s], 1 for a supporting sentence, else 0; -1 if the source withholds it
+    spans: np.ndarray  # int32 [g, 2], pieces `[start, end)` of each occurrence, in order
+    gold: bool  # whether the answer follows from it; training always shows such paragraphs
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -72,25 +61,17 @@ def tokenize_questions(
     """
     texts = ["".join(p.sentences) for q in questions for p in q.paragraphs]
     encoded = encoder.encode(texts, chars=True)
-    place = 0
+    pieces = zip(encoded.tokens, encoded.chars, strict=True)
     for question in questions:
-        gold = {title for title, _ in question.supporting}
-        paragraphs = [
-            _tokenized(p, encoded.tokens[place + k], encoded.chars[place + k], question, p.title in gold)
-            for k, p in enumerate(question.paragraphs)
-        ]
-        place += len(paragraphs)
+        paragraphs = [_tokenized(p, *next(pieces), question) for p in question.paragraphs]
+        paragraphs = _with_answers(paragraphs, question.answer, encoder)
         yield TokenizedQuestion(
-            id=question.id,
-            question=question.question,
-            answer=question.answer,
-            paragraphs=tuple(_with_answers(paragraphs, question.answer, encoder)),
-            where=question.where,
+            question.id, question.question, question.answer, tuple(paragraphs), question.where
         )
 
 
 def _tokenized(
-    paragraph: Paragraph, tokens: np.ndarray, chars: np.ndarray, question: MultiHopQuestion, gold: bool
+    paragraph: Paragraph, tokens: np.ndarray, chars: np.ndarray, question: MultiHopQuestion
 ) -> TokenizedParagraph:
     ends = np.cumsum([0, *map(len, paragraph.sentences)])
     borders = np.searchsorted(chars[:, 0], ends)  # a piece belongs to the sentence that it begins in
@@ -105,7 +86,7 @@ def _tokenized(
         sentences=np.stack([borders[:-1], borders[1:]], axis=1).astype(np.int32),
         supporting=supporting,
         spans=np.zeros((0, 2), np.int32),
-        gold=gold,
+        gold=any(title == paragraph.title for title, _ in question.supporting),
     )
 
 
@@ -140,7 +121,7 @@ def _occurrences(
     matches = list(pattern.finditer(paragraph.text))
     if not matches:
         return spans
-    inside_word = np.append(encoder.continues(paragraph.tokens), False)
+    inside_word = np.append(encoder.continues[paragraph.tokens], False)
     for match in matches:
         place = locate(chars, match.start(), match.end())
         if place is None or chars[place[0], 0] < match.start() or chars[place[1], 1] > match.end():
@@ -166,10 +147,10 @@ def question_from_graph(question: GraphQuestion, tokenizer: Any) -> TokenizedQue
     Raises:
       UserError: a piece that the tokenizer's vocabulary lacks.
     """
-    paragraphs = tuple(
-        # In a training file the first two are the gold ones.
-        _from_graph(paragraph, tokenizer.get_vocab(), gold=number < 2 and any(paragraph.supporting))
-        for number, paragraph in enumerate(question.paragraphs)
+    vocabulary = tokenizer.get_vocab()
+    paragraphs = tuple(  # in a training file the first two are the gold ones
+        _from_graph(p, vocabulary, gold=k < 2 and any(p.supporting))
+        for k, p in enumerate(question.paragraphs)
     )
     return TokenizedQuestion(question.id, question.question, question.answer, paragraphs, question.where)
 
@@ -208,40 +189,26 @@ def _from_graph(paragraph: GraphParagraph, vocabulary: dict[str, int], gold: boo
 class MultiHopParagraphs:
     """n questions with p paragraphs in all, `[unused1] title [unused2] text` each.
 
-    Positions in a paragraph count from its [unused1].
-
-    Attributes:
-      queries: int32, word pieces of each question.
-      offsets: int64 [n + 1]; question i has the paragraphs `offsets[i]` to `offsets[i + 1] - 1`.
-      tokens: int32, of each paragraph.
-      chars: int32 [tokens, 2], see `TokenizedParagraph`; -1 for markers and titles; empty in training.
-      sentences: int32 [sentences, 2], `[start, end)` in the paragraph.
-      supporting: int8 [sentences], see `TokenizedParagraph`.
-      spans: int32 [spans, 2], answers, `[start, end)` in the paragraph.
-      gold: bool [p].
-      kinds: int8 [n], see `kind_of`.
-      ids: n ids.
-      titles, texts: p of each.
-      room: int64 [n], tokens that each question leaves for paragraphs.
-      cls, sep: int32 [1].
-      counts, digest: see `Examples`.
+    Positions in a paragraph count from its [unused1]. See `TokenizedParagraph` for the arrays.
     """
 
-    queries: Ragged
-    offsets: np.ndarray
-    tokens: Ragged
-    chars: Ragged
-    sentences: Ragged
-    supporting: Ragged
-    spans: Ragged
-    gold: np.ndarray
-    kinds: np.ndarray
-    ids: list[str]
+    queries: Ragged  # int32, word pieces of each question
+    offsets: np.ndarray  # int64 [n + 1]; question i has the paragraphs `offsets[i]` to `offsets[i + 1] - 1`
+    # Of each paragraph:
+    tokens: Ragged  # int32
+    chars: Ragged  # int32 [tokens, 2]; -1 for markers and titles; empty in training
+    sentences: Ragged  # int32 [sentences, 2], `[start, end)` in the paragraph
+    supporting: Ragged  # int8 [sentences]
+    spans: Ragged  # int32 [spans, 2], answers, `[start, end)` in the paragraph
+    gold: np.ndarray  # bool [p]
     titles: list[str]
-    texts: list[str]
-    room: np.ndarray
-    cls: np.ndarray
-    sep: np.ndarray
+    texts: list[str]  # "" in training
+    # Of each question:
+    kinds: np.ndarray  # int8 [n], see `kind_of`
+    ids: list[str]
+    room: np.ndarray  # int64 [n], tokens left for paragraphs
+    cls: np.ndarray  # int32 [1]
+    sep: np.ndarray  # int32 [1]
     counts: Counts
     digest: str
 
@@ -273,8 +240,7 @@ def encode_paragraphs(
     Args:
       questions: of one split, as text or with paragraphs already in word pieces.
       tokenizer: see `Task.encode`; its vocabulary needs [unused1] and [unused2].
-      max_length: tokens of an input at most.
-      max_question_length: word pieces of a question at most; the rest is cut.
+      max_length, max_question_length: tokens of an input, and word pieces of a question, at most.
       training: whether to leave out questions whose answer is neither yes or no nor found in a
         paragraph, and to keep no characters.
 
@@ -282,13 +248,16 @@ def encode_paragraphs(
       UserError, UnusableRecords: see `Task.encode`.
     """
     encoder = TextEncoder(tokenizer)
-    title_id, context_id = encoder.id_of(_TITLE), encoder.id_of(_CONTEXT)
+    title_id, context_id = encoder.id_of("[unused1]"), encoder.id_of("[unused2]")
     columns: dict[str, list[Ragged]] = {name: [Ragged.of([], *_COLUMNS[name])] for name in _COLUMNS}
     ids, kinds, gold = list[str](), list[int](), list[bool]()
     titles, texts = list[str](), list[str]()
     counts, truncated, questions_cut, dropped = [0], 0, 0, 0
     errors = RecordErrors(training)
-    for chunk in _chunks(questions, encoder):
+    for start in range(0, len(questions), _CHUNK):
+        given = questions[start : start + _CHUNK]
+        tokenized = tokenize_questions([q for q in given if isinstance(q, MultiHopQuestion)], encoder)
+        chunk = [q if isinstance(q, TokenizedQuestion) else next(tokenized) for q in given]
         arrays: dict[str, list[np.ndarray]] = defaultdict(list)
         queries = encoder.encode([q.question for q in chunk], max_tokens=max_question_length)
         names = iter(encoder.encode([p.title.replace("_", " ") for q in chunk for p in q.paragraphs]).tokens)
@@ -317,8 +286,7 @@ def encode_paragraphs(
             ids.append(question.id)
             kinds.append(kind_of(question.answer))
             counts.append(len(question.paragraphs))
-            pairs = zip(question.paragraphs, heads, strict=True)
-            truncated += sum(len(head) + len(paragraph.tokens) for paragraph, head in pairs) > room
+            truncated += sum(map(len, (*heads, *(p.tokens for p in question.paragraphs)))) > room
         for name, parts in arrays.items():
             columns[name].append(Ragged.of(parts, *_COLUMNS[name]))
     errors.raise_if_any()
@@ -338,13 +306,3 @@ def encode_paragraphs(
         counts=Counts(len(questions), len(ids), truncated, questions_cut, num_dropped=dropped),
         digest=digest_of("multi hop", *settings, list(questions)),
     )
-
-
-def _chunks(
-    questions: Sequence[MultiHopQuestion | TokenizedQuestion], encoder: TextEncoder
-) -> Iterator[list[TokenizedQuestion]]:
-    for start in range(0, len(questions), _CHUNK):
-        chunk = questions[start : start + _CHUNK]
-        texts = [question for question in chunk if isinstance(question, MultiHopQuestion)]
-        tokenized = tokenize_questions(texts, encoder)
-        yield [q if isinstance(q, TokenizedQuestion) else next(tokenized) for q in chunk]

@@ -61,19 +61,21 @@ def _best_f1(prediction: str, answers: Iterable[str]) -> float:
     return max((_overlap(prediction, answer).f1 for answer in answers), default=0.0)
 
 
-def _check_questions(gold: Mapping[str, object]) -> None:
+def _check(gold: Mapping[str, object], **needed: Mapping[str, object]) -> None:
+    """Raises `ValueError` if there is no question, or one without an entry in each mapping."""
     if not gold:
         raise ValueError("no questions to measure")
+    for name, mapping in needed.items():
+        missing = [question for question in gold if question not in mapping]
+        if missing:
+            raise ValueError(f"no {name} for {len(missing)} of {len(gold)} questions, first {missing[0]!r}")
 
 
 # Classification and multiple choice ------------------------------------------------------------------
 
 
 def accuracy(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Returns the share of examples with the right label, 0 to 1.
-
-    Args:
-      predictions, labels: int [n], label ids.
+    """Returns the share of predictions, int [n], that equal the labels, 0 to 1.
 
     Raises:
       ValueError: different shapes, or no example.
@@ -100,24 +102,22 @@ def score_squad(
     Args:
       gold: question id -> accepted answers, the best of which counts; empty if the question has none.
       predictions: question id -> answer, "" for none. Ids that `gold` lacks do not count.
-      null_odds: question id -> how sure the model is that there is no answer, as log-odds or a
-        probability. The order decides among equal ones. None leaves the `best_` metrics out.
+      null_odds: question id -> log-odds or probability of no answer. The order decides among equal ones.
+        None leaves the `best_` metrics out.
       null_threshold: predictions with null odds above it count as ""; None takes all as they are.
 
     Returns:
       `exact` and `f1`, 0 to 100, and `total`, the number of questions; the same with the prefixes
-      `HasAns_` and `NoAns_`, over the questions with and without an answer, if there are any; with
-      `null_odds` also `best_exact` and `best_f1` and the thresholds that give them,
-      `best_exact_thresh` and `best_f1_thresh` (0 if always answering "" is best).
+      `HasAns_` and `NoAns_`, over the questions with and without an answer, if any; with `null_odds` also
+      `best_exact` and `best_f1`, and the thresholds that give them, `best_exact_thresh` and
+      `best_f1_thresh` (0 if always answering "" is best).
 
     Raises:
-      ValueError: no question, a question without a prediction or null odds, or a threshold without null
-        odds.
+      ValueError: no question, one without a prediction or null odds, or a threshold without null odds.
     """
-    _check_questions(gold)
-    _check_covers("predictions", predictions, gold)
+    _check(gold, predictions=predictions)
     if null_odds is not None:
-        _check_covers("null odds", null_odds, gold)
+        _check(gold, null_odds=null_odds)
     elif null_threshold is not None:
         raise ValueError("a threshold needs null odds to compare with")
 
@@ -126,18 +126,11 @@ def score_squad(
         scores["exact"][question], scores["f1"][question] = _squad_scores(predictions[question], accepted)
     final = scores
     if null_odds is not None and null_threshold is not None:
-        final = {
-            name: {
-                question: float(not gold[question]) if null_odds[question] > null_threshold else score
-                for question, score in raw.items()
-            }
-            for name, raw in scores.items()
-        }
+        above = {q: float(not gold[q]) for q in gold if null_odds[q] > null_threshold}
+        final = {name: raw | above for name, raw in scores.items()}
     metrics = _squad_means(final, gold)
-    answered = [question for question, accepted in gold.items() if accepted]
-    unanswerable = [question for question, accepted in gold.items() if not accepted]
-    for prefix, questions in (("HasAns_", answered), ("NoAns_", unanswerable)):
-        if questions:
+    for prefix, has_answer in (("HasAns_", True), ("NoAns_", False)):
+        if questions := [question for question, accepted in gold.items() if bool(accepted) == has_answer]:
             metrics |= {prefix + name: value for name, value in _squad_means(final, questions).items()}
     if null_odds is not None:
         for name, raw in scores.items():
@@ -156,11 +149,10 @@ def _squad_scores(prediction: str, accepted: Sequence[str]) -> tuple[float, floa
 
 
 def _squad_means(scores: Mapping[str, Mapping[str, float]], questions: Collection[str]) -> dict[str, float]:
-    means = {
-        name: 100 * sum(values[question] for question in questions) / len(questions)
-        for name, values in scores.items()
+    n = len(questions)
+    return {name: 100 * sum(values[q] for q in questions) / n for name, values in scores.items()} | {
+        "total": n
     }
-    return means | {"total": len(questions)}
 
 
 def _best_threshold(
@@ -187,12 +179,6 @@ def _best_threshold(
     return 100 * best / len(scores), threshold
 
 
-def _check_covers(name: str, mapping: Mapping[str, object], gold: Mapping[str, object]) -> None:
-    missing = [question for question in gold if question not in mapping]
-    if missing:
-        raise ValueError(f"no {name} for {len(missing)} of {len(gold)} questions, first {missing[0]!r}")
-
-
 # MRQA and TriviaQA -----------------------------------------------------------------------------------
 
 
@@ -216,9 +202,6 @@ def score_mrqa(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str]
 def score_triviaqa(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str]) -> dict[str, float]:
     """Computes the metrics of `triviaqa_evaluation.py`; arguments and errors as for `score_mrqa`.
 
-    In the Web domain every document has its own answer and an id `question--document`; in the
-    Wikipedia domain a question has one answer.
-
     Returns:
       `exact_match` and `f1`, 0 to 100 over all of `gold`; `common`, the questions with a prediction;
       `denominator` and `gold_len`, all questions; `pred_len`, all predictions.
@@ -238,7 +221,7 @@ def _sums(
     gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str], normalized: Callable[[str], str]
 ) -> tuple[float, float, int]:
     """Sums exact match and F1 over the questions with a prediction, and counts these."""
-    _check_questions(gold)
+    _check(gold)
     exact_sum = f1_sum = 0.0
     predicted = [question for question in gold if question in predictions]
     for question in predicted:
@@ -259,8 +242,7 @@ def score_hotpotqa(
 ) -> dict[str, float]:
     """Computes the metrics of `hotpot_evaluate_v1.py`, means over all questions.
 
-    A question without an answer may still score for its supporting facts and the other way round, but
-    not for both together.
+    A question without a predicted answer may still score for its facts, and the other way round.
 
     Args:
       gold: question id -> `answer`, text, and `supporting_facts`, pairs of title and sentence number.
@@ -274,22 +256,24 @@ def score_hotpotqa(
     Raises:
       ValueError: no question, or predictions without `answer` or `sp`.
     """
-    _check_questions(gold)
+    _check(gold)
     missing = {"answer", "sp"} - predictions.keys()
     if missing:
         raise ValueError(f"predictions lack {sorted(missing)}")
     totals = {prefix + name: 0.0 for prefix in ("", "sp_", "joint_") for name in _HOTPOTQA_NAMES}
     for question, true in gold.items():
-        answer = facts = None
+        scores = dict[str, tuple[float, Overlap]]()
         if question in predictions["answer"]:
-            answer = _answer_scores(predictions["answer"][question], true["answer"])
-            _add(totals, "", *answer)
+            scores[""] = _answer_scores(predictions["answer"][question], true["answer"])
         if question in predictions["sp"]:
-            facts = _fact_scores(predictions["sp"][question], true["supporting_facts"])
-            _add(totals, "sp_", *facts)
-        if answer and facts:
-            both = Overlap.of(answer[1].precision * facts[1].precision, answer[1].recall * facts[1].recall)
-            _add(totals, "joint_", answer[0] * facts[0], both)
+            scores["sp_"] = _fact_scores(predictions["sp"][question], true["supporting_facts"])
+        if len(scores) == 2:
+            (exact, answer), (all_facts, facts) = scores.values()
+            both = Overlap.of(answer.precision * facts.precision, answer.recall * facts.recall)
+            scores["joint_"] = exact * all_facts, both
+        for prefix, (exact, overlap) in scores.items():
+            for name, value in zip(_HOTPOTQA_NAMES, (exact, *overlap), strict=True):
+                totals[prefix + name] += value
     return {name: total / len(gold) for name, total in totals.items()}
 
 
@@ -305,12 +289,5 @@ def _fact_scores(
     prediction: Iterable[Sequence[Any]], supporting: Iterable[Sequence[Any]]
 ) -> tuple[float, Overlap]:
     predicted, true = set(map(tuple, prediction)), set(map(tuple, supporting))
-    hits = len(predicted & true)
-    return float(predicted == true), Overlap.of(
-        hits / len(predicted) if predicted else 0.0, hits / len(true) if true else 0.0
-    )
-
-
-def _add(totals: dict[str, float], prefix: str, exact: float, overlap: Overlap) -> None:
-    for name, value in zip(_HOTPOTQA_NAMES, (exact, *overlap), strict=True):
-        totals[prefix + name] += value
+    precision, recall = (len(predicted & true) / len(facts) if facts else 0.0 for facts in (predicted, true))
+    return float(predicted == true), Overlap.of(precision, recall)

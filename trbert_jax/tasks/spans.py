@@ -20,10 +20,9 @@ from trbert_jax.datasets import find_dataset, reading
 from trbert_jax.datasets.records import SpanQuestion
 from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks.base import Score, Task, register_task
-from trbert_jax.tasks.examples import Examples, Ragged, digest_of
+from trbert_jax.tasks.examples import Examples, Ragged
 from trbert_jax.tasks.losses import Rows, any_of, distillation
 from trbert_jax.tasks.scorers import score_mrqa, score_squad, score_triviaqa
-from trbert_jax.tasks.text_encoder import TextEncoder
 from trbert_jax.tasks.windows import Pairs, WindowBuilder, Windows, WindowSettings, best_pairs
 
 N_BEST = 20
@@ -118,23 +117,22 @@ class SpanTask(Task):
             best = decode_segments(examples, logits)
             gold = {record.scored_id: list(record.answers) for record in records if record.answers}
             return Score(score_triviaqa(gold, best) if gold else {}, {"predictions.json": best})
-        threshold = None
+        n_best, null_odds = decode_spans(examples, logits, self.inputs.unanswerable)
+        threshold = self.inputs.null_threshold if null_threshold is None else null_threshold
+        texts = choose_texts(n_best, null_odds, threshold)
+        files: dict[str, Any] = {"predictions.json": texts, "nbest_predictions.json": n_best}
         if self.inputs.unanswerable:
-            threshold = self.inputs.null_threshold if null_threshold is None else null_threshold
-        answers = decode_spans(examples, logits, threshold)
-        files: dict[str, Any] = {"predictions.json": answers.texts, "nbest_predictions.json": answers.n_best}
-        if threshold is not None:
-            files["null_odds.json"] = answers.null_odds
+            files["null_odds.json"] = null_odds
         gold = {r.id: list(r.answers) for r in records if r.answers or r.impossible}
         if not gold:
             return Score({}, files)
         if not self.is_squad:
-            return Score(score_mrqa(gold, answers.texts), files)
-        odds = {id: odds for id, odds in answers.null_odds.items() if id in gold}
+            return Score(score_mrqa(gold, texts), files)
+        odds = {id: odds for id, odds in null_odds.items() if id in gold}
         if not odds:
-            return Score(score_squad(gold, answers.texts), files)
+            return Score(score_squad(gold, texts), files)
         # The best threshold can only be found among answers that no threshold has turned into "".
-        metrics = score_squad(gold, answers.with_null_threshold(math.inf).texts, odds, threshold)
+        metrics = score_squad(gold, choose_texts(n_best, null_odds), odds, threshold)
         return Score(metrics, files, metrics["best_f1_thresh"])
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> SpanQuestion:
@@ -161,8 +159,7 @@ def encode_windows(
     """Divides contexts into windows and finds the first answer of each question in them.
 
     Args:
-      questions: of one split.
-      tokenizer: see `Task.encode`.
+      questions, tokenizer: see `Task.encode`.
       settings: `SQUAD`, `MRQA` or others.
       training: whether to leave out questions whose answer is missing or not kept by the tokenizer.
       discard: whether training leaves out windows of an answerable question without its answer.
@@ -171,8 +168,7 @@ def encode_windows(
       An example a window, with row targets `starts` and `ends` int32 [R, 1], both inclusive; 0, [CLS],
       if the answer is not in the window as a whole. `layout` is a `Windows`.
     """
-    encoder = TextEncoder(tokenizer, dict(settings.markers))
-    builder = WindowBuilder(questions, encoder, settings)
+    builder = WindowBuilder(questions, tokenizer, settings)
     targets = list[np.ndarray]()
     without = discarded = dropped = 0
     for i, question in enumerate(questions):
@@ -189,22 +185,12 @@ def encode_windows(
                 continue
         builder.keep(i, wanted)
         shift = builder.context_start(i) - firsts[wanted]
-        ends = np.array(answer or (0, 0)) + shift[:, None]  # [windows, 2]
-        targets.append(np.where(inside[wanted, None], ends, 0))
+        targets.append(np.where(inside[wanted, None], np.array(answer or (0, 0)) + shift[:, None], 0))
         discarded += int((~wanted).sum())
         without += int((~inside[wanted]).sum()) if question.spans else 0
-    rows, windows = builder.finish()
-    starts_and_ends = Ragged.of(targets, width=2).values
-    return Examples.of_pairs(
-        rows,
-        [windows.ids[i] for i in windows.question],
-        counts=builder.counts(
-            len(rows), num_without_answer=without, num_discarded=discarded, num_dropped=dropped
-        ),
-        row_targets={"starts": starts_and_ends[:, :1], "ends": starts_and_ends[:, 1:]},
-        digest=digest_of("span", encoder.description, settings, training, discard, list(questions)),
-        records=questions,
-        layout=windows,
+    ends = Ragged.of(targets, width=2).values[:, None]
+    return builder.finish(
+        ends, training, discard, num_without_answer=without, num_discarded=discarded, num_dropped=dropped
     )
 
 
@@ -214,8 +200,7 @@ def encode_segments(
     """Divides documents into segments and finds every answer in them.
 
     Args:
-      questions: of one split.
-      tokenizer: see `Task.encode`.
+      questions, tokenizer: see `Task.encode`.
       settings: `TRIVIAQA` or others.
       training: whether to leave out questions whose answers the tokenizer does not keep. One whose
         answers all lie behind its last segment stays, and points at [CLS].
@@ -225,8 +210,7 @@ def encode_segments(
       order of the source. A start (an end) that occurs twice in a row is -1 the second time. If no
       segment of a question holds an answer, all point at 0, [CLS]. `layout` is a `Windows`.
     """
-    encoder = TextEncoder(tokenizer, dict(settings.markers))
-    builder = WindowBuilder(questions, encoder, settings)
+    builder = WindowBuilder(questions, tokenizer, settings)
     targets = list[np.ndarray]()
     without = dropped = 0
     for i, question in enumerate(questions):
@@ -249,19 +233,8 @@ def encode_segments(
         else:
             without += len(firsts) if question.spans else 0
             targets += [np.zeros((1, 2), np.int64)] * len(firsts)
-    rows, windows = builder.finish()
     ends = Ragged.of(targets, width=2).padded()
-    return Examples.of_pairs(
-        rows,
-        windows.ids,
-        counts=builder.counts(len(rows), num_without_answer=without, num_dropped=dropped),
-        first_row=windows.question_rows,
-        group=settings.max_windows or 1,
-        row_targets={"starts": ends[:, :, 0].copy(), "ends": ends[:, :, 1].copy()},
-        digest=digest_of("segment", encoder.description, settings, training, list(questions)),
-        records=questions,
-        layout=windows,
-    )
+    return builder.finish(ends, training, grouped=True, num_without_answer=without, num_dropped=dropped)
 
 
 def _without_repeats(answers: np.ndarray) -> np.ndarray:
@@ -278,49 +251,26 @@ def _without_repeats(answers: np.ndarray) -> np.ndarray:
 # Answers ---------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class SpanAnswers:
-    """Answers to questions; each attribute is written to a file.
-
-    Attributes:
-      texts: id -> answer, "" for none.
-      n_best: id -> entries of different texts, best first: `text`, `probability` (a softmax over the
-        entries), `start_logit`, `end_logit`.
-      null_odds: id -> score of "no answer" less that of the best answer; empty if all have an answer.
-    """
-
-    texts: dict[str, str]
-    n_best: dict[str, list[dict[str, Any]]]
-    null_odds: dict[str, float]
-
-    def with_null_threshold(self, threshold: float) -> SpanAnswers:
-        """Judges the same n-best lists by another threshold."""
-        texts = {
-            id: "" if self.null_odds[id] > threshold else _best_text(entries)
-            for id, entries in self.n_best.items()
-        }
-        return dataclasses.replace(self, texts=texts)
-
-
-def _best_text(entries: list[dict[str, Any]]) -> str:
-    return next(entry["text"] for entry in entries if entry["text"])
-
-
 def decode_spans(
     examples: Examples,
     logits: np.ndarray,
-    null_threshold: float | None = None,
+    unanswerable: bool = False,
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
-) -> SpanAnswers:
-    """Chooses an answer to every question.
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
+    """Finds the best answers to every question.
 
     Args:
       examples: from `encode_windows`.
       logits: float [R, 2, S], of starts and ends.
-      null_threshold: a question has no answer if its null odds are above; None if all have one.
+      unanswerable: whether some questions have no answer.
       n_best: starts and ends of a window that are combined, and entries of a question.
       max_answer_length: word pieces of an answer at most.
+
+    Returns:
+      Id -> entries of different texts, best first: `text`, `probability` (a softmax over the entries),
+      `start_logit`, `end_logit`; and id -> null odds, the score of "no answer" less that of the best answer,
+      empty unless `unanswerable`.
 
     Source: docs/question_answering.md, "From logits to answers".
     """
@@ -329,51 +279,50 @@ def decode_spans(
     n_best_entries, null_odds = {}, {}
     for i, id in enumerate(windows.ids):
         null = None
-        if null_threshold is not None:  # the least sum at [CLS] in any window
+        if unanswerable:  # the least sum at [CLS] in any window
             first, last = windows.question_rows[i : i + 2]
             at_cls = logits[first:last, :, 0].astype(np.float64)
             start, end = at_cls[np.argmin(at_cls[:, 0] + at_cls[:, 1])].tolist()
             null = (start, end)
-        entries = _entries(windows, pairs, i, n_best, null)
-        n_best_entries[id] = _with_probabilities(entries)
+        entries = n_best_entries[id] = _entries(windows, pairs, i, n_best, null)
         if null is not None:
-            _, start, end = next(entry for entry in entries if entry[0])
-            null_odds[id] = sum(null) - start - end
-    texts = {id: _best_text(entries) for id, entries in n_best_entries.items()}
-    answers = SpanAnswers(texts, n_best_entries, null_odds)
-    return answers if null_threshold is None else answers.with_null_threshold(null_threshold)
+            best = next(entry for entry in entries if entry["text"])
+            null_odds[id] = sum(null) - best["start_logit"] - best["end_logit"]
+    return n_best_entries, null_odds
+
+
+def choose_texts(
+    n_best: dict[str, list[dict[str, Any]]], null_odds: dict[str, float], null_threshold: float = math.inf
+) -> dict[str, str]:
+    """Returns id -> the best answer of `decode_spans`, "" if its null odds are above the threshold."""
+    best = {id: next(entry["text"] for entry in entries if entry["text"]) for id, entries in n_best.items()}
+    return best | {id: "" for id, odds in null_odds.items() if odds > null_threshold}
 
 
 def _entries(
     windows: Windows, pairs: Pairs, i: int, n_best: int, null: tuple[float, float] | None
-) -> list[tuple[str, float, float]]:
-    """Returns texts with their logits, best first, each text once; at least one is not empty."""
+) -> list[dict[str, Any]]:
+    """Returns the entries of question i, best first, each text once; at least one text is not empty."""
     first, last = pairs.question_offsets[i : i + 2]
     starts, ends = pairs.start_logit[first:last], pairs.end_logit[first:last]
     if null is not None:
         starts, ends = np.append(starts, null[0]), np.append(ends, null[1])
-    entries, seen = list[tuple[str, float, float]](), set[str]()
+    found = dict[str, tuple[float, float]]()  # text -> logits
     for k in np.argsort(-(starts + ends), kind="stable"):
-        if len(entries) >= n_best:
+        if len(found) >= n_best:
             break
         at = first + k
         text = "" if at == last else windows.text(pairs.row[at], pairs.start[at], pairs.end[at])
-        if text not in seen:
-            seen.add(text)
-            entries.append((text, float(starts[k]), float(ends[k])))
-    if null is not None and "" not in seen:
-        entries.append(("", *null))
-    if not any(text for text, _, _ in entries):
-        entries.insert(0, (_NOTHING_FOUND, 0.0, 0.0))
-    return entries
-
-
-def _with_probabilities(entries: list[tuple[str, float, float]]) -> list[dict[str, Any]]:
-    scores = np.array([start + end for _, start, end in entries])
+        found.setdefault(text, (float(starts[k]), float(ends[k])))
+    if null is not None:
+        found.setdefault("", null)
+    if not any(found):
+        found = {_NOTHING_FOUND: (0.0, 0.0), **found}
+    scores = np.array([start + end for start, end in found.values()])
     weights = np.exp(scores - scores.max())
     return [
         {"text": text, "probability": float(p), "start_logit": start, "end_logit": end}
-        for (text, start, end), p in zip(entries, weights / weights.sum(), strict=True)
+        for (text, (start, end)), p in zip(found.items(), weights / weights.sum(), strict=True)
     ]
 
 
@@ -385,9 +334,7 @@ def decode_segments(
 ) -> dict[str, str]:
     """Finds the best answer in all segments of the records that are scored together.
 
-    Args:
-      examples: from `encode_segments`.
-      logits, n_best, max_answer_length: see `decode_spans`.
+    Takes examples of `encode_segments`; see `decode_spans` for the other arguments.
 
     Returns:
       Id by which a record is scored (`SpanQuestion.scored_as`) -> answer, "" if no pair of start and end

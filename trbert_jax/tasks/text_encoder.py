@@ -19,15 +19,11 @@ from trbert_jax.errors import UserError
 from trbert_jax.tasks.examples import Ragged
 
 _CHUNK = 1000  # texts handed to the tokenizer's threads at a time
-_CONTINUES = "##"
 _MARKS = ("Mn", "Me")  # combining characters, such as accents
 
 
 def prepare_tokenizer(tokenizer: Any) -> tuple[Any, tuple[int, int]]:
-    """Returns a copy of a tokenizer that neither cuts nor pads, and the ids of [CLS] and [SEP].
-
-    Args:
-      tokenizer: a `transformers.PreTrainedTokenizerFast`; not changed.
+    """Copies the backend of a tokenizer, without cutting and padding; returns it and the ids of [CLS], [SEP].
 
     Raises:
       UserError: it has no [CLS] or no [SEP].
@@ -47,27 +43,20 @@ def prepare_tokenizer(tokenizer: Any) -> tuple[Any, tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedTexts:
-    """n texts as word pieces without special tokens.
+    """n texts as word pieces without special tokens."""
 
-    Attributes:
-      tokens: int32, the pieces of each text.
-      chars: int32 [pieces, 2], the characters `[start, end)` of its text that a piece stands for; empty
-        unless asked for.
-      num_tokens: int64 [n], pieces of each text before it was cut.
-    """
-
-    tokens: Ragged
+    tokens: Ragged  # int32, the pieces of each text
+    # int32 [pieces, 2], the characters `[start, end)` that a piece stands for; empty unless asked for
     chars: Ragged
-    num_tokens: np.ndarray
+    num_tokens: np.ndarray  # int64 [n], pieces of each text before it was cut
 
 
 class TextEncoder:
     """A tokenizer that neither cuts nor pads nor adds special tokens.
 
     Args:
-      tokenizer: a `transformers.PreTrainedTokenizerFast`; not changed. Truncation and padding stored
-        with it are ignored.
-      markers: words that structure the texts, and the vocabulary entry each is read as:
+      tokenizer: a `transformers.PreTrainedTokenizerFast`; not changed.
+      markers: words that structure the texts -> vocabulary entries that they are read as:
         `{"[PAR]": "[unused1]"}`.
 
     Raises:
@@ -79,28 +68,22 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Any, markers: Mapping[str, str] | None = None) -> None:
+        from tokenizers import AddedToken
+
+        markers = markers or {}
         self._backend, ends = prepare_tokenizer(tokenizer)
         self.cls, self.sep = (np.array([i], np.int32) for i in ends)
-        self.description = (self._backend.to_str(), *ends, *sorted((markers or {}).items()))
+        self.description = (self._backend.to_str(), *ends, *sorted(markers.items()))
         # Marker id -> its word, its entry and the entry's id. As words of the tokenizer the markers are
         # found before the text is lower-cased and split at brackets, and keep their characters.
         self._replaced: dict[int, tuple[str, str, int | None]] = {}
-        for marker, entry in (markers or {}).items():
-            self._add_marker(marker, entry)
-
-    def _add_marker(self, marker: str, entry: str) -> None:
-        from tokenizers import AddedToken
-
-        entry_id = self._backend.token_to_id(entry)
-        self._backend.add_special_tokens([AddedToken(marker, normalized=False, single_word=True)])
-        self._replaced[self._backend.token_to_id(marker)] = (marker, entry, entry_id)
+        for marker, entry in markers.items():
+            entry_id = self._backend.token_to_id(entry)
+            self._backend.add_special_tokens([AddedToken(marker, normalized=False, single_word=True)])
+            self._replaced[self._backend.token_to_id(marker)] = (marker, entry, entry_id)
 
     def id_of(self, entry: str) -> int:
-        """Returns the id of a vocabulary entry.
-
-        Raises:
-          UserError: the vocabulary has no such entry.
-        """
+        """Returns the id of a vocabulary entry. Raises `UserError` if there is none."""
         found = self._backend.token_to_id(entry)
         if found is None:
             raise UserError(
@@ -110,25 +93,19 @@ class TextEncoder:
         return int(found)
 
     @functools.cached_property
-    def _continuations(self) -> np.ndarray:
+    def continues(self) -> np.ndarray:
+        """bool [vocabulary size], whether a piece continues the word of the piece before it."""
         vocabulary = self._backend.get_vocab()
         table = np.zeros(max(vocabulary.values()) + 1, bool)
-        table[[i for entry, i in vocabulary.items() if entry.startswith(_CONTINUES)]] = True
+        table[[i for entry, i in vocabulary.items() if entry.startswith("##")]] = True
         return table
-
-    def continues(self, tokens: np.ndarray) -> np.ndarray:
-        """Whether each piece continues the word of the piece before it: int [pieces] -> bool [pieces]."""
-        return self._continuations[tokens]
 
     def encode(
         self, texts: Sequence[str], *, chars: bool = False, max_tokens: int | None = None
     ) -> EncodedTexts:
-        """Tokenizes texts, in parallel.
+        """Tokenizes texts, in parallel; one without word pieces becomes an empty array.
 
-        Args:
-          texts: n texts; one without word pieces becomes an empty array.
-          chars: whether to keep the characters of each piece.
-          max_tokens: pieces of a text to keep at most; None for all.
+        `chars` keeps the characters of each piece; `max_tokens` limits the pieces of a text that are kept.
 
         Raises:
           UserError: a text holds a marker whose entry the vocabulary lacks.
@@ -149,40 +126,29 @@ class TextEncoder:
                         spans.append(np.array(encoding.offsets[:max_tokens], np.int32).reshape(-1, 2))
                 bar.update(len(chunk))
         ragged = Ragged.of(tokens)
-        self._replace_markers(ragged.values)
-        return EncodedTexts(ragged, Ragged.of(spans, width=2), np.array(num_tokens, np.int64))
-
-    def encode_distinct(
-        self, texts: Sequence[str], *, chars: bool = False, max_tokens: int | None = None
-    ) -> tuple[EncodedTexts, np.ndarray]:
-        """Like `encode`, but tokenizes and stores each distinct text once.
-
-        Returns:
-          The distinct texts, and the position among them of each given one, int64 [n].
-        """
-        places: dict[str, int] = {}
-        index = np.array([places.setdefault(text, len(places)) for text in texts], np.int64)
-        return self.encode(list(places), chars=chars, max_tokens=max_tokens), index
-
-    def _replace_markers(self, tokens: np.ndarray) -> None:
         for marker_id, (marker, entry, entry_id) in self._replaced.items():
-            found = tokens == marker_id
+            found = ragged.values == marker_id
             if found.any() and entry_id is None:
                 raise UserError(
                     f"a text holds {marker}, which is read as {entry}, and the tokenizer's vocabulary has "
                     "none; choose one that has, such as that of bert-base-uncased"
                 )
-            tokens[found] = -1 if entry_id is None else entry_id
+            ragged.values[found] = -1 if entry_id is None else entry_id
+        return EncodedTexts(ragged, Ragged.of(spans, width=2), np.array(num_tokens, np.int64))
+
+    def encode_distinct(
+        self, texts: Sequence[str], *, chars: bool = False, max_tokens: int | None = None
+    ) -> tuple[EncodedTexts, np.ndarray]:
+        """Encodes each distinct text once; returns them and the position of each given one, int64 [n]."""
+        places: dict[str, int] = {}
+        index = np.array([places.setdefault(text, len(places)) for text in texts], np.int64)
+        return self.encode(list(places), chars=chars, max_tokens=max_tokens), index
 
 
 def locate(chars: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
-    """Finds the word pieces that stand for the characters `[start, end)`.
+    """Finds the pieces, `EncodedTexts.chars` int [pieces, 2], that stand for the characters `[start, end)`.
 
     A piece that lies only partly inside counts: `Japan` in `Japanese`, one piece, gives the whole piece.
-
-    Args:
-      chars: int [pieces, 2], see `EncodedTexts`.
-      start, end: characters of the same text.
 
     Returns:
       First and last piece, both inclusive; None if the tokenizer keeps none of the characters.

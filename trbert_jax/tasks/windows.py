@@ -15,7 +15,7 @@ import numpy as np
 
 from trbert_jax.datasets.records import Span, SpanQuestion
 from trbert_jax.tasks.base import RecordErrors
-from trbert_jax.tasks.examples import Counts, Examples, Ragged
+from trbert_jax.tasks.examples import Counts, Examples, Ragged, digest_of
 from trbert_jax.tasks.text_encoder import TextEncoder, cut_text, locate
 
 _CHUNK = 256  # windows that are searched at a time
@@ -23,50 +23,33 @@ _CHUNK = 256  # windows that are searched at a time
 
 @dataclasses.dataclass(frozen=True)
 class WindowSettings:
-    """How contexts are divided.
+    """How contexts are divided."""
 
-    Attributes:
-      max_length: tokens of a window at most, special tokens included.
-      max_question_length: word pieces of a question at most; the rest is cut.
-      step: word pieces from the start of one window to that of the next, at most a full window, which
-        leaves no gaps; None for windows that do not overlap.
-      max_windows: windows of a question at most, the first ones; None for all.
-      markers: words of the texts that are read as vocabulary entries, see `TextEncoder`.
-    """
-
-    max_length: int
-    max_question_length: int
+    max_length: int  # tokens of a window at most, special tokens included
+    max_question_length: int  # word pieces of a question at most; the rest is cut
+    # Word pieces from the start of one window to that of the next, at most a full window, which leaves no
+    # gaps; None for windows that do not overlap.
     step: int | None
-    max_windows: int | None = None
-    markers: tuple[tuple[str, str], ...] = ()
+    max_windows: int | None = None  # windows of a question at most, the first ones; None for all
+    markers: tuple[tuple[str, str], ...] = ()  # see `TextEncoder`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """The places of r windows in the contexts of n questions; the windows of a question are consecutive.
+    """The places of r windows in the contexts of n questions; the windows of a question are consecutive."""
 
-    Attributes:
-      ids: n ids of questions.
-      texts: n contexts, as published.
-      question_rows: int64 [n + 1]; question i has the rows `question_rows[i]` to `question_rows[i + 1] - 1`.
-      context_start: int32 [r], position in its row at which the context begins.
-      first_piece: int32 [r], the word piece of the context at that position.
-      num_pieces: int32 [r], word pieces of the context in the row.
-      max_context: bool [total tokens], pieces of the context that have more context in this window than in
-        any other; of a piece in several windows it is True in exactly one.
-      chars: the characters of the pieces of each distinct context.
-      context_index: int64 [n], the context of each question.
-    """
-
-    ids: list[str]
-    texts: list[str]
+    ids: list[str]  # n, of questions
+    texts: list[str]  # n contexts, as published
+    # int64 [n + 1]; question i has the rows `question_rows[i]` to `question_rows[i + 1] - 1`
     question_rows: np.ndarray
-    context_start: np.ndarray
-    first_piece: np.ndarray
-    num_pieces: np.ndarray
+    context_start: np.ndarray  # int32 [r], position in its row at which the context begins
+    first_piece: np.ndarray  # int32 [r], the word piece of the context at that position
+    num_pieces: np.ndarray  # int32 [r], word pieces of the context in the row
+    # bool [total tokens], whether a piece of the context has more context in this window than in any other;
+    # of a piece in several windows it is True in exactly one
     max_context: np.ndarray
-    chars: Ragged
-    context_index: np.ndarray
+    chars: Ragged  # the characters of the pieces of each distinct context
+    context_index: np.ndarray  # int64 [n], the context of each question
 
     def __len__(self) -> int:
         return len(self.context_start)
@@ -87,18 +70,11 @@ class Windows:
 class WindowBuilder:
     """Encodes questions and contexts, and collects the windows to keep.
 
-    Raises:
-      UnusableRecords: questions or contexts without word pieces, or questions that leave no room for any
-        context.
-
-    Attributes:
-      num_questions_cut: int.
-      num_truncated: questions kept so far whose context does not end with their last window.
+    Raises `UnusableRecords` for texts without word pieces, and questions that leave no room for context.
     """
 
-    def __init__(
-        self, questions: Sequence[SpanQuestion], encoder: TextEncoder, settings: WindowSettings
-    ) -> None:
+    def __init__(self, questions: Sequence[SpanQuestion], tokenizer: Any, settings: WindowSettings) -> None:
+        encoder = TextEncoder(tokenizer, dict(settings.markers))
         self._questions, self._encoder, self._settings = questions, encoder, settings
         longest = settings.max_question_length
         queries = encoder.encode([q.question for q in questions], max_tokens=longest)
@@ -107,8 +83,8 @@ class WindowBuilder:
             [q.context for q in questions], chars=True, max_tokens=limit
         )
         self._queries = queries.tokens
-        self.num_questions_cut = int((queries.num_tokens > longest).sum())
-        self.num_truncated = 0
+        self._num_questions_cut = int((queries.num_tokens > longest).sum())
+        self._num_truncated = 0  # questions kept whose context does not end with their last window
         self._context_lengths = self._contexts.num_tokens[self._context_index]
         # [CLS], [SEP], [SEP]
         self._room = settings.max_length - 3 - self._queries.lengths
@@ -144,14 +120,17 @@ class WindowBuilder:
         """Keeps the windows of question i for which `wanted`, bool [windows], is True."""
         starts, sizes = self.windows_of(i)
         self._kept.append((i, starts[wanted], sizes[wanted], most_context(starts, sizes)[wanted]))
-        self.num_truncated += bool(starts[-1] + sizes[-1] < self._context_lengths[i])
+        self._num_truncated += bool(starts[-1] + sizes[-1] < self._context_lengths[i])
 
-    def counts(self, num_rows: int, **lost: int) -> Counts:
-        """Returns what the questions lost; `lost` adds to it."""
-        return Counts(len(self._questions), num_rows, self.num_truncated, self.num_questions_cut, **lost)
+    def finish(self, ends: np.ndarray, *options: bool, grouped: bool = False, **lost: int) -> Examples:
+        """Returns the windows in the order they were kept, with their `Windows` as `layout`.
 
-    def finish(self) -> tuple[list[Any], Windows]:
-        """Returns the rows for `Examples.of_pairs` and the windows, in the order they were kept."""
+        Args:
+          ends: int32 [R, A, 2], the row targets `starts` and `ends`.
+          options: of the encoding, for the digest.
+          grouped: whether the windows of a question form one example; otherwise each is one.
+          lost: see `Counts`.
+        """
         cls, sep = self._encoder.cls, self._encoder.sep
         rows, flags, starts = list[Any](), [np.zeros(0, bool)], list[int]()
         for i, firsts, sizes, owned in self._kept:
@@ -174,20 +153,28 @@ class WindowBuilder:
             chars=self._contexts.chars,
             context_index=self._context_index[np.array(index, np.int64)],
         )
-        return rows, windows
+        name = "segment" if grouped else "span"
+        settings = (self._encoder.description, self._settings, *options)
+        return Examples.of_pairs(
+            rows,
+            windows.ids if grouped else [windows.ids[i] for i in windows.question],
+            counts=Counts(
+                len(self._questions), len(rows), self._num_truncated, self._num_questions_cut, **lost
+            ),
+            first_row=windows.question_rows if grouped else None,
+            group=(self._settings.max_windows or 1) if grouped else 1,
+            row_targets={"starts": ends[:, :, 0].copy(), "ends": ends[:, :, 1].copy()},
+            digest=digest_of(name, *settings, list(self._questions)),
+            records=self._questions,
+            layout=windows,
+        )
 
 
 def most_context(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Finds the window in which each piece of a context has most context around it.
 
     As published: the window with the largest min(pieces before, pieces after) + 0.01 * size, the first
-    among equals.
-
-    Args:
-      starts, sizes: int [windows].
-
-    Returns:
-      bool [windows, pieces up to the end of the last window].
+    among equals. int [windows] (twice) -> bool [windows, pieces up to the end of the last window].
     """
     pieces = np.arange(starts[-1] + sizes[-1])
     before = pieces - starts[:, None]
@@ -199,23 +186,14 @@ def most_context(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs of a start and an end that may be answers.
+    """p pairs of a start and an end that may be answers, by window, rank of the start, rank of the end."""
 
-    Ordered by window, then by the rank of the start, then by the rank of the end.
-
-    Attributes:
-      row: int64 [p], of the windows.
-      start, end: int64 [p], first and last token, both inclusive.
-      start_logit, end_logit: float64 [p].
-      question_offsets: int64 [n + 1]; question i has the pairs `question_offsets[i]` to
-        `question_offsets[i + 1] - 1`.
-    """
-
-    row: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-    start_logit: np.ndarray
-    end_logit: np.ndarray
+    row: np.ndarray  # int64 [p], of the windows
+    start: np.ndarray  # int64 [p], first token
+    end: np.ndarray  # int64 [p], last token, inclusive
+    start_logit: np.ndarray  # float64 [p]
+    end_logit: np.ndarray  # float64 [p]
+    # int64 [n + 1]; question i has the pairs `question_offsets[i]` to `question_offsets[i + 1] - 1`
     question_offsets: np.ndarray
 
 
@@ -228,8 +206,7 @@ def best_pairs(
     included, so that fewer pairs than `n_best`² may be left; among equals the earlier token is better.
 
     Args:
-      examples: r rows, with their `Windows` as `layout`.
-      logits: float [r, 2, S], of starts and ends.
+      examples, logits: r rows with their `Windows` as `layout`; float [r, 2, S], of starts and ends.
       n_best: starts and ends of a window.
       max_answer_length: tokens of an answer at most.
       max_context_only: whether a start needs more context in this window than in any other.
@@ -269,12 +246,7 @@ def best_pairs(
 def _best(logits: np.ndarray, count: int) -> np.ndarray:
     """Returns the columns of the largest values of each row, largest first, the leftmost among equals.
 
-    Args:
-      logits: float [b, W].
-      count: values of a row, at most W.
-
-    Returns:
-      int64 [b, min(count, W)].
+    float [b, W] -> int64 [b, min(count, W)].
     """
     count = min(count, logits.shape[1])
     # A partition leaves the order of equals open, so it only gives the threshold.
