@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_models import VOCABULARY, tiny_tokenizer
+from tiny_qa import qa_tokenizer
 
 from trbert_jax.datasets.records import Example
 from trbert_jax.errors import UserError
@@ -22,14 +23,10 @@ def make(texts: list[str] = TEXTS) -> list[Example]:
     return [Example(f"t.jsonl:{i + 1}", text, i % 2) for i, text in enumerate(texts)]
 
 
-def row(examples: Examples, i: int) -> list[str]:
-    return [VOCABULARY[t] for t in examples.row(i)]
-
-
 def test_rows_labels_and_cut_texts(caplog: pytest.LogCaptureFixture) -> None:
     examples = encode_texts(make(), tiny_tokenizer(), 8)
-    assert row(examples, 0) == ["[CLS]", "the", "film", "was", "good", "[SEP]"]
-    assert row(examples, 2) == ["[CLS]", "the", "plot", "was", "bad", "and", "dull", "[SEP]"]
+    rows = [" ".join(VOCABULARY[t] for t in examples.row(i)) for i in (0, 2)]
+    assert rows == ["[CLS] the film was good [SEP]", "[CLS] the plot was bad and dull [SEP]"]
     for max_length, cut in ((12, 0), (11, 1), (6, 1), (5, 2), (3, 3)):
         assert encode_texts(make(), tiny_tokenizer(), max_length).num_truncated == cut
     assert examples.labels.tolist() == [0, 1, 0, 1]
@@ -59,14 +56,6 @@ def test_the_cache_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
 
 
-def changed_tokenizer() -> Any:
-    from tokenizers import normalizers
-
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    return tokenizer
-
-
 def changed(**values: Any) -> list[Example]:
     first, *others = make()
     return [dataclasses.replace(first, **values), *others]
@@ -81,7 +70,7 @@ def changed(**values: Any) -> list[Example]:
         {"records": make([*TEXTS, "a plot"])},
         {"records": make(["the film was goodi", "t", *TEXTS[2:]])},  # the same characters in all
         {"records": make(TEXTS[::-1])},
-        {"tokenizer": changed_tokenizer()},
+        {"tokenizer": qa_tokenizer()},
         {"max_length": 9},
     ],
 )

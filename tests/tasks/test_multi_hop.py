@@ -160,7 +160,7 @@ def test_unusable_questions_are_named(changes: dict[str, Any], max_length: int, 
 
 def test_digest_follows_the_inputs() -> None:
     paragraphs = build(QUESTION)
-    variants = [
+    variants: list[MultiHopParagraphs | Examples] = [
         paragraphs,
         build(QUESTION, max_length=90),
         build(QUESTION, max_question_length=3),

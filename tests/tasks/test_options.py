@@ -117,7 +117,8 @@ def candidates(
     ],
 )
 def test_unusable_questions_are_named(changes: dict[str, Any], max_length: int, place: str) -> None:
-    encode, question = (choices, CHOICE) if "article" in changes else (candidates, QUERY)
+    encode: Any = choices if "article" in changes else candidates
+    question: Any = CHOICE if "article" in changes else QUERY
     with pytest.raises(UserError, match=place):
         encode(dataclasses.replace(question, **changes), max_length=max_length, training=True)
 

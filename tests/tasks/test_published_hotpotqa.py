@@ -6,7 +6,6 @@ a question of 3 word pieces the first begins at token 5, the second at 25, the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 from tiny_published import CAFE, Published, one_hot, pairs
 from tiny_qa_files import write_json, write_lines
+
+from trbert_jax.tasks.examples import Examples
 
 TITLES = ("東京 Tower", "Other", "Third one")
 SENTENCES: tuple[list[str], ...] = (
@@ -70,43 +71,32 @@ def distractor(folder: Path, max_length: int) -> Published:
 
 
 def perfect(
-    data: Published, ends: Sequence[tuple[int, int]], kinds: Sequence[int], facts: np.ndarray
+    data: Published, found: Examples, ends: list[tuple[int, int]] | None = None
 ) -> dict[str, np.ndarray]:
-    """Logits of a model that is sure of these; `facts` is 1 at supporting sentences, [n, 80]."""
+    """Logits of a model that is sure of the targets, or of other starts and ends."""
+    facts = found.targets["sentence_labels"]
     sentence = np.stack([-facts, facts], axis=-1).astype(np.float32)
-    return {"span": data.sure_of(ends), "kind": one_hot(np.array(kinds), 3), "sentence": sentence}
+    span = data.sure_of(pairs(found) if ends is None else ends)
+    return {"span": span, "kind": one_hot(found.targets["kind"], 3), "sentence": sentence}
 
 
-def is_fact(name: str) -> list[int]:
-    return [int(list(sentence) in FACTS[name]) for sentence in PLACES]
-
-
-def test_dev_inputs_and_targets(tmp_path: Path) -> None:
+def test_dev_inputs_and_their_score(tmp_path: Path) -> None:
     """All occurrences in supporting sentences, yes and no as kinds, sentences by their place."""
     data = distractor(tmp_path, 64)
     found = data.inputs("dev")
     assert data.rows("dev") == [ROW] * 4
     assert ROW.split()[25] == ROW.split()[36] == "[unused1]"
     assert found.ids == list(ANSWERS)
-    assert found.targets["starts"][:, :3].tolist() == [
-        [17, 21, -1],
-        [32, -1, -1],
-        [0, -1, -1],
-        [0, -1, -1],
-    ]
-    assert found.targets["ends"][:, :3].tolist() == [[18, 22, -1], [33, -1, -1], [0, -1, -1], [0, -1, -1]]
+    assert pairs(found) == [(17, 18), (32, 33), (0, 0), (0, 0)]
+    assert found.targets["starts"][:, 1:3].tolist() == [[21, -1], *[[-1, -1]] * 3]
+    assert found.targets["ends"][:, 1:3].tolist() == [[22, -1], *[[-1, -1]] * 3]
     assert found.targets["kind"].tolist() == [0, 0, 1, 2]
     for i, name in enumerate(ANSWERS):
         assert found.targets["sentences"][i, :8].tolist() == [*map(list, PLACES.values()), [-1, -1]]
-        assert found.targets["sentence_labels"][i, :8].tolist() == [*is_fact(name), -1]
+        is_fact = [int(list(sentence) in FACTS[name]) for sentence in PLACES]
+        assert found.targets["sentence_labels"][i, :8].tolist() == [*is_fact, -1]
     assert data.counts("dev") == {"num_examples": 4, "num_rows": 4}
-
-
-def test_a_perfect_model_scores_1(tmp_path: Path) -> None:
-    data = distractor(tmp_path, 64)
-    found = data.inputs("dev")
-    facts = found.targets["sentence_labels"]
-    metrics, files = data.score("dev", perfect(data, pairs(found), found.targets["kind"].tolist(), facts))
+    metrics, files = data.score("dev", perfect(data, found))
     assert files["predictions.json"] == {"answer": ANSWERS, "sp": FACTS}
     assert len(metrics) == 12
     assert set(metrics.values()) == {1}
@@ -119,22 +109,14 @@ def test_what_does_not_fit_is_cut_and_costs(tmp_path: Path) -> None:
     assert data.rows("dev") == [" ".join([*ROW.split()[:32], "[SEP]"])] * 4
     assert pairs(found) == [(17, 18), (0, 0), (0, 0), (0, 0)]
     assert found.targets["sentences"][0, :5].tolist() == [*map(list, list(PLACES.values())[:4]), [-1, -1]]
-    assert data.counts("dev") == {
-        "num_examples": 4,
-        "num_rows": 4,
-        "num_truncated": 4,
-        "num_without_answer": 1,
-    }
-    facts = found.targets["sentence_labels"]
-    metrics, files = data.score("dev", perfect(data, pairs(found), found.targets["kind"].tolist(), facts))
-    assert {k: v for k, v in files["predictions.json"]["answer"].items() if k != "cafe"} == {
-        k: v for k, v in ANSWERS.items() if k != "cafe"
-    }
+    counts = {"num_examples": 4, "num_rows": 4, "num_truncated": 4, "num_without_answer": 1}
+    assert data.counts("dev") == counts
+    metrics, files = data.score("dev", perfect(data, found))
+    answers = files["predictions.json"]["answer"]
+    assert answers == {**ANSWERS, "cafe": answers["cafe"]}
+    held = list(map(list, PLACES))[:4]
     assert files["predictions.json"]["sp"] == {
-        "city": [["東京 Tower", 1], ["東京 Tower", 3]],
-        "cafe": [["東京 Tower", 0]],
-        "yes": [["Other", 0]],
-        "no": [["東京 Tower", 0], ["Other", 0]],
+        name: [fact for fact in facts if fact in held] for name, facts in FACTS.items()
     }
     # One answer of four is lost; of the facts 2 of 3, 1 of 2, 1 of 2 and 2 of 2 are there.
     assert (metrics["em"], metrics["f1"], metrics["sp_em"], metrics["sp_prec"]) == (0.75, 0.75, 0.25, 1)
@@ -151,8 +133,7 @@ def test_training_draws_the_order_and_keeps_the_answers(tmp_path: Path) -> None:
         found = data.splits.resample(data.inputs("train"), epoch)
         assert found.ids == list(ANSWERS)
         for i, name in enumerate(ANSWERS):
-            tokens = found.tokens[found.offsets[i] : found.offsets[i + 1]].tolist()
-            row = data.tokenizer.convert_ids_to_tokens(tokens)
+            row = data.tokenizer.convert_ids_to_tokens(found.row(i).tolist())
             assert sorted(row) == sorted(ROW.split())
             orders.add(" ".join(row))
             ends = zip(found.targets["starts"][i], found.targets["ends"][i], strict=True)
@@ -171,11 +152,10 @@ def test_fullwiki_counts_a_supporting_paragraph_that_was_not_retrieved(tmp_path:
     write_json(tmp_path / "hotpot_dev_fullwiki_v1.json", [question("city", "Łódź", facts)])
     data = Published("hotpotqa_fullwiki", tmp_path, max_length=64)
     found = data.inputs("dev")
-    labels = found.targets["sentence_labels"]
     assert data.rows("dev") == [ROW]
     assert pairs(found) == [(17, 18)]
-    assert labels[0, :8].tolist() == [0, 1, 0, 0, 0, 0, 0, -1]
-    metrics, files = data.score("dev", perfect(data, [(17, 18)], [0], labels))
+    assert found.targets["sentence_labels"][0, :8].tolist() == [0, 1, 0, 0, 0, 0, 0, -1]
+    metrics, files = data.score("dev", perfect(data, found))
     assert files["predictions.json"] == {"answer": {"city": "Łódź"}, "sp": {"city": facts[:1]}}
     assert (metrics["em"], metrics["f1"], metrics["sp_em"], metrics["joint_em"]) == (1, 1, 0, 0)
     assert (metrics["sp_prec"], metrics["sp_recall"]) == (1, 0.5)
@@ -203,11 +183,8 @@ def node(title: str, training: bool) -> dict[str, Any]:
         spans = [[7, 8], [11, 12]] if number == 0 else []  # the last piece belongs to the answer
         return {**found, "spans": spans, "has_supp": any(found["supp_label"])}
     numbers = np.cumsum([not piece.startswith("##") for piece in context]) - 1
-    return {
-        **found,
-        "doc_tokens": "".join(SENTENCES[number]).split(),
-        "tok_to_orig_index": numbers.tolist(),
-    }
+    words = "".join(SENTENCES[number]).split()
+    return {**found, "doc_tokens": words, "tok_to_orig_index": numbers.tolist()}
 
 
 def graph(folder: Path) -> Published:
@@ -235,11 +212,8 @@ def test_graph_training(tmp_path: Path) -> None:
     ends = zip(found.targets["starts"][0], found.targets["ends"][0], strict=True)
     assert [" ".join(row[a : b + 1]) for a, b in ends if a > 0] == ["ło ##dz"] * 2
     supporting = found.targets["sentences"][0][found.targets["sentence_labels"][0] == 1]
-    assert sorted(" ".join(row[a : b + 1]) for a, b in supporting) == [
-        "d e ło ##dz f .",
-        "j k l .",
-        "ło ##dz g .",
-    ]
+    texts = ["d e ło ##dz f .", "j k l .", "ło ##dz g ."]
+    assert sorted(" ".join(row[a : b + 1]) for a, b in supporting) == texts
     assert data.counts("train") == {"num_examples": 3, "num_rows": 3}
 
 
@@ -249,8 +223,7 @@ def test_graph_dev_and_its_score(tmp_path: Path) -> None:
     found = data.inputs("dev")
     assert data.rows("dev") == [ROW] * 3
     assert found.targets["sentences"][0, :8].tolist() == [*map(list, PLACES.values()), [-1, -1]]
-    labels = found.targets["sentence_labels"]
-    metrics, files = data.score("dev", perfect(data, [(17, 18), (0, 0), (0, 0)], [0, 1, 2], labels))
+    metrics, files = data.score("dev", perfect(data, found, [(17, 18), (0, 0), (0, 0)]))
     assert files["predictions.json"]["answer"] == {"g0": "Łódź", "g1": "yes", "g2": "no"}
     titles = [[title.replace(" ", "_"), k] for title, k in FACTS["city"]]
     assert files["predictions.json"]["sp"] == {f"g{k}": titles for k in range(3)}

@@ -52,12 +52,8 @@ def test_race_rows_and_counts(tmp_path: Path, choices: str, split: str) -> None:
         *(f"[CLS] {second} [SEP] who is it {x} [SEP]" for x in ("w1", "w1 w2", "w2", "w3")),
         *(f"[CLS] elan is here [SEP] _ is here ? {x} [SEP]" for x in ("w1", "w2", "w3", "elan")),
     ]
-    assert data.counts(split) == {
-        "num_examples": 3,
-        "num_rows": 12,
-        "num_truncated": 2,
-        "num_questions_cut": 1,
-    }
+    counts = {"num_examples": 3, "num_rows": 12, "num_truncated": 2, "num_questions_cut": 1}
+    assert data.counts(split) == counts
     found = data.inputs(split)
     if choices == "pairs":
         assert found.labels.tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1]
@@ -96,16 +92,9 @@ SUPPORTS = [
 
 
 def wikihop(folder: Path, max_segments: int) -> Published:
-    queries = [
-        {
-            "id": "WH_0",
-            "query": "located_in Łódź",
-            "candidates": CANDIDATES,
-            "supports": SUPPORTS,
-            "answer": "łódź voivodeship",
-        },
-        {"id": "WH_1", "query": "genre x", "candidates": ["w1", "y"], "supports": ["x is y"], "answer": "w1"},
-    ]
+    long = {"id": "WH_0", "query": "located_in Łódź", "candidates": CANDIDATES, "supports": SUPPORTS}
+    short = {"id": "WH_1", "query": "genre x", "candidates": ["w1", "y"], "supports": ["x is y"]}
+    queries = [{**long, "answer": "łódź voivodeship"}, {**short, "answer": "w1"}]
     for split in ("train", "dev"):
         write_json(folder / f"{split}.json", queries)
     return Published("wikihop", folder, max_length=32, max_segments=max_segments)
@@ -154,10 +143,7 @@ def test_wikihop_candidates_of_several_words(tmp_path: Path) -> None:
 
 def test_wikihop_accuracy(tmp_path: Path) -> None:
     data = wikihop(tmp_path, 3)
-    for chosen, names, accuracy in (
-        ([2, 0], ["łódź voivodeship", "w1"], 1),
-        ([0, 0], ["new york city", "w1"], 0.5),
-    ):
+    for chosen, name, accuracy in (([2, 0], "łódź voivodeship", 1), ([0, 0], "new york city", 0.5)):
         metrics, files = data.score("dev", one_hot(np.array(chosen), 79))
         assert metrics == {"accuracy": accuracy}
-        assert files["predictions.json"] == {"WH_0": names[0], "WH_1": names[1]}
+        assert files["predictions.json"] == {"WH_0": name, "WH_1": "w1"}

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny_qa import one_hot, qa_tokenizer, row, span_question, texts
+from tiny_qa import context_chars, one_hot, qa_tokenizer, row, span_question, texts
 
 from trbert_jax.datasets.records import Span, SpanQuestion
+from trbert_jax.errors import UserError
 from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks import windows as windows_module
 from trbert_jax.tasks.examples import Examples
@@ -24,33 +25,165 @@ from trbert_jax.tasks.spans import (
     encode_segments,
     encode_windows,
 )
-from trbert_jax.tasks.windows import WindowSettings, best_pairs
+from trbert_jax.tasks.windows import WindowSettings, best_pairs, most_context
 
 TOKENIZER = qa_tokenizer()
-SMALL = WindowSettings(max_length=9, max_question_length=3, step=2)  # room for 4 pieces beside "who ?"
+# Room for 4 pieces of the context beside "who ?": windows begin at 0, 2, 4, ...; segments at 0 and 4.
+SMALL = WindowSettings(max_length=9, max_question_length=3, step=2)
 SEGMENTS = WindowSettings(max_length=9, max_question_length=3, step=None, max_windows=2)
 
 
-def build(*questions: SpanQuestion, settings: WindowSettings = SQUAD) -> Examples:
-    return encode_windows(questions, TOKENIZER, settings)
+def build(*questions: SpanQuestion, settings: WindowSettings = SMALL, **options: bool) -> Examples:
+    return encode_windows(questions, TOKENIZER, settings, **options)
 
 
-def logits(examples: Examples, **values: dict[tuple[int, int], float]) -> np.ndarray:
-    """-9 everywhere but at the rows and tokens given."""
-    found = np.full((examples.num_rows, 2, int(examples.row_lengths.max())), -9, np.float32)
-    for k, name in enumerate(("start", "end")):
-        for (i, place), value in values[name].items():
-            found[i, k, place] = value
-    return found
+def starts(examples: Examples) -> list[int]:
+    return examples.row_targets["starts"][:, 0].tolist()
+
+
+def test_training_leaves_out_answers_that_cannot_be_found() -> None:
+    # The tokenizer removes the characters between b and c.
+    lost = span_question("a b \u200b\u200b c", spans=(Span(4, 6),), id="lost")
+    none, fine = span_question("a b", id="none"), span_question("a b", "b", id="fine")
+    assert build(lost, none, fine, training=True).ids == ["fine"]
+    examples = build(lost, none, fine)
+    assert (examples.ids, starts(examples)) == (["lost", "none", "fine"], [0, 0, 5])
+
+
+@pytest.mark.parametrize(
+    ("context", "answer"),
+    [
+        ("In the Café.", "Café"),
+        ("cafe\u0301 x", "cafe\u0301"),
+        ("x 東京。", "東京"),
+        ("in 東京", "京"),
+        ("ok 🎉 ok", "🎉"),
+        ("I ❤️ it", "❤️"),
+        ("a\u202fb", "b"),
+        ("Japanese", "Japan"),
+        ("Zürich", "Zür"),
+    ],
+)
+def test_answers_of_other_scripts(context: str, answer: str) -> None:
+    examples = build(span_question(context, answer), settings=SQUAD)
+    (start,), (end,) = examples.row_targets["starts"][0], examples.row_targets["ends"][0]
+    assert examples.layout.text(0, start, end) == answer
+
+
+def test_unusable_questions_are_named() -> None:
+    for question, max_length, match in (
+        (span_question("a", question="who is the king"), 6, "question: .*none of 6"),
+        (span_question("a", question="\u200b"), 9, "question: has no tokens"),
+        (span_question("\u200b"), 9, "context: has no tokens"),
+    ):
+        with pytest.raises(UserError, match=rf"f.json: data\[0\]: question 'q': {match}"):
+            build(question, settings=dataclasses.replace(SMALL, max_length=max_length))
+
+
+def test_digest_follows_the_inputs() -> None:
+    question = span_question("a b c", "c")
+    variants = [
+        build(question),
+        build(question, training=True),
+        build(question, training=True, discard=True),
+        build(question, settings=dataclasses.replace(SMALL, step=1)),
+        build(dataclasses.replace(question, id="r")),
+        encode_windows([question], qa_tokenizer(("##s",)), SMALL),
+    ]
+    assert len({examples.digest for examples in variants}) == len(variants)
+    assert build(question).digest == variants[0].digest
+
+
+@st.composite
+def questions(draw: st.DrawFn) -> tuple[SpanQuestion, WindowSettings]:
+    """An answer of whole pieces, and windows of any size."""
+    context = draw(texts)
+    chars = build(span_question(context), settings=SQUAD).layout.chars.values
+    first = draw(st.integers(0, len(chars) - 1))
+    last = draw(st.integers(first, min(first + 5, len(chars) - 1)))
+    span = Span(int(chars[first, 0]), int(chars[last, 1]))
+    step = draw(st.one_of(st.none(), st.integers(1, 12)))
+    settings = WindowSettings(draw(st.integers(6, 40)), 2, step)
+    return span_question(context, context[span.start : span.end], spans=(span,)), settings
+
+
+@settings(deadline=None)
+@given(questions())
+def test_windows_cover_the_context_and_keep_the_text(example: tuple[SpanQuestion, WindowSettings]) -> None:
+    question, settings = example
+    examples = build(question, settings=settings)
+    whole = build(question, settings=dataclasses.replace(SQUAD, max_length=10_000)).row(0)[4:-1].tolist()
+    windows, covered, owned = examples.layout, set[int](), list[int]()
+    assert examples.lengths.max() <= settings.max_length
+    for i in range(len(windows)):
+        first, count, begin = (
+            int(a[i]) for a in (windows.first_piece, windows.num_pieces, windows.context_start)
+        )
+        assert examples.row(i)[begin : begin + count].tolist() == whole[first : first + count]
+        covered |= set(range(first, first + count))
+        flags = windows.max_context[examples.offsets[i] + begin :][:count]
+        owned += (first + np.flatnonzero(flags)).tolist()
+        for k, (start, end) in enumerate(context_chars(examples, i)):
+            assert windows.text(i, begin + k, begin + k).startswith(question.context[start:end])
+    assert covered == set(range(len(whole)))
+    assert sorted(owned) == sorted(covered)  # every piece has most context in exactly one window
+
+
+@settings(deadline=None)
+@given(questions())
+def test_targets_are_the_answer_where_it_fits(example: tuple[SpanQuestion, WindowSettings]) -> None:
+    question, settings = example
+    examples = build(question, settings=settings)
+    span, ends = question.spans[0], examples.row_targets["ends"][:, 0]
+    for i, start in enumerate(starts(examples)):
+        chars = context_chars(examples, i)
+        fits = (chars[:, 0] == span.start).any() and (chars[:, 1] == span.end).any()
+        assert fits == (start > 0)
+        if fits:  # the text may have combining marks besides
+            assert examples.layout.text(i, start, ends[i]).startswith(question.answers[0])
+
+
+@settings(deadline=None)
+@given(questions())
+def test_sure_logits_give_the_answer_back(example: tuple[SpanQuestion, WindowSettings]) -> None:
+    question, settings = example
+    examples = build(question, settings=settings)
+    first = np.array(starts(examples))
+    flags = examples.layout.max_context[examples.offsets[:-1] + first] & (first > 0)
+    assume(flags.any())
+    i = int(np.flatnonzero(flags)[0])
+    start, end = first[i], examples.row_targets["ends"][i, 0]
+    n_best, _ = decode_spans(examples, one_hot(examples, i, start, end))
+    assert n_best["q"][0]["text"] == examples.layout.text(i, start, end)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(1, 12))
+def test_most_context_is_the_published_rule(steps: list[int], size: int) -> None:
+    starts = np.cumsum([0, *(min(step, size) for step in steps)])
+    sizes = np.full(len(starts), size)
+    sizes[-1] = max(1, size - 2)
+    flags = most_context(starts, sizes)
+    for piece in range(flags.shape[1]):
+        best, owner = -np.inf, -1
+        for k, (start, length) in enumerate(zip(starts, sizes, strict=True)):
+            if start <= piece < start + length:
+                score = min(piece - start, start + length - 1 - piece) + 0.01 * length
+                if score > best:
+                    best, owner = score, k
+        if owner >= 0:
+            assert np.flatnonzero(flags[:, piece]).tolist() == [owner]
+
+
+# Answers ---------------------------------------------------------------------------------------------
 
 
 def test_the_best_threshold_is_searched_among_all_answers() -> None:
     """It may lie above the present one, whose "" hides what the model would have answered."""
     questions = [span_question("king.", "king", id="a"), span_question("queen.", impossible=True, id="b")]
-    examples = build(*questions)
-    # The null odds of a are 0.4, those of b 2.
-    values = logits(examples, start={(0, 0): 2.4, (1, 0): 4}, end={(0, 0): 0, (1, 0): 0})
-    values[:, :, 4:6] = 1
+    examples = build(*questions, settings=SQUAD)
+    values = one_hot(examples, 0, 4, 4) + one_hot(examples, 1, 4, 4)
+    values[:, 0, 0] = 2.4, 4  # the null odds of a are 0.4, those of b 2
     task = SpanTask(InputConfig(data="squad", unanswerable=True), 384)
     for threshold, exact in ((None, 50), (1.0, 100)):
         score = task.score(examples, values, threshold)
@@ -193,7 +326,7 @@ def test_training_leaves_out_what_the_tokenizer_does_not_keep() -> None:
 def test_repeated_starts_and_ends_and_the_first_64_answers() -> None:
     spans = (Span(0, 1), Span(0, 3), Span(2, 3), Span(0, 1))
     assert targets(segments(span_question("a b c", spans=spans))) == [[(4, 4), (-1, 5), (5, -1)]]
-    settings = WindowSettings(max_length=200, max_question_length=3, step=None, max_windows=1)
+    settings = WindowSettings(200, 3, None, 1)
     many = segments(mentions("x " * 100, "x"), settings=settings)
     assert targets(many)[0] == [(4 + i, 4 + i) for i in range(MAX_ANSWERS)]
 
@@ -230,7 +363,7 @@ def test_the_best_of_records_that_are_scored_together() -> None:
     """The first among equals; "" where no answer is possible."""
     records = [dataclasses.replace(span_question(c, id=c), scored_as=s) for c, s in ("aq", "bq", "cz")]
     examples = segments(*records)
-    for second, answer in ((2.0, "b"), (1.0, "a")):
-        start = {(0, 4): 1.0, (1, 4): second, (2, 0): 9.0}
-        values = logits(examples, start=start, end=start)
-        assert decode_segments(examples, values, n_best=1) == {"q": answer, "z": ""}
+    values = sum(one_hot(examples, i, *place) for i, place in enumerate([(4, 4), (4, 4), (0, 0)]))
+    assert decode_segments(examples, values, n_best=1) == {"q": "a", "z": ""}
+    values[1] *= 2
+    assert decode_segments(examples, values, n_best=1) == {"q": "b", "z": ""}
