@@ -363,7 +363,7 @@ def test_the_best_of_records_that_are_scored_together() -> None:
     """The first among equals; "" where no answer is possible."""
     records = [dataclasses.replace(span_question(c, id=c), scored_as=s) for c, s in ("aq", "bq", "cz")]
     examples = segments(*records)
-    values = sum(one_hot(examples, i, *place) for i, place in enumerate([(4, 4), (4, 4), (0, 0)]))
+    values = one_hot(examples, 0, 4, 4) + one_hot(examples, 1, 4, 4) + one_hot(examples, 2, 0, 0)
     assert decode_segments(examples, values, n_best=1) == {"q": "a", "z": ""}
     values[1] *= 2
     assert decode_segments(examples, values, n_best=1) == {"q": "b", "z": ""}
