@@ -157,7 +157,7 @@ def check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"is not Unicode (half a surrogate pair at character {error.start})") from error
+        raise ValueError(f"is not valid Unicode (half a surrogate at character {error.start})") from error
 
 
 def read_text(path: str | Path) -> str:
