@@ -54,16 +54,9 @@ def race_questions(
             with reading.within("options"):
                 choices = reading.texts(options, i, len(LETTERS))
             with reading.within("answers"):
-                answer = _letter(answers, i) if with_answers else None
+                answer = reading.one_of(answers, i, LETTERS) if with_answers else None
             place = f"{where}: questions[{i}]"
             yield ChoiceQuestion(f"{name}:{i}", article, question, choices, answer, place)
-
-
-def _letter(answers: list[Any], i: int) -> int:
-    letter = reading.text(answers, i)
-    if letter not in LETTERS:
-        raise ValueError(f"[{i}]: is {letter!r}; expected a letter from {LETTERS[0]} to {LETTERS[-1]}")
-    return LETTERS.index(letter)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -93,14 +86,8 @@ def _wikihop_question(item: Any, where: str, with_answer: bool) -> CandidateQues
     supports = reading.texts(item, "supports", may_be_empty=True)
     if not any(map(str.strip, supports)):
         raise ValueError("supports: has no text; expected at least one document")
-    answer = reading.text(item, "answer") if with_answer else None
-    if answer is not None and answer not in candidates:
-        raise ValueError(
-            f"answer: {answer!r} is not among the {len(candidates)} candidates "
-            f"({reading.shorten(', '.join(candidates))}); expected one of them"
-        )
-    index = None if answer is None else candidates.index(answer)
-    return CandidateQuestion(question_id, query, candidates, supports, index, where)
+    answer = reading.one_of(item, "answer", candidates) if with_answer else None
+    return CandidateQuestion(question_id, query, candidates, supports, answer, where)
 
 
 for _name, _levels in (("race", LEVELS), ("race_high", ["high"]), ("race_middle", ["middle"])):

@@ -18,7 +18,6 @@ from trbert_jax.errors import UserError
 from trbert_jax.io import atomic_file, readable
 
 LABELS = ("not hyperpartisan", "hyperpartisan")
-_VALUES = {"false": 0, "true": 1}
 _SEED = 42
 _TEXT_FILE = "original_data.txt"
 _ARTICLES, _GROUND_TRUTH = "articles-", "ground-truth-"
@@ -87,10 +86,7 @@ def _read_xml(articles_path: Path) -> Iterator[Example]:
     labels = {}
     for article_id, article in _articles(truth_path):
         with reading.record(f"{truth_path}: article {article_id}"):
-            value = article.get("hyperpartisan")
-            if value not in _VALUES:
-                raise ValueError(f"hyperpartisan={value!r}; expected true or false")
-            labels[article_id] = _VALUES[value]
+            labels[article_id] = reading.one_of(article.attrib, "hyperpartisan", ("false", "true"))
     for article_id, article in _articles(articles_path):
         with reading.record(f"{articles_path}: article {article_id}"):
             if article_id not in labels:

@@ -230,6 +230,14 @@ def texts(
     return tuple(values)
 
 
+def one_of(item: Any, key: str | int, allowed: Sequence[str]) -> int:
+    """Returns the index of a string among those allowed."""
+    value = text(item, key)
+    if value not in allowed:
+        raise _error(key, f"is {value!r}; expected one of {len(allowed)}, {shorten(', '.join(allowed))}")
+    return allowed.index(value)
+
+
 def integer(item: Any, key: str | int, low: int = 0, high: int | None = None) -> int:
     """Returns a whole number from `low` to `high`, both included."""
     value = field(item, key)

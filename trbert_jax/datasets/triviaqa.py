@@ -76,12 +76,12 @@ def make_question(
 
 def accepted_answers(item: Any, key: str, aliases: str) -> tuple[str, ...]:
     """Returns what the official scorer compares with: `aliases` of the answer `key`, and `HumanAnswers`."""
-    answer, accepted = reading.field(item, key), tuple[str, ...]()
+    answer = reading.field(item, key)
     with reading.within(key):
-        for field in (aliases, "HumanAnswers"):
-            if field == aliases or reading.has(answer, field):
-                # The normalization drops signs (the band "!!!"), so an alias may be empty.
-                accepted += reading.texts(answer, field, may_be_empty=True)
+        # The normalization drops signs (the band "!!!"), so an alias may be empty.
+        accepted = reading.texts(answer, aliases, may_be_empty=True)
+        if reading.has(answer, "HumanAnswers"):
+            accepted += reading.texts(answer, "HumanAnswers", may_be_empty=True)
         if not accepted:
             raise ValueError(f"{aliases}: is empty; expected at least one alias")
     return accepted
