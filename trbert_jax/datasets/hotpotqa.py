@@ -109,8 +109,8 @@ def _graph_paragraph(node: Any) -> GraphParagraph:
         with reading.within("tok_to_orig_index"):  # not `each`: these lists are long
             word_of = tuple(reading.integer(numbers, i, -1, len(words) - 1) for i in range(len(numbers)))
     answers = _ranges(node, "spans", len(pieces), inclusive=True) if reading.has(node, "spans") else ()
-    name = reading.text(node, "name")
-    return GraphParagraph(name, pieces, sentences, supporting, answers, words, word_of)
+    title = reading.text(node, "name")
+    return GraphParagraph(title, pieces, sentences, supporting, answers, words, word_of)
 
 
 def _ranges(node: Any, field: str, length: int, *, inclusive: bool) -> tuple[Span, ...]:

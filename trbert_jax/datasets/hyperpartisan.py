@@ -18,7 +18,6 @@ from trbert_jax.errors import UserError
 from trbert_jax.io import atomic_file, readable
 
 LABELS = ("not hyperpartisan", "hyperpartisan")
-_SEED = 42
 _TEXT_FILE = "original_data.txt"
 _ARTICLES, _GROUND_TRUTH = "articles-", "ground-truth-"
 _SPLIT_FIRST = "split it first: trbert split-hyperpartisan --input {found} --output DIR"
@@ -61,7 +60,7 @@ def _divide(examples: list[Example], source: Path) -> dict[str, list[Example]]:
         counts = ", ".join(f"{len(c)} {name}" for c, name in zip(classes, LABELS, strict=True))
         expected = "at least 5 not hyperpartisan, and hyperpartisan ones more than a fifth of that"
         raise UserError(f"{source}: too few articles to split ({counts}); expected {expected}")
-    rng = random.Random(_SEED)
+    rng = random.Random(42)
     for members in classes:
         rng.shuffle(members)
     parts = {"train": slice(-2 * size), "dev": slice(-2 * size, -size), "test": slice(-size, None)}

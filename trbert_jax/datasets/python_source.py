@@ -12,7 +12,7 @@ import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Unpack
+from typing import Any
 
 from trbert_jax.datasets import text_files
 from trbert_jax.datasets.reading import BadRecords
@@ -41,9 +41,7 @@ class _StandardLibrary(DataSet):
     def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
         return _read_all(path)[0]
 
-    def read_split(
-        self, path: PathLike, split: str, bad: BadRecords | None = None, **options: Unpack[Options]
-    ) -> list[Example]:
+    def load(self, path: PathLike, split: str, bad: BadRecords, options: Options) -> list[Any]:
         _, examples = _read_all(path)
         parts = [_PATTERN[i % CHUNKS_PER_CLASS % len(_PATTERN)] for i in range(len(examples))]
         members = [e for e, part in zip(examples, parts, strict=True) if part == split]

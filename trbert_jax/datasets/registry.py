@@ -43,7 +43,7 @@ def each_split(*names: str) -> dict[str, tuple[str, ...]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A data set in one file a split (RACE: one folder); others override `read_labels` and `read_split`."""
+    """A data set in one file a split (RACE: one folder); others override `read_labels` and `load`."""
 
     name: str  # value of `data.name`
     task: str  # key of `trbert_jax.tasks.TASKS`
@@ -83,7 +83,12 @@ class DataSet:
           MissingSplitError: the folder has no file for the split.
           UserError: a file cannot be read or has a bad record; the message names file and record.
         """
-        check_split(split)
+        if split not in SPLITS:
+            raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+        return self.load(path, split, bad or BadRecords(), options)
+
+    def load(self, path: PathLike, split: str, bad: BadRecords, options: Options) -> list[Any]:
+        """Reads a split for `read_split`."""
         expected = " or ".join(self.files[split])
         if path is None:
             raise UserError(f"data.path: missing; expected the folder of {self.name} with {expected}")
@@ -151,12 +156,6 @@ def find_dataset(name: str) -> DataSet:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"{name!r} is no data set; expected {', '.join(dataset_names())}{hint}")
     return DATASETS[name]
-
-
-def check_split(split: str) -> None:
-    """Raises `UserError` unless this is the name of a split."""
-    if split not in SPLITS:
-        raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
 
 
 def sample(records: Sequence[T], split: str, options: Options) -> list[T]:

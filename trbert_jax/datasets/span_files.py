@@ -74,10 +74,7 @@ def _is_impossible(item: Any) -> bool:
 
 
 def _find(item: Any, context: str) -> Span:
-    """Returns the span of an answer without white space at its ends.
-
-    White space may differ in kind and length: a context loses or gains some when it is copied.
-    """
+    """Returns the span of an answer. White space may differ: a copied context loses or gains some."""
     answer, start = item["text"], reading.integer(item, "answer_start", 0, len(context) - 1)
     if context.startswith(answer, start):
         end = start + len(answer)

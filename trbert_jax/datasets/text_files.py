@@ -18,7 +18,6 @@ from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
 
 _FORMAT = '{"text": ..., "label": ...} a line of .jsonl, or label,text a line of .csv'
-_LONGEST_FIELD = 2**31 - 1
 
 
 def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> Iterator[Example]:
@@ -62,7 +61,7 @@ def _read_csv(path: Path, labels: Sequence[str]) -> Iterator[Example]:
     row: list[str] | None = []
     with contextlib.ExitStack() as stack:
         # The csv module has a limit of 128 KiB a field, which holds for the whole process.
-        stack.callback(csv.field_size_limit, csv.field_size_limit(_LONGEST_FIELD))
+        stack.callback(csv.field_size_limit, csv.field_size_limit(2**31 - 1))
         while row is not None:
             with reading.record(f"{path}:{start}"):
                 try:

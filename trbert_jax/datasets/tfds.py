@@ -12,12 +12,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Unpack
+from typing import Any
 
 from trbert_jax.datasets import choice_files, reading, span_files, text_files, triviaqa
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import ChoiceQuestion, Example, SpanQuestion
-from trbert_jax.datasets.registry import FAMILIES, DataSet, Options, PathLike, check_split, hold_out, sample
+from trbert_jax.datasets.registry import FAMILIES, DataSet, Options, PathLike, hold_out, sample
 from trbert_jax.errors import MissingSplitError, UserError
 
 # The catalog's names of the splits, in order of preference.
@@ -40,11 +40,7 @@ class TfdsDataSet(DataSet):
             return ()
         return _label_names(self.name, next(iter(_open(self.name, path).values())), label_field)
 
-    def read_split(
-        self, path: PathLike, split: str, bad: BadRecords | None = None, **options: Unpack[Options]
-    ) -> list[Any]:
-        check_split(split)
-        bad = bad or BadRecords()
+    def load(self, path: PathLike, split: str, bad: BadRecords, options: Options) -> list[Any]:
         # The catalog's test sets of questions come without answers.
         published = "dev" if split == "test" and self.dev_as_test else split
         source, indices = _find_split(self.name, _open(self.name, path), published)

@@ -29,8 +29,6 @@ from trbert_jax.errors import UserError
 from trbert_jax.io import read_text
 
 MAX_WORDS = 800  # of a document, the default of the authors' own conversion to the format of SQuAD
-# Lists of documents of a question, and the folder of the evidence that holds them.
-_SOURCES = {"EntityPages": "wikipedia", "SearchResults": "web"}
 
 
 def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[SpanQuestion]:
@@ -51,7 +49,7 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[Sp
         with bad.record(place, item):
             question_id, question = reading.text(item, "QuestionId"), reading.text(item, "Question")
             answers = accepted_answers(item, "Answer", "NormalizedAliases") if with_answer else ()
-            for field, folder in _SOURCES.items():
+            for field, folder in (("EntityPages", "wikipedia"), ("SearchResults", "web")):
                 for k, page in enumerate(reading.items(item, field) if field in item else []):
                     where = f"{place}.{field}[{k}]"
                     with bad.record(where, item):
