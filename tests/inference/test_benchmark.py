@@ -58,16 +58,14 @@ def own() -> dict[str, Any]:
 
 
 def test_batches_are_full_and_in_order() -> None:
-    numbered = list(GIVEN.batches(BATCH, (16, 32, LENGTH)))
-    batches = [batch for _, batch in numbered]
+    """And carry the kept tokens only if those are given, as each input changes the compiled program."""
+    widths = (16, 32, LENGTH)
+    numbered, plain = list(GIVEN.batches(BATCH, widths)), next(OWN.batches(BATCH, widths))[1]
     np.testing.assert_array_equal([index for index, _ in numbered], [[0, 1], [2, 3], [4, 5]])
-    assert [batch["input_ids"].shape for batch in batches] == [(2, 48), (2, 32), (2, 32)]
-    np.testing.assert_array_equal(np.concatenate([batch["mask"].sum(-1) for batch in batches]), RUN)
-    ids = np.concatenate([batch["input_ids"][batch["mask"]] for batch in batches])
+    assert [batch["input_ids"].shape for _, batch in numbered] == [(2, 48), (2, 32), (2, 32)]
+    ids = np.concatenate([batch["input_ids"][batch["mask"]] for _, batch in numbered])
     np.testing.assert_array_equal(ids, EXAMPLES.tokens[: RUN.sum()])
-    for index, batch in numbered:
-        padded = np.pad(batch["actions"], ((0, 0), (0, 0), (0, LENGTH - batch["actions"].shape[-1])))
-        np.testing.assert_array_equal(padded, ACTIONS[index])
+    assert numbered[0][1].keys() - plain.keys() == {"actions"}
 
 
 def test_random_inputs_of_the_scripts() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -64,14 +65,13 @@ def assert_same(left: Sequence[Prediction], right: Sequence[Prediction]) -> None
 @CONFIGS
 def test_prediction_is_the_models(config: Any) -> None:
     """Against the model itself, one text at a time, padded to the full length."""
-    model, texts = make(config), some_texts(6)
-    module, width = TokenReducingModel(config), config.max_length
-    run = jax.jit(
-        lambda ids, mask: module.apply(
-            {"params": model.params}, {"input_ids": ids, "mask": mask}, rule=keep_probable
-        )
-    )
-    dropped = 0
+    model, texts, width, dropped = make(config), some_texts(6), config.max_length, 0
+
+    @jax.jit
+    def run(ids: Any, mask: Any) -> Any:
+        batch, variables = {"input_ids": ids, "mask": mask}, {"params": model.params}
+        return TokenReducingModel(config).apply(variables, batch, rule=keep_probable)
+
     for text, prediction in zip(texts, model.predict(texts), strict=True):
         ids = tiny_models.tiny_tokenizer()(text)["input_ids"]
         output = run(jnp.array([ids + [0] * (width - len(ids))]), jnp.arange(width)[None] < len(ids))
@@ -87,8 +87,7 @@ def test_prediction_is_the_models(config: Any) -> None:
 def test_fields(model: TRBert) -> None:
     (prediction,) = model.predict(["the film was very good."])
     assert prediction.tokens == ["[CLS]", "the", "film", "was", "very", "good", ".", "[SEP]"]
-    assert prediction.num_tokens == 8
-    assert not prediction.truncated
+    assert (prediction.num_tokens, prediction.truncated) == (8, False)
     assert prediction.scores.dtype == np.float32
     assert prediction.scores.shape == (2,)
     assert prediction.scores.sum() == pytest.approx(1)
@@ -132,17 +131,12 @@ def test_batch_independence(config: Any) -> None:
 
 
 def test_a_stream_is_read_as_it_is_used(model: TRBert) -> None:
-    texts, taken = some_texts(10 * WINDOW), []
-
-    def source() -> Iterator[str]:
-        for i, text in enumerate(texts):
-            taken.append(i)
-            yield text
-
-    stream = model.predict_stream(source(), batch_size=2)
-    assert not taken
+    texts = some_texts(10 * WINDOW)
+    source = iter(texts)
+    stream = model.predict_stream(source, batch_size=2)
+    assert operator.length_hint(source) == len(texts)
     first = next(stream)
-    assert len(taken) == 4 * WINDOW  # the window that runs, and the next
+    assert operator.length_hint(source) == len(texts) - 4 * WINDOW  # the window that runs, and the next
     predictions = [first, *stream]
     assert [p.text for p in predictions] == texts
     assert_same(predictions[::97], [model.predict([text])[0] for text in texts[::97]])
@@ -227,21 +221,14 @@ def test_the_next_process_finds_the_programs(model: TRBert, tmp_path: Path) -> N
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "caches")}
     del environment["JAX_COMPILATION_CACHE_DIR"]
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", _CACHED, str(tmp_path / "model")],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        for _ in range(2)
-    ]
-    assert "programs ready" in outputs[0].stdout
-    assert str(tmp_path / "caches") in outputs[0].stdout
-    assert outputs[0].stdout.endswith("\n0 from the cache\n")
-    assert not outputs[1].stdout.endswith("\n0 from the cache\n")
-    assert outputs[1].stderr == ""
+    command = [sys.executable, "-c", _CACHED, str(tmp_path / "model")]
+    options: Any = {"env": environment, "capture_output": True, "text": True, "check": True}
+    first, second = (subprocess.run(command, **options) for _ in range(2))
+    assert f"{tmp_path / 'caches'}" in first.stdout
+    assert "programs ready" in first.stdout
+    assert first.stdout.endswith("\n0 from the cache\n")
+    assert not second.stdout.endswith("\n0 from the cache\n")
+    assert second.stderr == ""
 
 
 # Saving and loading -------------------------------------------------------------------------------
@@ -269,10 +256,11 @@ def test_another_max_length(tmp_path: Path) -> None:
 
 
 def test_bfloat16_is_close(model: TRBert) -> None:
-    texts = some_texts(10)
-    exact, rough = (m.predict(texts, rule="dense") for m in (model, make(dtype="bfloat16")))
-    difference = max(np.abs(a.scores - b.scores).max() for a, b in zip(exact, rough, strict=True))
-    assert 0 < difference < 0.1
+    exact, rough = (
+        np.array([p.scores for p in m.predict(some_texts(10), rule="dense")])
+        for m in (model, make(dtype="bfloat16"))
+    )
+    assert 0 < np.abs(exact - rough).max() < 0.1
 
 
 # Bad input ----------------------------------------------------------------------------------------
@@ -289,7 +277,11 @@ def test_bfloat16_is_close(model: TRBert) -> None:
         (["a"], {"batch_size": 2.0}, "batch_size"),
         (["a"], {"rule": "fast"}, "threshold, batch_max, dense"),
         (["a"], {"threshold": 1}, "threshold is 1; expected a probability"),
+        (["a"], {"threshold": 0.0}, r"threshold is 0\.0"),
+        (["a"], {"threshold": 1.5}, r"threshold is 1\.5"),
+        (["a"], {"threshold": float("nan")}, "threshold is nan"),
         (["a"], {"rule": "dense", "threshold": 0.3}, "rule dense has none"),
+        (["a"], {"rule": "batch_max", "threshold": 0.3}, "rule batch_max has none"),
     ],
 )
 def test_bad_input(model: TRBert, texts: Any, options: dict[str, Any], words: str) -> None:
@@ -322,26 +314,20 @@ def published() -> tuple[TRBert, dict[str, np.ndarray]]:
 def test_published_model_through_predict(published: tuple[TRBert, dict[str, np.ndarray]]) -> None:
     """From text: decoded reviews tokenize to what was recorded, alone and in any batch."""
     model, recorded = published
-    assert model.tokenizer is not None
-    lengths = recorded["attention_mask"].sum(1)
-    texts, rows = [], []
+    tokenizer, lengths = model.require_tokenizer(), recorded["attention_mask"].sum(1)
+    texts: dict[int, str] = {}
     for row in np.argsort(lengths):
         ids = recorded["input_ids"][row, : lengths[row]].tolist()
-        text = model.tokenizer.decode(ids[1:-1], clean_up_tokenization_spaces=False)
-        if model.tokenizer(text)["input_ids"] == ids:
-            texts.append(text)
-            rows.append(row)
-        if len(texts) == 12:
-            break
+        text = tokenizer.decode(ids[1:-1], clean_up_tokenization_spaces=False)
+        if tokenizer(text)["input_ids"] == ids and len(texts) < 12:
+            texts[row] = text
     assert len(texts) == 12
-    together = model.predict(texts)
-    for row, prediction in zip(rows, together, strict=True):
-        logits = recorded["logits"][row]
-        np.testing.assert_allclose(prediction.scores, jax.nn.softmax(logits), atol=1e-4)
-        for stage in range(2):
-            expected = np.flatnonzero(recorded[f"kept_stage{stage}"][row])
-            assert prediction.kept[stage].tolist() == expected.tolist()
-    assert_same(together[:3], [model.predict([text])[0] for text in texts[:3]])
+    together = model.predict([*texts.values()])
+    for row, prediction in zip(texts, together, strict=True):
+        np.testing.assert_allclose(prediction.scores, jax.nn.softmax(recorded["logits"][row]), atol=1e-4)
+        expected = [np.flatnonzero(recorded[f"kept_stage{stage}"][row]).tolist() for stage in range(2)]
+        assert [kept.tolist() for kept in prediction.kept] == expected
+    assert_same(together[:3], [model.predict([text])[0] for text in [*texts.values()][:3]])
 
 
 @pytest.mark.slow
@@ -349,18 +335,11 @@ def test_published_model_through_predict(published: tuple[TRBert, dict[str, np.n
 def test_published_model_packed(published: tuple[TRBert, dict[str, np.ndarray]]) -> None:
     """All recorded reviews, in batches of like length; the masked run of them is the reference besides."""
     model, recorded = published
-    mask = recorded["attention_mask"] > 0
-    features = Examples(
-        tokens=recorded["input_ids"][mask].astype(np.int32),
-        offsets=np.cumsum([0, *mask.sum(1)], dtype=np.int64),
-        token_types=None,
-        labels=recorded["labels"].astype(np.int32),
-        ids=[str(i) for i in range(len(mask))],
-        num_truncated=0,
-        digest="",
-    )
+    mask, labels = recorded["attention_mask"] > 0, recorded["labels"].astype(np.int32)
+    tokens, offsets = recorded["input_ids"][mask].astype(np.int32), np.cumsum([0, *mask.sum(1)])
+    examples = Examples(tokens, offsets, None, labels, [str(i) for i in range(len(mask))], 0, "")
     packed, masked = (
-        model.engine(32).run(model.params, features, backend=name) for name in ("packed", "masked")
+        model.engine(32).run(model.params, examples, backend=name) for name in ("packed", "masked")
     )
     reference = json.loads((PUBLISHED / "reference.json").read_text())
     assert packed.accuracy == reference["reference_accuracy"]

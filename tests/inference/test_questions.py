@@ -25,14 +25,8 @@ from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction import flops
 from trbert_jax.tasks import Splits
 
-BASE = dataclasses.replace(
-    tiny_models.BERT,
-    vocab_size=len(VOCABULARY),
-    num_layers=2,
-    hidden_size=8,
-    max_positions=64,
-    max_length=64,
-)
+SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "max_positions": 64, "max_length": 64}
+BASE = dataclasses.replace(tiny_models.BERT, vocab_size=len(VOCABULARY), **SIZES)
 LETTERS = tuple("ABCD")
 # Of the web every document of a question counts for itself, of Wikipedia the question, as the official
 # scorer has it.
@@ -58,26 +52,25 @@ MULTI_HOP = {
         {"title": "king", "sentences": ["the king is in japan."]},
     ],
 }
-REQUESTS: dict[str, dict[str, Any]] = {
-    "span": SPAN,
-    "no null": SPAN,
-    "choice": CHOICE,
-    "pairs": CHOICE,
-    "segments": SPAN,
-    "candidates": CANDIDATES,
-    "multi_hop": MULTI_HOP,
-}
+REQUESTS: dict[str, dict[str, Any]] = dict.fromkeys(KINDS, SPAN) | {"choice": CHOICE, "pairs": CHOICE}
+REQUESTS |= {"candidates": CANDIDATES, "multi_hop": MULTI_HOP}
+
+
+def without(request: dict[str, Any], field: str) -> dict[str, Any]:
+    return {k: v for k, v in request.items() if k != field}
+
+
+def longer(kind: str) -> dict[str, Any]:
+    """The request of a kind with more text."""
+    text = json.dumps(REQUESTS[kind]).replace("the queen was not", "the queen was not " * 9)
+    request: dict[str, Any] = json.loads(text)
+    return request
 
 
 def model_config(kind: str) -> ModelConfig:
     data, task, labels, *_ = KINDS[kind]
-    choices = {"choice": "shared", "pairs": "pairs"}.get(kind, "pairs")
-    inputs = InputConfig(
-        data=data,
-        choices=choices,
-        max_segments=2 if kind == "segments" else 1,
-        unanswerable=kind == "span",
-    )
+    choices, segments = "shared" if kind == "choice" else "pairs", 2 if kind == "segments" else 1
+    inputs = InputConfig(data=data, choices=choices, max_segments=segments, unanswerable=kind == "span")
     return dataclasses.replace(BASE, task=task, labels=labels or BASE.labels, inputs=inputs)
 
 
@@ -91,9 +84,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: folder / kind for kind in KINDS}
 
 
-def predict(model: Path, folder: Path, requests: list[Any], *arguments: str) -> list[dict[str, Any]]:
+def predict(model: Path, folder: Path, requests: list[Any] | str, *arguments: str) -> list[dict[str, Any]]:
     source, output = folder / "questions.jsonl", folder / "answers.jsonl"
-    source.write_text("".join(json.dumps(request) + "\n" for request in requests), encoding="utf-8")
+    lines = requests if isinstance(requests, str) else "".join(json.dumps(x) + "\n" for x in requests)
+    source.write_text(lines, encoding="utf-8")
     options = ["--file", str(source), "--output", str(output), "--backend", "masked", *arguments]
     assert main(["predict", "--model", str(model), *options]) == 0
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
@@ -115,8 +109,7 @@ def possible(kind: str, request: dict[str, Any], answer: str) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_predict_answers_in_order(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
     first = REQUESTS[kind]
-    longer = json.loads(json.dumps(first).replace("the queen was not", "the queen was not " * 9))
-    requests = [{**longer, "id": "long"}, {**first, "id": "short"}, first]
+    requests = [{**longer(kind), "id": "long"}, {**first, "id": "short"}, first]
     answers = predict(models[kind], tmp_path, requests, "--batch-size", "2")
     assert [a["id"] for a in answers] == ["long", "short", "3"]
     for request, answer in zip(requests, answers, strict=True):
@@ -124,18 +117,14 @@ def test_predict_answers_in_order(models: dict[str, Path], tmp_path: Path, kind:
         assert len(answer["num_kept"]) == 1  # two layers have one point of reduction
         assert 0 < answer["num_kept"][0] <= answer["num_tokens"]
         assert ("supporting" in answer) == (kind == "multi_hop")
-    assert {k: v for k, v in answers[1].items() if k != "id"} == {
-        k: v for k, v in answers[2].items() if k != "id"
-    }  # whatever else is in the batch
+    # Whatever else is in the batch.
+    assert without(answers[1], "id") == without(answers[2], "id")
 
 
 def test_blank_lines_text_and_rule(models: dict[str, Path], tmp_path: Path) -> None:
     """Skips blank lines; `--with-text` repeats the question; rule `dense` drops nothing."""
-    source, output = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    source.write_text("\n" + (json.dumps(CHOICE) + "\n \n") * 2, encoding="utf-8")
-    arguments = ["--model", str(models["choice"]), "--file", str(source), "--output", str(output)]
-    assert main(["predict", *arguments, "--backend", "masked", "--with-text", "--rule", "dense"]) == 0
-    answers = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    lines = "\n" + (json.dumps(CHOICE) + "\n \n") * 2
+    answers = predict(models["choice"], tmp_path, lines, "--with-text", "--rule", "dense")
     assert [answer["id"] for answer in answers] == ["1", "2"]
     assert {name: answers[0][name] for name in CHOICE} == CHOICE
     assert answers[0]["answer"] in LETTERS
@@ -158,15 +147,23 @@ def test_the_models_null_threshold_decides(
     assert bool(answer["answer"]) == answered
 
 
+def evaluation(model: Path, folder: Path, sample: str, document: Any = None) -> list[str]:
+    """Writes the sample of a published file; returns the arguments that evaluate it."""
+    form = SAMPLES[sample]
+    data = form.write(folder / form.path, document or form.fresh())
+    outputs = ["--json", str(folder / "result.json"), "--predictions", str(folder / "predictions.json")]
+    return ["evaluate", "--model", str(model), "--data", str(data), "--backend", "masked", *outputs]
+
+
+def results(folder: Path) -> list[Any]:
+    return [json.loads((folder / name).read_text()) for name in ("result.json", "predictions.json")]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluate_reads_the_published_file(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
     *_, sample, ids = KINDS[kind]
-    form = SAMPLES[sample]
-    data = form.write(tmp_path / form.path, form.fresh())
-    out, predictions = tmp_path / "result.json", tmp_path / "predictions.json"
-    options = ["--data", str(data), "--json", str(out), "--predictions", str(predictions)]
-    assert main(["evaluate", "--model", str(models[kind]), *options, "--backend", "masked"]) == 0
-    result, found = json.loads(out.read_text()), json.loads(predictions.read_text())
+    assert main(evaluation(models[kind], tmp_path, sample)) == 0
+    result, found = results(tmp_path)
     metric = "accuracy" if kind in ("choice", "pairs", "candidates") else "f1"
     assert 0 <= result[metric] <= 100
     assert result["flops_speedup"] > 1
@@ -184,22 +181,17 @@ def test_evaluate_reads_the_published_file(models: dict[str, Path], tmp_path: Pa
 def test_triviaqa_is_scored_by_domain(
     models: dict[str, Path], tmp_path: Path, sample: str, ids: list[str]
 ) -> None:
-    form = SAMPLES[sample]
-    data = form.write(tmp_path / form.path, form.fresh())
-    out, predictions = tmp_path / "result.json", tmp_path / "predictions.json"
-    options = ["--data", str(data), "--json", str(out), "--predictions", str(predictions)]
-    assert main(["evaluate", "--model", str(models["segments"]), *options, "--backend", "masked"]) == 0
-    result, found = json.loads(out.read_text()), json.loads(predictions.read_text())
+    assert main(evaluation(models["segments"], tmp_path, sample)) == 0
+    result, found = results(tmp_path)
     assert sorted(found) == sorted(ids)
-
     assert {result[name] for name in ("common", "denominator", "pred_len", "gold_len")} == {len(ids)}
 
 
 def test_benchmark_runs_questions(models: dict[str, Path], tmp_path: Path) -> None:
     form, out = SAMPLES["race"], tmp_path / "speed.json"
     data = form.write(tmp_path / form.path, form.fresh())
-    options = ["--variants", "masked_full,dense", "--batch-sizes", "2", "--repeats", "1", "--json", str(out)]
-    assert main(["benchmark", "--model", str(models["choice"]), "--data", str(data), *options]) == 0
+    options = f"--variants masked_full,dense --batch-sizes 2 --repeats 1 --json {out}"
+    assert main(f"benchmark --model {models['choice']} --data {data} {options}".split()) == 0
     masked, dense = json.loads(out.read_text())
     # Each question is four rows, padded as far as the model reads.
     config = model_config("choice")
@@ -211,11 +203,6 @@ def test_benchmark_runs_questions(models: dict[str, Path], tmp_path: Path) -> No
     assert masked["kept"][0] <= masked["tokens"]
 
 
-def without(request: dict[str, Any], field: str) -> dict[str, Any]:
-    return {k: v for k, v in request.items() if k != field}
-
-
-LONG = " ".join(["king"] * 80)
 BAD_REQUESTS = [
     ("span", "[1]", "questions.jsonl:1: a JSON list; expected an object"),
     ("span", "{", "questions.jsonl:1: not valid JSON"),
@@ -300,24 +287,18 @@ def test_questions_without_inputs_are_bad_records(
     left: int,
 ) -> None:
     *_, sample, _ = KINDS[kind]
-    form, out, predictions = SAMPLES[sample], tmp_path / "result.json", tmp_path / "predictions.json"
-    document = form.fresh()
-    *path, last = field
+    document, (*path, last) = SAMPLES[sample].fresh(), field
     functools.reduce(lambda part, key: part[key], path, document)[last] = value
-    data = form.write(tmp_path / form.path, document)
-    arguments = ["evaluate", "--model", str(models[kind]), "--data", str(data), "--json", str(out)]
-    arguments += ["--predictions", str(predictions), "--backend", "masked"]
+    arguments = evaluation(models[kind], tmp_path, sample, document)
+    data = arguments[arguments.index("--data") + 1]
     assert main(arguments) == 2
     said = capsys.readouterr().err
-    for part in (str(data), name, "--skip-bad-records"):
-        assert part in said
-    assert not out.exists()
+    assert all(part in said for part in (data, name, "--skip-bad-records"))
+    assert not (tmp_path / "result.json").exists()
     assert main([*arguments, "--skip-bad-records"]) == 0
-    assert str(data) in caplog.text
-    assert name in caplog.text
-    result = json.loads(out.read_text())
+    assert all(part in caplog.text for part in (data, name))
+    result, found = results(tmp_path)
     assert result["skipped_records"] == len(result["data"]["skipped"]) == 1
-    found = json.loads(predictions.read_text())
     assert len(found["answer"] if kind == "multi_hop" else found) == left
 
 
@@ -338,10 +319,9 @@ def test_training_leaves_out_what_cannot_become_inputs(
     assert data.notes["train"]["skipped_records"] == 1
     assert "question 'q1': question: has no tokens" in data.notes["train"]["skipped"][0]
     assert "train: 1 of 4 records skipped" in caplog.text
-    settings = dataclasses.replace(settings, skip_bad_records=False)
-    strict = Splits(dataclasses.replace(config, data=settings))
+    strict = dataclasses.replace(config, data=dataclasses.replace(settings, skip_bad_records=False))
     with pytest.raises(UserError, match="with --skip-bad-records"):
-        strict.examples("train", qa_tokenizer())
+        Splits(strict).examples("train", qa_tokenizer())
 
 
 _COMPILED = ("segments", "candidates")  # the others take as long again, together more than is quick
@@ -359,15 +339,9 @@ def test_questions_are_compiled_ahead(
     kind: str,
 ) -> None:
     """What `trbert compile` makes is all that questions need afterwards: the program refuses other inputs."""
-    made = []
-    load = TRBert.from_pretrained
-
-    def loaded(path: str) -> TRBert:
-        made.append(load(path))
-        return made[-1]
-
+    model = TRBert.from_pretrained(models[kind])
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(TRBert, "from_pretrained", loaded)
+    monkeypatch.setattr(TRBert, "from_pretrained", lambda path: model)
     options = ["--batch-size", "2", "--backend", "masked"]
     assert main(["compile", "--model", str(models[kind]), *options]) == 0
     rows = {"choice": 8, "segments": 4, "candidates": 2}.get(kind, 2)
@@ -375,10 +349,9 @@ def test_questions_are_compiled_ahead(
     assert [line.partition("  ")[0] for line in named[:-1]] == [
         f"threshold, masked, {rows} x {width} tokens" for width in (32, 48, 64)
     ]
-    (model,) = made
     before = dict(model.programs.compile_seconds)
-    longer = json.loads(json.dumps(REQUESTS[kind]).replace("the queen was not", "the queen was not " * 9))
-    assert len(answer_questions(model, [longer, REQUESTS[kind]], batch_size=2, backend="masked")) == 2
+    requests = [longer(kind), REQUESTS[kind]]
+    assert len(answer_questions(model, requests, batch_size=2, backend="masked")) == 2
     assert model.programs.compile_seconds == before
 
 

@@ -67,7 +67,7 @@ class Workload:
     actions: np.ndarray | None = None
 
     def whole_batches(self, batch_size: int) -> Examples:
-        """Returns the examples of full batches; the remaining ones are not run."""
+        """Returns the examples of full batches; the others are not run."""
         return self.examples.take(np.arange(len(self.examples) // batch_size * batch_size))
 
     def batches(self, batch_size: int, widths: Sequence[int]) -> Iterator[tuple[np.ndarray, Inputs]]:
@@ -135,11 +135,8 @@ def _given(batch: Inputs) -> Rule:
 
 
 def _given_batch_max(batch: Inputs) -> Rule:
-    def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
-        return keep_batch_max(stage, jnp.where(given(stage, logits, valid), 1.0, -1.0), valid)
-
-    given = _given(batch)
-    return rule
+    given, sign = _given(batch), lambda kept: jnp.where(kept, 1.0, -1.0)
+    return lambda stage, logits, valid: keep_batch_max(stage, sign(given(stage, logits, valid)), valid)
 
 
 _GIVEN = {
@@ -158,12 +155,11 @@ def memory_bytes(program: Any) -> int:
 def time_runs(
     runs: Mapping[Name, Sequence[Callable[[], Any]]], repeats: int, label: str = ""
 ) -> dict[Name, np.ndarray]:
-    """Times functions in turns: all calls of one run, then of the next, and again.
+    """Times functions in turns: all calls of one run, then of the next; and again, `repeats` times.
 
     Args:
       runs: name -> functions that wait for their result.
-      repeats: passes over all runs.
-      label: prefix of the progress messages.
+      repeats, label: passes over all runs, and a prefix of the messages that count them.
 
     Returns:
       Name -> seconds of each call, float64 [repeats, calls].
@@ -255,12 +251,11 @@ def benchmark_file(
       skip_bad_records: skip malformed questions, instead of raising an error.
 
     Returns:
-      The records of `make_records`, with `dtype`, `model`, `replay`, `max_length`, `tokens` (mean of a text),
-      `repeats`, `command`, the values of `described` and `machine`, and for bfloat16 those of `drift`.
+      The records of `make_records`, with what describes the run, the data and the machine, `tokens` (mean of
+      a text), and for bfloat16 the values of `drift`.
 
     Raises:
-      UserError: a model or file that cannot be read, an unknown variant, too few texts, a replayed model
-        that does not fit.
+      UserError: an unreadable model or file, an unknown variant, too few texts, an unfit replayed model.
     """
     names = _check_variants(variants)
     replayed = None if replay_dir is None else TRBert.from_pretrained(replay_dir, max_length=max_length)

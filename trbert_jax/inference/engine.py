@@ -77,12 +77,11 @@ class CompiledForward:
         rule: str | RuleSpec = DEFAULT_RULE,
         backend: str = DEFAULT_BACKEND,
     ) -> Program:
-        """Returns the program for batches of this shape, compiled on the first call.
+        """Compiles the program for batches of this shape, unless it is compiled already.
 
         Args:
           params, batch: arrays, those of the batch [B * G, ...] with the rule's inputs; or their shapes.
-          rule: key of `RULES`, or a rule that is not in the table.
-          backend: key of `BACKENDS`.
+          rule, backend: keys of `RULES` and `BACKENDS`; or a rule that is not in the table.
 
         Returns:
           `(params, batch) -> (logits, keep bool [stages, B * G, S])`: the logits that answers are read from
@@ -153,7 +152,7 @@ class Outputs:
     @property
     def num_kept(self) -> np.ndarray:
         """int32 [R, stages]."""
-        counts = [[len(positions) for positions in stage] for stage in self.kept]
+        counts = [list(map(len, stage)) for stage in self.kept]
         return np.array(counts, np.int32).reshape(len(self.kept), len(self.lengths)).T
 
     @property
@@ -220,7 +219,7 @@ class InferenceEngine:
         Args:
           params, examples: the model's parameters, and n examples of R rows.
           rule: a rule of evaluation, or with `num_kept` a baseline.
-          backend: `packed` or `masked`.
+          backend: key of `BACKENDS`.
           threshold: keep probability from which rule `threshold` keeps a token.
           num_kept: int [R, stages], tokens that a baseline keeps of each row.
           seed: of rule `random`.
@@ -230,8 +229,7 @@ class InferenceEngine:
             rule that drops nothing.
 
         Raises:
-          UserError: an unknown rule or backend, a threshold that is no probability or that the rule does not
-            have, logits that are not finite.
+          UserError: an unknown rule or backend, a bad threshold, logits that are not finite.
         """
         check_backend(backend)
         if num_kept is None:
@@ -272,9 +270,9 @@ class InferenceEngine:
             if self._after_batch:
                 self._after_batch(examples, index, output)
             rows = batch_rows(examples, index, self.batch_size)
+            valid = np.flatnonzero(rows >= 0)
             store = store or LogitStore(self.model.config, examples, output, allocate)
             store.put(index, rows, output)
-            valid = np.flatnonzero(rows >= 0)
             for positions, masks in zip(kept, np.asarray(keep), strict=True):
                 for row, mask in zip(rows[valid], masks[valid], strict=True):
                     positions[row] = np.flatnonzero(mask).astype(np.int32)
@@ -301,11 +299,8 @@ class InferenceEngine:
     ) -> Iterator[tuple[str, float]]:
         """Compiles the programs for all padded lengths of examples that are made like `example`.
 
-        Yields:
-          The name of each program and the seconds that compiling took.
-
-        Raises:
-          UserError: an unknown rule or backend.
+        Yields the name of each program and the seconds that compiling took. Raises UserError for an unknown
+        rule or backend.
         """
         check_rule(rule)
         check_backend(backend)
@@ -336,12 +331,7 @@ class LogitStore:
         self.logits = jax.tree_util.tree_map_with_path(empty, like)
 
     def put(self, index: np.ndarray, rows: np.ndarray, output: Logits) -> None:
-        """Stores a batch's logits.
-
-        Args:
-          index: int [b], positions of its examples.
-          rows: int [B * G], its rows, -1 for padding rows.
-          output: its logits.
+        """Stores the logits of a batch: examples `index`, int [b], and `rows`, int [B * G], -1 for padding.
 
         Raises:
           UserError: one of them is NaN or infinite; names the example.

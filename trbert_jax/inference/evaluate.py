@@ -91,7 +91,7 @@ def read_examples(model: TRBert, path: Path, bad: BadRecords) -> Examples:
     Malformed questions go to `bad`.
 
     Raises:
-      UserError: a file that cannot be read, a label the model does not have, a model without tokenizer.
+      UserError: a file that cannot be read, an unknown label, a model without tokenizer.
     """
     tokenizer = model.require_tokenizer()
     if not model.answers_questions:
@@ -121,7 +121,7 @@ def evaluate_runs(
 
 
 def summarize(outputs: Outputs, config: ModelConfig, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Returns the numbers of an evaluation.
+    """Computes the numbers of an evaluation.
 
     Returns:
       The task's `metrics`, and means of a row: `tokens`, `kept` (at each point of reduction), `flops` (2 x

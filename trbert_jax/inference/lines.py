@@ -26,14 +26,10 @@ Lines = Iterator[tuple[str, str]]  # place for messages, and text
 
 
 def input_lines(texts: Sequence[str], path: Path | None) -> Lines:
-    """Returns the lines of arguments, of a file, or of standard input.
+    """Returns `texts`, the arguments; without any, the lines of a file, or of standard input.
 
     A line ends at a line feed only. Leaves out blank lines of a `.jsonl` file, as `trbert evaluate` does.
     Reads the first line at once, so that a missing or empty file fails before anything slow is loaded.
-
-    Args:
-      texts: arguments; if there are any, nothing else is read.
-      path: the file; None reads standard input.
 
     Raises:
       UserError: a missing, unreadable or empty file, a `.jsonl` file of blank lines.
@@ -56,32 +52,33 @@ def _lines(path: Path | None, name: str) -> Lines:
 
 
 def _not_blank(lines: Lines, name: str) -> Lines:
-    where = None
-    for where, line in ((where, line) for where, line in lines if line.strip()):
-        yield where, line
-    if where is None:
+    found = False
+    for where, line in lines:
+        if line.strip():
+            found = True
+            yield where, line
+    if not found:
         raise UserError(f"{name}: has only blank lines; expected one JSON object per line")
 
 
 def read_texts(lines: Lines, path: Path | None) -> Iterator[str]:
-    """Returns the texts of lines: themselves, or `text` of the objects of a `.jsonl` file.
+    """Yields the texts of lines: themselves, or `text` of the objects of a `.jsonl` file.
 
     Raises:
       UserError: a malformed line; names it.
     """
-    return (_text(*line) for line in lines) if str(path).endswith(".jsonl") else (text for _, text in lines)
-
-
-def _text(where: str, line: str) -> str:
-    record = _parse(where, line, "expected one object per line")
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f'{where}: expected an object with a string "text"')
-    try:
-        check_unicode(text)
-    except ValueError as error:
-        raise UserError(f"{where}: text {error}") from error
-    return text
+    for where, line in lines:
+        text: Any = line
+        if str(path).endswith(".jsonl"):
+            record = _parse(where, line, "expected one object per line")
+            text = record.get("text") if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise UserError(f'{where}: expected an object with a string "text"')
+            try:
+                check_unicode(text)
+            except ValueError as error:
+                raise UserError(f"{where}: text {error}") from error
+        yield text
 
 
 def _parse(where: str, line: str, expected: str) -> Any:
@@ -98,8 +95,7 @@ def output_lines(
 
     Args:
       model: labels texts or answers questions.
-      lines: from `input_lines`.
-      path: their file; None for others.
+      lines, path: from `input_lines`, and their file, if any.
       with_text: whether to repeat the text, or the fields of the question.
       options: of `TRBert.predict_stream` or `TRBert.answer_stream`.
     """

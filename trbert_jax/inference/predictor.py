@@ -55,8 +55,8 @@ class Prediction:
       label: name of the most probable class.
       label_id: its index.
       scores: float32 [C], probabilities in the order of `TRBert.config.labels`.
-      kept: for each point of reduction the int32 positions, ascending, of the kept tokens; position 0 ([CLS])
-        is always among them. Empty for rule `dense`.
+      kept: for each point of reduction the positions of the kept tokens, int32, ascending, from 0 ([CLS]) on.
+        Empty for rule `dense`.
       num_tokens: tokens that the model read, [CLS] and [SEP] included.
       truncated: whether the text was longer than `TRBert.config.max_length` tokens and was cut.
       text: the text.
@@ -109,16 +109,15 @@ class TRBert:
         self.config, self.params, self.tokenizer = config, jax.device_put(params), tokenizer
         self.newly_initialized = tuple(newly_initialized)
         self.programs = CompiledForward(TokenReducingModel(config, _DTYPES[dtype]))
-        self._engines: dict[int, InferenceEngine] = {}
 
     @classmethod
     def from_pretrained(
         cls, path_or_id: str | Path, *, max_length: int | None = None, dtype: str = "float32"
     ) -> TRBert:
-        """Loads a model directory, or a model of the Hugging Face hub.
+        """Loads a model directory, or a model of the Hugging Face hub; see `load_pretrained`.
 
         Args:
-          path_or_id: see `load_pretrained`.
+          path_or_id: of the model.
           max_length: tokens after which a text is cut; None takes the model's own.
           dtype: of the computation, `float32` or `bfloat16`.
 
@@ -146,16 +145,14 @@ class TRBert:
 
     @property
     def answers_questions(self) -> bool:
-        """Whether the model answers questions; otherwise it labels texts."""
+        """Whether the model answers questions, or labels texts."""
         return bool(self.config.inputs.data)
 
     def engine(self, batch_size: int) -> InferenceEngine:
-        """Returns the engine for batches of this many examples; raises UserError if that is no number."""
+        """Returns the engine for batches of this many examples. Raises UserError if that is no number."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size is {batch_size!r}; expected a whole number, at least 1")
-        if batch_size not in self._engines:
-            self._engines[batch_size] = InferenceEngine(self.programs.model, batch_size, self.programs)
-        return self._engines[batch_size]
+        return InferenceEngine(self.programs.model, batch_size, self.programs)
 
     def compile(
         self, batch_size: int = 32, rule: str | None = None, backend: str = DEFAULT_BACKEND
@@ -195,7 +192,7 @@ class TRBert:
           backend: `packed` computes no padding and no dropped tokens; `masked` computes every position and
             gives the same results.
           threshold: keep probability from which rule `threshold` keeps a token. A lower one keeps more
-            tokens, which costs time and usually improves accuracy, without training.
+            tokens, takes longer and is usually more accurate.
 
         Returns:
           Predictions in the order of the texts.
@@ -211,11 +208,11 @@ class TRBert:
     def predict_stream(
         self, texts: Iterable[str], batch_size: int = 32, **options: Any
     ) -> Iterator[Prediction]:
-        """Classifies any number of texts, with only a few batches in memory at a time.
+        """Classifies any number of texts, with two windows of `WINDOW` batches in memory at a time.
 
-        Sorts the texts by length within a window of `WINDOW` batches; reads and tokenizes the next window
-        while this one is computed. Arguments and errors: see `predict`; an invalid option raises at once, a
-        bad text when its window is reached.
+        Sorts the texts by length within a window; tokenizes the next window while this one is computed.
+        Arguments and errors: see `predict`; an invalid option raises at once, a bad text when its window is
+        reached.
         """
         if self.answers_questions:
             raise UserError(
@@ -223,9 +220,7 @@ class TRBert:
             )
         return self._predict(texts, batch_size, self._options(batch_size, **options))
 
-    def _predict(
-        self, texts: Iterable[str], batch_size: int, options: dict[str, Any]
-    ) -> Iterator[Prediction]:
+    def _predict(self, texts: Iterable[str], batch_size: int, options: Any) -> Iterator[Prediction]:
         engine = None
         for window, examples, truncated in _encode_ahead(texts, WINDOW * batch_size, self._encode):
             engine = engine or self.engine(_num_rows(len(window), batch_size))
@@ -371,7 +366,7 @@ def _make_examples(rows: Sequence[Sequence[int]]) -> Examples:
 
 
 def _num_rows(num_texts: int, batch_size: int) -> int:
-    """Returns the rows of a batch: few shapes to compile, and a small one for a request of a few texts."""
+    """Returns the rows of a batch: few shapes to compile, a small one for a request of a few texts."""
     return min([rows for rows in SMALL if rows >= num_texts] + [batch_size])
 
 
