@@ -208,7 +208,7 @@ class TRBert:
     def predict_stream(
         self, texts: Iterable[str], batch_size: int = 32, **options: Any
     ) -> Iterator[Prediction]:
-        """Classifies any number of texts, with two windows of `WINDOW` batches in memory at a time.
+        """Classifies any number of texts, with a few windows of `WINDOW` batches in memory at a time.
 
         Sorts the texts by length within a window; tokenizes the next window while this one is computed.
         Arguments and errors: see `predict`; an invalid option raises at once, a bad text when its window is
