@@ -116,38 +116,29 @@ class DeviceMesh:
 
     def describe(self) -> str:
         """Returns one line for the log."""
-        kind = self.mesh.devices.flat[0].device_kind
+        kind, several = self.mesh.devices.flat[0].device_kind, "es" if self.num_processes > 1 else ""
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
-        return (
-            f"{self.num_devices} devices ({kind}) of {self.num_processes} process"
-            f"{'es' if self.num_processes > 1 else ''}, mesh {axes}, strategy {self.strategy}"
-        )
+        count = f"{self.num_devices} devices ({kind}) of {self.num_processes} process{several}"
+        return f"{count}, mesh {axes}, strategy {self.strategy}"
 
     # Arrays ---------------------------------------------------------------------------------------
 
     def replicate(self, tree: Tree) -> Tree:
         """Places arrays that are equal in every process on every device."""
-        if self.is_single:
-            return jax.device_put(tree)
-        return jax.tree.map(functools.partial(self._place, spec=WHOLE), tree)
+        return self._place(tree, lambda _: WHOLE)
 
     def divide(self, tree: Tree) -> Tree:
         """Places arrays that are equal in every process, sharded over `fsdp`."""
-        if self.is_single:
-            return jax.device_put(tree)
-        return jax.tree.map(lambda x: self._place(x, self.spec_of(x)), tree)
+        return self._place(tree, self.spec_of)
 
-    def place_rows(self, tree: Tree, axis: int = 0) -> Tree:
-        """Places host arrays that hold all rows, sharded along `axis`."""
-        if self.is_single:
-            return tree
-        spec = PartitionSpec(*[None] * axis, AXES)
-        return jax.tree.map(lambda x: self._place(np.asarray(x), spec), tree)
+    def place_rows(self, tree: Tree) -> Tree:
+        """Places host arrays that hold all rows, sharded along the first axis."""
+        return tree if self.is_single else self._place(tree, lambda _: ROWS)
 
     def place_own_rows(self, tree: Tree, axis: int = 0) -> Tree:
         """Places host arrays that hold this process's rows (`own_rows`), sharded along `axis`."""
-        if self.num_processes == 1:
-            return self.place_rows(tree, axis)
+        if self.is_single:
+            return tree
         sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXES))
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
@@ -170,15 +161,18 @@ class DeviceMesh:
         longest = max(axes, key=lambda i: array.shape[i])
         return PartitionSpec(*(FSDP if i == longest else None for i in range(len(array.shape))))
 
-    def _place(self, x: Any, spec: PartitionSpec) -> jax.Array:
-        sharding = NamedSharding(self.mesh, spec)
-        if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data, impl = jax.random.key_data(x), jax.random.key_impl(x)
-            return jax.jit(lambda: jax.random.wrap_key_data(data, impl=impl), out_shardings=sharding)()
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return jax.jit(lambda a: a, out_shardings=sharding)(x)
-        values = np.asarray(x)
-        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+    def _place(self, tree: Tree, spec_of: Callable[[Any], PartitionSpec]) -> Tree:
+        def one(x: Any) -> jax.Array:
+            sharding = NamedSharding(self.mesh, spec_of(x))
+            if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+                data, impl = jax.random.key_data(x), jax.random.key_impl(x)
+                return jax.jit(lambda: jax.random.wrap_key_data(data, impl=impl), out_shardings=sharding)()
+            if isinstance(x, jax.Array) and not x.is_fully_addressable:
+                return jax.jit(lambda a: a, out_shardings=sharding)(x)
+            values = np.asarray(x)
+            return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+        return jax.device_put(tree) if self.is_single else jax.tree.map(one, tree)
 
     def fetch(self, tree: Tree) -> Tree:
         """Returns NumPy copies of whole arrays, equal in every process."""
@@ -202,11 +196,8 @@ class DeviceMesh:
     def together(self, work: Callable[[], T]) -> T:
         """Runs `work` in every process, waits for all and returns this process's result.
 
-        `work` must not synchronize with other processes.
-
-        Raises:
-          UserError: `work` failed in another process.
-          Exception: what `work` raised in this process.
+        Raises what `work` raised in this process, or a UserError if it failed in another. `work` must not
+        synchronize with other processes.
         """
         if self.num_processes == 1:
             return work()
@@ -260,14 +251,10 @@ def check_mesh(strategy: str, fsdp: int, num_devices: int) -> None:
     if strategy not in STRATEGIES:
         raise UserError(f"parallel.strategy is {strategy!r}; expected one of {', '.join(STRATEGIES)}")
     if num_devices % fsdp:
-        raise UserError(
-            f"parallel.fsdp is {fsdp}, which does not divide the {num_devices} devices; set it to 1 or to a "
-            "divisor"
-        )
+        wrong = f"parallel.fsdp is {fsdp}, which does not divide the {num_devices} devices"
+        raise UserError(f"{wrong}; set it to 1 or to a divisor")
     if strategy == "pmap" and fsdp > 1:
-        raise UserError(
-            "parallel.fsdp needs parallel.strategy jit: with pmap every device holds all parameters"
-        )
+        raise UserError("parallel.fsdp needs parallel.strategy jit: pmap gives each device all parameters")
 
 
 def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
@@ -280,15 +267,10 @@ def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
 
 
 def make_mesh(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | None = None) -> DeviceMesh:
-    """Builds the mesh of a run.
+    """Builds the mesh of a run, by default of all devices of all processes.
 
-    Args:
-      strategy: jit or pmap.
-      fsdp: devices that share one copy of parameters and optimizer state.
-      devices: the devices to use, by default all devices of all processes.
-
-    Raises:
-      UserError: the strategy is unknown, or `fsdp` does not divide the number of devices.
+    `fsdp` devices share one copy of parameters and optimizer state. Raises `UserError` if the strategy is
+    unknown or `fsdp` does not divide the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     check_mesh(strategy, fsdp, len(devices))
@@ -320,8 +302,7 @@ def join(
     Args:
       coordinator: HOST:PORT of process 0; None to detect everything from the environment (SLURM, Open MPI,
         Kubernetes, Cloud TPU).
-      num_processes: number of processes.
-      process_id: number of this process, from 0.
+      num_processes, process_id: how many there are, and the number of this one, from 0.
       timeout: seconds to wait for the others.
 
     Raises:
@@ -364,7 +345,6 @@ def _exit_after(seconds: float, message: str) -> Iterator[None]:
         os._exit(2)  # as the command line does for a UserError
 
     timer = threading.Timer(seconds, end)
-    timer.daemon = True
     timer.start()
     try:
         yield

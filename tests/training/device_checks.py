@@ -33,7 +33,6 @@ LAYOUTS: dict[str, Callable[[], DeviceMesh]] = {
     "fsdp": lambda: make_mesh(fsdp=2),
     "pmap": lambda: make_mesh("pmap"),
 }
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
 
 
 def tiny_step(stage: str, execution: str) -> tuple[StageStep, Any]:

@@ -33,26 +33,23 @@ def assert_same(found: dict[str, Any], ways: tuple[str, ...]) -> None:
         assert parameters < 1e-4, how
 
 
-WAYS = ("fsdp 4", "pmap 1")  # the second axis with 4 passes; the other strategy
-
-
-def test_eight_devices_train_as_one_does() -> None:
-    assert_same(check("same", "finetune", "masked", *WAYS), WAYS)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "execution", "ways"),
+    ("stage", "execution", "ways"),  # `fsdp 4`: with the second axis, an update in 4 passes
     [
-        ("finetune", "packed", ("fsdp 1", "one 4")),
-        ("init", "packed", ("jit 1",)),
-        ("policy", "masked", ("jit 4",)),
-        ("joint", "packed", WAYS),
+        ("finetune", "masked", ("fsdp 4", "pmap 1")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("finetune", "packed", ("jit 1", "one 4")),
+                ("init", "packed", ("jit 1", "fsdp 1", "pmap 1")),
+                ("policy", "masked", ("jit 4", "fsdp 1", "pmap 1")),
+                ("joint", "packed", ("jit 1", "fsdp 4", "pmap 1")),
+            ]
+        ),
     ],
 )
-def test_eight_devices_train_every_stage_as_one_does(
-    stage: str, execution: str, ways: tuple[str, ...]
-) -> None:
+def test_eight_devices_train_as_one_does(stage: str, execution: str, ways: tuple[str, ...]) -> None:
+    """Every stage by every strategy."""
     assert_same(check("same", stage, execution, *ways), ways)
 
 

@@ -1,12 +1,14 @@
 """Every program lowers for TPUs and GPUs that are not here, each over eight abstract devices.
 
 What a TPU alone would refuse to lower shows here. Nothing is compiled or run: that needs the machines.
-`pmap` cannot be exported ("must be the result of jit"); what it runs on a device is what jit runs.
+`pmap` cannot be exported ("must be the result of jit"); what it runs on each device is, under `shard_map`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ from trbert_jax.model.tiles import Tiling
 from trbert_jax.parallel import AXES, KEPT, ROWS, WHOLE, DeviceMesh
 from trbert_jax.reduction.rules import rule_names
 from trbert_jax.training import objectives
+from trbert_jax.training import step as steps
 
 DEVICES, ROWS_A_DEVICE = 8, 4
 MODEL = tiny_models.BERT
@@ -79,6 +82,29 @@ def export_update(step: StageStep, layout: DeviceMesh, passes: int) -> None:
     batch = step.batch(0, passes, passes * DEVICES * ROWS_A_DEVICE)
     rng = shapes(jax.eval_shape(lambda: jax.random.key(0)), layout, WHOLE)
     check(step.step(layout), state, frozen, shapes(batch, layout, PartitionSpec(None, AXES)), rng)
+
+
+def export_device_update(step: StageStep, passes: int) -> None:
+    """What the strategy pmap runs on each device: copies of the state in, its own rows, copies out."""
+    axis = steps._DEVICES
+    each, mesh = PartitionSpec(axis), AbstractMesh((DEVICES,), (axis,), axis_types=(AxisType.Auto,))
+    layout: Any = SimpleNamespace(local_devices=range(DEVICES), mesh=mesh)
+    train_step = functools.partial(steps.train_step, step.objective, step.adamw, add_up=steps._added_up(axis))
+
+    def on_a_device(state: Any, frozen: Any, batches: Any, rng: Any) -> Any:
+        state, frozen, batches = jax.tree.map(lambda x: x[0], (state, frozen, batches))
+        return jax.tree.map(lambda x: x[None], train_step(state, frozen, batches, rng))
+
+    program = jax.shard_map(
+        on_a_device, mesh=mesh, in_specs=(each, each, each, WHOLE), out_specs=each, check_vma=False
+    )
+    batch = steps.per_device(step.batch(0, passes, passes * DEVICES * ROWS_A_DEVICE), layout)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((DEVICES, *x.shape), x.dtype), jax.eval_shape(step.split, params_of())
+    )
+    placed = [shapes(x, layout, each) for x in (*arguments, batch)]
+    rng = shapes(jax.eval_shape(lambda: jax.random.key(0)), layout, WHOLE)
+    check(jax.jit(program, donate_argnums=0), *placed, rng)
 
 
 PREDICTORS = [
@@ -139,21 +165,27 @@ def test_the_fullest_update_and_the_packed_predictor(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tiles", ["tpu", "cpu"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_update(stage: str, layout: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain and with everything on."""
-    tile_for(monkeypatch, "tpu")
-    for execution in EXECUTIONS:
+def test_every_update(stage: str, tiles: str, layout: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain and with everything on, by either strategy."""
+    tile_for(monkeypatch, tiles)
+    for execution in EXECUTIONS if tiles == "tpu" else ("packed",):  # tiles do not matter to masked execution
         export_update(StageStep(stage, execution, MODEL), layout, 1)
-        export_update(StageStep(stage, execution, MODEL, dropout=True, settings=FULL), layout, 2)
+        full = StageStep(stage, execution, MODEL, dropout=True, settings=FULL)
+        export_update(full, layout, 2)
+        export_device_update(full, 2)
 
 
 @pytest.mark.slow
-def test_every_predictor_and_the_scores(layout: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tiles", ["tpu", "cpu"])
+def test_every_predictor_and_the_scores(
+    tiles: str, layout: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`dense` is the teacher's."""
-    tile_for(monkeypatch, "tpu")
+    tile_for(monkeypatch, tiles)
     assert {rule for rule, _ in PREDICTORS} == {*rule_names(), *rule_names("baseline")}
-    for rule, backend in PREDICTORS:
-        export_predictor(rule, backend, layout, jnp.bfloat16)
-    export_predictor("threshold", "packed", layout, jnp.float32)
-    export_scores(layout, jnp.bfloat16)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for rule, backend in PREDICTORS:
+            export_predictor(rule, backend, layout, dtype)
+        export_scores(layout, dtype)

@@ -21,7 +21,7 @@ from trbert_jax.parallel import single_device
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import loop
 from trbert_jax.training.logging import read_metrics
-from trbert_jax.training.preemption import StopRequest
+from trbert_jax.training.preemption import stop_request
 from trbert_jax.training.stage_inputs import check_finite
 
 # One stage of a shallow model: twelve updates, checkpoints of 4, 6 (an evaluation), 8 and 12.
@@ -75,10 +75,10 @@ def test_a_signal_after_the_last_update_is_not_lost() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        with StopRequest() as stop:
-            assert not stop.requested(single_device())
+        with stop_request(single_device()) as stop_requested:
+            assert not stop_requested()
             signal.raise_signal(signal.SIGTERM)
-            assert stop.requested(single_device())
+            assert stop_requested()
             assert heard == []
         assert heard == [signal.SIGTERM]
     finally:

@@ -41,12 +41,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint whose files changed since they were written.
-
-    Attributes:
-      step: its step.
-      finding: its folder and the damage.
-    """
+    """The checkpoint of `step` changed since it was written; `finding` names its folder and the damage."""
 
     def __init__(self, step: int, finding: str) -> None:
         super().__init__(f"{finding}; delete this folder to resume from the checkpoint before it")
@@ -88,11 +83,7 @@ class CheckpointStore:
         return _best(self._manifests())
 
     def save(
-        self,
-        step: int,
-        state: Any,
-        metrics: Mapping[str, float] | None = None,
-        metric: float | None = None,
+        self, step: int, state: Any, metrics: Mapping[str, float] | None = None, metric: float | None = None
     ) -> None:
         """Writes a checkpoint in the background, then deletes old ones except the best.
 
@@ -100,12 +91,10 @@ class CheckpointStore:
           step: updates done; larger than the step of every checkpoint.
           state: pytree of arrays, which must not change until `wait` returns.
           metrics: scalars to save with it.
-          metric: score that selects the best checkpoint, the larger the better; None or a value that is not
-            finite is never the best.
+          metric: the largest finite one makes a checkpoint the best.
 
         Raises:
           UserError: this write or the one before it failed, or the directory has a damaged checkpoint.
-          ValueError: `step` is not larger than the latest one.
         """
         self.wait()
         manifests = self._manifests()
@@ -137,14 +126,9 @@ class CheckpointStore:
             shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
     def restore(self, step: int, like: Any) -> Any:
-        """Reads a checkpoint after checking every byte of it.
+        """Reads a checkpoint after checking every byte of it; returns NumPy arrays in the tree of `like`.
 
-        Args:
-          step: its step.
-          like: pytree of arrays or `ShapeDtypeStruct`s with the saved structure, shapes and dtypes.
-
-        Returns:
-          A pytree of NumPy arrays like `like`.
+        `like` has the saved structure, shapes and dtypes.
 
         Raises:
           DamagedCheckpointError: a file is missing or changed.
@@ -164,10 +148,7 @@ class CheckpointStore:
                 f"{folder}: has other arrays than this run (saved -> expected):\n{_cut(lines)}\n"
                 "use the model and optimizer settings it was saved with, or another work directory"
             )
-        try:
-            _check_files(folder, manifest["files"])
-        except ValueError as error:
-            raise self._damaged(step, error) from error
+        self._check_files(step, manifest["files"])
         wanted, options = {name: leaf for name, leaf in leaves.items() if leaf.size}, _this_process()
         as_numpy = dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray))
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
@@ -234,7 +215,18 @@ class CheckpointStore:
                     raise self._damaged(step, error) from error
         return manifests
 
-    def _damaged(self, step: int, error: Exception) -> DamagedCheckpointError:
+    def _check_files(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, saved in files.items():
+            try:
+                found = hash_file(self.folder(step) / name)
+            except FileNotFoundError:
+                raise self._damaged(step, f"{name} is missing") from None
+            except OSError as error:
+                raise UserError(f"{self.folder(step) / name}: cannot be read, {error.strerror}") from error
+            if found != saved:
+                raise self._damaged(step, f"{name} is not as it was written")
+
+    def _damaged(self, step: int, error: object) -> DamagedCheckpointError:
         return DamagedCheckpointError(step, f"{self.folder(step)}: damaged checkpoint ({error})")
 
 
@@ -279,7 +271,7 @@ class _Manager(ocp.CheckpointManager):
         return [checkpoint.step in self.kept for checkpoint in checkpoints]
 
     def reached_preemption(self, step: int) -> bool:
-        """Returns False: JAX answers that question once, and training asks it (`training.preemption`)."""
+        """Returns False: JAX answers that question once, and training asks it (preemption.py)."""
         return False
 
 
@@ -306,19 +298,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.pop("digest", None) != _digest(manifest):
         raise ValueError(f"{MANIFEST} is not as it was written")
     return manifest
-
-
-def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ValueError if a file is missing or changed."""
-    for name, saved in files.items():
-        try:
-            found = hash_file(folder / name)
-        except FileNotFoundError:
-            raise ValueError(f"{name} is missing") from None
-        except OSError as error:
-            raise UserError(f"{folder / name}: cannot be read, {error.strerror}") from error
-        if found != saved:
-            raise ValueError(f"{name} is not as it was written")
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -38,10 +38,9 @@ _PANELS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("tokens kept", lambda name: "kept" in name and "ratio" not in name),
     ("learning rate", lambda name: name == "learning_rate"),
 )
-Curves = dict[str, tuple[list[int], list[float]]]  # name of a scalar -> steps, values
 
 
-class Progress:
+class _Progress:
     """Progress of a stage on stderr: a bar on a terminal, else a line every 10 seconds.
 
     The first update, which compiles the program, counts neither in the rate nor in the time left.
@@ -53,7 +52,6 @@ class Progress:
         self._scalars: dict[str, float] = {}
 
     def update(self, step: int, num_examples: int) -> None:
-        """Moves to `step` of the total, whose update took `num_examples` examples."""
         from tqdm import tqdm
 
         if self._bar is None:
@@ -77,11 +75,10 @@ class Progress:
         self._bar.update(step - self._bar.n)
 
     def show(self, scalars: Mapping[str, float]) -> None:
-        """Shows these scalars from now on."""
-        self._scalars.update(scalars)
+        shown = {k: float(v) for k, v in scalars.items() if k.removeprefix("dev_") in _SHOWN}
+        self._scalars.update(shown)
 
     def close(self) -> None:
-        """Leaves the last state on the screen. Does nothing the second time."""
         if self._bar is not None:
             self._bar.close()
 
@@ -140,18 +137,15 @@ class StageReport(contextlib.ExitStack):
             flush_secs=10,
             filename_suffix=f".step_{start_step:08d}",
         )
-        self._progress = Progress(stage_name, total_steps)
+        self._progress = _Progress(stage_name, total_steps)
         self.callback(self._tensorboard.close)
         self.callback(self._progress.close)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes scalars of a step as one line; values that are not finite become null.
-
-        A step may be logged more than once, for example its training metrics and its evaluation.
-        """
+        """Writes scalars of a step as one line, its training metrics or its evaluation; NaN becomes null."""
         if not self._silent:
             self._write(self._metrics, step, scalars)
-            self._progress.show({k: float(v) for k, v in scalars.items() if k.removeprefix("dev_") in _SHOWN})
+            self._progress.show(scalars)
 
     def log_speed(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes times and rates up to a step."""
@@ -243,35 +237,22 @@ class StepClock:
         return rates
 
 
-class Profile:
-    """Records a profile of the updates from `steps[0]` to before `steps[1]`; a context manager.
-
-    TensorBoard and Perfetto show it.
-    """
+class Profile(contextlib.ExitStack):
+    """Records a profile of the updates from `steps[0]` to before `steps[1]`, for TensorBoard and Perfetto."""
 
     def __init__(self, directory: Path, steps: tuple[int, int] | None) -> None:
-        self._directory, self._steps, self._runs = directory, steps or (0, 0), False
+        super().__init__()
+        self._directory, self._steps, self._began = directory, steps or (0, 0), False
 
     def at(self, step: int) -> None:
         """Starts or stops at the beginning of this update, 0-based."""
         first, end = self._steps
-        if not self._runs and first <= step < end:
-            jax.profiler.start_trace(str(self._directory))
-            self._runs = True
-        elif step >= end:
-            self._stop()
-
-    def _stop(self) -> None:
-        if self._runs:
-            jax.profiler.stop_trace()
-            self._runs = False
-            logger.info("profile of updates %s: %s", self._steps, self._directory)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
+        if step >= end:
+            self.close()
+        elif first <= step and not self._began:
+            self._began = True
+            self.callback(logger.info, "profile of updates %s: %s", self._steps, self._directory)
+            self.enter_context(jax.profiler.trace(self._directory))
 
 
 # Reading and drawing ------------------------------------------------------------------------------
@@ -302,47 +283,41 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 
 def plot_metrics(stage_dirs: Sequence[str | Path], png_path: str | Path) -> None:
-    """Draws the training curves of all stages: a row per stage, a panel per kind of metric.
+    """Draws the training curves of all stages that have metrics: a row per stage, a panel per kind of metric.
 
     Training metrics, which are noisy, are drawn faint below their running mean; evaluations (`dev_*`) as
     points.
 
-    Args:
-      stage_dirs: folders of stages; those without metrics are skipped.
-      png_path: the image, written atomically.
-
     Raises:
       UserError: no stage has metrics, a metrics.jsonl is malformed, or the image cannot be written.
     """
+    from matplotlib.figure import Figure  # slow to import
+
     paths = [Path(directory) / METRICS_NAME for directory in stage_dirs]
-    stages = {path.parent.name: _curves(read_metrics(path)) for path in paths if path.exists()}
-    stages = {stage: c for stage, c in stages.items() if any(shows(n) for n in c for _, shows in _PANELS)}
+    stages = {path.parent.name: read_metrics(path) for path in paths if path.exists()}
+    names = {stage: {name for row in rows for name in row} for stage, rows in stages.items()}
+    stages = {
+        k: rows for k, rows in stages.items() if any(shows(n) for n in names[k] for _, shows in _PANELS)
+    }
     if not stages:
         raise UserError(f"no metrics to draw in {', '.join(map(str, paths))}; train a stage first")
-    names = {name for curves in stages.values() for name in curves}
-    panels = [(title, shows) for title, shows in _PANELS if any(map(shows, names))]
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
-
+    panels = [panel for panel in _PANELS if any(map(panel[1], set().union(*names.values())))]
     figure = Figure(figsize=(3.4 * len(panels), 2.5 * len(stages) + 0.3), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(len(stages), len(panels), sharex="row", squeeze=False)
-    for row, (stage, curves) in zip(grid, stages.items(), strict=True):
+    for row, (stage, rows) in zip(grid, stages.items(), strict=True):
         for axes, (title, shows) in zip(row, panels, strict=True):
-            shown = {name: curve for name, curve in curves.items() if shows(name)}
-            if shown:
-                axes.set_title(f"{stage}: {title}", loc="left", fontsize=10)
-                _draw(axes, shown)
-            else:
-                axes.set_axis_off()
+            _draw(axes, f"{stage}: {title}", rows, list(filter(shows, sorted(names[stage]))))
     with atomic_file(png_path, "wb") as stream:
-        canvas.print_png(stream)
+        figure.savefig(stream, format="png")
 
 
-def _draw(axes: Any, curves: Curves) -> None:
-    for name, (steps, values) in curves.items():
-        label = name.replace("_", " ")
+def _draw(axes: Any, title: str, rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> None:
+    if not names:
+        axes.set_axis_off()
+        return
+    for name in names:
+        label, points = name.replace("_", " "), [row for row in rows if name in row]
+        steps, values = [row["step"] for row in points], [row[name] for row in points]
         if name.startswith("dev_"):
             axes.plot(steps, values, "o--", label=label, markersize=4, linewidth=1)
         elif name == "learning_rate":
@@ -350,23 +325,14 @@ def _draw(axes: Any, curves: Curves) -> None:
         else:
             (line,) = axes.plot(steps, _running_mean(values), label=label)
             axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8, zorder=1)
+    axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(curves) > 1 or "learning_rate" not in curves:
+    if names != ["learning_rate"]:
         axes.legend(fontsize=7, frameon=False)
-
-
-def _curves(rows: Sequence[Mapping[str, float]]) -> Curves:
-    curves: Curves = {}
-    for row in rows:
-        for name in filter("step".__ne__, row):
-            steps, values = curves.setdefault(name, ([], []))
-            steps.append(int(row["step"]))
-            values.append(row[name])
-    return curves
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

@@ -27,7 +27,7 @@ from trbert_jax.training import step as updates
 from trbert_jax.training.checkpoints import CheckpointStore, DamagedCheckpointError
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Profile, StageReport, StepClock
-from trbert_jax.training.preemption import StopRequest
+from trbert_jax.training.preemption import stop_request
 from trbert_jax.training.prepared import PreparedFeatures
 from trbert_jax.training.stage_inputs import StageInputs
 from trbert_jax.training.stages import Stage, objective_of
@@ -254,7 +254,7 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
         report = stack.enter_context(
             devices.together(lambda: StageReport(directory, stage.name, total, start, not devices.is_main))
         )
-        stop = stack.enter_context(StopRequest())
+        stop_requested = stack.enter_context(stop_request(devices))
         stack.enter_context(store)
         profile = stack.enter_context(Profile(directory / "profile", experiment.profile_steps))
         clock = StepClock()
@@ -281,7 +281,7 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
                     evaluated = training.evaluate(current())
                 scalars = {f"dev_{name}": value for name, value in evaluated.items()}
                 devices.on_main(functools.partial(report.log, done, scalars))
-            stopping = done < total and stop.requested(devices)
+            stopping = done < total and stop_requested()
             if evaluated is not None or done % settings.save_steps == 0 or stopping:
                 check_finite(training, unchecked)  # a checkpoint is always finite
                 with clock.part("checkpoint"):

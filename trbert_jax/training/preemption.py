@@ -6,9 +6,8 @@ import contextlib
 import itertools
 import signal
 import threading
-from collections.abc import Iterator
-from types import FrameType
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,63 +20,47 @@ from trbert_jax.parallel import DeviceMesh
 _ASKED = itertools.count(1)
 
 
-def _processes_told_to_stop(devices: DeviceMesh) -> bool:
-    """Returns whether SIGTERM has reached one of several processes, the same answer in all of them.
-
-    Collective: all processes must call it equally often. It returns True once; the caller must then stop.
-    """
+def _told_to_stop(devices: DeviceMesh) -> bool:
+    """Returns whether SIGTERM has reached one of several processes, equally in all. Collective."""
     return devices.num_processes > 1 and bool(multihost_utils.reached_preemption_sync_point(next(_ASKED)))
 
 
 def stop_here(devices: DeviceMesh, where: str) -> None:
     """Raises a PreemptedError in all of several processes after one was told to stop. Collective."""
-    if _processes_told_to_stop(devices):
+    if _told_to_stop(devices):
         raise PreemptedError(f"told to stop {where}")
 
 
 @contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Raises a PreemptedError on SIGTERM; during updates, `StopRequest` first saves what they did."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise PreemptedError("told to stop")
-
+def _on_sigterm(handler: Callable[..., None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only it may handle signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before: Any = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-class StopRequest:
-    """Notices SIGTERM; a context manager.
+def ended_by_sigterm() -> contextlib.AbstractContextManager[None]:
+    """Raises a PreemptedError on SIGTERM; during updates, `stop_request` first saves what they did."""
 
-    With several processes JAX notices it, and all stop at the same update.
+    def stop(*_: Any) -> None:
+        raise PreemptedError("told to stop")
+
+    return _on_sigterm(stop)
+
+
+@contextlib.contextmanager
+def stop_request(devices: DeviceMesh) -> Iterator[Callable[[], bool]]:
+    """Yields a function that returns whether to stop after this update (collective).
+
+    With several processes JAX notices SIGTERM, and all stop at the same update.
     """
-
-    def __init__(self) -> None:
-        self._asked = threading.Event()
-        self._before: Any = None
-        # Signal handlers can be set in the main thread only.
-        self._listens = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
-
-    def requested(self, devices: DeviceMesh) -> bool:
-        """Returns whether to stop after this update. Collective."""
-        return self._asked.is_set() or _processes_told_to_stop(devices)
-
-    def __enter__(self) -> Self:
-        if self._listens:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        if self._listens:
-            signal.signal(signal.SIGTERM, self._before)
-            if self._asked.is_set() and exc_type is None:  # after the last update: pass the signal on
-                signal.raise_signal(signal.SIGTERM)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked.set()
+    asked = threading.Event()
+    alone = jax.process_count() == 1
+    with _on_sigterm(lambda *_: asked.set()) if alone else contextlib.nullcontext():
+        yield lambda: asked.is_set() or _told_to_stop(devices)
+    if asked.is_set():  # after the last update: pass the signal on
+        signal.raise_signal(signal.SIGTERM)

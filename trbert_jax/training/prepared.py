@@ -47,16 +47,10 @@ def shard_paths(directory: Path, split: str, num_examples: int, shard_size: int)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedFeatures(Examples):
-    """Examples whose tokens are read from shards when a batch needs them.
+    """Examples whose tokens are read from shards when a batch needs them."""
 
-    Attributes:
-      paths: the shards, in order.
-      token_id: the first token of every row, [CLS].
-      has_token_types: whether rows have token types.
-    """
-
-    paths: tuple[str, ...] = ()
-    token_id: int = 0
+    paths: tuple[str, ...] = ()  # the shards, in order
+    token_id: int = 0  # the first token of every row, [CLS]
     has_token_types: bool = False
 
     @property
@@ -120,12 +114,7 @@ def read_provenance(directory: str | Path, split: str) -> dict[str, Any]:
 
 
 def load_prepared(directory: str | Path, split: str, settings: Mapping[str, Any]) -> PreparedFeatures:
-    """Loads a split that `write_prepared` wrote, after checking every file of it.
-
-    Args:
-      directory: its folder.
-      split: its name.
-      settings: what it must have been made with.
+    """Loads a split that `write_prepared` wrote with these settings, after checking every file of it.
 
     Raises:
       UserError: the data or the split does not exist, was made with other settings, or a file is missing or
@@ -182,7 +171,7 @@ def write_prepared(
     shard_size: int = SHARD_SIZE,
     workers: int = 2,
 ) -> Path:
-    """Writes a data set, or the files of it that are missing or changed.
+    """Writes a data set, or the files of it that are missing or changed, and returns its folder.
 
     Equal examples make equal files, so that a call that was stopped and repeated ends with the same ones.
 
@@ -192,9 +181,6 @@ def write_prepared(
       settings: JSON-like values for `load_prepared` to compare.
       shard_size: examples of a shard.
       workers: shards written at the same time.
-
-    Returns:
-      The directory.
 
     Raises:
       UserError: the directory holds something else, or cannot be written to.
@@ -210,10 +196,10 @@ def write_prepared(
         for number, path in enumerate(shard_paths(directory, split, len(examples), shard_size)):
             if path.exists() and hash_file(path) == recorded.get(path.name):
                 files[path.name] = recorded[path.name]
-            else:
-                if path.exists():
-                    logger.warning("%s: is not as it was written; rewritten", path)
-                missing.append((path, examples, range(number * shard_size, (number + 1) * shard_size)))
+                continue
+            if path.exists():
+                logger.warning("%s: is not as it was written; rewritten", path)
+            missing.append((path, examples, range(number * shard_size, (number + 1) * shard_size)))
     total = len(files) + len(missing)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         jobs = {pool.submit(_write_shard, schema, *job): job[0].name for job in missing}
@@ -285,8 +271,7 @@ def _write_index(path: Path, examples: Examples) -> None:
         "first_token": np.array(examples.first_token),
         "has_token_types": np.array(examples.token_types is not None),
         "digest": np.array(examples.digest.encode()),
-        **{f"target_{name}": values for name, values in examples.targets.items()},
-        **{f"row_{name}": values for name, values in examples.row_targets.items()},
+        **_targets(examples),
     }
     if examples.first_row is not None:
         arrays["first_row"] = examples.first_row
@@ -299,30 +284,29 @@ def _write_metadata(
 ) -> None:
     import tensorflow_datasets as tfds
 
-    infos = []
-    for split, examples in splits.items():
-        paths = shard_paths(directory, split, len(examples), shard_size)
+    def describe(split: str, num_examples: int) -> Any:
+        paths = shard_paths(directory, split, num_examples, shard_size)
         names = {"dataset_name": NAME, "split": split, "filetype_suffix": "array_record"}
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[min(shard_size, len(examples) - i * shard_size) for i in range(len(paths))],
-                num_bytes=sum(path.stat().st_size for path in paths),
-                filename_template=tfds.core.ShardedFileTemplate(directory, **names),
-            )
+        return tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[min(shard_size, num_examples - i * shard_size) for i in range(len(paths))],
+            num_bytes=sum(path.stat().st_size for path in paths),
+            filename_template=tfds.core.ShardedFileTemplate(directory, **names),
         )
-    # Checking the data would need TensorFlow.
-    options = {"features": schema.features, "split_infos": infos, "version": VERSION, "check_data": False}
-    tfds.folder_dataset.write_metadata(data_dir=str(directory), **options)
+
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(directory),
+        features=schema.features,
+        split_infos=[describe(split, len(examples)) for split, examples in splits.items()],
+        version=VERSION,
+        check_data=False,  # would need TensorFlow
+    )
 
 
 class _Schema:
-    """The fields of a record, the same in all splits: the library has one description for all.
+    """The fields of a record (`features`), the same in all splits: the library has one description for all.
 
     Targets get the widest shape of all splits; entries are padded with -1 (integers) or 0.
-
-    Attributes:
-      features: the description, a `tfds.features.FeaturesDict`.
     """
 
     def __init__(self, splits: Sequence[Examples]) -> None:
@@ -330,11 +314,11 @@ class _Schema:
         from tensorflow_datasets.core import example_serializer
 
         self._padding: dict[str, np.ndarray] = {}  # an empty entry of each target
-        for examples in splits:
-            for name, values in _targets(examples).items():
-                known, floats = self._padding.get(name), values.dtype.kind == "f"
-                shape = values.shape[1:] if known is None else np.maximum(known.shape, values.shape[1:])
-                self._padding[name] = np.full(shape, 0 if floats else -1, np.float32 if floats else np.int32)
+        for name, values in (target for examples in splits for target in _targets(examples).items()):
+            known = self._padding.get(name, np.zeros(values.shape[1:]))
+            floats = values.dtype.kind == "f"
+            shape = tuple(map(max, known.shape, values.shape[1:]))
+            self._padding[name] = np.full(shape, 0 if floats else -1, np.float32 if floats else np.int32)
         self._has_types = any(examples.token_types is not None for examples in splits)
 
         def tensor(shape: tuple[int | None, ...], dtype: Any = np.int32) -> Any:
@@ -349,7 +333,6 @@ class _Schema:
         self._serializer = example_serializer.ExampleSerializer(self.features.get_serialized_info())
 
     def record(self, examples: Examples, index: int) -> bytes:
-        """Serializes one example."""
         from tensorflow_datasets.proto import tf_example_pb2
 
         rows = examples.rows(np.array([index]))[0]
