@@ -44,11 +44,7 @@ BACKBONES: dict[str, Backbone] = {}
 
 
 def register_backbone(backbone: Backbone) -> Backbone:
-    """Adds a backbone to `BACKBONES`.
-
-    Raises:
-      ValueError: another backbone has its name or one of its aliases.
-    """
+    """Adds a backbone to `BACKBONES`; raises `ValueError` if its name or an alias is taken."""
     taken = [name for name in (backbone.name, *backbone.aliases) if find_backbone(name)]
     if taken:
         raise ValueError(f"model type {taken[0]!r} is registered already")
@@ -59,11 +55,6 @@ def register_backbone(backbone: Backbone) -> Backbone:
 def find_backbone(model_type: Any) -> Backbone | None:
     """Returns the backbone of this name or alias, or None."""
     return next((b for b in BACKBONES.values() if model_type in (b.name, *b.aliases)), None)
-
-
-def model_types() -> tuple[str, ...]:
-    """Returns all names and aliases."""
-    return tuple(name for b in BACKBONES.values() for name in (b.name, *b.aliases))
 
 
 register_backbone(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trbert_jax.errors import UserError
-from trbert_jax.model.backbones import BACKBONES, Backbone, find_backbone, model_types
+from trbert_jax.model.backbones import BACKBONES, Backbone, find_backbone
 
 if TYPE_CHECKING:
     from trbert_jax.model.heads import Head
@@ -116,22 +116,15 @@ class ModelConfig:
 def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """Reads a model's shape from the `config.json` of a Hugging Face, published TR-BERT or saved model.
 
-    Errors name `source`.
-
-    Raises:
-      UserError: an unknown model type, an unsupported setting or a bad value.
+    Raises `UserError`, naming `source`, for an unknown model type, an unsupported setting or a bad value.
     """
     backbone = find_backbone(values.get("model_type", ""))
     if backbone is None:
-        raise UserError(
-            f"{source}: model_type is {values.get('model_type')!r}; "
-            f"expected one of {', '.join(model_types())}"
-        )
-    if values.get(backbone.activation_key, "gelu") not in ("gelu", "gelu_python"):
-        key = backbone.activation_key
-        raise UserError(f"{source}: {key} is {values[key]!r}; only 'gelu' is supported")
-    for key, allowed in _ONLY_VALUES.items():
-        if values.get(key) not in allowed:
+        known = ", ".join(name for b in BACKBONES.values() for name in (b.name, *b.aliases))
+        raise UserError(f"{source}: model_type is {values.get('model_type')!r}; expected one of {known}")
+    only: dict[str, tuple[Any, ...]] = {backbone.activation_key: ("gelu", "gelu_python"), **_ONLY_VALUES}
+    for key, allowed in only.items():
+        if values.get(key, allowed[0]) not in allowed:
             raise UserError(f"{source}: {key} is {values[key]!r}; only {allowed[0]!r} is supported")
 
     fields: dict[str, Any] = {"model_type": backbone.name, **backbone.defaults}

@@ -63,12 +63,9 @@ class Encoder(nn.Module):
         deterministic: bool = True,
         passage: SharedPassage | None = None,
     ) -> tuple[TokenSet, tuple[Selection, ...]]:
-        """Runs the other layers; selects and drops tokens at each point of reduction.
+        """Runs the other layers on the output of `before_selection`; drops tokens at each point of reduction.
 
-        Args:
-          tokens: the output of `before_selection`, states [B, S, H].
-          rule: see `trbert_jax.reduction.selection`; None runs the dense encoder without selectors.
-          passage: see `trbert_jax.reduction.selection.select`.
+        Without a `rule` runs the dense encoder; `passage` is as in `select`.
 
         Returns:
           The tokens after the last layer, and one `Selection` for each point of reduction. If the head reads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.layers import dense
 
 Logits = Any  # an array, or a dict of arrays by what they are of
+Inputs = Mapping[str, jax.Array]  # entries of a batch that a head reads besides the states
 
 
 class ClassificationHead(nn.Module):
@@ -48,9 +50,7 @@ class SpanHead(nn.Module):
         self.qa_outputs = dense(2, self.config, jnp.float32)
         self.dropout = nn.Dropout(self.config.backbone.span_dropout)
 
-    def __call__(
-        self, states: jax.Array, mask: jax.Array, batch: Mapping[str, jax.Array], deterministic: bool
-    ) -> jax.Array:
+    def __call__(self, states: jax.Array, mask: jax.Array, batch: Inputs, deterministic: bool) -> jax.Array:
         """States [B, S, H] -> float32 logits [B, 2, S], of the start and of the end."""
         states = self.dropout(states, deterministic=deterministic)
         return jnp.swapaxes(self.qa_outputs(states), 1, 2)
@@ -65,9 +65,7 @@ class CandidateHead(nn.Module):
     def setup(self) -> None:
         self.qa_outputs = dense(1, self.config, jnp.float32)
 
-    def __call__(
-        self, states: jax.Array, mask: jax.Array, batch: Mapping[str, jax.Array], deterministic: bool
-    ) -> jax.Array:
+    def __call__(self, states: jax.Array, mask: jax.Array, batch: Inputs, deterministic: bool) -> jax.Array:
         """States [B, S, H] and `candidates` int32 [B, C] (-1 for none) -> float32 [B, C]."""
         return self.qa_outputs(take_states(states, batch["candidates"]))[..., 0]
 
@@ -79,15 +77,11 @@ class MultiHopHead(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        def linear(outputs: int) -> nn.Module:
-            return dense(outputs, self.config, jnp.float32)
-
+        linear = functools.partial(dense, config=self.config, dtype=jnp.float32)
         self.qa_outputs, self.qa_classifier = linear(2), linear(3)
         self.sent_linear, self.sent_classifier = linear(self.config.hidden_size), linear(2)
 
-    def __call__(
-        self, states: jax.Array, mask: jax.Array, batch: Mapping[str, jax.Array], deterministic: bool
-    ) -> dict[str, jax.Array]:
+    def __call__(self, states: jax.Array, mask: jax.Array, batch: Inputs, deterministic: bool) -> Logits:
         """States [B, S, H], `sentences` int32 [B, N, 2] (first and last token, -1 for none).
 
         The kind is read off the largest value of each feature among the positions of `mask`.

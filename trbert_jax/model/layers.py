@@ -13,7 +13,7 @@ from trbert_jax.model.config import ModelConfig
 Dtype = Any
 
 
-def dense(features: int, config: ModelConfig, dtype: Dtype, name: str | None = None) -> nn.Dense:
+def dense(features: int, config: ModelConfig, dtype: Dtype) -> nn.Dense:
     """A linear layer with BERT's initialization.
 
     float32 means float32: without a precision, GPUs and TPUs would multiply in fewer bits.
@@ -23,7 +23,6 @@ def dense(features: int, config: ModelConfig, dtype: Dtype, name: str | None = N
         dtype=dtype,
         precision=precision(dtype),
         kernel_init=nn.initializers.normal(config.initializer_range),
-        name=name,
     )
 
 

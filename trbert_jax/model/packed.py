@@ -109,9 +109,7 @@ def packed_forward(
 ) -> ModelOutput:
     """Runs the model on a batch like `model.forward`, equally exactly; dropout masks differ.
 
-    Args:
-      model, params, batch, rule, num_copies, dropout_rng: as in `trbert_jax.model.model.forward`.
-      tiling: sizes of the loops; None chooses them for the device and the number of rows.
+    Without a `tiling`, chooses the sizes of the loops for the device and the number of rows.
     """
     config = model.config
     encoder = PackedEncoder.of(model, len(batch["input_ids"]) * num_copies, tiling)
@@ -143,10 +141,7 @@ def packed_forward(
 
 @dataclasses.dataclass(frozen=True)
 class PackedEncoder:
-    """The pieces of a packed forward pass; parameters are those of the whole model.
-
-    Without a `dropout_rng` there is no dropout.
-    """
+    """The pieces of a packed forward pass, with the whole model's parameters; dropout needs `dropout_rng`."""
 
     model: TokenReducingModel
     tiling: Tiling
@@ -186,11 +181,7 @@ class PackedEncoder:
         return pack(packed.states, slot, keep, self.tiling, (*packed.scratch, packed.states))
 
     def run_layers(
-        self,
-        params: Params,
-        packed: PackedTokens,
-        layers: Sequence[int],
-        dropout_rng: jax.Array | None = None,
+        self, params: Params, packed: PackedTokens, layers: Sequence[int], dropout_rng: Any = None
     ) -> PackedTokens:
         """Runs the given layers."""
         for i in layers:

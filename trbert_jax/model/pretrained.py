@@ -70,7 +70,6 @@ def load_pretrained(
     Logs a warning if parts are newly initialized or labels renamed, and every other change as info.
 
     Args:
-      path_or_id: a directory, or the name of a model on the hub.
       task: a key of `HEADS`. The head of another task is left out. None takes the checkpoint's.
       labels: label names in the order of their ids. The checkpoint's classifier is kept if it has
         as many (reordered if it has the same names in another order), else a new one is made.
@@ -141,16 +140,9 @@ def save_pretrained(
     """Writes a model directory, whole or not at all.
 
     It holds `config.json` (Hugging Face's, with our settings under `trbert`), `model.safetensors`
-    (float32, original names) and the tokenizer's files. `load_pretrained` returns every bit of it;
-    `transformers` loads the dense model from it. Replaces an existing model directory.
-
-    Args:
-      directory: the directory to write.
-      config: the model's shape.
-      params: nested dict of arrays.
-      tokenizer: None writes no tokenizer files.
-      exclude: untrained parts, named as in `Pretrained.newly_initialized`; loading the model initializes
-        them anew.
+    (float32, original names) and the tokenizer's files, if any. `load_pretrained` returns every bit of it;
+    `transformers` loads the dense model from it. Replaces an existing model directory. Leaves out the
+    untrained parts that `exclude` names as in `Pretrained.newly_initialized`; loading initializes them anew.
 
     Raises:
       UserError: the directory cannot be written, or holds files that are not a model's.

@@ -81,16 +81,12 @@ def map_tokens(
     tiling: Tiling,
     rng: jax.Array | None = None,
 ) -> Arrays:
-    """Applies a function of single tokens to the first `count` slots.
+    """Applies a function of single tokens to the first `count` slots, an int32 scalar.
 
     Args:
-      fn: `(params, rng, *tiles) -> tiles`; works on each token by itself.
-      params: its parameters; differentiated.
-      inputs: arrays [C, ...]; differentiated.
+      fn: `(params, rng, *tiles) -> tiles`; works on each token by itself, and gets a key per tile.
+      params, inputs: its parameters, and arrays [C, ...]; differentiated.
       into: arrays [C, ...] to overwrite; they may be the inputs.
-      count: int32 scalar.
-      tiling: sizes of the steps.
-      rng: key of dropout; each tile gets its own.
     """
 
     def forward(params: Any, inputs: Arrays, into: Arrays, count: jax.Array, rng: Any) -> Arrays:
@@ -180,7 +176,6 @@ def attend_rows(
       into: [C, H], overwritten.
       start, length: int32 [R], first slot and number of tokens of each row, the longest row first.
       width: the largest possible length.
-      tiling: sizes of the steps.
       rng: key of dropout; each group gets its own.
       one_query: each row has a single query: the query and `into` are [R, H].
     """

@@ -133,13 +133,8 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, source: str) -> 
 def train_wordpiece(texts: Sequence[str], vocab_size: int, markers: Sequence[str] = ()) -> Tokenizer:
     """Trains a tokenizer like that of BERT uncased; the same texts always give the same one.
 
-    Args:
-      texts: the training texts.
-      vocab_size: largest number of entries.
-      markers: further entries that no text is tokenized into, such as BERT's [unused1].
-
-    Returns:
-      A `transformers.PreTrainedTokenizerFast`; [PAD], [UNK], [CLS], [SEP], [MASK] are 0 to 4, markers follow.
+    Its entries, at most `vocab_size`, begin with [PAD], [UNK], [CLS], [SEP], [MASK] and the `markers`, which
+    no text is tokenized into, such as BERT's [unused1].
 
     Raises:
       UserError: a vocabulary of less than 100 entries.

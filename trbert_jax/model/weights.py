@@ -48,8 +48,6 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _IGNORED_HEADS = ("cls.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.")
 _IGNORED_TENSORS = ("position_ids", "token_type_ids")
 
-# Names ------------------------------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
@@ -162,8 +160,7 @@ def original_name(name: str, config: ModelConfig) -> str | None:
 def local_directory(path_or_id: str | Path) -> Path:
     """Resolves a local path or a Hugging Face Hub id to a local model directory.
 
-    Downloads configuration, tokenizer and weights to the cache that all Hugging Face tools share; a cached
-    model needs no network.
+    Downloads a model to the cache that all Hugging Face tools share; a cached one needs no network.
 
     Raises:
       UserError: no such directory, no such model, or the hub cannot be reached.
@@ -173,11 +170,8 @@ def local_directory(path_or_id: str | Path) -> Path:
         return path
     if path.exists():
         raise UserError(f"{path}: is a file; expected a model's directory")
-    name = str(path_or_id)
-    if not _HUB_ID.fullmatch(name):
-        raise UserError(
-            f"{name}: no such directory; expected a model's directory or the name of one on the hub"
-        )
+    if not _HUB_ID.fullmatch(name := str(path_or_id)):
+        raise UserError(f"{name}: no such directory; expected a model's directory or its name on the hub")
     directory = _download(name, _SAFETENSORS_FILES)
     if not any(directory.glob("model*.safetensors*")):
         directory = _download(name, _TORCH_FILES)
@@ -197,9 +191,9 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
         ) from error
     except OSError as error:  # LocalEntryNotFoundError, HTTP and connection errors
         raise UserError(
-            f"{name}: no such directory, and the Hugging Face hub could not be reached "
-            f"({str(error).splitlines()[0]}). Without a network, download the model elsewhere "
-            f"(`hf download {name} --local-dir DIR`), copy the directory here and give its path instead"
+            f"{name}: no such directory, and no connection to the Hugging Face hub "
+            f"({str(error).splitlines()[0]}). Without a network, copy a directory that "
+            f"`hf download {name} --local-dir DIR` made elsewhere, and give its path instead"
         ) from error
 
 
@@ -233,10 +227,10 @@ def write_weights(path: Path, weights: Mapping[str, Any]) -> None:
 
 def _weight_files(directory: Path) -> list[Path]:
     for name in (SAFETENSORS, TORCH):
-        if (directory / name).is_file():
-            return [directory / name]
-        if (directory / (name + _INDEX_SUFFIX)).is_file():
-            return _pieces(directory / (name + _INDEX_SUFFIX))
+        if (file := directory / name).is_file():
+            return [file]
+        if (index := directory / (name + _INDEX_SUFFIX)).is_file():
+            return _pieces(index)
     others = sorted(directory.glob("*.safetensors"))
     if len(others) == 1:
         return others
@@ -275,9 +269,7 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
     except PermissionError as error:
         raise UserError(f"{file}: no permission to read it") from error
     except SafetensorError as error:
-        raise UserError(
-            f"{file}: truncated or damaged ({error}); fetch or write the checkpoint again"
-        ) from error
+        raise UserError(f"{file}: truncated or damaged ({error}); fetch or write it again") from error
     return weights
 
 

@@ -89,18 +89,14 @@ def bert_base_flops(lengths: npt.ArrayLike, num_outputs: int) -> Counts:
 
 
 def reduced_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
-    """Counts FLOPs with reduction, as published work reports them: selectors pay for the tokens they keep.
+    """Counts FLOPs with reduction, as published work reports them: selectors pay for what they keep.
 
     Args:
       shape: of the model, T points of reduction.
       lengths: int [n], tokens of each example, special ones included.
       kept: int [n, T], tokens kept at each point.
 
-    Returns:
-      int64 [n].
-
-    Raises:
-      ValueError: `kept` is not [n, T] or exceeds the number of tokens before.
+    Returns int64 [n]; raises `ValueError` if `kept` is not [n, T] or exceeds the number of tokens before.
     """
     macs, tokens = _encoder_macs(shape, lengths, kept)
     return 2 * (macs + shape.selector_macs * tokens[:, 1:].sum(1) + shape.classifier_macs)
@@ -140,11 +136,8 @@ def assumed_flops(
 ) -> npt.NDArray[np.float64]:
     """Counts exact FLOPs with reduction if each point keeps a share of the tokens, float64 [n].
 
-    Args:
-      shape: of the model, T points of reduction.
-      lengths: int [n], tokens of each example.
-      shares: T numbers, the share of an example's tokens that remains after each point; None assumes that
-        each point keeps `ASSUMED_KEPT` of its tokens.
+    `lengths`, int [n], are the tokens of each example; `shares` of them remain after each point. None assumes
+    that each point keeps `ASSUMED_KEPT` of its tokens.
     """
     if shares is None:
         shares = [ASSUMED_KEPT ** (i + 1) for i in range(len(shape.reduction_layers))]

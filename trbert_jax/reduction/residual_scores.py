@@ -24,8 +24,7 @@ class Encoder(Protocol):
 def score_layers(config: Any) -> tuple[tuple[int, ...], int]:
     """Returns the compared layers: the one before each selector's point of reduction, and layer 2L/3.
 
-    0-based; -1 stands for the embeddings. Always one entry per selector, also if a shallow model has a
-    single point of reduction.
+    0-based; -1 for the embeddings. One entry per selector, also if a shallow model has a single point.
     """
     before = [point - 1 for point in config.reduction_layers]
     before += before[-1:] * (config.num_selectors - len(before))
@@ -46,9 +45,7 @@ def residual_scores(
     point of reduction s.
 
     Args:
-      config: the model's shape, `model.config.ModelConfig`.
-      encoder: drops nothing.
-      params: fine-tuned parameters.
+      config: the model's shape, `model.config.ModelConfig`; `params` are fine-tuned.
       batch: B examples of G rows each, padded to S tokens.
       loss: runs the last layers, whose numbers it gets, and the head:
         `(tokens, layers) -> (loss float32 [B], logits)`.
@@ -78,15 +75,9 @@ def residual_scores(
 def rank_targets(scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Computes the targets of the selector initialization from residual scores.
 
-    The token of rank k (0 = highest score) among the l real tokens of an example gets 1 - k / l;
-    padding gets 0. Among equal scores the earlier token ranks higher.
-
-    Args:
-      scores: float32 [B, stages, S].
-      lengths: int [B].
-
-    Returns:
-      float32 [B, stages, S].
+    The token of rank k (0 = highest score) among the l real tokens of an example gets 1 - k / l; padding gets
+    0. Among equal scores the earlier token ranks higher. `scores` and result are float32 [B, stages, S],
+    `lengths` int [B].
     """
     position = np.arange(scores.shape[-1])
     real = position < np.asarray(lengths)[:, None, None]

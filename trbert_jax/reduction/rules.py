@@ -51,11 +51,7 @@ RULES: dict[str, RuleSpec] = {}
 
 
 def register_rule(spec: RuleSpec) -> RuleSpec:
-    """Adds a rule to `RULES`.
-
-    Raises:
-      ValueError: a rule of that name exists.
-    """
+    """Adds a rule to `RULES`; raises `ValueError` if its name is taken."""
     if spec.name in RULES:
         raise ValueError(f"rule {spec.name!r} is registered already")
     RULES[spec.name] = spec
@@ -68,11 +64,7 @@ def rule_names(use: Use = "evaluate") -> tuple[str, ...]:
 
 
 def check_rule(name: str, threshold: float = DEFAULT_THRESHOLD) -> None:
-    """Checks a rule of evaluation and its threshold.
-
-    Raises:
-      UserError: an unknown rule, a threshold that is no probability, or one for a rule that has none.
-    """
+    """Raises `UserError` for an unknown rule of evaluation or a threshold that it cannot have."""
     if name not in rule_names():
         raise UserError(f"rule is {name!r}; expected one of {', '.join(rule_names())}")
     if not isinstance(threshold, float) or not 0 < threshold < 1:

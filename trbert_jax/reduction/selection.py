@@ -81,10 +81,7 @@ def select(
     """Decides at one point of reduction.
 
     Args:
-      logits: float32 [B, S].
-      valid: bool [B, S], tokens not yet dropped.
-      stage: index of the point of reduction.
-      rule: see the module's docstring.
+      logits, valid, stage, rule: see the module's docstring.
       passage: tokens that several rows share and decide on together; all others are kept. None: every row
         decides on all its tokens.
     """
@@ -129,10 +126,9 @@ def keep_all(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def keep_probable(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
-    """Keeps every token with a keep probability of at least one half.
+    """Keeps every token with a keep probability of at least one half, the default of evaluation.
 
-    Depends only on the token's own row, so a prediction does not depend on the rest of the batch. The
-    default of evaluation and prediction.
+    Depends only on the token's own row, so a prediction does not depend on the rest of the batch.
     """
     return (logits >= 0) & valid
 
@@ -181,13 +177,9 @@ def sample(row_keys: jax.Array) -> Rule:
 def imitate(guide: jax.Array, imitating: jax.Array, otherwise: Rule) -> Rule:
     """Lets some rows follow the residual scores instead of the selector (the warm-up of the policy).
 
-    An imitating row keeps the tokens with the highest scores, as many as its probabilities sum to, rounded.
+    A row that is `imitating`, bool [B], keeps the tokens with the highest scores in `guide`, float32
+    [B, stages, S] (not negative), as many as its probabilities sum to, rounded; others follow `otherwise`.
     Paper, section 3.3; docs/method.md, "Imitation".
-
-    Args:
-      guide: float32 [B, stages, S], residual scores, not negative.
-      imitating: bool [B].
-      otherwise: the rule of the other rows.
     """
 
     def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ def rank_error(
     The target is the rank, or a power of it to keep another share of the tokens than one half.
 
     Args:
-      selections: of a run that drops nothing, logits [B, S].
+      selections: of a run that drops nothing.
       rank: float32 [B, stages, S] in [0, 1], see `trbert_jax.reduction.residual_scores.rank_targets`.
       keep: share in (0, 1) of the tokens with a target above 1/2, one per selection; None for one half,
         as published.
