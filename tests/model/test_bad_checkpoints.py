@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,6 @@ def test_torch_file_runs_no_code(tmp_path: Path) -> None:
 
 def test_torch_file_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tiny_model(tmp_path) / WEIGHTS).rename(tmp_path / "pytorch_model.bin")
-    real_import = builtins.__import__
-
-    def no_torch(name: str, *arguments: Any, **options: Any) -> Any:
-        if name.partition(".")[0] == "torch":
-            raise ImportError(name)
-        return real_import(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", no_torch)
+    monkeypatch.setitem(sys.modules, "torch", None)  # makes its import fail
     with pytest.raises(UserError, match=r"trbert_jax\[torch\]"):
         read_weights(tmp_path)

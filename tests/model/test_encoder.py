@@ -175,11 +175,12 @@ def test_dense_is_keeping_all() -> None:
     np.testing.assert_allclose(dense.logits, everything.logits, atol=1e-5)
 
 
-def test_dropout_needs_its_key() -> None:
+@pytest.mark.parametrize("execute", BACKENDS.values(), ids=BACKENDS)
+def test_dropout_needs_its_key(execute: Any) -> None:
     """Off by default; with a key it is on, and follows from the key."""
     batch = random_batch(SHALLOW, LENGTHS, 12)
     model, params = TokenReducingModel(SHALLOW), params_of(SHALLOW)
-    noisy = jax.jit(lambda key: forward(model, params, batch, rule=None, dropout_rng=key).logits)
+    noisy = jax.jit(lambda key: execute(model, params, batch, rule=None, dropout_rng=key).logits)
     first, again, other = (noisy(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-3
@@ -195,25 +196,3 @@ def test_bfloat16() -> None:
     assert all(s.logits.dtype == jnp.float32 for s in output.selections)
     reference = run(SHALLOW, tokens.keep_all, params_of(SHALLOW), batch)
     assert 0 < np.abs(output.logits - reference.logits).max() < 0.1
-
-
-# Points of reduction ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_layers", [1, 3, 4])
-def test_selectors_read_the_layers_before(num_layers: int) -> None:
-    """A broken layer shows only in the logits of later points, a broken selector in its own."""
-    config = dataclasses.replace(SHALLOW, num_layers=num_layers)
-    params, batch = params_of(config), random_batch(config, [4], 6)
-
-    def shows(component: str) -> list[bool]:
-        broken = jax.tree.map(lambda x: x * np.nan, params["encoder"][component])
-        encoder = {**params["encoder"], component: broken}
-        output = run(config, tokens.keep_all, {**params, "encoder": encoder}, batch)
-        return [bool(np.isnan(s.logits[0, :4]).all()) for s in output.selections]
-
-    points = config.reduction_layers
-    for layer in range(num_layers):
-        assert shows(f"layer_{layer}") == [layer < point for point in points]
-    for selector in (0, 1):
-        assert shows(f"selector_{selector}") == [stage == selector for stage in range(len(points))]

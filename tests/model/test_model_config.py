@@ -28,10 +28,7 @@ def test_config_of_bert() -> None:
     config = model_config_from_dict(
         {
             "model_type": "bert",
-            "hidden_size": 32,
-            "num_attention_heads": 4,
             "num_hidden_layers": 5,
-            "intermediate_size": 64,
             "max_position_embeddings": 1024,
             "hidden_dropout_prob": 0.3,
             "classifier_dropout": None,
@@ -40,8 +37,8 @@ def test_config_of_bert() -> None:
             "use_cache": True,
         }
     )
-    assert (config.hidden_size, config.num_heads, config.num_layers) == (32, 4, 5)
-    assert (config.max_positions, config.max_length, config.layer_norm_eps) == (1024, 512, 1e-6)
+    assert (config.num_layers, config.layer_norm_eps) == (5, 1e-6)
+    assert (config.max_positions, config.max_length) == (1024, 512)
     assert (config.classifier_dropout, config.labels) == (0.3, ("neg", "pos"))
 
 

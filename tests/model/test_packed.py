@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -18,7 +17,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import params_of, random_batch
 
-from trbert_jax.model import packed as packed_module
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import ModelOutput, TokenReducingModel, forward
 from trbert_jax.model.packed import pack, packed_forward
@@ -101,7 +99,7 @@ def test_small_batches(lengths: list[int]) -> None:
 
 @functools.cache
 def gradient_program(execute: Any, joint: bool) -> Any:
-    def loss(params: Any, batch: Any, dropout_rng: Any) -> tuple[jax.Array, jax.Array]:
+    def loss(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         samples = objectives.sample_policy(
             TokenReducingModel(BERT),
             params,
@@ -110,7 +108,6 @@ def gradient_program(execute: Any, joint: bool) -> Any:
             num_samples=3,
             alpha=1.0,
             max_length=WIDTH,
-            dropout_rng=dropout_rng,
             execute=execute,
         )
         make = objectives.joint_objective if joint else objectives.policy_objective
@@ -119,10 +116,6 @@ def gradient_program(execute: Any, joint: bool) -> Any:
         return make(batch, samples).total.sum(), terms.sum()
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
-
-
-def gradients(execute: Any, params: Any, batch: Any, joint: bool, dropout_rng: Any = None) -> Any:
-    return gradient_program(execute, joint)(params, batch, dropout_rng)
 
 
 packed = functools.partial(packed_forward, tiling=TILING)
@@ -137,8 +130,8 @@ at_once = functools.partial(packed_forward, tiling=dataclasses.replace(TILING, r
 )
 def test_gradients_of_sampled_runs(packed: Any, joint: bool) -> None:
     batch = random_batch(BERT, [9, 1, 18, 5], width=WIDTH)
-    (reference, size), expected = gradients(forward, params_of(BERT), batch, joint)
-    (value, _), found = gradients(packed, params_of(BERT), batch, joint)
+    (reference, size), expected = gradient_program(forward, joint)(params_of(BERT), batch)
+    (value, _), found = gradient_program(packed, joint)(params_of(BERT), batch)
     np.testing.assert_allclose(value, reference, rtol=0, atol=1e-5 * size)
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     for (path, one), other in zip(
@@ -149,35 +142,7 @@ def test_gradients_of_sampled_runs(packed: Any, joint: bool) -> None:
         np.testing.assert_allclose(other, one, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.slow
-def test_dropout_follows_its_key() -> None:
-    batch = random_batch(BERT, [9, 1, 18, 5], width=WIDTH)
-    runs = [gradients(packed, params_of(BERT), batch, True, jax.random.key(seed)) for seed in (1, 1, 2)]
-    same, again, other = (np.asarray(grads["head"]["classifier"]["kernel"]) for _, grads in runs)
-    np.testing.assert_array_equal(same, again)
-    assert np.abs(same - other).max() > 1e-3
-    without = gradients(packed, params_of(BERT), batch, True)[1]["head"]["classifier"]["kernel"]
-    assert np.abs(same - without).max() > 1e-3
-
-
 # Shapes -------------------------------------------------------------------------------------------
-
-
-def test_one_trace_serves_all_selections(monkeypatch: pytest.MonkeyPatch) -> None:
-    traces: collections.Counter[str] = collections.Counter()
-
-    def counting(*arguments: Any) -> tokens.Selection:
-        traces["select"] += 1
-        return tokens.select(*arguments)
-
-    monkeypatch.setattr(packed_module, "select", counting)
-    run = jax.jit(
-        lambda params, batch: packed(TokenReducingModel(BERT), params, batch, rule=tokens.keep_probable)
-    )
-    for seed in range(5):
-        lengths = np.random.default_rng(seed).integers(1, WIDTH + 1, 4).tolist()
-        run(params_of(BERT), random_batch(BERT, lengths, seed=seed, width=WIDTH))
-    assert traces == {"select": 2}
 
 
 def test_pack() -> None:

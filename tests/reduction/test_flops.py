@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from trbert_jax.model.config import ModelConfig
@@ -15,18 +13,9 @@ BERT_BASE = flops.EncoderShape(12, 768, 3072, num_outputs=2, reduction_layers=(1
 SMALL = flops.EncoderShape(4, 2, 3, num_outputs=3, reduction_layers=(1, 2), selector_hidden=5)
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "macs"),
-    [
-        (0, 0),
-        (1, 7_079_424),
-        (128, 931_135_488),
-        (512, 4_026_531_840),
-        (10**6, 1_543_077_888_000_000),
-    ],
-)
-def test_published_costs_of_a_bert_base_layer(num_tokens: int, macs: int) -> None:
-    assert BERT_BASE.layer_macs(num_tokens) == macs
+def test_published_costs_of_a_bert_base_layer() -> None:
+    macs = BERT_BASE.layer_macs([0, 1, 128, 512, 10**6])
+    assert macs.tolist() == [0, 7_079_424, 931_135_488, 4_026_531_840, 1_543_077_888_000_000]
 
 
 @pytest.mark.parametrize(
@@ -63,16 +52,6 @@ def test_reduced_counts_by_hand() -> None:
         2 * (encoder[2] + 15 * 11 + 10),
     ]
     assert flops.exact_flops(SMALL, lengths, kept).tolist() == exact
-
-
-@pytest.mark.parametrize(
-    ("num_layers", "point", "encoder", "read"),
-    [(3, 1, 680 + 2 * 176, 10), (2, 1, 680 + 176, 10), (1, 0, 176, 10)],
-)
-def test_shallow_models_have_one_point(num_layers: int, point: int, encoder: int, read: int) -> None:
-    shape = dataclasses.replace(SMALL, num_layers=num_layers, reduction_layers=(point,))
-    assert flops.reduced_flops(shape, [10], [[4]]).tolist() == [2 * (encoder + 15 * 4 + 6)]
-    assert flops.exact_flops(shape, [10], [[4]]).tolist() == [2 * (encoder + 15 * read + 10)]
 
 
 @pytest.mark.parametrize("count", [flops.reduced_flops, flops.exact_flops])

@@ -35,17 +35,13 @@ def assert_kept(keep: jax.Array, *rows: str) -> None:
 
 def test_first_token_stays_and_nothing_returns() -> None:
     """Whatever a rule says: here it drops everything, or keeps even what is not there."""
-    valid = bools("1110", "1011", "1000")
+    valid = bools("1110", "1011", "1000", "0000")  # the last row is padding
 
     def careless(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
         return logits > 0
 
-    assert_kept(apply(careless, [[-1.0] * 4] * 3, valid).keep, "1000", "1000", "1000")
-    assert_kept(apply(careless, [[1.0] * 4] * 3, valid).keep, "1110", "1011", "1000")
-
-
-def test_padding_row_keeps_nothing() -> None:
-    assert_kept(apply(tokens.keep_all, [[0.0] * 3] * 2, bools("110", "000")).keep, "110", "000")
+    assert_kept(apply(careless, [[-1.0] * 4] * 4, valid).keep, "1000", "1000", "1000", "0000")
+    assert_kept(apply(careless, [[1.0] * 4] * 4, valid).keep, "1110", "1011", "1000", "0000")
 
 
 def test_two_points() -> None:
@@ -63,16 +59,6 @@ def test_two_points() -> None:
     second, selection = drop_tokens(first, jnp.array([[1.0, 1, -1, 1]]), 1, tokens.keep_probable)
     assert_kept(selection.scored, "1010")
     assert_kept(second.valid, "1000")
-
-
-def test_repeat_stacks_copies() -> None:
-    few = TokenSet(jnp.arange(12.0).reshape(2, 3, 2), bools("110", "111"))
-    many = few.repeat(3)
-    assert many.states.shape == (6, 3, 2)
-    for copy in range(3):
-        for row in range(2):
-            np.testing.assert_array_equal(many.states[copy * 2 + row], few.states[row])
-            np.testing.assert_array_equal(many.valid[copy * 2 + row], few.valid[row])
 
 
 # Deterministic rules ------------------------------------------------------------------------------
