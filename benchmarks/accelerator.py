@@ -44,19 +44,20 @@ LOGITS_TOLERANCE, GRADIENTS_TOLERANCE = 1e-5, 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sizes, longest text, batch sizes, texts, repeats and training step of a session."""
+    """Sizes, longest text, batch sizes, texts, repeats, stages and training step of a session."""
 
     sizes: tuple[str, ...] = ("minilm", "bert-base")
     max_length: int = 256
     batch_sizes: tuple[int, ...] = (32, 128, 8, 1)  # most important first, in case time runs out
     num_texts: int = 256
     repeats: int = 5
+    stages: tuple[str, ...] = ("finetune", "policy", "joint")  # whose steps to time
     setting: Setting = dataclasses.field(
         default_factory=lambda: Setting(batch_size=16, shares=SHARES, num_batches=2, repeats=5)
     )
 
 
-TINY = Plan(("tiny",), 64, (4,), 8, 2, Setting(2, 2, SHARES, 1, 2))
+TINY = Plan(("tiny",), 64, (4,), 8, 2, ("joint",), Setting(2, 2, SHARES, 1, 2))
 
 
 def make_workload(config: ModelConfig, num_texts: int) -> Workload:
@@ -218,7 +219,7 @@ def run_all(plan: Plan, session: Session) -> None:
             session.run("inference", size, f"batch size {batch_size}", table)
         if batch_size == plan.batch_sizes[0]:
             for size, config in configs.items():
-                for stage in ("finetune", "policy", "joint"):
+                for stage in plan.stages:
                     step = functools.partial(training, config, plan, stage)
                     session.run("training", size, stage, step)
 

@@ -30,6 +30,13 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure() -> None:
+    """Keeps JAX from scanning the folder of programs, in case it exceeds the limit, whenever it adds one."""
+    from jax._src.lru_cache import LRUCache  # reads the settings above
+
+    pytest.MonkeyPatch().setattr(LRUCache, "_evict_if_needed", lambda *_, **__: None, raising=False)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("torch"):
         pytest.importorskip("torch")

@@ -64,14 +64,14 @@ def test_accelerator(tmp_path: Path) -> None:
     assert variants == ["packed", "masked_full", "batch_max", "dense", "dense_full"]
     assert {record["dtype"] for record in result["inference"] + result["training"]} == {"bfloat16"}
     trained = [(r["backend"], r["strategy"]) for r in result["training"]]
-    assert trained == 3 * [("packed", "jit"), ("masked", "jit"), ("packed", "pmap")]
+    assert trained == [("packed", "jit"), ("masked", "jit"), ("packed", "pmap")]
     assert result["machine"]["peak_tflops"] is None
 
 
 def test_accelerator_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     result = run("accelerator", "--tiny", "--minutes", "0", target=tmp_path / "r.json")
     assert result["finished"]
-    assert len(result["left_out"]) == 5
+    assert len(result["left_out"]) == 3
     assert result["checks"] == result["inference"] == result["training"] == []
 
 

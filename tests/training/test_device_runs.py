@@ -1,4 +1,4 @@
-"""Whole runs on several devices, of one process or two, end as one on a single device does."""
+"""Runs on several devices, of one process or two, end as one on a single device does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny_processes import finish, start_together, train
 # Adam makes much of how a gradient near zero is rounded: without optimization too much for the bounds here.
 pytestmark = pytest.mark.usefixtures("optimized")
 MODEL = "model.safetensors"
-TRAINED = ("finetune", "init", "policy", "joint")
+TRAINED, FIRST = ("finetune", "init", "policy", "joint"), ["finetune", "score"]
 NO_DROPOUT: dict[str, Any] = {stage: {"dropout": False, "learning_rate": 1e-2} for stage in TRAINED}
 NO_DROPOUT["model"] = {"scratch": {**tiny_runs.SCRATCH, "num_layers": 2}}  # compilation is most of the time
 
@@ -80,19 +80,19 @@ def assert_same_training(one: Path, other: Path, trained: Sequence[str] = TRAINE
             np.testing.assert_allclose(right_model[name], array, rtol=0, atol=1e-4, err_msg=f"{stage} {name}")
 
 
+def assert_same_scores(one: Path, other: Path) -> None:
+    left, right = (np.load(folder / "work" / "score" / "scores.npy") for folder in (one, other))
+    np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-6)
+
+
 def assert_same_numbers(one: Path, other: Path) -> None:
     """Metrics, models, scores and predictions of two whole runs."""
     assert_same_training(one, other)
-    left_scores, right_scores = (np.load(f / "work" / "score" / "scores.npy") for f in (one, other))
-    np.testing.assert_allclose(left_scores, right_scores, rtol=1e-4, atol=1e-6)
+    assert_same_scores(one, other)
     records = [tiny_runs.read_lines(folder / "work" / "predictions.jsonl") for folder in (one, other)]
     assert len(records[0]) == tiny_runs.SIZES["test"]
     for left, right in zip(*records, strict=True):
-        assert (left["id"], left["prediction"], left["kept"]) == (
-            right["id"],
-            right["prediction"],
-            right["kept"],
-        )
+        assert all(left[name] == right[name] for name in ("id", "prediction", "kept"))
 
 
 @pytest.fixture(scope="module")
@@ -117,20 +117,22 @@ def test_all_stages_on_eight_devices_that_share_parameters(one_device: Path, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [{"fsdp": 4}, {"strategy": "pmap"}], ids=["fsdp", "pmap"])
-def test_two_processes_with_two_devices_each(
-    one_device: Path, tmp_path: Path, parallel: dict[str, Any]
-) -> None:
-    """All four devices share the state, or each has its own."""
-    config = tiny_runs.write_config(tmp_path, parallel=parallel, **NO_DROPOUT)
-    before = DIVIDING if "fsdp" in parallel else ""
-    outputs = finish(start_together([config, config], before=before))
+@pytest.mark.parametrize("strategy", ["jit", "pmap"])
+def test_two_processes_with_two_devices_each(one_device: Path, tmp_path: Path, strategy: str) -> None:
+    """All four devices share the state in all stages, or each has its own in the first two."""
+    shared = strategy == "jit"
+    changes = {"parallel": {"fsdp": 4}} if shared else {"parallel": {"strategy": "pmap"}, "stages": FIRST}
+    config = tiny_runs.write_config(tmp_path, **changes, **NO_DROPOUT)
+    outputs = finish(start_together([config, config], before=DIVIDING if shared else ""))
     assert [code for code, _, _ in outputs] == [0, 0], outputs
     assert "4 devices" in "".join(outputs[0][1:])
     assert "finetune" not in "".join(outputs[1][1:]), "only the first process speaks"
-    if before:
+    if shared:
         assert_divided(outputs[0][1])
-    assert_same_numbers(one_device, tmp_path)
+        assert_same_numbers(one_device, tmp_path)
+    else:
+        assert_same_training(one_device, tmp_path, ["finetune"])
+        assert_same_scores(one_device, tmp_path)
 
 
 @pytest.mark.slow

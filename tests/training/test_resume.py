@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ from trbert_jax.training import checkpoints, loop
 from trbert_jax.training.logging import read_metrics
 
 TRAINED = ["finetune", "policy", "joint"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with tiny_runs.compilation_cache(tmp_path_factory.getbasetemp() / "jax"):
-        yield
 
 
 def manifests(stage: Path) -> dict[str, Any]:
