@@ -15,21 +15,13 @@ TESTS = Path(__file__).parent
 Ended = tuple[int, str, str]  # exit code, stdout, stderr
 
 
-def environment(devices: int, **variables: str) -> dict[str, str]:
-    """Returns the environment of a process with this many devices that finds the tests' helpers."""
-    return {
-        **os.environ,
-        **variables,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
-    }
-
-
-def start(command: Sequence[str], devices: int, folder: Path | None = None, **env: str) -> Any:
-    """Starts a Python program, in which warnings are errors."""
+def start(command: Sequence[str], devices: int, folder: Path | None = None) -> Any:
+    """Starts a Python program that finds the tests' helpers, and in which warnings are errors."""
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-W", "error", *command],
-        env=environment(devices, **env),
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path},
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -49,19 +41,14 @@ def train(config: Path, devices: int, *arguments: str, before: str = "") -> Ende
 
 
 def start_together(
-    configs: Sequence[Path], folders: Sequence[Path] | None = None, before: str = "", **env: str
+    config: Path, folders: Sequence[Path | None] = (None, None), before: str = ""
 ) -> list[Any]:
-    """Starts `trbert train` per configuration, with two devices each, which join each other."""
-    joining = [
-        f"--coordinator=127.0.0.1:{free_port()}",
-        f"--num-processes={len(configs)}",
-        "--join-timeout=60",
+    """Starts `trbert train` in two processes of two devices each, which join each other."""
+    joining = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2", "--join-timeout=60"]
+    return [
+        start(train_command(config, *joining, f"--process-id={i}", before=before), 2, folder)
+        for i, folder in enumerate(folders)
     ]
-    processes = []
-    for i, config in enumerate(configs):
-        command = train_command(config, *joining, f"--process-id={i}", before=before)
-        processes.append(start(command, 2, folders[i] if folders else None, **env))
-    return processes
 
 
 def finish(processes: Sequence[Any], timeout: int = 1200) -> list[Ended]:

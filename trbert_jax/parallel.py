@@ -48,15 +48,10 @@ KEPT = PartitionSpec(None, AXES)  # [points of reduction, rows, positions]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeviceMesh:
-    """The devices of a run and how they share its work.
+    """The devices of a run and how they share its work."""
 
-    Attributes:
-      mesh: all devices, axes `data` and `fsdp`.
-      strategy: jit (one program over the mesh) or pmap (one program per device, parameters replicated).
-    """
-
-    mesh: Mesh
-    strategy: str = "jit"
+    mesh: Mesh  # all devices, axes `data` and `fsdp`
+    strategy: str = "jit"  # one program over the mesh; pmap: one per device, parameters replicated
 
     @property
     def num_devices(self) -> int:
@@ -201,16 +196,13 @@ class DeviceMesh:
         """
         if self.num_processes == 1:
             return work()
-        error: Exception | None = None
         try:
             result = work()
-        except Exception as caught:  # raised below, after the other processes know
-            error = caught
-        kind = "" if error is None or isinstance(error, UserError) else f"{type(error).__name__}: "
-        messages = self._exchange("" if error is None else f"{kind}{error}")
-        if error is not None:
-            raise error
-        for process, message in enumerate(messages):
+        except Exception as error:  # the other processes must know before it is raised
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            self._exchange(f"{kind}{error}")
+            raise
+        for process, message in enumerate(self._exchange("")):
             if message:
                 raise UserError(f"in process {process}: {message}")
         return result
@@ -232,12 +224,9 @@ class DeviceMesh:
         """Raises a UserError in every process unless `value` (JSON-like) is equal in all of them."""
         text = json.dumps(value, sort_keys=True, default=str)
         digests = self._exchange(hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
-        different = ", ".join(str(i) for i, digest in enumerate(digests) if digest != digests[0])
-        if different:
-            raise UserError(
-                f"the processes do not agree on {what}: {different} of {self.num_processes} differ from "
-                "process 0; start all with the same one"
-            )
+        if different := ", ".join(str(i) for i, digest in enumerate(digests) if digest != digests[0]):
+            differ = f"{different} of {self.num_processes} differ from process 0"
+            raise UserError(f"the processes do not agree on {what}: {differ}; start all with the same one")
 
     def _exchange(self, text: str) -> list[str]:
         """Returns the texts of all processes, each cut to `LONGEST_MESSAGE` bytes."""
@@ -260,10 +249,9 @@ def check_mesh(strategy: str, fsdp: int, num_devices: int) -> None:
 def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
     """Raises a UserError unless the devices divide a training stage's batch size."""
     if batch_size % num_devices:
-        raise UserError(
-            f"{stage}.batch_size is {batch_size}, which {num_devices} devices cannot share evenly; set it to "
-            f"a multiple of {num_devices} (and {stage}.accumulation_steps so that their product stays)"
-        )
+        cannot = f"{stage}.batch_size is {batch_size}, which {num_devices} devices cannot share evenly"
+        product = f"(and {stage}.accumulation_steps so that their product stays)"
+        raise UserError(f"{cannot}; set it to a multiple of {num_devices} {product}")
 
 
 def make_mesh(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | None = None) -> DeviceMesh:

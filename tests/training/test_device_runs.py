@@ -123,7 +123,7 @@ def test_two_processes_with_two_devices_each(one_device: Path, tmp_path: Path, s
     shared = strategy == "jit"
     changes = {"parallel": {"fsdp": 4}} if shared else {"parallel": {"strategy": "pmap"}, "stages": FIRST}
     config = tiny_runs.write_config(tmp_path, **changes, **NO_DROPOUT)
-    outputs = finish(start_together([config, config], before=DIVIDING if shared else ""))
+    outputs = finish(start_together(config, before=DIVIDING if shared else ""))
     assert [code for code, _, _ in outputs] == [0, 0], outputs
     assert "4 devices" in "".join(outputs[0][1:])
     assert "finetune" not in "".join(outputs[1][1:]), "only the first process speaks"

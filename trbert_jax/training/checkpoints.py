@@ -51,12 +51,8 @@ class DamagedCheckpointError(UserError):
 class CheckpointStore:
     """The checkpoints in one directory; a context manager that waits for unfinished writes.
 
-    One process writes; others may read at the same time.
-
-    Args:
-      directory: the folder of the checkpoints; it need not exist.
-      keep: number of latest checkpoints to keep (>= 1); the best one is kept as well.
-      fingerprint: JSON-like values that must equal those saved with a checkpoint to restore it.
+    One process writes; others may read at the same time. The `keep` (>= 1) latest checkpoints and the best
+    one are kept. `fingerprint`, JSON-like values, must equal that of a checkpoint to restore it.
     """
 
     def __init__(self, directory: str | Path, keep: int, fingerprint: Mapping[str, Any]) -> None:
@@ -71,11 +67,11 @@ class CheckpointStore:
         return self.directory / f"step_{step:08d}"
 
     def steps(self) -> tuple[int, ...]:
-        """Returns the steps of all checkpoints, ascending. Raises `UserError` on a damaged manifest."""
+        """Returns the steps of all checkpoints, ascending. Raises `DamagedCheckpointError`."""
         return tuple(self._manifests())
 
     def latest_step(self) -> int | None:
-        """Returns the last step with a checkpoint. Raises `UserError` on a damaged manifest."""
+        """Returns the last step with a checkpoint. Raises `DamagedCheckpointError`."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
@@ -101,14 +97,13 @@ class CheckpointStore:
         if manifests and step <= max(manifests):
             raise ValueError(f"{self.directory}: step {step} is not after the latest one, {max(manifests)}")
         leaves = _named_leaves(state)
-        manifest = {
+        manifests[step] = manifest = {
             "step": step,
-            "metric": None if metric is None else _finite(metric),
+            "metric": _finite(metric),
             "metrics": {name: _finite(value) for name, value in (metrics or {}).items()},
             "fingerprint": self._fingerprint,
             "arrays": _describe(leaves),
         }
-        manifests[step] = manifest
         # Orbax refuses empty arrays; the manifest has their shapes.
         arrays = {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf.size}
         with self._failing(step):
@@ -316,9 +311,9 @@ def _best(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
     return max(scored, key=lambda step: (scored[step], -step), default=None)
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float | None) -> float | None:
     """Returns None for NaN and infinity, which JSON does not have."""
-    return float(value) if math.isfinite(value) else None
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _cut(lines: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ _PANELS: tuple[tuple[str, Callable[[str], bool]], ...] = (
 )
 
 
-class _Progress:
+class Progress:
     """Progress of a stage on stderr: a bar on a terminal, else a line every 10 seconds.
 
     The first update, which compiles the program, counts neither in the rate nor in the time left.
@@ -75,10 +75,12 @@ class _Progress:
         self._bar.update(step - self._bar.n)
 
     def show(self, scalars: Mapping[str, float]) -> None:
+        """Shows those of these scalars that matter most from now on."""
         shown = {k: float(v) for k, v in scalars.items() if k.removeprefix("dev_") in _SHOWN}
         self._scalars.update(shown)
 
     def close(self) -> None:
+        """Leaves the last state on the screen."""
         if self._bar is not None:
             self._bar.close()
 
@@ -137,7 +139,7 @@ class StageReport(contextlib.ExitStack):
             flush_secs=10,
             filename_suffix=f".step_{start_step:08d}",
         )
-        self._progress = _Progress(stage_name, total_steps)
+        self._progress = Progress(stage_name, total_steps)
         self.callback(self._tensorboard.close)
         self.callback(self._progress.close)
 
