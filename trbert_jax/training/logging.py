@@ -103,10 +103,8 @@ class StageReport(contextlib.ExitStack):
     """Metrics and progress of one stage; a context manager.
 
     A stage that resumes from `start_step` loses the metrics of later steps, which it will write again. If
-    `silent`, in processes other than the first, nothing is written or shown.
-
-    Raises:
-      UserError: the folder cannot be written to, or its metrics.jsonl is malformed.
+    `silent`, in processes other than the first, nothing is written or shown. Raises `UserError` if the folder
+    cannot be written to, or its metrics.jsonl is malformed.
     """
 
     def __init__(
@@ -212,14 +210,9 @@ class StepClock:
     ) -> dict[str, float]:
         """Returns seconds per update by part, and examples and tokens per second, since the last call.
 
-        Evaluation is not counted. Compilation is: the first report of a stage is slow.
-
-        Args:
-          metrics: of an update; `kept_tokens_N` (tokens of an example after a point of reduction) add kept
-            tokens per second.
-          flops: FLOPs of rows (see `loop.Training.flops`); adds `flops_per_second`, of the method itself
-            without padding and recomputation.
-          peak: FLOP/s of all devices; adds the share `flop_utilization` of it.
+        Evaluation is not counted. Compilation is: the first report of a stage is slow. `metrics` of an update
+        may have `kept_tokens_N`, tokens of an example after a point of reduction. `flops` returns the FLOPs
+        of rows by their lengths, without padding and recomputation; `peak` is the FLOP/s of all devices.
         """
         seconds = dict(self._seconds)
         total = time.perf_counter() - self._began - seconds.pop("evaluation")
@@ -263,10 +256,8 @@ class Profile(contextlib.ExitStack):
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Reads a metrics.jsonl: one dict per line, `step` an int, null as NaN.
 
-    Ignores an incomplete last line, which a killed run may leave.
-
-    Raises:
-      UserError: the file is missing, or a line is not a JSON object with a step and numbers.
+    Ignores an incomplete last line, which a killed run may leave. Raises `UserError` if the file is missing
+    or another line is malformed.
     """
     rows = []
     for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
@@ -288,10 +279,7 @@ def plot_metrics(stage_dirs: Sequence[str | Path], png_path: str | Path) -> None
     """Draws the training curves of all stages that have metrics: a row per stage, a panel per kind of metric.
 
     Training metrics, which are noisy, are drawn faint below their running mean; evaluations (`dev_*`) as
-    points.
-
-    Raises:
-      UserError: no stage has metrics, a metrics.jsonl is malformed, or the image cannot be written.
+    points. Raises `UserError` without any metrics, or if the image cannot be written.
     """
     from matplotlib.figure import Figure  # slow to import
 

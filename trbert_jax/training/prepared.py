@@ -95,11 +95,7 @@ def _parse(content: bytes) -> dict[str, np.ndarray]:
 
 
 def read_provenance(directory: str | Path, split: str) -> dict[str, Any]:
-    """Reads provenance.json and no other file.
-
-    Raises:
-      UserError: the folder does not exist, has no prepared data or no such split, or is unfinished.
-    """
+    """Reads provenance.json and no other file; raises `UserError` unless it has the split, finished."""
     path = Path(directory) / PROVENANCE
     if not path.exists():
         raise UserError(
@@ -114,11 +110,9 @@ def read_provenance(directory: str | Path, split: str) -> dict[str, Any]:
 
 
 def load_prepared(directory: str | Path, split: str, settings: Mapping[str, Any]) -> PreparedFeatures:
-    """Loads a split that `write_prepared` wrote with these settings, after checking every file of it.
+    """Loads a split that `write_prepared` wrote, after checking every file of it.
 
-    Raises:
-      UserError: the data or the split does not exist, was made with other settings, or a file is missing or
-        changed.
+    Raises `UserError` if it does not exist, was made with other settings, or a file is missing or changed.
     """
     directory = Path(directory)
     about = read_provenance(directory, split)
@@ -138,10 +132,9 @@ def load_prepared(directory: str | Path, split: str, settings: Mapping[str, Any]
     with np.load(index, allow_pickle=False) as archive:
         arrays = dict(archive)
     lengths = arrays.pop("row_lengths")
-
-    def named(prefix: str) -> dict[str, np.ndarray]:
-        return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
-
+    named = {
+        p: {k.removeprefix(p): x for k, x in arrays.items() if k.startswith(p)} for p in ("row_", "target_")
+    }
     return PreparedFeatures(
         tokens=np.zeros(0, np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
@@ -152,8 +145,8 @@ def load_prepared(directory: str | Path, split: str, settings: Mapping[str, Any]
         digest=bytes(arrays["digest"]).decode(),
         first_row=arrays.get("first_row"),
         group=int(arrays["group"]),
-        row_targets=named("row_"),
-        targets=named("target_"),
+        row_targets=named["row_"],
+        targets=named["target_"],
         paths=tuple(map(str, paths)),
         token_id=int(arrays["first_token"]),
         has_token_types=bool(arrays["has_token_types"]),
@@ -174,16 +167,8 @@ def write_prepared(
     """Writes a data set, or the files of it that are missing or changed, and returns its folder.
 
     Equal examples make equal files, so that a call that was stopped and repeated ends with the same ones.
-
-    Args:
-      directory: its folder.
-      splits: name -> examples.
-      settings: JSON-like values for `load_prepared` to compare.
-      shard_size: examples of a shard.
-      workers: shards written at the same time.
-
-    Raises:
-      UserError: the directory holds something else, or cannot be written to.
+    `settings` are JSON-like values for `load_prepared` to compare; `workers` shards of `shard_size` examples
+    are written at the same time. Raises `UserError` if the directory cannot be written to or is not theirs.
     """
     directory = make_directory(directory)
     sizes = {name: {"examples": len(x), "digest": x.digest} for name, x in splits.items()}
