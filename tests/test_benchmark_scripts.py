@@ -76,13 +76,13 @@ def test_accelerator_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_soak(tmp_path: Path) -> None:
-    """Three signals, of which one is SIGTERM."""
-    options = ["--kills", "2", "--terms", "1", "--steps", "20"]
+    """A signal of either kind."""
+    options = ["--kills", "1", "--terms", "1", "--steps", "20"]
     result = run("soak", *options, target=tmp_path / "r.json")
     assert result["identical"]
-    assert (result["sigkill"], result["sigterm"]) == (2, 1)
+    assert (result["sigkill"], result["sigterm"]) == (1, 1)
     assert result["compared_files"] >= 14
-    assert len(result["endings"]) == 3
+    assert len(result["endings"]) == 2
     assert {ending["when"] for ending in result["endings"]} <= {"within", "after"}
     assert set(result["stages_hit"]) == {ending["stage"] for ending in result["endings"]} | set(
         result["seconds_a_stage"]

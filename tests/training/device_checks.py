@@ -10,7 +10,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +19,6 @@ import tiny_models
 from stage_steps import UPDATES, StageStep
 
 from trbert_jax import parallel
-from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.model import init_params
 from trbert_jax.model.packed import BACKENDS, packed_forward
 from trbert_jax.model.tiles import Tiling
 from trbert_jax.parallel import DeviceMesh, make_mesh, single_device
@@ -43,25 +41,6 @@ def tiny_step(stage: str, execution: str) -> tuple[StageStep, Any]:
     return StageStep(stage, execution, TINY), tiny_models.tiny_params(TINY, scale=0.1)
 
 
-def quickstart_step(stage: str, execution: str) -> tuple[StageStep, Any]:
-    """A step of a model as large as the quickstart's, with its tiles; its parameters."""
-    settings = StageStep(stage, execution, TINY).experiment.config.model
-    scratch = settings.scratch
-    model = ModelConfig(
-        vocab_size=scratch.vocab_size,
-        hidden_size=scratch.hidden_size,
-        num_layers=scratch.num_layers,
-        num_heads=scratch.num_heads,
-        intermediate_size=scratch.intermediate_size,
-        initializer_range=scratch.initializer_range,
-        max_positions=settings.max_length,
-        max_length=settings.max_length,
-        labels=tuple("abcdefgh"),
-    )
-    step = StageStep(stage, execution, model, learning_rate=1e-3, num_samples=2)
-    return step, jax.device_get(init_params(model, jax.random.key(0)))
-
-
 def train(step: StageStep, params: Any, layout: DeviceMesh, passes: int) -> tuple[np.ndarray, Any]:
     """Losses of 20 updates, and the parameters after them."""
     state, frozen, rng = step.place(params, layout)
@@ -79,33 +58,19 @@ def differences(left: Any, right: Any) -> float:
     return max(jax.tree.leaves(found))
 
 
-def compare(step: StageStep, params: Any, ways: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """Largest differences to one device: of losses over 20 updates, and of the parameters after them."""
-    losses, after = train(step, params, single_device(), 1)
-    before = step.split(params)[0].trained
-    found: dict[str, Any] = {"moved": differences(before, after)}
-    for name, passes in ways:
-        others, others_after = train(step, params, LAYOUTS[name](), passes)
-        found[f"{name} {passes}"] = [float(np.abs(losses - others).max()), differences(after, others_after)]
-    return found
-
-
 def same(stage: str, execution: str, *ways: str) -> dict[str, Any]:
-    """A tiny model, trained in some ways: `fsdp 4` is a layout and the passes of an update."""
-    return compare(*tiny_step(stage, execution), _pairs(ways))
+    """Largest differences to one device: of losses over 20 updates, and of the parameters after them.
 
-
-def same_quickstart(stage: str, execution: str, *ways: str) -> dict[str, Any]:
-    """The quickstart's model, which has arrays of the sizes that are divided."""
-    step, params = quickstart_step(stage, execution)
-    found = compare(step, params, _pairs(ways))
-    state = step.place(params, make_mesh(fsdp=2))[0]
-    specs = [x.sharding.spec for x in jax.tree.leaves(state.trained)]
-    return {**found, "divided": sum(parallel.FSDP in spec for spec in specs)}
-
-
-def _pairs(ways: Sequence[str]) -> list[tuple[str, int]]:
-    return [(name, int(passes)) for name, passes in map(str.split, ways)]
+    A way to train is a layout and the passes of an update: `fsdp 4`.
+    """
+    step, params = tiny_step(stage, execution)
+    losses, after = train(step, params, single_device(), 1)
+    found: dict[str, Any] = {"moved": differences(step.split(params)[0].trained, after)}
+    for way in ways:
+        name, passes = way.split()
+        others, others_after = train(step, params, LAYOUTS[name](), int(passes))
+        found[way] = [float(np.abs(losses - others).max()), differences(after, others_after)]
+    return found
 
 
 def collectives(stage: str, execution: str) -> dict[str, list[str]]:
@@ -141,9 +106,7 @@ def divided() -> dict[str, float]:
     return {"data": size(make_mesh()), "fsdp": size(make_mesh(fsdp=8))}
 
 
-CHECKS: dict[str, Callable[..., Any]] = {
-    check.__name__: check for check in (same, same_quickstart, collectives, divided)
-}
+CHECKS: dict[str, Callable[..., Any]] = {check.__name__: check for check in (same, collectives, divided)}
 
 if __name__ == "__main__":
     assert jax.device_count() == 8

@@ -38,8 +38,6 @@ class StageStep:
       model: its shape.
       dropout: whether dropout is on.
       settings: further `key=value` settings.
-      learning_rate: large enough that 20 updates change the parameters.
-      num_samples: selections of an example.
     """
 
     stage: str
@@ -47,8 +45,6 @@ class StageStep:
     model: ModelConfig
     dropout: bool = False
     settings: tuple[str, ...] = ()
-    learning_rate: float = 1e-2
-    num_samples: int = 3
 
     @property
     def experiment(self) -> Experiment:
@@ -56,7 +52,7 @@ class StageStep:
         overrides = [
             f"{self.stage}.backend={self.execution}",
             f"{self.stage}.dropout={str(self.dropout).lower()}",
-            f"policy.num_samples={self.num_samples}",
+            "policy.num_samples=3",
         ]
         config: RunConfig = load_config(QUICKSTART, [*overrides, *self.settings])
         return Experiment(config)
@@ -71,7 +67,7 @@ class StageStep:
     @property
     def adamw(self) -> Any:
         """The optimizer, its epsilon so large that what rounding leaves of a gradient of 0 moves nothing."""
-        schedule = steps.linear_schedule(self.learning_rate, UPDATES, 2)
+        schedule = steps.linear_schedule(1e-2, UPDATES, 2)
         return steps.adamw(schedule, self.model, epsilon=1e-4)
 
     def split(self, params: Params) -> tuple[TrainState, Params]:

@@ -168,7 +168,7 @@ def write_prepared(
 
     Equal examples make equal files, so that a call that was stopped and repeated ends with the same ones.
     `settings` are JSON-like values for `load_prepared` to compare; `workers` shards of `shard_size` examples
-    are written at the same time. Raises `UserError` if the directory cannot be written to or is not theirs.
+    are written at the same time. Raises `UserError` if the folder holds something else or is not writable.
     """
     directory = make_directory(directory)
     sizes = {name: {"examples": len(x), "digest": x.digest} for name, x in splits.items()}
