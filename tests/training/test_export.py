@@ -88,8 +88,8 @@ def export_device_update(step: StageStep, passes: int) -> None:
     """What the strategy pmap runs on each device: copies of the state in, its own rows, copies out."""
     axis = steps._DEVICES
     each, mesh = PartitionSpec(axis), AbstractMesh((DEVICES,), (axis,), axis_types=(AxisType.Auto,))
-    layout: Any = SimpleNamespace(local_devices=range(DEVICES), mesh=mesh)
-    train_step = functools.partial(steps.train_step, step.objective, step.adamw, add_up=steps._added_up(axis))
+    layout: Any = SimpleNamespace(local_devices=range(DEVICES), mesh=mesh, strategy="pmap")
+    train_step = functools.partial(steps.train_step, step.objective, step.adamw, axis_name=axis)
 
     def on_a_device(state: Any, frozen: Any, batches: Any, rng: Any) -> Any:
         state, frozen, batches = jax.tree.map(lambda x: x[0], (state, frozen, batches))
@@ -98,7 +98,7 @@ def export_device_update(step: StageStep, passes: int) -> None:
     program = jax.shard_map(
         on_a_device, mesh=mesh, in_specs=(each, each, each, WHOLE), out_specs=each, check_vma=False
     )
-    batch = steps.per_device(step.batch(0, passes, passes * DEVICES * ROWS_A_DEVICE), layout)
+    batch = steps.place_batches(step.batch(0, passes, passes * DEVICES * ROWS_A_DEVICE), layout)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((DEVICES, *x.shape), x.dtype), jax.eval_shape(step.split, params_of())
     )
