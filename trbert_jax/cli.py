@@ -263,7 +263,7 @@ def _train(args: Arguments) -> None:
         from trbert_jax.parallel import join
 
         join(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
-    from trbert_jax.training.preemption import ended_by_sigterm
+    from trbert_jax.parallel import ended_by_sigterm
     from trbert_jax.training.run import results_table, train
 
     # JAX handles SIGTERM if several processes have to agree on when to stop.

@@ -1,4 +1,4 @@
-"""Devices and processes of a run: mesh, sharding, exchange between processes, joining them.
+"""Devices and processes of a run: mesh, sharding, exchange between processes, how they start and stop.
 
 All devices of all processes form a mesh with the axes `data` and `fsdp`. Batches are sharded over both.
 Parameters and optimizer state are sharded over `fsdp` (size 1 by default) and replicated over `data`.
@@ -13,9 +13,11 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -27,7 +29,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from trbert_jax.errors import UserError
+from trbert_jax.errors import PreemptedError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,9 @@ STRATEGIES = ("jit", "pmap")
 SMALLEST_DIVIDED = 4096  # elements; smaller arrays stay replicated, sharding them only costs messages
 LONGEST_MESSAGE = 4096  # bytes of a text that processes exchange
 TIMEOUT = 300  # seconds to wait for other processes
-_GRACE = 120  # seconds by which JAX's own timeout exceeds ours
+# JAX says at one number only that SIGTERM came, one above the highest that any process has asked with: the
+# numbers must rise through all stages, and no yes may be ignored.
+_ASKED = itertools.count(1)
 
 Tree = Any
 T = TypeVar("T")
@@ -89,9 +93,8 @@ class DeviceMesh:
 
     def own_rows(self, num_rows: int) -> slice:
         """Returns the rows of a batch that this process's devices compute."""
-        all_devices = list(self.mesh.devices.flat)
-        mine = [i for i, device in enumerate(all_devices) if device.process_index == jax.process_index()]
-        each = num_rows // len(all_devices)
+        mine = [i for i, d in enumerate(self.mesh.devices.flat) if d.process_index == jax.process_index()]
+        each = num_rows // self.num_devices
         return slice(mine[0] * each, (mine[-1] + 1) * each)  # contiguous, see `make_mesh`
 
     def by_rows(self, function: Callable[..., Any], out_specs: Any, batch_spec: Any = ROWS) -> Callable:
@@ -111,9 +114,9 @@ class DeviceMesh:
 
     def describe(self) -> str:
         """Returns one line for the log."""
-        kind, several = self.mesh.devices.flat[0].device_kind, "es" if self.num_processes > 1 else ""
+        kind, processes = self.mesh.devices.flat[0].device_kind, self.num_processes
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
-        count = f"{self.num_devices} devices ({kind}) of {self.num_processes} process{several}"
+        count = f"{self.num_devices} devices ({kind}) of {processes} process{'es' if processes > 1 else ''}"
         return f"{count}, mesh {axes}, strategy {self.strategy}"
 
     # Arrays ---------------------------------------------------------------------------------------
@@ -211,6 +214,15 @@ class DeviceMesh:
         """Runs `work` in the first process while the others wait; raises like `together`."""
         self.together(work if self.is_main else lambda: None)
 
+    def told_to_stop(self) -> bool:
+        """Returns whether SIGTERM has reached one of several processes, equally in all. Collective."""
+        return self.num_processes > 1 and multihost_utils.reached_preemption_sync_point(next(_ASKED))
+
+    def stop_here(self, where: str) -> None:
+        """Raises a PreemptedError in all of several processes after one was told to stop. Collective."""
+        if self.told_to_stop():
+            raise PreemptedError(f"told to stop {where}")
+
     def broadcast(self, text: str) -> str:
         """Returns the first process's `text`, at most `LONGEST_MESSAGE` bytes of it, in every process."""
         return self._exchange(text)[0]
@@ -236,7 +248,7 @@ class DeviceMesh:
 
 
 def check_mesh(strategy: str, fsdp: int, num_devices: int) -> None:
-    """Raises a UserError unless `num_devices` can form the mesh; see `make_mesh`."""
+    """Raises a UserError if the strategy is unknown or `fsdp` does not divide the number of devices."""
     if strategy not in STRATEGIES:
         raise UserError(f"parallel.strategy is {strategy!r}; expected one of {', '.join(STRATEGIES)}")
     if num_devices % fsdp:
@@ -255,10 +267,9 @@ def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
 
 
 def make_mesh(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | None = None) -> DeviceMesh:
-    """Builds the mesh of a run, by default of all devices of all processes.
+    """Builds the mesh of a run, by default of all devices of all processes; see `check_mesh`.
 
-    `fsdp` devices share one copy of parameters and optimizer state. Raises `UserError` if the strategy is
-    unknown or `fsdp` does not divide the number of devices.
+    `fsdp` devices share one copy of parameters and optimizer state.
     """
     devices = jax.devices() if devices is None else devices
     check_mesh(strategy, fsdp, len(devices))
@@ -273,7 +284,7 @@ def single_device() -> DeviceMesh:
     return make_mesh(devices=jax.local_devices()[:1])
 
 
-# Joining ------------------------------------------------------------------------------------------
+# Starting and stopping ----------------------------------------------------------------------------
 
 
 def join(
@@ -284,14 +295,13 @@ def join(
 ) -> None:
     """Joins the other processes of a run; call it before anything asks JAX for devices.
 
-    If the others do not come in time, prints an error to stderr and ends the process with code 2: nothing
-    can be raised while JAX waits.
+    If the others do not come within `timeout` seconds, prints an error to stderr and ends the process with
+    code 2: nothing can be raised while JAX waits.
 
     Args:
       coordinator: HOST:PORT of process 0; None to detect everything from the environment (SLURM, Open MPI,
         Kubernetes, Cloud TPU).
       num_processes, process_id: how many there are, and the number of this one, from 0.
-      timeout: seconds to wait for the others.
 
     Raises:
       UserError: the environment does not describe a run, or another program uses the coordinator's port.
@@ -316,9 +326,8 @@ def join(
             late += ", that process 0 of this run listens there, and the firewall"
     try:
         with _exit_after(timeout, f"{late}, or raise --join-timeout"):
-            jax.distributed.initialize(
-                coordinator, num_processes, process_id, initialization_timeout=timeout + _GRACE
-            )
+            later = timeout + 120  # JAX's own timeout
+            jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=later)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{cannot} ({str(error).partition(chr(10))[0]})") from error
 
@@ -356,3 +365,37 @@ def _check_port_free(port: int, cannot: str) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"{cannot} ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def _on_sigterm(handler: Callable[..., None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
+        yield
+        return
+    before: Any = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ended_by_sigterm() -> contextlib.AbstractContextManager[None]:
+    """Raises a PreemptedError on SIGTERM; during updates, `stop_request` first saves what they did."""
+
+    def stop(*_: Any) -> None:
+        raise PreemptedError("told to stop")
+
+    return _on_sigterm(stop)
+
+
+@contextlib.contextmanager
+def stop_request(devices: DeviceMesh) -> Iterator[Callable[[], bool]]:
+    """Yields a function that returns whether to stop after this update (collective).
+
+    With several processes JAX notices SIGTERM, and all stop at the same update.
+    """
+    asked = threading.Event()
+    with contextlib.nullcontext() if jax.process_count() > 1 else _on_sigterm(lambda *_: asked.set()):
+        yield lambda: asked.is_set() or devices.told_to_stop()
+    if asked.is_set():  # after the last update: pass the signal on
+        signal.raise_signal(signal.SIGTERM)

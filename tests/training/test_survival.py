@@ -17,11 +17,10 @@ from transformers import AutoTokenizer
 
 from trbert_jax.cli import main
 from trbert_jax.errors import PreemptedError, UserError
-from trbert_jax.parallel import single_device
+from trbert_jax.parallel import single_device, stop_request
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import loop
 from trbert_jax.training.logging import read_metrics
-from trbert_jax.training.preemption import stop_request
 from trbert_jax.training.stage_inputs import check_finite
 
 # One stage of a shallow model: twelve updates, checkpoints of 4, 6 (an evaluation), 8 and 12.

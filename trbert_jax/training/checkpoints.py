@@ -266,7 +266,7 @@ class _Manager(ocp.CheckpointManager):
         return [checkpoint.step in self.kept for checkpoint in checkpoints]
 
     def reached_preemption(self, step: int) -> bool:
-        """Returns False: JAX answers that question once, and training asks it (preemption.py)."""
+        """Returns False: JAX answers that question once, and training asks it (`DeviceMesh`)."""
         return False
 
 

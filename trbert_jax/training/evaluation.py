@@ -26,7 +26,6 @@ from trbert_jax.tasks.examples import Examples
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Progress
 from trbert_jax.training.loop import prepare, restore_state
-from trbert_jax.training.preemption import stop_here
 from trbert_jax.training.stages import Stage, compared_models, configured
 from trbert_jax.training.step import init_state, merge_params
 
@@ -106,7 +105,7 @@ class _Passes:
             self._progress.update(self._step, len(index))
             if self._step == self._total:
                 self._progress.close()
-        stop_here(self._devices, f"in {self._stage}")
+        self._devices.stop_here(f"in {self._stage}")
 
 
 def _tune_null_threshold(

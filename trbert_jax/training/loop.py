@@ -21,13 +21,13 @@ from trbert_jax.config import TrainingConfig
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.model.model import Params
 from trbert_jax.model.pretrained import Pretrained, save_pretrained
+from trbert_jax.parallel import stop_request
 from trbert_jax.reduction.flops import known_peak
 from trbert_jax.tasks.examples import Examples, batch_rows, epoch_order, pad_batch, width_buckets
 from trbert_jax.training import step as updates
 from trbert_jax.training.checkpoints import CheckpointStore, DamagedCheckpointError
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Profile, StageReport, StepClock
-from trbert_jax.training.preemption import stop_request
 from trbert_jax.training.prepared import PreparedFeatures
 from trbert_jax.training.stage_inputs import StageInputs
 from trbert_jax.training.stages import Stage, objective_of

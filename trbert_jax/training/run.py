@@ -20,7 +20,6 @@ from trbert_jax.parallel import check_batch
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import plot_metrics
 from trbert_jax.training.loop import train_stage
-from trbert_jax.training.preemption import stop_here
 from trbert_jax.training.prepared import read_provenance
 from trbert_jax.training.stages import STAGES, Stage, compared_models, configured
 
@@ -97,7 +96,7 @@ def _run_stage(experiment: Experiment, stage: Stage) -> None:
     logger.info("%s: starting, files in %s", stage.name, directory)
     start = time.perf_counter()
     devices.on_main(functools.partial(make_directory, directory))
-    stop_here(devices, f"before {stage.name}")
+    devices.stop_here(f"before {stage.name}")
     summary = stage.run(experiment, stage) if stage.run else train_stage(experiment, stage)
     seconds = time.perf_counter() - start
     notes = {"data": experiment.data.notes} if experiment.data.notes else {}

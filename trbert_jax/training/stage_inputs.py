@@ -33,7 +33,6 @@ from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_
 from trbert_jax.training import objectives
 from trbert_jax.training.experiment import Experiment, params_digest
 from trbert_jax.training.logging import StageReport
-from trbert_jax.training.preemption import stop_here
 
 if TYPE_CHECKING:
     from trbert_jax.training.stages import Stage
@@ -164,7 +163,7 @@ def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
             losses[index] = loss[: len(index)]
             report.progress(done, len(index))
             arrays.progress(done)
-            stop_here(devices, f"in {stage.name}")
+            devices.stop_here(f"in {stage.name}")
         if not devices.is_main:  # only the main process has the arrays
             return {}
         arrays.finish(SCORES)
@@ -195,7 +194,7 @@ def teacher_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         def progress(done: int, num_examples: int) -> None:
             report.progress(done, num_examples)
             arrays.progress(done)
-            stop_here(devices, f"in {stage.name}")
+            devices.stop_here(f"in {stage.name}")
 
         outputs = engine.run(
             model.params, examples, rule="dense", progress=progress, allocate=allocate, start=arrays.start
