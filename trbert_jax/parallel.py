@@ -19,7 +19,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -337,8 +336,7 @@ def _exit_after(seconds: float, message: str) -> Iterator[None]:
     """Ends the process unless the block ends in time: JAX's own timeout aborts with a stack trace."""
 
     def end() -> None:
-        sys.stderr.write(f"trbert: error: {message}\n")
-        sys.stderr.flush()
+        os.write(2, f"trbert: error: {message}\n".encode())
         os._exit(2)  # as the command line does for a UserError
 
     timer = threading.Timer(seconds, end)
