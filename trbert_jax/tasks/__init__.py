@@ -123,8 +123,7 @@ def encode_usable(
 ) -> Examples:
     """Encodes records of a `source`, for messages; those that cannot become inputs are added to `bad`.
 
-    Raises:
-      UserError: a bad record if none are skipped, or no usable record.
+    Raises `UserError` for a bad record if none are skipped, and if none is usable.
     """
     unusable: dict[str, BadRecord] = {}
     try:

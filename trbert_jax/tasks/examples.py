@@ -259,14 +259,9 @@ def length_batches(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Divides all examples into batches of similar length, so that little is padded.
 
-    The longest come first: a batch that does not fit into memory fails at once.
-
-    Yields:
-      Positions of a batch's examples, int64 [<= batch_size], and the smallest of the widths (ascending)
-      that holds them.
-
-    Raises:
-      ValueError: an example is longer than all widths.
+    The longest come first: a batch that does not fit into memory fails at once. Yields the positions of a
+    batch's examples, int64 [<= batch_size], and the smallest of the widths (ascending) that holds them.
+    Raises `ValueError` if none does.
     """
     lengths = examples.lengths
     order = np.argsort(-lengths, kind="stable")

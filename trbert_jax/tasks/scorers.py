@@ -77,8 +77,7 @@ def _check(gold: Mapping[str, object], **needed: Mapping[str, object]) -> None:
 def accuracy(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """Returns the share of predictions, int [n], that equal the labels, 0 to 1.
 
-    Raises:
-      ValueError: different shapes, or no example.
+    Raises `ValueError` for different shapes and for no example.
     """
     predicted, true = np.asarray(predictions), np.asarray(labels)
     if predicted.shape != true.shape or predicted.ndim != 1:
@@ -195,8 +194,7 @@ def score_mrqa(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str]
     Raises:
       ValueError: no question, or a predicted one without an accepted answer.
     """
-    exact, f1, _ = _sums(gold, predictions, normalize)
-    return {"exact_match": 100 * exact / len(gold), "f1": 100 * f1 / len(gold)}
+    return _means(gold, predictions, normalize)[0]
 
 
 def score_triviaqa(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str]) -> dict[str, float]:
@@ -206,21 +204,15 @@ def score_triviaqa(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, 
       `exact_match` and `f1`, 0 to 100 over all of `gold`; `common`, the questions with a prediction;
       `denominator` and `gold_len`, all questions; `pred_len`, all predictions.
     """
-    exact, f1, common = _sums(gold, predictions, triviaqa.normalize)
-    return {
-        "exact_match": 100 * exact / len(gold),
-        "f1": 100 * f1 / len(gold),
-        "common": common,
-        "denominator": len(gold),
-        "pred_len": len(predictions),
-        "gold_len": len(gold),
-    }
+    means, common = _means(gold, predictions, triviaqa.normalize)
+    counts = {"common": common, "denominator": len(gold), "pred_len": len(predictions), "gold_len": len(gold)}
+    return means | counts
 
 
-def _sums(
+def _means(
     gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str], normalized: Callable[[str], str]
-) -> tuple[float, float, int]:
-    """Sums exact match and F1 over the questions with a prediction, and counts these."""
+) -> tuple[dict[str, float], int]:
+    """Averages exact match and F1 over all questions, 0 to 100, and counts those with a prediction."""
     _check(gold)
     exact_sum = f1_sum = 0.0
     predicted = [question for question in gold if question in predictions]
@@ -231,7 +223,7 @@ def _sums(
         prediction = normalized(predictions[question])
         exact_sum += float(prediction in answers)
         f1_sum += _best_f1(prediction, answers)
-    return exact_sum, f1_sum, len(predicted)
+    return {"exact_match": 100 * exact_sum / len(gold), "f1": 100 * f1_sum / len(gold)}, len(predicted)
 
 
 # HotpotQA --------------------------------------------------------------------------------------------

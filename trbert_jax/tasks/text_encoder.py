@@ -25,8 +25,7 @@ _MARKS = ("Mn", "Me")  # combining characters, such as accents
 def prepare_tokenizer(tokenizer: Any) -> tuple[Any, tuple[int, int]]:
     """Copies the backend of a tokenizer, without cutting and padding; returns it and the ids of [CLS], [SEP].
 
-    Raises:
-      UserError: it has no [CLS] or no [SEP].
+    Raises `UserError` if it lacks one of them.
     """
     import tokenizers
 
@@ -106,9 +105,7 @@ class TextEncoder:
         """Tokenizes texts, in parallel; one without word pieces becomes an empty array.
 
         `chars` keeps the characters of each piece; `max_tokens` limits the pieces of a text that are kept.
-
-        Raises:
-          UserError: a text holds a marker whose entry the vocabulary lacks.
+        Raises `UserError` if a text holds a marker whose entry the vocabulary lacks.
         """
         from tqdm import tqdm
 
