@@ -19,14 +19,9 @@ from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.multiple_choice import MultipleChoiceTask
 
 TOKENIZER = qa_tokenizer()
-CHOICE = ChoiceQuestion(
-    id="high/1.txt:0",
-    article="The king is in Paris .",
-    question="Who is ?",
-    options=("king", "the queen", "a", "東京"),
-    answer=1,
-    where="high/1.txt: questions[0]",
-)
+OPTIONS = ("king", "the queen", "a", "東京")
+PLACE = "high/1.txt: questions[0]"
+CHOICE = ChoiceQuestion("high/1.txt:0", "The king is in Paris .", "Who is ?", OPTIONS, 1, PLACE)
 
 
 def choices(
@@ -69,10 +64,8 @@ def test_a_question_that_is_cut_is_shared_up_to_the_cut() -> None:
 def test_chosen_options(form: str, chosen: str) -> None:
     """Of two equal ones the later in pairs, otherwise the first; the class "wrong" does not matter."""
     right = np.array([[0.1, 0.3, 0.2, 0.0], [0.5, 0.1, 0.5, 0.2], [-3.0, -1.0, -2.0, -4.0]])
-    records = [
-        dataclasses.replace(CHOICE, id=id, answer=answer)
-        for id, answer in zip("xyz", (0, None, 1), strict=True)
-    ]
+    known = {"x": 0, "y": None, "z": 1}
+    records = [dataclasses.replace(CHOICE, id=id, answer=answer) for id, answer in known.items()]
     task = MultipleChoiceTask(InputConfig(data="race", choices=form), 64)
     logits = np.stack([np.arange(12.0), right.ravel()], axis=1) if form == "pairs" else right
     score = task.score(task.encode(records, TOKENIZER), logits)
@@ -82,14 +75,9 @@ def test_chosen_options(form: str, chosen: str) -> None:
 
 # Candidates ------------------------------------------------------------------------------------------
 
-QUERY = CandidateQuestion(
-    id="WH_0",
-    query="born_in king",
-    candidates=("paris", "the queen of france", "東京"),
-    supports=("the king was born in paris .", "x"),
-    answer=0,
-    where="train.json: [0]",
-)
+NAMES = ("paris", "the queen of france", "東京")
+SUPPORTS = ("the king was born in paris .", "x")
+QUERY = CandidateQuestion("WH_0", "born_in king", NAMES, SUPPORTS, 0, "train.json: [0]")
 
 
 def candidates(
@@ -124,19 +112,12 @@ def test_unusable_questions_are_named(changes: dict[str, Any], max_length: int, 
 
 
 def test_digest_follows_the_inputs() -> None:
-    variants = [
-        choices(CHOICE),
-        choices(CHOICE, form="pairs"),
-        choices(CHOICE, max_length=40),
-        choices(CHOICE, max_question_length=40),
-        choices(dataclasses.replace(CHOICE, answer=2)),
-        choices(CHOICE, CHOICE),
-        candidates(QUERY),
-        candidates(QUERY, max_length=40),
-        candidates(QUERY, max_segments=2),
-        candidates(QUERY, max_document_length=40),
-        candidates(dataclasses.replace(QUERY, candidates=("a", "b"))),
-    ]
+    changes: list[dict[str, Any]] = [{}, {"form": "pairs"}, {"max_length": 40}, {"max_question_length": 40}]
+    variants = [choices(CHOICE, **change) for change in changes]
+    variants += [choices(dataclasses.replace(CHOICE, answer=2)), choices(CHOICE, CHOICE)]
+    changes = [{}, {"max_length": 40}, {"max_segments": 2}, {"max_document_length": 40}]
+    variants += [candidates(QUERY, **change) for change in changes]
+    variants += [candidates(dataclasses.replace(QUERY, candidates=("a", "b")))]
     assert len({examples.digest for examples in variants}) == len(variants)
 
 

@@ -70,17 +70,14 @@ def test_squad_windows_and_targets(squad: Published) -> None:
         start, end = (token - BEGIN + first for token in late[row])
         assert spelled(LONG, start, end) == CAFE
         assert found.layout.text(row, *late[row]) == CAFE
-
-
-def test_squad_counts(squad: Published) -> None:
-    """Without the answer are 2 windows of `late`, 4 of `early`, 3 of `edge`; in training 5 of `whole`."""
+    # Without the answer are 2 windows of `late`, 4 of `early`, 3 of `edge`.
     assert squad.counts("dev") == {"num_examples": 5, "num_rows": 21, "num_without_answer": 9}
-    assert squad.counts("train") == {
-        "num_examples": 7,
-        "num_rows": 26,
-        "num_without_answer": 14,
-        "num_dropped": 1,  # the tokenizer keeps nothing of a space without width
-    }
+
+
+def test_squad_training(squad: Published) -> None:
+    """5 windows of `whole` point at [CLS]; of `lost`, a space without width, the tokenizer keeps nothing."""
+    counts = {"num_examples": 7, "num_rows": 26, "num_without_answer": 14, "num_dropped": 1}
+    assert squad.counts("train") == counts
     assert set(squad.inputs("train").ids) == {"late", "early", "edge", "none", "city", "whole"}
     assert pairs(squad.inputs("train"))[21:] == [NONE] * 5
 
@@ -137,17 +134,12 @@ def mrqa_file(training: bool) -> list[dict[str, Any]]:
     return lines
 
 
-@pytest.fixture(
-    params=[
-        ("newsqa", "{}.jsonl"),
-        ("newsqa", "{}/NewsQA.jsonl.gz"),
-        ("naturalqa", "{}.jsonl.gz"),
-        ("naturalqa", "{}/NaturalQuestionsShort.jsonl"),
-    ],
-    ids=lambda param: " ".join(param),
-)
+FILES = ["newsqa {}.jsonl", "newsqa {}/NewsQA.jsonl.gz", "naturalqa {}.jsonl.gz"]
+
+
+@pytest.fixture(params=[*FILES, "naturalqa {}/NaturalQuestionsShort.jsonl"])
 def mrqa(request: pytest.FixtureRequest, tmp_path: Path) -> Published:
-    name, file = request.param
+    name, file = request.param.split()
     for split in ("train", "dev"):
         path = tmp_path / file.format(split)
         path.parent.mkdir(exist_ok=True)
@@ -158,7 +150,7 @@ def mrqa(request: pytest.FixtureRequest, tmp_path: Path) -> Published:
 TWICE = [NONE, (19, 20), (13, 14), (7, 8), NONE]  # the last window holds the second place alone
 
 
-def test_mrqa_windows_and_targets(mrqa: Published) -> None:
+def test_mrqa_windows_targets_and_score(mrqa: Published) -> None:
     """Of several places the first is the target; on dev all windows stay."""
     found = mrqa.inputs("dev")
     assert found.ids == ["twice"] * 5 + ["early"] * 5 + ["cafe"]
@@ -170,6 +162,12 @@ def test_mrqa_windows_and_targets(mrqa: Published) -> None:
     for row, (first, _) in enumerate(WINDOWS[1:4], 1):
         start, end = (token - BEGIN + first for token in TWICE[row])
         assert spelled(STORY, start, end) == "Łódź"
+    # Without the answer are 2 windows of `twice` and 4 of `early`.
+    counts = {"num_examples": 3, "num_rows": 11, "num_questions_cut": 1, "num_without_answer": 6}
+    assert mrqa.counts("dev") == counts
+    metrics, files = mrqa.score("dev", mrqa.sure_of(pairs(found)))
+    assert files["predictions.json"] == {"twice": "Łódź", "early": "東京", "cafe": CAFE}
+    assert metrics == {"exact_match": 100, "f1": 100}
 
 
 def test_mrqa_training_leaves_out_windows_without_the_answer(mrqa: Published) -> None:
@@ -177,29 +175,8 @@ def test_mrqa_training_leaves_out_windows_without_the_answer(mrqa: Published) ->
     assert found.ids == ["twice"] * 3 + ["early", "cafe"]
     assert mrqa.rows("train") == [mrqa.rows("dev")[k] for k in (1, 2, 3, 5, 10)]
     assert pairs(found) == [*TWICE[1:4], (6, 7), (8, 9)]
-
-
-def test_mrqa_counts(mrqa: Published) -> None:
-    """Without the answer are 2 windows of `twice` and 4 of `early`: kept on dev, left out in training."""
-    assert mrqa.counts("dev") == {
-        "num_examples": 3,
-        "num_rows": 11,
-        "num_questions_cut": 1,
-        "num_without_answer": 6,
-    }
-    assert mrqa.counts("train") == {
-        "num_examples": 4,
-        "num_rows": 5,
-        "num_questions_cut": 1,
-        "num_discarded": 6,
-        "num_dropped": 1,
-    }
-
-
-def test_mrqa_a_perfect_model_scores_100(mrqa: Published) -> None:
-    metrics, files = mrqa.score("dev", mrqa.sure_of(pairs(mrqa.inputs("dev"))))
-    assert files["predictions.json"] == {"twice": "Łódź", "early": "東京", "cafe": CAFE}
-    assert metrics == {"exact_match": 100, "f1": 100}
+    counts = {"num_examples": 4, "num_rows": 5, "num_questions_cut": 1, "num_discarded": 6, "num_dropped": 1}
+    assert mrqa.counts("train") == counts
 
 
 @pytest.mark.parametrize(

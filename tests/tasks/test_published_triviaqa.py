@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tiny_published import CAFE, Published, pairs, pieces, spelled, words
 from tiny_qa_files import write_json
@@ -68,7 +67,7 @@ FIRST_PLACES = [(-1, -1), (7, 8), NONE, NONE, NONE, (8, 9)]
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
-def test_published_segments_and_targets(trivia: Published, split: str) -> None:
+def test_published_segments_targets_and_counts(trivia: Published, split: str) -> None:
     """Every mention is a target; where a document has none in its segments, they point at [CLS]."""
     found = trivia.inputs(split)
     assert found.ids == IDS
@@ -88,29 +87,16 @@ def test_published_segments_and_targets(trivia: Published, split: str) -> None:
     assert pairs(found) == FIRST_PLACES
     spoken = [spelled(LONG, a - BEGIN + 18, b - BEGIN + 18) for a, b in ((7, 8), (13, 13))]
     assert spoken == ["Łódź", "LODZ"]
-
-
-@pytest.mark.parametrize("split", ["train", "dev"])
-def test_published_counts(trivia: Published, split: str) -> None:
-    """The first and third document are cut; only of the third is the mention lost, to both segments."""
-    assert trivia.counts(split) == {
-        "num_examples": 4,
-        "num_rows": 6,
-        "num_truncated": 2,
-        "num_without_answer": 2,
-    }
-
-
-def perfect(data: Published, places: list[tuple[int, int]]) -> np.ndarray:
-    """Sure of the first mention in each row; of nothing in a row of a question that has it in another."""
-    logits = data.sure_of(places)
-    logits[[start < 0 for start, _ in places]] = 0
-    return logits
+    # The first and third document are cut; only of the third is the mention lost, to both segments.
+    counts = {"num_examples": 4, "num_rows": 6, "num_truncated": 2, "num_without_answer": 2}
+    assert trivia.counts(split) == counts
 
 
 def test_published_a_perfect_model(trivia: Published) -> None:
     """Of Wikipedia the best document answers; of the web two of four documents show no answer."""
-    metrics, files = trivia.score("dev", perfect(trivia, FIRST_PLACES))
+    logits = trivia.sure_of(FIRST_PLACES)
+    logits[0] = 0  # the question has its mention in another row
+    metrics, files = trivia.score("dev", logits)
     cafe = f"Naïve  {CAFE.split()[1]}"  # as written
     if trivia.splits.task.inputs.data == "triviaqa":
         assert files["predictions.json"] == {"tc_1": "Łódź", "tc_2": cafe}

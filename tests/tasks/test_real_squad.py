@@ -18,9 +18,8 @@ DATA = next((folder for folder in FOLDERS if (folder / "squad2.tar.xz").is_file(
 EXCEPTIONS = {"573735e8c3c5551400e51e72"}
 
 
-def extract(archive: str, suffix: str, target: Path) -> Path:
-    assert DATA is not None
-    with tarfile.open(DATA / archive) as tar:
+def extract(archive: Path, suffix: str, target: Path) -> Path:
+    with tarfile.open(archive) as tar:
         stream = tar.extractfile(next(m for m in tar.getmembers() if m.name.endswith(suffix)))
         assert stream is not None
         target.write_bytes(stream.read())
@@ -29,22 +28,21 @@ def extract(archive: str, suffix: str, target: Path) -> Path:
 
 @pytest.mark.skipif(DATA is None, reason="needs the SQuAD files")
 def test_a_thousand_gold_answers(tmp_path: Path) -> None:
-    extract("small_samples.tar.xz", "bert-base-uncased-vocab.txt", tmp_path / "vocab.txt")
-    path = extract("squad2.tar.xz", "train-v2.0.json", tmp_path / "train-v2.0.json")
+    assert DATA is not None
+    extract(DATA / "small_samples.tar.xz", "bert-base-uncased-vocab.txt", tmp_path / "vocab.txt")
+    path = extract(DATA / "squad2.tar.xz", "train-v2.0.json", tmp_path / "train-v2.0.json")
     answerable = [record for record in find_dataset("squad").read_file(path) if record.spans]
     questions = answerable[:: len(answerable) // 1000][:1000]
     examples = encode_windows(questions, find_tokenizer(tmp_path), SQUAD, training=True)
     assert examples.counts is not None
     assert examples.counts.num_dropped == 0
     gold = {record.id: normalize(record.answers[0]) for record in questions}
-    different, seen = set[str](), set[str]()
-    for i, id in enumerate(examples.ids):
-        start, end = examples.row_targets["starts"][i, 0], examples.row_targets["ends"][i, 0]
-        if start:
-            text = normalize(examples.layout.text(i, start, end))
-            seen.add(id)
-            if text != gold[id]:
-                assert gold[id] in text
-                different.add(id)
-    assert len(seen) == 1000
-    assert different == EXCEPTIONS
+    ends = zip(*(examples.row_targets[name][:, 0] for name in ("starts", "ends")), strict=True)
+    found = [
+        (id, normalize(examples.layout.text(i, start, end)))
+        for i, (id, (start, end)) in enumerate(zip(examples.ids, ends, strict=True))
+        if start
+    ]
+    assert len({id for id, _ in found}) == 1000
+    assert all(gold[id] in text for id, text in found)
+    assert {id for id, text in found if text != gold[id]} == EXCEPTIONS

@@ -8,21 +8,15 @@ from typing import Any
 import pytest
 
 from trbert_jax.datasets.triviaqa import normalize as normalize_triviaqa
-from trbert_jax.tasks.scorers import (
-    accuracy,
-    normalize,
-    score_hotpotqa,
-    score_mrqa,
-    score_squad,
-    score_triviaqa,
-)
+from trbert_jax.tasks import scorers
+from trbert_jax.tasks.scorers import score_hotpotqa, score_mrqa, score_squad, score_triviaqa
 
 
 def test_accuracy() -> None:
-    assert accuracy([0, 1, 1, 2], [0, 1, 2, 2]) == 0.75
+    assert scorers.accuracy([0, 1, 1, 2], [0, 1, 2, 2]) == 0.75
     for predictions, labels in (([], []), ([0], [0, 1]), ([[0]], [[0]])):
         with pytest.raises(ValueError, match=r"\[n\]|no examples"):
-            accuracy(predictions, labels)
+            scorers.accuracy(predictions, labels)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +32,7 @@ def test_accuracy() -> None:
     ],
 )
 def test_normalization(text: str, expected: str, triviaqa: str) -> None:
-    assert (normalize(text), normalize_triviaqa(text)) == (expected, triviaqa)
+    assert (scorers.normalize(text), normalize_triviaqa(text)) == (expected, triviaqa)
     assert normalize_triviaqa(triviaqa) == triviaqa  # aliases may be normalized already
 
 
