@@ -30,11 +30,9 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
       UserError: no tokenizer, a damaged one, or one that does not put [CLS] first.
     """
     directory = local_directory(path_or_id)
-    tokenizer = find_tokenizer(directory)
-    if tokenizer is None:
+    if (tokenizer := find_tokenizer(directory)) is None:
         raise UserError(
-            f"{directory}: no tokenizer here; expected tokenizer.json or vocab.txt. "
-            "Copy them from the model this one was made of"
+            f"{directory}: no tokenizer here; copy tokenizer.json or vocab.txt from the model it was made of"
         )
     return tokenizer
 

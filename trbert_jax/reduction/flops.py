@@ -91,12 +91,11 @@ def bert_base_flops(lengths: npt.ArrayLike, num_outputs: int) -> Counts:
 def reduced_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
     """Counts FLOPs with reduction, as published work reports them: selectors pay for what they keep.
 
-    Args:
-      shape: of the model, T points of reduction.
-      lengths: int [n], tokens of each example, special ones included.
-      kept: int [n, T], tokens kept at each point.
+    `lengths`, int [n], are the tokens of each example, special ones included; `kept`, int [n, T], those that
+    remain after each point of reduction. Returns int64 [n].
 
-    Returns int64 [n]; raises `ValueError` if `kept` is not [n, T] or exceeds the number of tokens before.
+    Raises:
+      ValueError: `kept` is not [n, T] or exceeds the number of tokens before.
     """
     macs, tokens = _encoder_macs(shape, lengths, kept)
     return 2 * (macs + shape.selector_macs * tokens[:, 1:].sum(1) + shape.classifier_macs)
