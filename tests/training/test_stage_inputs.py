@@ -6,10 +6,8 @@ import dataclasses
 import errno
 import logging
 import os
-import subprocess
-import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,7 +46,7 @@ def fill(folder: Path, fingerprint: Any = "a", kill_in: int | None = None) -> in
             array[2 * step : 2 * step + 2, :2] = step + 1
             helper[2 * step] = step
             files.progress(step + 1)
-        files.finish("x.npy")
+        files.finish("helper.npy")
     return files.start
 
 
@@ -59,25 +57,10 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_killed_run_resumes(tmp_path: Path) -> None:
-    assert fill(tmp_path / "whole") == 0
-    assert [path.name for path in (tmp_path / "whole").iterdir()] == ["x.npy"]
-    whole = np.load(tmp_path / "whole" / "x.npy")
-    np.testing.assert_array_equal(whole[:, 0], np.repeat(np.arange(5) + 1, 2))
-    np.testing.assert_array_equal(whole[:, 2], 0)
-    assert whole.dtype == np.float32
-    with pytest.raises(Killed):
-        fill(tmp_path / "parts", kill_in=3)
-    assert not (tmp_path / "parts" / "x.npy").exists()
-    assert fill(tmp_path / "parts") == 3
-    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["x.npy"]
-    assert (tmp_path / "parts" / "x.npy").read_bytes() == (tmp_path / "whole" / "x.npy").read_bytes()
-
-
-@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("damage", ["other fingerprint", "replaced", "cut", "gone", "progress"])
 def test_untrusted_files_are_replaced(tmp_path: Path, damage: str) -> None:
     fill(tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "whole").iterdir()] == ["x.npy"]
     with pytest.raises(Killed):
         fill(tmp_path / "p", kill_in=3)
     partial, progress = tmp_path / "p" / "x.npy.partial", tmp_path / "p" / stage_inputs.PROGRESS
@@ -121,29 +104,6 @@ def test_a_full_disk_fails_before_the_first_batch(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match=r"x\.npy: .*No space left.* 248 bytes"):
         fill(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 KiB; only root may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
-    allowed = os.geteuid() == 0 and sys.platform == "linux"
-    if not allowed or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_a_small_disk(small_disk: Path) -> None:
-    with ResumableArrays(small_disk, {}, BATCHES, single_device()) as files:
-        with pytest.raises(UserError, match=r"big\.npy: .*No space.* 800,128 bytes"):
-            files.array("big.npy", (1000, 200))
-        assert list(small_disk.iterdir()) == []
-        files.array("small.npy", (1000,))[:] = 1
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -237,5 +197,6 @@ def test_a_killed_stage_resumes_and_ends_with_the_same_files(
     for name in ("scores.npy" if stage == "score" else "logits.npy", "metrics.jsonl"):
         one, two = (tmp_path / folder / stage / name for folder in ("whole", "parts"))
         assert one.read_bytes() == two.read_bytes()
-    assert not list((tmp_path / "parts" / stage).glob("*partial*"))
-    assert not (tmp_path / "parts" / stage / stage_inputs.PROGRESS).exists()
+    assert {path.name for path in (tmp_path / "parts" / stage).iterdir()} == {
+        path.name for path in (tmp_path / "whole" / stage).iterdir()
+    }

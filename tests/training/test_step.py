@@ -84,19 +84,6 @@ def assert_close(left: Any, right: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), left, right)
 
 
-def changed(params: Params) -> set[str]:
-    """Components of which anything differs from the start."""
-    before, after = ({**p["encoder"], "head": p["head"]} for p in (PARAMS, params))
-    return {
-        name
-        for name in before
-        if any(
-            (a != b).any()
-            for a, b in zip(jax.tree.leaves(before[name]), jax.tree.leaves(after[name]), strict=True)
-        )
-    }
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulation_changes_nothing(stage: str) -> None:
     """All at once or two at a time: the same actions and update, whatever the two padding rows hold."""
@@ -112,30 +99,10 @@ def test_accumulation_changes_nothing(stage: str) -> None:
     assert max(jax.tree.leaves(differences)) > 1e-5
 
 
-@pytest.mark.parametrize(
-    ("stage", "encoder", "selector"),
-    [("finetune", True, False), ("init", False, True), ("policy", False, True), ("joint", True, True)],
-)
-def test_stages_change_their_own(stage: str, encoder: bool, selector: bool) -> None:
-    """Everything else is bit for bit what it was; a shallow model asks no second selector."""
-    dense = (PARAMS["encoder"].keys() | {"head"}) - {"selector_0", "selector_1"}
-    expected = (dense if encoder else set()) | ({"selector_0"} if selector else set())
-    assert changed(update(stage, micro_batches(1))[0]) == expected
-
-
 def test_padding_alone_changes_nothing() -> None:
     params, metrics = update("joint", micro_batches(4, valid=jnp.zeros(8, bool)))
-    assert changed(params) == set()
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
     assert set(map(float, metrics.values())) == {0.0}
-
-
-def test_loss_is_the_mean_over_examples() -> None:
-    batches = micro_batches(1)
-    flat = {k: v[0] for k, v in batches.items()}
-    objective = jax.jit(lambda: objectives.dense_objective(MODEL, PARAMS, flat))()
-    _, metrics = update("finetune", batches)
-    np.testing.assert_allclose(metrics["loss"], objective.total.mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"], objective.metrics["accuracy"].mean(), rtol=1e-6)
 
 
 def test_updates_draw_anew() -> None:

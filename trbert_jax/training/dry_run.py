@@ -51,11 +51,12 @@ def plan(experiment: Experiment, devices: int, processes: int) -> list[StagePlan
     if devices % processes:
         raise UserError(f"--devices {devices}: {processes} processes cannot have equally many of them")
     check_mesh(config.parallel.strategy, config.parallel.fsdp, devices)
-    for stage in configured(config):
+    stages = configured(config)
+    for stage in stages:
         if stage.trains:
             check_batch(stage.name, getattr(config, stage.name).batch_size, devices)
     model, plans = experiment.base_model(), []
-    for stage in configured(config):
+    for stage in stages:
         split = getattr(config, stage.name).split if stage.evaluates else "train"
         examples = experiment.features(split, model)
         plans.append(_plan_stage(config, stage, model.config, examples, devices, processes))
@@ -136,7 +137,9 @@ def lines(experiment: Experiment, devices: int, processes: int) -> Iterator[str]
     )
     titles = ("stage", "examples", "batch", "/process", "/device", "passes", "steps", "PFLOPs")
     rows: list[tuple[Any, ...]] = [(*titles, "parameters", "optimizer", "activations")]
-    rows += [(*x[:7], f"{x.flops / 1e15:.3g}", *map(_gib, x[8:])) for x in plans]
+    for x in plans:
+        sizes = [f"{n / GIB:.2f} GiB" if n >= GIB / 10 else f"{n / 2**20:.1f} MiB" for n in x[8:]]
+        rows.append((*x[:7], f"{x.flops / 1e15:.3g}", *sizes))
     widths = (9, 9, 6, 8, 7, 6, 8, 9, 10, 10, 11)
     for stage, *values in rows:
         columns = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
@@ -146,7 +149,3 @@ def lines(experiment: Experiment, devices: int, processes: int) -> Iterator[str]
         "gradients with the optimizer; activations of rows of full length; "
         f"{flops.ASSUMED_KEPT:.0%} of the tokens kept at each point of reduction"
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -104,8 +104,8 @@ class Experiment:
         """Reserves the work directory for this configuration and process while `stages` run.
 
         Raises:
-          UserError: the directory belongs to another configuration (the message lists the differences), is in
-            use, or cannot be written to; or the processes differ in configuration, stages or directory.
+          UserError: the directory belongs to another configuration, is in use, or cannot be written to; or
+            the processes differ in configuration, stages or directory.
         """
         self.devices.check_agreement("the configuration", to_dict(self.config))
         self.devices.check_agreement("the stages to run (--stages)", list(stages))

@@ -153,23 +153,18 @@ def sample_policy(
     the loss of the labels.
     """
     output = execute(model, params, batch, rule=rule, num_copies=num_samples, dropout_rng=dropout_rng)
-
-    rows = Rows(batch, num_samples)
-
-    def by_sample(x: jax.Array) -> jax.Array:
-        return x.reshape(num_samples, -1)
-
-    task = TASKS[model.config.task]
+    task, rows = TASKS[model.config.task], Rows(batch, num_samples)
     if "teacher_logits" in batch:
         loss = task.distillation_loss(output.logits, rows, temperature)
     else:
         loss = task.loss(output.logits, rows)
     kept = rows.kept(output.selections)
-    task_loss = by_sample(loss)
-    ratio = by_sample(rows.mean(policy.kept_ratio(kept, max_length)))
+    ratio = rows.mean(policy.kept_ratio(kept, max_length))
+    nll = rows.mean(policy.selector_nll(output.selections))
+    task_loss, ratio, nll = (x.reshape(num_samples, -1) for x in (loss, ratio, nll))
     return PolicySamples(
         task_loss=task_loss,
-        selector_nll=by_sample(rows.mean(policy.selector_nll(output.selections))),
+        selector_nll=nll,
         kept_ratio=ratio,
         reward=policy.reward(task_loss, ratio, alpha),
         logits=output.logits,
@@ -180,14 +175,20 @@ def sample_policy(
 def policy_objective(batch: Batch, samples: PolicySamples) -> Objective:
     """Returns the REINFORCE loss, which trains the selectors (stage policy)."""
     loss = policy.policy_loss(samples.selector_nll, samples.reward)
-    return Objective(loss, batch["valid"].astype(jnp.float32), _policy_metrics(samples, loss))
+    metrics = {"task_loss": samples.task_loss.mean(0), "policy_loss": loss}
+    metrics |= {"reward": samples.reward.mean(0), "kept_ratio": samples.kept_ratio.mean(0)}
+    for stage, selection in enumerate(samples.selections):
+        # The kept tokens of each sample of an example, a mean over its rows, [K, B].
+        kept = selection.num_kept.reshape(*samples.task_loss.shape, -1).astype(jnp.float32).mean(-1)
+        metrics[f"kept_tokens_{stage}"] = kept.mean(0)
+    return Objective(loss, batch["valid"].astype(jnp.float32), metrics)
 
 
 def joint_objective(batch: Batch, samples: PolicySamples) -> Objective:
     """Returns the task or distillation loss plus the REINFORCE loss (stage joint)."""
-    loss = policy.policy_loss(samples.selector_nll, samples.reward)
-    total = samples.task_loss.mean(0) + loss
-    return Objective(total, batch["valid"].astype(jnp.float32), _policy_metrics(samples, loss))
+    objective = policy_objective(batch, samples)
+    total = samples.task_loss.mean(0) + objective.total
+    return Objective(total, objective.weight, objective.metrics)
 
 
 def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax.Array | bool) -> tokens.Rule:
@@ -195,8 +196,8 @@ def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax
 
     Args:
       rng: key of this step's actions.
-      batch: `index` int32 [B], the examples' numbers in the data set, from which their keys are derived; and
-        `guide` unless `imitating` is the literal False.
+      batch: `index` int32 [B], from which the keys of the examples are derived; and `guide` unless
+        `imitating` is the literal False.
       num_samples: K, copies of each example.
       imitating: bool scalar, may be traced.
     """
@@ -209,22 +210,3 @@ def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax
     guide = jnp.tile(batch["guide"], (num_samples, 1, 1))
     rule = RULES["imitate"].build({**inputs, "guide": guide, "imitating": first_copy & imitating})
     return cast(tokens.Rule, rule)
-
-
-def _policy_metrics(samples: PolicySamples, loss: jax.Array) -> dict[str, jax.Array]:
-    kept = {
-        f"kept_tokens_{stage}": _per_example(s.num_kept, samples.task_loss).mean(0)
-        for stage, s in enumerate(samples.selections)
-    }
-    return {
-        "task_loss": samples.task_loss.mean(0),
-        "policy_loss": loss,
-        "reward": samples.reward.mean(0),
-        "kept_ratio": samples.kept_ratio.mean(0),
-        **kept,
-    }
-
-
-def _per_example(num_kept: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns the kept tokens of each sample of an example, a mean over its rows, float32 [K, B]."""
-    return num_kept.reshape(*like.shape, -1).astype(jnp.float32).mean(-1)

@@ -153,23 +153,21 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
         return
     experiment = Experiment(config)
     task, workdir = experiment.data.task, experiment.workdir
-    names = [stage.name for stage in compared_models(config)]
-    rows = [("dense", results.get("dense"))]
-    rows += [(f"after {name}", results.get(name)) for name in names]
-    rows += [("reduced", results.get("reduced"))]
-    rows += [(f"{name} tokens", summary) for name, summary in results.get("baselines", {}).items()]
-    rows += [(f"threshold {name}", summary) for name, summary in results.get("thresholds", {}).items()]
+    rows = {"dense": results.get("dense")}
+    rows |= {f"after {stage.name}": results.get(stage.name) for stage in compared_models(config)}
+    rows |= {"reduced": results.get("reduced")}
+    rows |= {f"{name} tokens": summary for name, summary in results.get("baselines", {}).items()}
+    rows |= {f"threshold {name}": summary for name, summary in results.get("thresholds", {}).items()}
     yield ""
-    if any(summary for _, summary in rows):
+    if any(rows.values()):
         yield f"{'model':<16} {task.metric:>9} {'tokens kept':>22} {'MFLOPs':>9} {'speed-up':>9}"
-    for name, summary in rows:
+    for name, summary in rows.items():
         if summary:
             kept = " -> ".join(f"{x:.1f}" for x in [summary["tokens"], *summary.get("kept", [])])
             speedup = f"{summary.get('flops_speedup', 1.0):.2f}x"
             # Some official scorers count from 0 to 1, others from 0 to 100.
-            value = (
-                f"{summary[task.metric]:.1%}" if summary[task.metric] <= 1 else f"{summary[task.metric]:.1f}%"
-            )
+            score = summary[task.metric]
+            value = f"{score:.1%}" if score <= 1 else f"{score:.1f}%"
             flops = f"{summary['flops'] / 1e6:.1f}"
             yield f"{name:<16} {value:>9} {kept:>22} {flops:>9} {speedup:>9}"
     yield ""

@@ -166,7 +166,7 @@ def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
             devices.stop_here(f"in {stage.name}")
         if not devices.is_main:  # only the main process has the arrays
             return {}
-        arrays.finish(SCORES)
+        arrays.finish(LOSSES)
         summary = {"loss": float(np.asarray(losses).mean(dtype=np.float64))}
         report.log(len(batches), summary)
     return {**summary, DATA_DIGEST: examples.digest}
@@ -184,12 +184,9 @@ def teacher_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     engine = experiment.engine(model.config, size)
     steps = engine.num_batches(examples)
     with _outputs(experiment, stage.name, model, examples, size, steps) as (report, arrays):
-        names: list[str] = []
 
-        def allocate(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            names.append(LOGITS.format(f"_{name}" if name else ""))
-            array: np.ndarray = arrays.array(names[-1], shape)
-            return array
+        def allocate(name: str, shape: tuple[int, ...]) -> Any:
+            return arrays.array(LOGITS.format(f"_{name}" if name else ""), shape)
 
         def progress(done: int, num_examples: int) -> None:
             report.progress(done, num_examples)
@@ -201,7 +198,7 @@ def teacher_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         )
         if not devices.is_main:  # only the main process has the arrays
             return {}
-        arrays.finish(*names)
+        arrays.finish()
         summary = {"accuracy": outputs.accuracy} if examples.has_labels else {}
         report.log(steps, summary)
     return {**summary, DATA_DIGEST: examples.digest}
@@ -227,11 +224,8 @@ def _outputs(
 def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapping[str, np.ndarray]) -> None:
     """Raises a UserError that names the first example of a batch with a value that is not finite.
 
-    Args:
-      examples: the training examples.
-      index: int [b], positions of the batch's examples.
-      size: number of examples of the padded batch.
-      results: name -> array [size, ...] or [rows of the batch, ...].
+    `index` int [b] are the batch's examples, `size` is their number with padding; `results` are arrays by
+    name with an entry per example or per row of the padded batch.
     """
     rows = batch_rows(examples, index, size)
     for name, array in results.items():
@@ -249,10 +243,10 @@ def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapp
 
 
 class ResumableArrays:
-    """Context manager for the arrays that a stage writes batch by batch.
+    """Context manager for the arrays that a stage writes batch by batch, in the same order in every run.
 
-    The same batches in the same order fill the arrays in every run. A killed run has noted how many it
-    finished; the next run writes the others and ends with the same files.
+    A killed run has noted how many batches it finished; the next run writes the others and ends with the same
+    files.
 
     Args:
       directory: the stage's folder.
@@ -281,11 +275,7 @@ class ResumableArrays:
         self._saved = time.monotonic()
 
     def array(self, name: str, shape: tuple[int, ...]) -> Any:
-        """Opens a float32 array for writing, initially 0.
-
-        Raises:
-          UserError: the disk has no room for it; no part of it is left behind.
-        """
+        """Opens a float32 array of zeros for writing. Raises `UserError` if the disk has no room for it."""
         if not self._devices.is_main:
             return _Discard()
         path = self._partial(name)
@@ -299,19 +289,20 @@ class ResumableArrays:
         soon = time.monotonic() - self._saved < SAVE_SECONDS or done >= self._num_batches
         if soon or not self._devices.is_main:
             return
-        self._flush()
+        for array in self._arrays.values():
+            array.flush()
         shapes = {name: list(array.shape) for name, array in self._arrays.items()}
         write_json(self._progress, {"batches": done, "arrays": shapes, "of": self._fingerprint})
         self._saved = time.monotonic()
 
-    def finish(self, *names: str) -> None:
-        """Renames these arrays to their final names and removes all others; they stay readable."""
-        self._flush()
-        for name in self._arrays:
-            if name in names:
-                os.replace(self._partial(name), self._directory / name)
-            else:
+    def finish(self, *dropped: str) -> None:
+        """Renames the arrays to their final names and removes those in `dropped`; all stay readable."""
+        for name, array in self._arrays.items():
+            array.flush()
+            if name in dropped:
                 self._partial(name).unlink()
+            else:
+                os.replace(self._partial(name), self._directory / name)
         if self._devices.is_main:
             self._progress.unlink(missing_ok=True)
 
@@ -325,10 +316,6 @@ class ResumableArrays:
 
     def _partial(self, name: str) -> Path:
         return self._directory / f"{name}.partial"
-
-    def _flush(self) -> None:
-        for array in self._arrays.values():
-            array.flush()
 
     def _finished_batches(self) -> int:
         if not self._progress.exists():

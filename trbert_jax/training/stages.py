@@ -196,30 +196,25 @@ def _init(update: Update) -> Objective:
 def _policy(update: Update) -> Objective:
     section = update.config.policy
     guided = update.step < math.ceil(section.guide_rate * update.total_steps)
-    samples = _samples(update, section.num_samples, section.alpha, "guide" in update.batch and guided)
+    imitating = "guide" in update.batch and guided
+    samples = _samples(update, section.num_samples, imitating, alpha=section.alpha)
     return objectives.policy_objective(update.batch, samples)
 
 
 def _joint(update: Update) -> Objective:
-    section, num_samples = update.config.joint, _joint_samples(update.config)
-    samples = _samples(update, num_samples, section.alpha, temperature=section.temperature)
+    section = update.config.joint
+    options = {"alpha": section.alpha, "temperature": section.temperature}
+    samples = _samples(update, _joint_samples(update.config), False, **options)
     return objectives.joint_objective(update.batch, samples)
 
 
 def _samples(
-    update: Update,
-    num_samples: int,
-    alpha: float,
-    imitating: jax.Array | bool = False,
-    temperature: float = 1.0,
+    update: Update, num_samples: int, imitating: jax.Array | bool, **options: Any
 ) -> objectives.PolicySamples:
+    rule = objectives.sampling_rule(update.rng, update.batch, num_samples, imitating)
+    max_length = update.forward["model"].config.max_length
     return objectives.sample_policy(
-        **update.forward,
-        rule=objectives.sampling_rule(update.rng, update.batch, num_samples, imitating),
-        num_samples=num_samples,
-        alpha=alpha,
-        max_length=update.forward["model"].config.max_length,
-        temperature=temperature,
+        **update.forward, rule=rule, num_samples=num_samples, max_length=max_length, **options
     )
 
 

@@ -50,8 +50,7 @@ def update_step(
     over devices.
 
     Args:
-      objective: the stage's objective.
-      optimizer: its optimizer.
+      objective, optimizer: those of the stage.
       layout: the devices; None for one. `place` and `place_batches` lay out arguments.
 
     Returns:
@@ -111,12 +110,8 @@ def accumulated_gradients(
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Returns gradients of the summed loss and `Objective.sums`, added up over micro-batches.
 
-    Args:
-      objective: the stage's objective.
-      trained, frozen: parameters with and without a gradient.
-      batches: arrays [accumulation_steps, batch_size, ...].
-      rng: key of the update.
-      step: int32 scalar, number of the update.
+    `batches` are arrays [accumulation_steps, batch_size, ...], `rng` is the key of the update and `step`,
+    int32 scalar, its number.
     """
 
     def loss(trained: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
