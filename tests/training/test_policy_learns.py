@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tiny_models
+import tiny_runs
 
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params, TokenReducingModel, forward
@@ -48,15 +48,6 @@ def examples(num: int, seed: int, clueless: float = 0.0) -> Batch:
     }
 
 
-def start() -> Params:
-    """Layer 0 hears nothing, so that [CLS] can learn the label from what the selector keeps alone."""
-    params = tiny_models.tiny_params(CONFIG, seed=0, scale=0.2)
-    layer = params["encoder"]["layer_0"]
-    for name in ("value", "attention_output"):
-        layer[name] = jax.tree.map(np.zeros_like, layer[name])
-    return params
-
-
 def train(
     objective: ObjectiveFn, params: Params, trains: optimizer.Trains, batches: Iterable[Batch], rate: float
 ) -> Params:
@@ -85,7 +76,8 @@ def test_policy_keeps_what_decides() -> None:
     """First the dense model learns, that nothing follows from noise too; then the selector."""
     dense = optimizer.trains_dense(CONFIG)
     batches = [examples(16, seed, clueless=0.5) for seed in range(150)]
-    params = train(finetune, start(), lambda name: dense(name) and name != "layer_0", batches, rate=1e-2)
+    params = tiny_runs.deaf_params(CONFIG)
+    params = train(finetune, params, lambda name: dense(name) and name != "layer_0", batches, rate=1e-2)
     batches = [examples(16, seed) for seed in range(1000, 1100)]
     params = train(policy, params, optimizer.trains_selectors(CONFIG), batches, rate=3e-2)
 

@@ -45,32 +45,26 @@ def evaluate_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         params, options = jax.device_put(model.params), trained.evaluation(experiment.config)
         outputs = engine.run(params, examples, **options)
         score = task.score(examples, outputs.logits)
-        summary = summarize(outputs, model.config, score.metrics)
-        first, last = trained is compared[0], trained is compared[-1]
-        threshold: dict[str, Any] = {}
+        first, last, threshold = trained is compared[0], trained is compared[-1], dict[str, Any]()
         if first or last:
             threshold = _tune_null_threshold(experiment, model, engine, options, outputs, score)
-        if first:
-            result["dense"] = summary | threshold
-        else:
-            result["reduced" if last else trained.name] = summary
+        name = "dense" if first else "reduced" if last else trained.name
+        result[name] = summarize(outputs, model.config, score.metrics) | (threshold if first else {})
         write = functools.partial(_write_answers, outputs, examples, model, score)
         devices.on_main(functools.partial(write, experiment.workdir / stage.name, f"_{trained.name}"))
-        if last:
-            devices.on_main(functools.partial(write, experiment.workdir, ""))
-            if outputs.kept:
-
-                def metrics(outputs: Outputs, examples: Examples = examples) -> dict[str, float]:
-                    return task.score(examples, outputs.logits).metrics
-
-                for name, runs in (
-                    ("baselines", baseline_runs(outputs, settings.baselines, experiment.config.seed)),
-                    ("thresholds", {str(x): {**options, "threshold": x} for x in settings.thresholds}),
-                ):
-                    result[name] = evaluate_runs(engine, params, examples, metrics, runs)
-            result |= threshold
-            source = experiment.output_of(trained.name, "model", stage.name)
-            devices.on_main(functools.partial(_export, source, experiment.workdir / "model", model, result))
+    devices.on_main(functools.partial(write, experiment.workdir, ""))
+    if outputs.kept:  # of the last model
+        variants = {
+            "baselines": baseline_runs(outputs, settings.baselines, experiment.config.seed),
+            "thresholds": {str(x): {**options, "threshold": x} for x in settings.thresholds},
+        }
+        for name, runs in variants.items():
+            result[name] = evaluate_runs(
+                engine, params, examples, lambda outputs: task.score(examples, outputs.logits).metrics, runs
+            )
+    result |= threshold
+    source = experiment.output_of(compared[-1].name, "model", stage.name)
+    devices.on_main(functools.partial(_export, source, experiment.workdir / "model", model, result))
     return {"split": settings.split, "rule": settings.rule, "backend": settings.backend, **result}
 
 

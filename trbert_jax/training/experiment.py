@@ -194,8 +194,7 @@ class Experiment:
 
     def load(self, stage: str, needed_by: str) -> Pretrained:
         """Loads the model of a finished stage."""
-        path = self.output_of(stage, "model", needed_by)
-        return load_pretrained(path, seed=self.config.seed)
+        return load_pretrained(self.output_of(stage, "model", needed_by), seed=self.config.seed)
 
     def base_model(self) -> Pretrained:
         """Makes the model before any training, with a new head for the labels of the data."""
