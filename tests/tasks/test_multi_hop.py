@@ -24,18 +24,14 @@ from trbert_jax.tasks.paragraphs import (
 from trbert_jax.tasks.text_encoder import TextEncoder
 
 TOKENIZER = qa_tokenizer()
-QUESTION = MultiHopQuestion(
-    id="h0",
-    question="Where was the king born?",  # 8 tokens with [CLS] and [SEP]
-    answer="Paris",
-    paragraphs=(
-        Paragraph("x_y", ("a b.", " Paris.")),
-        Paragraph("King", ("The king was in Paris.", " Born in Paris, the king.", " Café.")),
-        Paragraph("Paris", ("Paris is in France.",)),
-    ),
-    supporting=(("King", 1), ("Paris", 0)),
-    where="dev.json: [0]",
+ASKED = "Where was the king born?"  # 8 tokens with [CLS] and [SEP]
+PARAGRAPHS = (
+    Paragraph("x_y", ("a b.", " Paris.")),
+    Paragraph("King", ("The king was in Paris.", " Born in Paris, the king.", " Café.")),
+    Paragraph("Paris", ("Paris is in France.",)),
 )
+FACTS = (("King", 1), ("Paris", 0))
+QUESTION = MultiHopQuestion("h0", ASKED, "Paris", PARAGRAPHS, FACTS, "dev.json: [0]")
 
 
 def build(
@@ -98,17 +94,17 @@ def test_slots_of_an_input_and_withheld_labels() -> None:
     assert (examples.targets["sentence_labels"] == -1).all()
 
 
-def many(n: int = 8) -> MultiHopQuestion:
-    """Two supporting paragraphs and n others, each of 10 tokens with its markers."""
-    paragraphs = [Paragraph(VOCABULARY[8 + k], ("a b c d e f g",)) for k in range(n + 2)]
-    supporting = ((paragraphs[3].title, 0), (paragraphs[5].title, 0))
-    return dataclasses.replace(QUESTION, answer="a", paragraphs=tuple(paragraphs), supporting=supporting)
+# Ten paragraphs, each of 10 tokens with its markers, of which the numbers 3 and 5 support the answer.
+TEN = tuple(Paragraph(VOCABULARY[8 + k], ("a b c d e f g",)) for k in range(10))
+MANY = dataclasses.replace(
+    QUESTION, answer="a", paragraphs=TEN, supporting=((TEN[3].title, 0), (TEN[5].title, 0))
+)
 
 
 @pytest.mark.parametrize(("room", "count"), [(15, 2), (20, 2), (21, 3), (31, 4), (45, 5), (100, 10)])
 def test_paragraphs_are_drawn_until_the_input_is_full(room: int, count: int) -> None:
     """The two supporting ones always, in any order; the last of the others, which may be cut, at the end."""
-    paragraphs = build(many(), max_length=8 + room + 1, training=True)
+    paragraphs = build(MANY, max_length=8 + room + 1, training=True)
     orders = [tuple(drawn_orders(paragraphs, 42, epoch)[0].tolist()) for epoch in range(50)]
     assert {len(set(order)) for order in orders} == {len(order) for order in orders} == {count}
     if count == 2:
@@ -119,7 +115,7 @@ def test_paragraphs_are_drawn_until_the_input_is_full(room: int, count: int) -> 
 
 
 def test_draws_depend_on_seed_epoch_and_question_alone() -> None:
-    questions = [dataclasses.replace(many(), id=str(i)) for i in range(6)]
+    questions = [dataclasses.replace(MANY, id=str(i)) for i in range(6)]
 
     def relative(count: int, seed: int, epoch: int) -> list[list[int]]:
         paragraphs = build(*questions[:count], max_length=54, training=True)

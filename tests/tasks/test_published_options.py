@@ -16,21 +16,12 @@ ARTICLE = f"東京 🎉 {words(3, 24)}"
 
 def race_files() -> dict[str, Any]:
     """A long article with two questions, the second of which is cut with its options; a short one."""
+    options = [["Łódź", CAFE, "東京", "w3"], ["w1", "w1 w2 w3 w4", "w2", "w3"], ["w1", "w2", "w3", "Élan"]]
+    high = {"article": ARTICLE, "questions": ["where is", "who is it"], "answers": ["A", "B"]}
+    middle = {"article": "Élan is here", "questions": ["_ is here ?"], "answers": ["D"]}
     return {
-        "high/1.txt": {
-            "article": ARTICLE,
-            "questions": ["where is", "who is it"],
-            "options": [["Łódź", CAFE, "東京", "w3"], ["w1", "w1 w2 w3 w4", "w2", "w3"]],
-            "answers": ["A", "B"],
-            "id": "high1.txt",
-        },
-        "middle/2.txt": {
-            "article": "Élan is here",
-            "questions": ["_ is here ?"],
-            "options": [["w1", "w2", "w3", "Élan"]],
-            "answers": ["D"],
-            "id": "middle2.txt",
-        },
+        "high/1.txt": {**high, "options": options[:2], "id": "high1.txt"},
+        "middle/2.txt": {**middle, "options": options[2:], "id": "middle2.txt"},
     }
 
 

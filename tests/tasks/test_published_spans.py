@@ -22,28 +22,24 @@ LONG = f"東京 🎉 {words(3, 19)} {CAFE} {words(22, 39)}"
 TOO_LONG = words(22, 39) + " end"  # 19 pieces, one more than a window has room for
 
 
-def squad_answer(context: str, text: str) -> dict[str, Any]:
-    return {"text": text, "answer_start": context.index(text)}
+def squad_question(id: str, question: str, context: str, *texts: str) -> dict[str, Any]:
+    answers = [{"text": text, "answer_start": context.index(text)} for text in texts]
+    return {"id": id, "question": question, "answers": answers}
 
 
 def squad_file(training: bool) -> dict[str, Any]:
     """Four questions of a long context, one of a short one, and in training two that are hard to keep."""
-    late = [squad_answer(LONG, text) for text in (CAFE, "cafe\u0301", CAFE)]
-    long: list[dict[str, Any]] = [
-        {"id": "late", "question": "where is it", "answers": late, "is_impossible": False},
-        {"id": "early", "question": "where is it", "answers": [squad_answer(LONG, "東京")]},
-        {"id": "edge", "question": "where is it", "answers": [squad_answer(LONG, "w17 w18")]},
-        {"id": "none", "question": "who was there", "answers": [], "is_impossible": True},
+    long = [
+        squad_question("late", "where is it", LONG, CAFE, "cafe\u0301", CAFE) | {"is_impossible": False},
+        squad_question("early", "where is it", LONG, "東京"),
+        squad_question("edge", "where is it", LONG, "w17 w18"),
+        squad_question("none", "who was there", LONG) | {"is_impossible": True},
     ]
-    city = "🎉 🎉 Łódź is here"
-    short = [{"id": "city", "question": "which is it", "answers": [squad_answer(city, "Łódź")]}]
-    paragraphs = [{"context": LONG, "qas": long}, {"context": city, "qas": short}]
-    if training:
-        whole, lost = LONG + " end", "a \u200b b"
-        question = {"id": "whole", "question": "what is it", "answers": [squad_answer(whole, TOO_LONG)]}
-        paragraphs.append({"context": whole, "qas": [question]})
-        question = {"id": "lost", "question": "what is it", "answers": [squad_answer(lost, "\u200b")]}
-        paragraphs.append({"context": lost, "qas": [question]})
+    city = ("city", "which is it", "🎉 🎉 Łódź is here", "Łódź")
+    hard = [("whole", "what is it", LONG + " end", TOO_LONG), ("lost", "what is it", "a \u200b b", "\u200b")]
+    asked = [city, *(hard if training else ())]
+    paragraphs = [{"context": LONG, "qas": long}]
+    paragraphs += [{"context": some[2], "qas": [squad_question(*some)]} for some in asked]
     return {"version": "v2.0", "data": [{"title": "A_title", "paragraphs": paragraphs}]}
 
 
@@ -96,42 +92,22 @@ def test_squad_a_perfect_model_scores_100(squad: Published) -> None:
 STORY = f"[PAR] 東京 🎉 {words(4, 19)} Łódź {words(22, 27)} Łódź [DOC] {words(31, 39)}"
 
 
-def mrqa_answer(context: str, text: str) -> dict[str, Any]:
-    """Every place of a text, its last character included."""
+def mrqa_question(id: str, question: str, context: str, text: str) -> dict[str, Any]:
+    """With every place of the answer, its last character included."""
     starts = [i for i in range(len(context)) if context.startswith(text, i)]
-    return {"text": text, "char_spans": [[start, start + len(text) - 1] for start in starts]}
+    detected = {"text": text, "char_spans": [[start, start + len(text) - 1] for start in starts]}
+    return {"qid": id, "question": question, "answers": [text], "detected_answers": [detected]}
 
 
 def mrqa_file(training: bool) -> list[dict[str, Any]]:
     """Two questions of a long context, one of a short one, and in training one too long for any window."""
-    twice = mrqa_answer(STORY, "Łódź")
-    assert len(twice["char_spans"]) == 2
-    qas = [
-        {"qid": "twice", "question": "where is it", "answers": ["Lodz", "Łódź"], "detected_answers": [twice]},
-        {
-            "qid": "early",
-            "question": "where is it then",  # a piece too long
-            "answers": ["東京"],
-            "detected_answers": [mrqa_answer(STORY, "東京")],
-        },
-    ]
-    short = f"🎉 see the {CAFE} ."
-    cafe = {
-        "qid": "cafe",
-        "question": "what is it",
-        "answers": [CAFE],
-        "detected_answers": [mrqa_answer(short, CAFE)],
-    }
-    lines: list[dict[str, Any]] = [
-        {"header": {"dataset": "any", "split": "any"}},
-        {"context": STORY, "qas": qas},
-        {"context": short, "qas": [cafe]},
-    ]
-    if training:
-        detected = [mrqa_answer(LONG + " end", TOO_LONG)]
-        whole = {"qid": "whole", "question": "what is it", "answers": [TOO_LONG]}
-        lines.append({"context": LONG + " end", "qas": [{**whole, "detected_answers": detected}]})
-    return lines
+    twice = mrqa_question("twice", "where is it", STORY, "Łódź") | {"answers": ["Lodz", "Łódź"]}
+    assert len(twice["detected_answers"][0]["char_spans"]) == 2
+    early = mrqa_question("early", "where is it then", STORY, "東京")  # a piece too long
+    cafe = ("cafe", "what is it", f"🎉 see the {CAFE} .", CAFE)
+    asked = [cafe, *([("whole", "what is it", LONG + " end", TOO_LONG)] if training else ())]
+    lines: list[dict[str, Any]] = [{"header": {}}, {"context": STORY, "qas": [twice, early]}]
+    return lines + [{"context": some[2], "qas": [mrqa_question(*some)]} for some in asked]
 
 
 FILES = ["newsqa {}.jsonl", "newsqa {}/NewsQA.jsonl.gz", "naturalqa {}.jsonl.gz"]
@@ -192,14 +168,13 @@ def test_the_published_lengths(
 ) -> None:
     """With the settings of the data set left as they are, too, the answer is outside the first window."""
     context = f"{words(0, place - 1)} Łódź {words(place + 2, 699)}"
-    qas = {"id": "q", "question": "where is it", "answers": [squad_answer(context, "Łódź")]}
+    make = squad_question if name == "squad" else mrqa_question
+    paragraph = {"context": context, "qas": [make("q", "where is it", context, "Łódź")]}
     for split in ("train", "dev"):
         if name == "squad":
-            document = {"data": [{"paragraphs": [{"context": context, "qas": [qas]}]}]}
-            write_json(tmp_path / f"{split}-v2.0.json", document)
+            write_json(tmp_path / f"{split}-v2.0.json", {"data": [{"paragraphs": [paragraph]}]})
         else:
-            line = {**qas, "answers": ["Łódź"], "detected_answers": [mrqa_answer(context, "Łódź")]}
-            write_lines(tmp_path / f"{split}.jsonl.gz", [{"header": {}}, {"context": context, "qas": [line]}])
+            write_lines(tmp_path / f"{split}.jsonl.gz", [{"header": {}}, paragraph])
     data = Published(name, tmp_path, max_length=max_length)
     assert pairs(data.inputs("dev")) == expected
     assert pairs(data.inputs("train")) == (expected if name == "squad" else expected[1:])

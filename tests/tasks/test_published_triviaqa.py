@@ -30,23 +30,12 @@ def trivia_file(domain: str) -> dict[str, Any]:
     """One question with three documents, one with one."""
     city = {"Aliases": ["Łódź", "Lodz"], "NormalizedAliases": ["łódź", "lodz"], "Value": "Łódź"}
     cafe = {"Aliases": [CAFE], "NormalizedAliases": ["bistro", CAFE], "Value": CAFE}
-    questions = [
-        {
-            "QuestionId": "tc_1",
-            "Question": "where is it",
-            "Answer": city,
-            "EntityPages": [{"Filename": "Łódź.txt"}],
-            "SearchResults": [{"Filename": "35/35_1.txt"}, {"Filename": "35/35_2.txt"}],
-        },
-        {
-            "QuestionId": "tc_2",
-            "Question": "what is it",
-            "Answer": cafe,
-            "EntityPages": [{"Filename": "Café.txt"}],
-            "SearchResults": [],
-        },
-    ]
-    return {"Data": questions, "Domain": domain, "Version": 1.0}
+    first: dict[str, Any] = {"QuestionId": "tc_1", "Question": "where is it", "Answer": city}
+    first["EntityPages"] = [{"Filename": "Łódź.txt"}]
+    first["SearchResults"] = [{"Filename": "35/35_1.txt"}, {"Filename": "35/35_2.txt"}]
+    second: dict[str, Any] = {"QuestionId": "tc_2", "Question": "what is it", "Answer": cafe}
+    second |= {"EntityPages": [{"Filename": "Café.txt"}], "SearchResults": []}
+    return {"Data": [first, second], "Domain": domain, "Version": 1.0}
 
 
 @pytest.fixture(params=["wikipedia", "web"])
