@@ -29,15 +29,9 @@ ROW = (
     "[unused1] third one [unused2] j k l . m n o . [SEP]"
 )
 # First and last token of each sentence; the empty one is none.
-PLACES = {
-    ("東京 Tower", 0): (10, 14),
-    ("東京 Tower", 1): (15, 20),
-    ("東京 Tower", 3): (21, 24),
-    ("Other", 0): (28, 31),
-    ("Other", 1): (32, 35),
-    ("Third one", 0): (40, 43),
-    ("Third one", 1): (44, 47),
-}
+PLACES = {("東京 Tower", 0): (10, 14), ("東京 Tower", 1): (15, 20), ("東京 Tower", 3): (21, 24)}
+PLACES |= {("Other", 0): (28, 31), ("Other", 1): (32, 35)}
+PLACES |= {("Third one", 0): (40, 43), ("Third one", 1): (44, 47)}
 # The answer of the first is in two supporting sentences, and in two that support nothing: one beside
 # them, one in another paragraph.
 ANSWERS = {"city": "Łódź", "cafe": CAFE, "yes": "yes", "no": "no"}
@@ -50,15 +44,9 @@ FACTS: dict[str, list[list[Any]]] = {
 
 
 def question(name: str, answer: str, facts: list[list[Any]]) -> dict[str, Any]:
-    return {
-        "_id": name,
-        "question": "where is it",
-        "answer": answer,
-        "type": "bridge",
-        "level": "hard",
-        "context": [[title, some] for title, some in zip(TITLES, SENTENCES, strict=True)],
-        "supporting_facts": facts,
-    }
+    context = [[title, some] for title, some in zip(TITLES, SENTENCES, strict=True)]
+    asked = {"_id": name, "question": "where is it", "answer": answer, "type": "bridge", "level": "hard"}
+    return {**asked, "context": context, "supporting_facts": facts}
 
 
 def distractor(folder: Path, max_length: int) -> Published:
@@ -78,6 +66,15 @@ def perfect(
     sentence = np.stack([-facts, facts], axis=-1).astype(np.float32)
     span = data.sure_of(pairs(found) if ends is None else ends)
     return {"span": span, "kind": one_hot(found.targets["kind"], 3), "sentence": sentence}
+
+
+def targets(data: Published, found: Examples, i: int) -> tuple[list[str], list[str], list[str]]:
+    """The pieces of an input, its answers and its supporting sentences."""
+    row = data.tokenizer.convert_ids_to_tokens(found.row(i).tolist())
+    ends = zip(found.targets["starts"][i], found.targets["ends"][i], strict=True)
+    supporting = found.targets["sentences"][i][found.targets["sentence_labels"][i] == 1]
+    answers = [" ".join(row[a : b + 1]) for a, b in ends if a > 0]
+    return sorted(row), answers, sorted(" ".join(row[a : b + 1]) for a, b in supporting)
 
 
 def test_dev_inputs_and_their_score(tmp_path: Path) -> None:
@@ -133,16 +130,11 @@ def test_training_draws_the_order_and_keeps_the_answers(tmp_path: Path) -> None:
         found = data.splits.resample(data.inputs("train"), epoch)
         assert found.ids == list(ANSWERS)
         for i, name in enumerate(ANSWERS):
-            row = data.tokenizer.convert_ids_to_tokens(found.row(i).tolist())
-            assert sorted(row) == sorted(ROW.split())
-            orders.add(" ".join(row))
-            ends = zip(found.targets["starts"][i], found.targets["ends"][i], strict=True)
-            answers = [" ".join(row[a : b + 1]) for a, b in ends if a > 0]
-            assert answers == {"city": ["ło ##dz"] * 2, "cafe": ["naive cafe"]}.get(name, [])
-            labels = found.targets["sentence_labels"][i]
-            marked = [" ".join(row[a : b + 1]) for a, b in found.targets["sentences"][i][labels == 1]]
-            assert sorted(marked) == sorted(texts[title, k] for title, k in FACTS[name])
-            assert (labels >= 0).sum() == 7
+            orders.add(tuple(found.row(i).tolist()))
+            answers = {"city": ["ło ##dz"] * 2, "cafe": ["naive cafe"]}.get(name, [])
+            facts = sorted(texts[title, k] for title, k in FACTS[name])
+            assert targets(data, found, i) == (sorted(ROW.split()), answers, facts)
+            assert (found.targets["sentence_labels"][i] >= 0).sum() == 7
     assert len(orders) > 1
 
 
@@ -207,13 +199,8 @@ def test_graph_training(tmp_path: Path) -> None:
     found = data.inputs("train")
     assert found.ids == [f"hotpot_train_graph.json:{k}" for k in (1, 2, 3)]
     assert found.targets["kind"].tolist() == [0, 1, 2]
-    row = data.rows("train")[0].split()
-    assert sorted(row) == sorted(ROW.split())
-    ends = zip(found.targets["starts"][0], found.targets["ends"][0], strict=True)
-    assert [" ".join(row[a : b + 1]) for a, b in ends if a > 0] == ["ło ##dz"] * 2
-    supporting = found.targets["sentences"][0][found.targets["sentence_labels"][0] == 1]
-    texts = ["d e ło ##dz f .", "j k l .", "ło ##dz g ."]
-    assert sorted(" ".join(row[a : b + 1]) for a, b in supporting) == texts
+    facts = ["d e ło ##dz f .", "j k l .", "ło ##dz g ."]
+    assert targets(data, found, 0) == (sorted(ROW.split()), ["ło ##dz"] * 2, facts)
     assert data.counts("train") == {"num_examples": 3, "num_rows": 3}
 
 
