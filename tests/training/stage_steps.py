@@ -30,21 +30,15 @@ _ALL_EXTRAS = {name for names in EXTRAS.values() for name in names}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StageStep:
-    """A stage of the quickstart, on batches of random tokens.
-
-    Attributes:
-      stage: which one.
-      execution: packed or masked.
-      model: its shape.
-      dropout: whether dropout is on.
-      settings: further `key=value` settings.
-    """
+    """A stage of the quickstart, on batches of random tokens."""
 
     stage: str
-    execution: str
-    model: ModelConfig
+    execution: str  # packed or masked
+    model: ModelConfig  # its shape
     dropout: bool = False
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()  # further `key=value` settings
+    learning_rate: float = 1e-2  # so large that 20 updates change the parameters
+    num_samples: int = 3  # selections of an example
 
     @property
     def experiment(self) -> Experiment:

@@ -103,7 +103,7 @@ def residual_scores(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a function from rows int [b] to residual scores float32 [b, stages, S].
 
-    Rows that decide together on shared tokens get the sum of the scores of their group.
+    Rows that decide together on shared tokens get the sum of their group.
     """
     path = experiment.output_of("score", SCORES, stage)
     scores = _load(experiment, path, examples, examples.num_rows)
