@@ -244,12 +244,3 @@ def test_only_a_split_that_does_not_exist_is_left_out(
     with pytest.raises(UserError, match=r"test\.jsonl:1"):
         Experiment(config).prepare_data(tmp_path / "other", 50, 1)
     assert not (tmp_path / "other").exists()
-
-
-def test_the_set_in_memory_is_replaced_whole() -> None:
-    """Every field of a set is either in the index or read from the shards."""
-    assert {field.name for field in dataclasses.fields(Examples)} == {
-        "tokens", "offsets", "token_types", "labels", "ids", "num_truncated", "digest", "first_row", "group",
-        "row_targets", "targets",
-        "counts", "records", "layout",  # of the tokenized split alone, for notes and scores
-    }  # fmt: skip

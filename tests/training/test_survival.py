@@ -65,6 +65,7 @@ def test_sigterm_saves_and_the_next_run_resumes(
     at_update(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
     assert main(["train", "--config", str(config)]) == 143
     assert "step 5 of 12" in capsys.readouterr().err
+    assert not issubclass(PreemptedError, Exception)  # `except Exception` does not catch the request
     assert main(["train", "--config", str(config)]) == 0
     assert "from step 5 of 12" in "".join(capsys.readouterr())
     assert_ended_alike(tmp_path / "work" / "finetune", whole)
@@ -84,10 +85,6 @@ def test_a_signal_after_the_last_update_is_not_lost() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_except_exception_does_not_catch_a_request_to_stop() -> None:
-    assert not issubclass(PreemptedError, Exception)
-
-
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that Ctrl-C ends in update 10; it has checkpoints of 6 and 8."""
@@ -104,12 +101,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("damaged", "start"), [((8,), "from step 6 of 12"), ((6, 8), None)])
 def test_damaged_checkpoints_are_set_aside(
-    whole: Path,
-    interrupted: Path,
-    tmp_path: Path,
-    damaged: tuple[int, ...],
-    start: str | None,
-    capsys: pytest.CaptureFixture[str],
+    whole: Path, interrupted: Path, tmp_path: Path, damaged: Any, start: Any, capsys: Any
 ) -> None:
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     checkpoints = tmp_path / "work" / "finetune" / "checkpoints"
@@ -163,17 +155,9 @@ def test_what_is_not_finite_is_never_handed_to_a_later_stage(
 
 def test_an_example_with_a_value_that_is_not_finite_is_named() -> None:
     lengths = np.array([2, 3, 1, 2])
-    features = Examples(
-        np.zeros(8, np.int32),
-        np.append(0, np.cumsum(lengths)),
-        None,
-        np.zeros(3, np.int32),
-        ["a", "b", "c"],
-        0,
-        "",
-        first_row=np.array([0, 1, 3, 4]),
-        group=2,
-    )
+    offsets, labels = np.append(0, np.cumsum(lengths)), np.zeros(3, np.int32)
+    plain = (np.zeros(8, np.int32), offsets, None, labels, ["a", "b", "c"], 0, "")
+    features = Examples(*plain, first_row=np.array([0, 1, 3, 4]), group=2)
     index = np.array([2, 1])  # in a batch of three: c and a row that fills, both rows of b, fillers
     rows = np.zeros((6, 2, 4), np.float32)
     rows[[1, 4, 5]] = np.nan  # none of them is a row of an example
@@ -185,7 +169,8 @@ def test_an_example_with_a_value_that_is_not_finite_is_named() -> None:
         check_finite(features, index, 3, {"loss": np.array([np.nan, 0, 0])})
 
 
-def test_speed_is_not_among_the_metrics(whole: Path) -> None:
+def test_speed_and_a_profile_are_not_among_the_metrics(whole: Path) -> None:
+    assert list((whole / "profile").rglob("*.xplane.pb"))
     speed = tiny_runs.read_lines(whole / "speed.jsonl")
     assert [row["step"] for row in speed] == [1, 10, 12]
     for row in speed:
@@ -195,7 +180,3 @@ def test_speed_is_not_among_the_metrics(whole: Path) -> None:
         assert row["flops_per_second"] > 0
         assert "flop_utilization" not in row  # the peak of a CPU is unknown
     assert not any("second" in name for row in read_metrics(whole / "metrics.jsonl") for name in row)
-
-
-def test_profile(whole: Path) -> None:
-    assert list((whole / "profile").rglob("*.xplane.pb"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ NUM = 8
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "initializer_range": 0.1}
 PLACES = ("paris", "london", "madrid", "rome", "berlin", "vienna", "lisbon", "dublin")
 ANIMALS = ("cat", "dog", "owl", "fox", "bee", "ant", "cow", "hen")
-
-
 # Number, id, question, place, animal.
 FACTS = [(i, f"q{i}", f"what lives in {PLACES[i]} ?", PLACES[i], ANIMALS[i]) for i in range(NUM)]
 ONE = "in {} there lives an old {} near the river"
@@ -32,8 +31,16 @@ def write(path: Path, value: Any, lines: bool = False) -> None:
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
-def char_span(context: str, start: int, text: str) -> list[int]:
-    return [start, start + len(text) - 1]
+def contexts(template: str) -> list[dict[str, Any]]:
+    """A text for every fact, with the places of its animal, as MRQA has them."""
+    found = []
+    for _, key, question, place, animal in FACTS:
+        text = template.format(place, animal)
+        spans = [match.span() for match in re.finditer(animal, text)]
+        answer = {"text": animal, "char_spans": [[start, end - 1] for start, end in spans]}
+        qa = {"qid": key, "question": question, "detected_answers": [answer]}
+        found.append({"context": text, "qas": [{**qa, "answers": {"Aliases": [animal]}}]})
+    return found
 
 
 def squad(folder: Path) -> None:
@@ -50,12 +57,10 @@ def squad(folder: Path) -> None:
 
 
 def mrqa(folder: Path) -> None:
-    lines: list[Any] = [{"header": {"dataset": "animals"}}]
-    for _, key, question, place, animal in FACTS:
-        context = ONE.format(place, animal)
-        spans = [{"text": animal, "char_spans": [char_span(context, context.index(animal), animal)]}]
-        qa = {"qid": key, "question": question, "answers": [animal], "detected_answers": spans}
-        lines.append({"context": context, "qas": [qa]})
+    lines = contexts(ONE)
+    for line in lines:
+        line["qas"][0]["answers"] = line["qas"][0]["answers"]["Aliases"]
+    lines.insert(0, {"header": {"dataset": "animals"}})
     for split in ("train", "dev"):
         write(folder / f"{split}.jsonl.gz", lines, lines=True)
 
@@ -72,20 +77,8 @@ def race(folder: Path) -> None:
 
 
 def triviaqa(folder: Path) -> None:
-    records = []
-    for _, key, question, place, animal in FACTS:
-        context = TWO.format(place, animal)
-        places = (context.index(animal), context.rindex(animal))
-        answer = {"text": animal, "char_spans": [char_span(context, start, animal) for start in places]}
-        qa = {
-            "qid": key,
-            "question": question,
-            "detected_answers": [answer],
-            "answers": {"Aliases": [animal]},
-        }
-        records.append({"context": context, "qas": [qa]})
     for split in ("train", "dev"):
-        write(folder / f"{split}.json", records)
+        write(folder / f"{split}.json", contexts(TWO))
 
 
 def triviaqa_published(folder: Path) -> None:
@@ -178,20 +171,12 @@ def test_eight_examples_are_learned(case: str, tmp_path: Path) -> None:
     # Packed training steps are compared with masked ones elsewhere; these compile faster.
     steps = {"batch_size": 8, "accumulation_steps": 1, "learning_rate": 1e-3, "backend": "masked"}
     steps |= {"dropout": False, "save_steps": 1000, "eval_steps": 1000}
+    scratch = {**tiny_runs.SCRATCH, **WIDE, "num_layers": 4 if case == "squad" else 2}
+    scratch |= model.get("scratch", {})
     config = tiny_runs.write_config(
         tmp_path,
         data={"name": name, "path": str(tmp_path / "data"), **data},
-        model={
-            "init": "scratch",
-            "max_length": 48,
-            **model,
-            "scratch": {
-                **tiny_runs.SCRATCH,
-                **WIDE,
-                "num_layers": 4 if case == "squad" else 2,
-                **model.get("scratch", {}),
-            },
-        },
+        model={"max_length": 48, **model, "scratch": scratch},
         finetune={**steps, "epochs": 100},
         init={**steps, "epochs": 2},
         policy={**steps, "epochs": 60, "alpha": 0.01, "num_samples": 4},
@@ -205,10 +190,8 @@ def test_eight_examples_are_learned(case: str, tmp_path: Path) -> None:
     assert results["reduced"][metric] >= 0.9 * scale
     assert results["reduced"]["flops_speedup"] > 1
     if case == "squad":  # both models' null thresholds are tuned, here on the questions that are reported
-        for found, tuned in (
-            (results["dense"], results["dense"]["null_threshold"]),
-            (results["reduced"], results["null_threshold"]),
-        ):
+        dense, reduced = results["dense"], results["reduced"]
+        for found, tuned in ((dense, dense["null_threshold"]), (reduced, results["null_threshold"])):
             assert tuned["value"] == found["best_f1_thresh"]
             assert tuned["f1"] == pytest.approx(found["best_f1"])
             assert tuned["questions_in_common"] == NUM
