@@ -54,17 +54,11 @@ _SETTLE_SECONDS = 0.02  # threads of one library may spin for a while after thei
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
-    """Texts, or questions, in the order of their arrival.
+    """Texts, or questions, in the order of their arrival."""
 
-    Attributes:
-      examples: n tokenized texts, or questions of R rows.
-      max_length: width of the full-length variants.
-      actions: bool [n, stages, max_length], the tokens to keep; None lets the model decide.
-    """
-
-    examples: Examples
-    max_length: int
-    actions: np.ndarray | None = None
+    examples: Examples  # n tokenized texts, or questions of R rows
+    max_length: int  # width of the full-length variants
+    actions: np.ndarray | None = None  # bool [n, stages, max_length], tokens to keep; None: the model decides
 
     def whole_batches(self, batch_size: int) -> Examples:
         """Returns the examples of full batches; the others are not run."""
@@ -73,9 +67,8 @@ class Workload:
     def batches(self, batch_size: int, widths: Sequence[int]) -> Iterator[tuple[np.ndarray, Inputs]]:
         """Pads the full batches, in order, each to the smallest width (ascending) that holds it.
 
-        Yields:
-          Positions of the batch's texts, int [B], and its arrays with the rule's inputs `min_logit` float32
-          [B * G] and, if actions are given, `actions` bool [B, stages, W].
+        Yields positions of the texts, int [B], and arrays with the rule's inputs `min_logit` float32 [B * G]
+        and, if actions are given, `actions` bool [B, stages, W].
         """
         for index in np.arange(len(self.whole_batches(batch_size))).reshape(-1, batch_size):
             longest = self.examples.lengths[index].max()
@@ -157,12 +150,8 @@ def time_runs(
 ) -> dict[Name, np.ndarray]:
     """Times functions in turns: all calls of one run, then of the next; and again, `repeats` times.
 
-    Args:
-      runs: name -> functions that wait for their result.
-      repeats, label: passes over all runs, and a prefix of the messages that count them.
-
-    Returns:
-      Name -> seconds of each call, float64 [repeats, calls].
+    The functions wait for their results; `label` begins each message. Returns name -> seconds of each call,
+    float64 [repeats, calls].
     """
     seconds = {name: np.zeros((repeats, len(calls))) for name, calls in runs.items()}
     for repeat in range(repeats):

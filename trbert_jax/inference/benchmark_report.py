@@ -21,18 +21,12 @@ Record = dict[str, Any]
 
 
 class Variant(NamedTuple):
-    """A way to run the batches of a workload.
+    """A way to run the batches of a workload."""
 
-    Attributes:
-      rule, backend: keys of `RULES` and `BACKENDS`; the backend `torch` is Hugging Face's model.
-      full_length: whether all batches are padded to the longest length.
-      line: the look of its line in the picture.
-    """
-
-    rule: str
-    backend: str
-    full_length: bool
-    line: dict[str, Any]
+    rule: str  # key of `RULES`
+    backend: str  # key of `BACKENDS`; `torch` is Hugging Face's model
+    full_length: bool  # whether all batches are padded to the longest length
+    line: dict[str, Any]  # the look of its line in the picture
 
 
 REFERENCE = "masked_full"  # the variant that speed-ups are measured against
@@ -50,27 +44,16 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedRun:
-    """A variant that is compiled and has run every batch of a workload once.
+    """A variant that is compiled and has run every batch of a workload once."""
 
-    Attributes:
-      name: key of `VARIANTS`.
-      calls: for each batch a function that runs it and waits for its logits.
-      num_texts: n, in whole batches.
-      flops: mean of a text, by the published count; padding counts if it is computed.
-      logits: float32 [n, C], or those of another head, see `inference.engine.Outputs`.
-      keep: bool [rows, stages, max_length], the kept tokens; None if nothing is dropped.
-      compile_seconds: of all shapes; None if nothing is compiled.
-      peak_memory_bytes: parameters, inputs, outputs and temporaries of the largest program; None if unknown.
-        From the compiler: a device's own counter cannot be reset between programs.
-    """
-
-    name: str
-    calls: Sequence[Callable[[], Any]]
-    num_texts: int
-    flops: float
-    logits: Logits
-    keep: np.ndarray | None = None
-    compile_seconds: float | None = None
+    name: str  # key of `VARIANTS`
+    calls: Sequence[Callable[[], Any]]  # for each batch a function that runs it and waits for its logits
+    num_texts: int  # n, in whole batches
+    flops: float  # mean of a text, by the published count; padding counts if it is computed
+    logits: Logits  # float32 [n, C], or those of another head, see `inference.engine.Outputs`
+    keep: np.ndarray | None = None  # bool [rows, stages, max_length]; None if nothing is dropped
+    compile_seconds: float | None = None  # of all shapes; None if nothing is compiled
+    # Of the largest program, by the compiler: a device's own counter cannot be reset between programs.
     peak_memory_bytes: int | None = None
 
 
@@ -119,8 +102,7 @@ def drift(
     """Compares a run with the same in float32, on the texts that both have run.
 
     Args:
-      run: the run.
-      reference: the float32 run; None if no such run had the same batches.
+      run, reference: the run, and the one in float32; None if no such run had the same batches.
       lengths: int [rows], tokens of each row.
       given: whether both keep given tokens, so that selections are not compared.
 
@@ -218,10 +200,8 @@ def table(records: Sequence[Record]) -> Iterator[str]:
 def plot_benchmark(records: Sequence[Record], png_path: str | Path) -> None:
     """Draws texts per second over the batch size, and the speed-up of packed beside its saving of FLOPs.
 
-    The second panel needs the variants `packed` and `masked_full`. Writes the image atomically.
-
-    Raises:
-      UserError: the image cannot be written.
+    The second panel needs the variants `packed` and `masked_full`. Writes the image atomically; raises
+    `UserError` if that fails.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure

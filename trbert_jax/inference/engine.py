@@ -59,14 +59,11 @@ class CompiledForward:
 
     With several `devices` each computes its share of a batch's rows, and every process gets all
     results. The number of examples of a batch must then be a multiple of the devices (`DeviceMesh.rounded`).
-
-    Attributes:
-      compile_seconds: (rule, backend, rows, width) -> seconds that compiling took.
     """
 
     def __init__(self, model: TokenReducingModel, devices: DeviceMesh | None = None) -> None:
-        self.model = model
-        self.devices = devices or single_device()
+        self.model, self.devices = model, devices or single_device()
+        # (rule, backend, rows, width) -> seconds that compiling took
         self.compile_seconds: dict[tuple[str, str, int, int], float] = {}
         self._compiled: dict[tuple[str, str, int, int], Program] = {}
 
@@ -132,22 +129,15 @@ class CompiledForward:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Outputs for n examples of R rows in all, in the order of the examples.
+    """Outputs for n examples of R rows in all, in the order of the examples."""
 
-    Attributes:
-      logits: float32 [n, C], or the logits of another head (`model.heads`): an array or a dict of arrays, one
-        entry per example; of the span head one entry per row, [R, 2, max_length], 0 behind a row's end.
-      kept: for each point of reduction R int arrays, the positions of a row that were kept.
-      lengths: int [R], tokens before reduction, special tokens included.
-      labels: int [n], -1 for an unknown label.
-      seconds: time in the compiled programs, without compilation.
-    """
-
+    # float32 [n, C], or the logits of another head (`model.heads`): an array or a dict of arrays, one entry
+    # per example; of the span head one entry per row, [R, 2, max_length], 0 behind a row's end.
     logits: Logits
-    kept: tuple[list[np.ndarray], ...]
-    lengths: np.ndarray
-    labels: np.ndarray
-    seconds: float
+    kept: tuple[list[np.ndarray], ...]  # for each point of reduction R int arrays, the positions kept
+    lengths: np.ndarray  # int [R], tokens before reduction, special tokens included
+    labels: np.ndarray  # int [n], -1 for an unknown label
+    seconds: float  # time in the compiled programs, without compilation
 
     @property
     def num_kept(self) -> np.ndarray:
@@ -178,11 +168,8 @@ class Outputs:
 class InferenceEngine:
     """Runs a model over examples; compiles once for each rule, backend and batch shape.
 
-    Args:
-      model: the model.
-      batch_size: examples per forward pass, rounded up to a multiple of the devices.
-      programs: compiled passes to share with other engines.
-      after_batch: called after each batch with all examples, the batch's own, int [b], and its logits.
+    `batch_size` examples a pass, rounded up to a multiple of the devices; `programs` may be shared with other
+    engines; `after_batch` is called with all examples, the batch's positions, int [b], and its logits.
     """
 
     def __init__(
@@ -333,8 +320,7 @@ class LogitStore:
     def put(self, index: np.ndarray, rows: np.ndarray, output: Logits) -> None:
         """Stores the logits of a batch: examples `index`, int [b], and `rows`, int [B * G], -1 for padding.
 
-        Raises:
-          UserError: one of them is NaN or infinite; names the example.
+        Raises UserError if one of them is NaN or infinite; names the example.
         """
         valid = np.flatnonzero(rows >= 0) if self._by_row else np.arange(len(index))
         to = rows[valid] if self._by_row else index

@@ -49,28 +49,18 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
-    """The prediction for one text.
+    """The prediction for one text."""
 
-    Attributes:
-      label: name of the most probable class.
-      label_id: its index.
-      scores: float32 [C], probabilities in the order of `TRBert.config.labels`.
-      kept: for each point of reduction the positions of the kept tokens, int32, ascending, from 0 ([CLS]) on.
-        Empty for rule `dense`.
-      num_tokens: tokens that the model read, [CLS] and [SEP] included.
-      truncated: whether the text was longer than `TRBert.config.max_length` tokens and was cut.
-      text: the text.
-      input_ids: int32 [num_tokens].
-    """
-
-    label: str
-    label_id: int
-    scores: np.ndarray
+    label: str  # name of the most probable class
+    label_id: int  # its index
+    scores: np.ndarray  # float32 [C], probabilities in the order of `TRBert.config.labels`
+    # For each point of reduction the positions of the kept tokens, int32, ascending, from 0 ([CLS]) on; empty
+    # for rule `dense`.
     kept: tuple[np.ndarray, ...]
-    num_tokens: int
-    truncated: bool
+    num_tokens: int  # tokens that the model read, [CLS] and [SEP] included
+    truncated: bool  # whether the text was longer than `TRBert.config.max_length` tokens and was cut
     text: str = dataclasses.field(repr=False)
-    input_ids: np.ndarray
+    input_ids: np.ndarray  # int32 [num_tokens]
     _tokenizer: Tokenizer = dataclasses.field(repr=False)
 
     @property
@@ -116,17 +106,11 @@ class TRBert:
     ) -> TRBert:
         """Loads a model directory, or a model of the Hugging Face hub; see `load_pretrained`.
 
-        Args:
-          path_or_id: of the model.
-          max_length: tokens after which a text is cut; None takes the model's own.
-          dtype: of the computation, `float32` or `bfloat16`.
-
-        Raises:
-          UserError: no such model, or a damaged one.
+        Cuts texts after `max_length` tokens, by default the model's own; computes in `dtype`, `float32` or
+        `bfloat16`. Raises UserError if the model is missing or damaged.
         """
-        loaded = load_pretrained(path_or_id, max_length=max_length)
-        parts = loaded.newly_initialized
-        return cls(loaded.config, loaded.params, loaded.tokenizer, dtype=dtype, newly_initialized=parts)
+        x = load_pretrained(path_or_id, max_length=max_length)
+        return cls(x.config, x.params, x.tokenizer, dtype=dtype, newly_initialized=x.newly_initialized)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a model directory, see `trbert_jax.model.pretrained.save_pretrained`."""
