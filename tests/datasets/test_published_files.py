@@ -1,7 +1,5 @@
 """Reads published files beside the repository or in TRBERT_DATA_DIR, if they exist, without a bad record."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import tarfile
@@ -11,6 +9,9 @@ import pytest
 
 from trbert_jax.datasets import DATASETS, triviaqa
 from trbert_jax.datasets.reading import load_json
+from trbert_jax.model.tokenizers import find_tokenizer
+from trbert_jax.tasks.scorers import normalize
+from trbert_jax.tasks.spans import SQUAD, encode_windows
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("TRBERT_DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -48,3 +49,19 @@ def test_aliases_of_triviaqa(tmp_path: Path) -> None:
     (published,) = load_json(file)["Data"]  # its evidence is not part of the sample
     answers = triviaqa.accepted_answers(published, "Answer", "NormalizedAliases")
     assert len(triviaqa.find_aliases("It opened as SUNSET\nBOULEVARD (“Sunset Blvd.”).", answers)) == 2
+
+
+def test_gold_answers_of_squad_survive_the_tokens(tmp_path: Path) -> None:
+    vocabulary = unpack("small_samples.tar.xz", tmp_path, "vocab/bert-base-uncased-vocab.txt")
+    vocabulary.rename(tmp_path / "vocab.txt")
+    path = unpack("squad2.tar.xz", tmp_path, "squad2/train-v2.0.json")
+    answerable = [record for record in DATASETS["squad"].read_file(path) if record.spans]
+    gold = {record.id: record for record in answerable[:: len(answerable) // 1000][:1000]}
+    examples = encode_windows(list(gold.values()), find_tokenizer(tmp_path), SQUAD, training=True)
+    places = zip(
+        examples.ids, *(examples.row_targets[name][:, 0] for name in ("starts", "ends")), strict=True
+    )
+    found = [(id, examples.layout.text(i, a, b)) for i, (id, a, b) in enumerate(places) if a]
+    assert len({id for id, _ in found}) == 1000
+    wrong = {id for id, text in found if normalize(text) != normalize(gold[id].answers[0])}
+    assert wrong == {"573735e8c3c5551400e51e72"}  # ends inside a word piece

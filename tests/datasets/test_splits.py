@@ -1,7 +1,5 @@
 """Which file is read for a split of each data set, and what is logged."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence
@@ -43,7 +41,6 @@ QUESTIONS: list[tuple[str, str, tuple[str, ...], int]] = [
 
 
 def write_split(folder: Path, name: str, rows: Sequence[tuple[str, int]]) -> None:
-    """Writes texts with 0-based labels in the format of the name's ending."""
     form = '{1},"{0}"\n' if name.endswith(".csv") else '{{"text": "{0}", "label": {2}}}\n'
     (folder / name).write_text("".join(form.format(text, label + 1, label) for text, label in rows))
 

@@ -1,7 +1,5 @@
 """Loading a checkpoint that lacks parts or is to be changed."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable

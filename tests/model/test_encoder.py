@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any
@@ -41,11 +39,7 @@ def with_bias(params: Any, bias: float) -> Any:
 
 
 def kept(output: ModelOutput) -> np.ndarray:
-    """Bool [stages, B, S]."""
     return np.stack([s.keep for s in output.selections])
-
-
-# Rows do not see each other -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=lambda c: c.model_type)
@@ -59,7 +53,6 @@ def kept(output: ModelOutput) -> np.ndarray:
 def test_batch_independence(
     config: ModelConfig, lengths: list[int], order: list[int], seed: int, bias: float
 ) -> None:
-    """A row in a batch, in another order, alone and with more padding: the same."""
     params = with_bias(params_of(config), bias)
     classify = functools.partial(run, config, tokens.keep_probable, params)
     batch = random_batch(config, lengths, 12, seed)
@@ -73,9 +66,6 @@ def test_batch_independence(
         np.testing.assert_allclose(output.logits, reference.logits[np.array(rows)], atol=1e-5)
         np.testing.assert_array_equal(kept(output)[..., :12], kept(reference)[:, rows])
         assert not kept(output)[..., 12:].any()
-
-
-# Dropped tokens are gone --------------------------------------------------------------------------
 
 
 def some_actions(mask: np.ndarray) -> np.ndarray:
@@ -113,12 +103,8 @@ def test_dropping_is_deleting() -> None:
     np.testing.assert_allclose(masked, deleted, atol=1e-5)
 
 
-# Gradients ----------------------------------------------------------------------------------------
-
-
 @jax.jit
 def gradients(params: Any, batch: Any) -> tuple[Any, ModelOutput]:
-    """Of a function of the logits, while the selectors decide."""
 
     def total(params: Any) -> tuple[jax.Array, ModelOutput]:
         output = forward(TokenReducingModel(SHALLOW), params, batch, rule=tokens.keep_probable)
@@ -145,11 +131,7 @@ def test_rows_of_padding_are_finite() -> None:
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, output)))
 
 
-# Ways to run --------------------------------------------------------------------------------------
-
-
 def test_copies_equal_tiling() -> None:
-    """Sharing what comes before the first point of reduction changes nothing."""
     batch = random_batch(BERT, [7, 9], 9)
     tiled = {k: jnp.concatenate([v] * 3) for k, v in batch.items()}
     rule = tokens.replay(jnp.asarray(np.random.default_rng(0).uniform(size=(2, 6, 9)) < 0.6))
@@ -165,14 +147,6 @@ def test_copies_equal_tiling() -> None:
         for f in BACKENDS.values()
     ]
     np.testing.assert_allclose(dense[0].logits, dense[1].logits, atol=1e-5)
-
-
-def test_dense_is_keeping_all() -> None:
-    batch = random_batch(SHALLOW, LENGTHS, 12)
-    dense, everything = (run(SHALLOW, rule, params_of(SHALLOW), batch) for rule in (None, tokens.keep_all))
-    assert dense.selections == ()
-    assert len(everything.selections) == 1
-    np.testing.assert_allclose(dense.logits, everything.logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("execute", BACKENDS.values(), ids=BACKENDS)

@@ -1,7 +1,5 @@
 """`config.json`: what is read from it, what is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any

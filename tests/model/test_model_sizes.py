@@ -1,7 +1,5 @@
 """Models of the published sizes, by their shapes alone: no arrays, no memory."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import pytest

@@ -1,7 +1,5 @@
 """Packed execution computes what masked execution does."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -94,9 +92,6 @@ def test_small_batches(lengths: list[int]) -> None:
     assert_same(*both(BERT, probable, params_of(BERT), random_batch(BERT, lengths, width=WIDTH)))
 
 
-# Gradients ----------------------------------------------------------------------------------------
-
-
 @functools.cache
 def gradient_program(execute: Any, joint: bool) -> Any:
     def loss(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -140,9 +135,6 @@ def test_gradients_of_sampled_runs(packed: Any, joint: bool) -> None:
         # Gradients that are 0 in exact arithmetic (key biases) are rounding noise of all others.
         tolerance = 1e-4 * np.abs(one).max() + 1e-6 * largest
         np.testing.assert_allclose(other, one, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
-
-
-# Shapes -------------------------------------------------------------------------------------------
 
 
 def test_pack() -> None:

@@ -1,7 +1,5 @@
 """Model folders, ours and those of transformers and the published code: what is saved and read back."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

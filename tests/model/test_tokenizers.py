@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import random
 from pathlib import Path
 
@@ -26,8 +24,6 @@ def make_texts() -> list[str]:
 
 TEXTS = make_texts()
 
-# Files ------------------------------------------------------------------------------------------------
-
 
 def test_line_breaks_as_spaces_stay_with_the_tokenizer(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
@@ -46,14 +42,6 @@ def test_bare_vocabulary(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path)(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
 
 
-def test_stored_truncation_and_padding_are_switched_off(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer().backend_tokenizer
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=12)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert len(load_tokenizer(tmp_path).backend_tokenizer.encode("the film was very very dull").ids) == 8
-
-
 def test_no_tokenizer(tmp_path: Path) -> None:
     save_pretrained(tmp_path, BERT, tiny_params(BERT), None)
     assert load_pretrained(tmp_path).tokenizer is None
@@ -69,9 +57,6 @@ def test_cls_comes_first(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("<s>\n</s>\na\n")
     with pytest.raises(UserError, match=r"vocab.txt.*\[CLS\]"):
         load_tokenizer(tmp_path)
-
-
-# Training ---------------------------------------------------------------------------------------------
 
 
 def test_same_texts_give_the_same_vocabulary() -> None:

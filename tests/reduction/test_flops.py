@@ -1,7 +1,5 @@
 """FLOPs accounting; the numbers are worked out by hand, not taken from the code."""
 
-from __future__ import annotations
-
 import pytest
 
 from trbert_jax.model.config import ModelConfig

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 
@@ -28,9 +26,6 @@ def with_logits(logits: jax.Array, scored: str, keep: str) -> Selection:
     return Selection(logits=logits, scored=there, keep=kept)
 
 
-# Selector initialization --------------------------------------------------------------------------
-
-
 def test_rank_error() -> None:
     """|p - rank|, summed over the points; the last token is padding, whatever its rank."""
     selections = [
@@ -42,6 +37,10 @@ def test_rank_error() -> None:
     np.testing.assert_allclose(initialization.rank_error(selections, rank), expected, rtol=1e-5)
     first = initialization.rank_error(selections[:1], rank)
     np.testing.assert_allclose(first, [[0.5, 0.25, 0.5, 0]], rtol=1e-5)
+    powers = initialization.rank_error(selections, rank, [0.75, 0.5])  # rank ** (1/2), rank
+    np.testing.assert_allclose(powers, [[0.6, 0.5**0.5 - 0.25 + 0.3, 0.25 + 0.15, 0]], rtol=1e-5)
+    with pytest.raises(ValueError, match="zip"):
+        initialization.rank_error(selections, rank, [0.75])
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -52,18 +51,6 @@ def test_rank_error_to_keep_a_share(share: float) -> None:
     perfect = selection(np.asarray(rank[0, 0]) ** power, "1" * 100, "1" * 100)
     np.testing.assert_allclose(initialization.rank_error([perfect], rank, [share]), 0, atol=1e-6)
     np.testing.assert_array_equal(perfect.logits[0] > 0, np.arange(100) >= round(100 * (1 - share)))
-
-
-def test_rank_error_takes_a_share_for_each_point() -> None:
-    selections = [selection([0.5, 0.25], "11", "11"), selection([0.9, 0.8], "11", "11")]
-    rank = jnp.array([[[1.0, 0.5], [0.5, 1.0]]])
-    error = initialization.rank_error(selections, rank, [0.75, 0.5])  # rank ** (1/2), rank
-    np.testing.assert_allclose(error, [[0.5 + 0.4, abs(0.25 - 0.5**0.5) + 0.2]], rtol=1e-5)
-    with pytest.raises(ValueError, match="zip"):
-        initialization.rank_error(selections, rank, [0.75])
-
-
-# Log-probability of actions -----------------------------------------------------------------------
 
 
 def test_selector_nll_of_two_points() -> None:
@@ -117,15 +104,11 @@ def test_masking_is_deleting() -> None:
 
 
 def test_row_without_tokens() -> None:
-    """Value and gradient of a row of padding are 0."""
     value, grad = jax.value_and_grad(lambda x: policy.selector_nll([with_logits(x, "00", "00")])[0])(
         jnp.array([[5.0, -5.0]])
     )
     assert value == 0
     np.testing.assert_array_equal(grad, 0)
-
-
-# Policy -------------------------------------------------------------------------------------------
 
 
 def test_kept_ratio_is_of_the_maximum_length() -> None:

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 
@@ -21,16 +19,12 @@ def bools(*rows: str) -> jax.Array:
 
 
 def apply(rule: Rule, logits: list[list[float]], valid: jax.Array, stage: int = 0) -> Selection:
-    """The selection a rule ends in."""
     states = jnp.zeros((*valid.shape, 1))
     return drop_tokens(TokenSet(states, valid), jnp.array(logits, jnp.float32), stage, rule)[1]
 
 
 def assert_kept(keep: jax.Array, *rows: str) -> None:
     np.testing.assert_array_equal(keep, bools(*rows))
-
-
-# drop_tokens --------------------------------------------------------------------------------------
 
 
 def test_first_token_stays_and_nothing_returns() -> None:
@@ -59,9 +53,6 @@ def test_two_points() -> None:
     second, selection = drop_tokens(first, jnp.array([[1.0, 1, -1, 1]]), 1, tokens.keep_probable)
     assert_kept(selection.scored, "1010")
     assert_kept(second.valid, "1000")
-
-
-# Deterministic rules ------------------------------------------------------------------------------
 
 
 def test_keep_probable_includes_one_half() -> None:
@@ -145,8 +136,6 @@ def test_keep_first() -> None:
     assert_kept(apply(rule, [[0.0] * 5] * 3, first.keep, stage=1).keep, "11000", "10000", "10000")
 
 
-# Random rules -------------------------------------------------------------------------------------
-
 LENGTHS = np.array([12, 7, 1, 9])
 MANY = 4000  # rows; frequencies are then within 0.03, more than three standard deviations
 
@@ -184,7 +173,6 @@ def test_keep_random_is_nested_and_exact() -> None:
 
 
 def test_keep_random_is_uniform() -> None:
-    """Each of 4 tokens beside [CLS] is among the 2 that are kept half of the time."""
     rows = np.arange(MANY)
     keep = randomly_kept(np.full(MANY, 3), rows, np.zeros((MANY, 5)), np.ones((MANY, 5), bool))
     np.testing.assert_allclose(keep.mean(0), [1, 0.5, 0.5, 0.5, 0.5], atol=0.03)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 import io
 from pathlib import Path
@@ -62,7 +60,6 @@ def changed(**values: Any) -> list[Example]:
 
 
 def test_another_input_does_not_read_the_cache(tmp_path: Path) -> None:
-    """The digest names the file."""
     changes: list[dict[str, Any]] = [
         {},
         {"records": changed(text="the film was bad")},

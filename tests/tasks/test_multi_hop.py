@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -49,7 +47,6 @@ def packed(*questions: MultiHopQuestion | TokenizedQuestion, **options: Any) -> 
 
 
 def real(targets: np.ndarray) -> list[Any]:
-    """One question's targets without the padding."""
     return [x for x in targets.tolist() if x not in (-1, [-1, -1])]
 
 
@@ -58,7 +55,6 @@ def tokenized(question: MultiHopQuestion) -> TokenizedQuestion:
 
 
 def answers(**changes: Any) -> list[list[str]]:
-    """The answers found in each paragraph."""
     paragraphs = tokenized(dataclasses.replace(QUESTION, **changes)).paragraphs
     return [[p.text[p.chars[a, 0] : p.chars[b - 1, 1]] for a, b in p.spans] for p in paragraphs]
 
@@ -183,9 +179,6 @@ def test_targets_and_sentences_are_those_of_the_paragraphs(
             assert tokens[start : end + 1].tolist() == expected.tolist()
 
 
-# Answers ---------------------------------------------------------------------------------------------
-
-
 def decode(examples: Examples, span: np.ndarray, longest: int = 30) -> str:
     logits = {"span": span, "kind": np.array([[1, 0, 0]]), "sentence": np.zeros((1, 80, 2))}
     return decode_multi_hop(examples, logits, longest)["answer"]["h0"]
@@ -200,11 +193,6 @@ def test_gaps_in_pretokenized_text() -> None:
     assert decode(examples, span) == "Kings"
     span[0, 0, 9] = -9
     assert decode(examples, span) == "The"
-
-
-def test_examples_for_training_have_no_answers() -> None:
-    with pytest.raises(ValueError, match="training"):
-        decode(packed(QUESTION, training=True), np.zeros((1, 2, 99)))
 
 
 @settings(deadline=None)

@@ -1,7 +1,5 @@
 """Multiple choice and candidates."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -72,8 +70,6 @@ def test_chosen_options(form: str, chosen: str) -> None:
     assert score.files["predictions.json"] == dict(zip("xyz", chosen, strict=True))
     assert score.metrics == {"accuracy": 0.5}
 
-
-# Candidates ------------------------------------------------------------------------------------------
 
 NAMES = ("paris", "the queen of france", "東京")
 SUPPORTS = ("the king was born in paris .", "x")

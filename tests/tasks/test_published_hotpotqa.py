@@ -4,8 +4,6 @@ Each of the three paragraphs of a question becomes `[unused1] title [unused2] te
 a question of 3 word pieces the first begins at token 5, the second at 25, the third at 36, and 48 is [SEP].
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +67,6 @@ def perfect(
 
 
 def targets(data: Published, found: Examples, i: int) -> tuple[list[str], list[str], list[str]]:
-    """The pieces of an input, its answers and its supporting sentences."""
     row = data.tokenizer.convert_ids_to_tokens(found.row(i).tolist())
     ends = zip(found.targets["starts"][i], found.targets["ends"][i], strict=True)
     supporting = found.targets["sentences"][i][found.targets["sentence_labels"][i] == 1]
@@ -121,7 +118,6 @@ def test_what_does_not_fit_is_cut_and_costs(tmp_path: Path) -> None:
 
 
 def test_training_draws_the_order_and_keeps_the_answers(tmp_path: Path) -> None:
-    """Whatever the order of paragraphs, targets are the answer and the supporting sentences."""
     data = distractor(tmp_path, 64)
     assert data.counts("train") == {"num_examples": 5, "num_rows": 4, "num_dropped": 1}
     texts = {fact: " ".join(ROW.split()[a : b + 1]) for fact, (a, b) in PLACES.items()}

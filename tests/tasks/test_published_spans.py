@@ -4,8 +4,6 @@ Inputs are 24 tokens long. A question of 3 word pieces leaves room for 18 of the
 begin 6 apart hold pieces 0-17, 6-23, 12-29, 18-35 and 24-39 of a context of 40.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

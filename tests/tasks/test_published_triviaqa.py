@@ -4,8 +4,6 @@ Inputs are 24 tokens long, two a document. A question of 3 word pieces leaves ro
 each: segments hold pieces 0-17 and 18-35, what follows is cut.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ DOCUMENTS = {
 
 
 def trivia_file(domain: str) -> dict[str, Any]:
-    """One question with three documents, one with one."""
     city = {"Aliases": ["Łódź", "Lodz"], "NormalizedAliases": ["łódź", "lodz"], "Value": "Łódź"}
     cafe = {"Aliases": [CAFE], "NormalizedAliases": ["bistro", CAFE], "Value": CAFE}
     first: dict[str, Any] = {"QuestionId": "tc_1", "Question": "where is it", "Answer": city}

@@ -1,7 +1,5 @@
 """Edge cases of the official metrics; tests/test_golden_metrics.py has the official scripts themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

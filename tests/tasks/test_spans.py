@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any
@@ -146,9 +144,6 @@ def test_most_context_is_the_published_rule(steps: list[int], size: int) -> None
             assert np.flatnonzero(flags[:, piece]).tolist() == [owner]
 
 
-# Answers ---------------------------------------------------------------------------------------------
-
-
 def test_the_best_threshold_is_searched_among_all_answers() -> None:
     """It may lie above the present one, whose "" hides what the model would have answered."""
     questions = [span_question("king.", "king", id="a"), span_question("queen.", impossible=True, id="b")]
@@ -248,9 +243,6 @@ def test_chunks_of_windows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         assert getattr(whole, field.name).tolist() == getattr(parts, field.name).tolist()
 
 
-# Segments --------------------------------------------------------------------------------------------
-
-
 def segments(
     *questions: SpanQuestion, settings: WindowSettings = SEGMENTS, training: bool = False
 ) -> Examples:
@@ -264,7 +256,6 @@ def mentions(context: str, word: str) -> SpanQuestion:
 
 
 def targets(examples: Examples) -> list[list[tuple[int, int]]]:
-    """Starts and ends of each segment, without the padding."""
     ends = np.stack([examples.row_targets["starts"], examples.row_targets["ends"]], axis=-1)
     return [[(a, b) for a, b in some if (a, b) != (-1, -1)] for some in ends.tolist()]
 
