@@ -112,13 +112,10 @@ def mistake(tmp_path: Path, text: str, *overrides: str) -> str:
         ("polcy: {alpha: 1}", 4, "polcy", "did you mean policy?"),
         ("policy:\n  aplha: 1", 5, "policy.aplha", "did you mean policy.alpha?"),
         ("guide_rate: 1", 4, "guide_rate", "did you mean policy.guide_rate?"),
-        ("score: {qqq: 1}", 4, "score.qqq", "known here: batch_size"),
         ("1: 2", 4, "1", "unknown key"),
         ("policy:\n\n  epochs: many", 6, "policy.epochs", 'integer, got "many"'),
         ("policy: {epochs: 1.5}", 4, "policy.epochs", "1.5"),
-        ("policy: {epochs: true}", 4, "policy.epochs", "true"),
         ("policy: {alpha: '1'}", 4, "policy.alpha", 'number, got "1"'),
-        ("policy: {alpha: .inf}", 4, "policy.alpha", ".inf"),
         ("policy: {alpha: 1e999}", 4, "policy.alpha", "finite"),
         ("joint: {distill: yes}", 4, "joint.distill", '"yes"'),
         ("policy: 3", 4, "policy", "section"),
@@ -126,22 +123,17 @@ def mistake(tmp_path: Path, text: str, *overrides: str) -> str:
         ("stages: [finetuen]", 4, "stages", "did you mean finetune?"),
         ("stages: []", 4, "stages", "finetune, score"),
         ("stages: [policy, score]", 4, "stages", "in this order"),
-        ("stages: [score, score]", 4, "stages", "once"),
         ("evaluate: {rule: dens}", 4, "evaluate.rule", 'batch_max, dense, got "dens"; did you mean dense?'),
         ("evaluate: {baselines: [sample]}", 4, "evaluate.baselines", "random, first_k"),
-        ("evaluate: {rule: dense, baselines: [random]}", 4, "evaluate.baselines", "dense"),
         ("evaluate: {rule: batch_max, thresholds: [0.3]}", 4, "evaluate.thresholds", "batch_max"),
         ("joint: {backend: mask}", 4, "joint.backend", "did you mean masked?"),
         ("joint: {published_padding: true}", 4, "joint.published_padding", "stdlib"),
         ("finetune: {learning_rate: -1e-5}", 4, "finetune.learning_rate", "greater than 0"),
         ("finetune: {batch_size: 0}", 4, "finetune.batch_size", "at least 1|or equal to 1"),
-        ("policy: {num_samples: 1}", 4, "policy.num_samples", "or equal to 2"),
         ("policy: {guide_rate: 1.1}", 4, "policy.guide_rate", "or equal to 1"),
-        ("seed: -1", 4, "seed", "or equal to 0"),
         ("policy: {epochs: 1, epochs: 2}", 4, "epochs", "twice"),
         ("seed: 1\nseed: 1", 5, "seed", "run.yaml:4"),
         ("seed: [1", 5, "", "YAML"),
-        ("seed: 1\n\tx: 1", 5, "", "YAML"),
         ("a: *b", 4, "", "aliases"),
         ("seed: &a 1", 4, "", "anchors"),
         ("seed: !!python/name:os.system", 4, "", "tags"),
@@ -161,15 +153,12 @@ def test_mistake_in_a_file(tmp_path: Path, text: str, line: int, key: str, hint:
     ("text", "place"),
     [
         ("", ": "),
-        ("# nothing\n", ": "),
         ("- 1\n", ": "),
         ("seed: 1\n---\nseed: 2\n", ":2: "),
         ("seed: \x00\n", ": "),
         ("seed: " + "[" * 10_000, ": "),
-        ("seed: " + "1" * 10_000, ": "),
         ("seed: 1\n", ": workdir: "),
         ("workdir: ''\n", ":1: workdir: "),
-        ("workdir: 12\n", ":1: workdir: "),
         ("workdir: x\ndata: {path: d}\n", ":2: data.name: "),
         (MINIMAL.replace("stdlib", "imdb"), ":2: data.path: "),
     ],
@@ -184,18 +173,14 @@ def test_file_that_is_no_configuration(tmp_path: Path, text: str, place: str) ->
         ("policy.alpha.x=1", "policy.alpha", '{"x": 1}'),
         ("policy.alpha", "'policy.alpha' ", "section.key=value"),
         ("policy.alpha=", "'policy.alpha=' ", "section.key=value"),
-        ("=1", "'=1' ", "section.key=value"),
         ("policy..alpha=1", "'policy..alpha=1' ", "section.key=value"),
         ("stages=[score", "not valid YAML", ""),
         ("base=x.yaml", "base", "file"),
         ("data.name=imbd", "data.name", "did you mean imdb?"),
         ("data.name='tfds:'", "data.name", "tfds:NAME"),
         ("data.text_field=body", "data.text_field", "tfds:NAME"),
-        ("data.label_field=y", "data.label_field", "tfds:NAME"),
         ("model.max_positions=511", "model.max_positions", "512"),
         ("model.keep_layers=[0,2]", "model.keep_layers", "pretrained"),
-        ("model.init=m model.keep_layers=[]", "model.keep_layers", "rising"),
-        ("model.init=m model.keep_layers=[2,0]", "model.keep_layers", "rising"),
         ("model.init=m model.keep_layers=[0,0]", "model.keep_layers", "rising"),
         ("model.scratch.hidden_size=100", "model.scratch.hidden_size", "12"),
     ],
@@ -254,51 +239,39 @@ def test_defaults_are_the_published_hyper_parameters(tmp_path: Path) -> None:
     assert load_config(tmp_path / "run.yaml", REQUIRED) == published
 
 
+# Data set -> length, question, harmonic coefficients, learning rate, epochs, warm-up, batch, guide rate.
+PUBLISHED: dict[str, tuple[Any, ...]] = {
+    "imdb": (512, None, 1, 1, 3e-5, (5, 3), None, 32, 0.5),
+    "yelp_f": (512, None, 2, 0.5, 3e-5, (5, 3), None, 32, 0.5),
+    "20news": (512, None, 1, 1, 3e-5, (5, 3), None, 32, 0.5),
+    "hyperpartisan": (1024, None, 0.01, 0.01, 3e-5, (5, 3), None, 32, 0.5),
+    "squad": (384, 64, 5, 5, 5e-5, (3, 3), None, 8, 0.2),
+    "newsqa": (512, 40, 3, 5, 5e-5, (3, 3), None, 2, 0.2),
+    "naturalqa": (512, 40, 2, 2, 5e-5, (3, 3), None, 2, 0.2),
+    "race": (512, 128, 0.5, 0.1, 2e-5, (3, 3), None, 8, 0.5),
+    "hotpotqa": (1024, 80, 0.1, 4, 5e-5, (3, 3), 1000, 4, 0.3334),
+    "triviaqa": (1024, 55, 0.5, 1, 3e-5, (5, 5), 1000, 8, 0.2),
+    "wikihop": (1024, None, 1, 1, 5e-5, (5, 5), None, 2, 0.5),
+}
+
+
 @pytest.mark.parametrize(
-    ("data", "policy", "joint"),
-    [("imdb", 1, 1), ("yelp_f", 2, 0.5), ("20news", 1, 1), ("hyperpartisan", 0.01, 0.01)],
+    "path", [p for p in CONFIGS if re.search("_(distil)?bert$", p.stem)], ids=lambda p: p.stem
 )
-@pytest.mark.parametrize("backbone", ["bert", "distilbert"])
-def test_published_run(data: str, backbone: str, policy: float, joint: float) -> None:
-    run = load_config(ROOT / f"configs/{data}_{backbone}.yaml")
+def test_published_run(path: Path) -> None:
+    run, (data, _, backbone) = load_config(path), path.stem.rpartition("_")
+    length, question, policy, joint, rate, (first, epochs), warmup, batch_size, guide = PUBLISHED[data]
     assert (run.data.name, run.policy.alpha, run.joint.alpha) == (data, policy, joint)
     assert ("init" in run.stages) == (data == "imdb")
-    for stage, epochs in ((run.finetune, 5), (run.init, 3), (run.policy, 3), (run.joint, 3)):
-        assert (stage.learning_rate, stage.epochs, stage.warmup_fraction) == (3e-5, epochs, 0.1)
-        assert stage.batch_size * stage.accumulation_steps == 32
-    long_input = (data, backbone) == ("hyperpartisan", "bert")
-    assert run.model.max_length == (1024 if long_input else 512)
-    assert run.model.max_positions == (1024 if long_input else None)
-
-
-# Data set, length, question, harmonic coefficients, learning rate, epochs, batch size, guide rate.
-QUESTIONS = [
-    ("squad", 384, 64, 5, 5, 5e-5, 3, 8, 0.2),
-    ("newsqa", 512, 40, 3, 5, 5e-5, 3, 2, 0.2),
-    ("naturalqa", 512, 40, 2, 2, 5e-5, 3, 2, 0.2),
-    ("race", 512, 128, 0.5, 0.1, 2e-5, 3, 8, 0.5),
-    ("hotpotqa", 1024, 80, 0.1, 4, 5e-5, 3, 4, 0.3334),
-    ("triviaqa", 1024, 55, 0.5, 1, 3e-5, 5, 8, 0.2),
-    ("wikihop", 1024, None, 1, 1, 5e-5, 5, 2, 0.5),
-]
-
-
-@pytest.mark.parametrize("row", QUESTIONS, ids=lambda row: row[0])
-def test_published_run_of_questions(row: tuple[Any, ...]) -> None:
-    data, length, question, policy, joint, rate, epochs, batch_size, guide = row
-    paths = [p for p in CONFIGS if p.stem in (f"{data}_bert", f"{data}_distilbert")]
-    assert len(paths) == (1 if length == 1024 else 2)
-    for path in paths:
-        run = load_config(path)
-        assert (run.data.name, run.policy.alpha, run.joint.alpha) == (data, policy, joint)
-        assert run.model.max_length == length
-        assert run.model.max_positions == (1024 if length == 1024 else None)
-        assert run.model.max_question_length in (None, question)  # None: what the data set has by itself
-        assert run.policy.guide_rate == guide
-        for stage in (run.finetune, run.policy, run.joint):
-            assert (stage.learning_rate, stage.epochs, stage.batch_size) == (rate, epochs, batch_size)
-            assert stage.accumulation_steps == 1
-            assert stage.warmup_steps == (1000 if data in ("hotpotqa", "triviaqa") else None)
+    if (data, backbone) == ("hyperpartisan", "distilbert"):
+        length = 512
+    assert (run.model.max_length, run.model.max_positions) == (length, 1024 if length == 1024 else None)
+    assert run.model.max_question_length in (None, question)  # None: what the data set has by itself
+    assert run.policy.guide_rate == guide
+    for stage, passes in ((run.finetune, first), (run.policy, epochs), (run.joint, epochs)):
+        assert (stage.learning_rate, stage.epochs, stage.warmup_steps) == (rate, passes, warmup)
+        assert stage.batch_size * stage.accumulation_steps == batch_size
+        assert batch_size < 32 or stage.warmup_fraction == 0.1
 
 
 def test_three_layer_runs_are_dense() -> None:

@@ -96,16 +96,6 @@ def test_page(page: Path) -> None:
         assert len(page.read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def test_broken_things_are_found(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(
-        "# A `b` c\n[ok](#a-b-c) [ok](page.md#a-b-c) [ok](https://x.y/z) [bad](#nowhere) [bad](gone.md)\n"
-        "`configs/*.yaml` `trbert_jax/gone.py`\n```\n# no heading\n[no link](gone.md)\n```\n"
-    )
-    assert broken_links(page) == ["#nowhere", "gone.md"]
-    assert missing_paths(page) == ["trbert_jax/gone.py"]
-
-
 def code_blocks(page: Path) -> str:
     """The code blocks of a page, a command with continued lines as one line."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

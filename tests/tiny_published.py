@@ -59,14 +59,7 @@ def word_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 class Published:
-    """A data set whose files lie in a folder, as a run reads it.
-
-    Args:
-      name: `data.name`.
-      folder: `data.path`.
-      choices: `data.choices`.
-      model: settings of the section `model`.
-    """
+    """A data set whose files lie in a folder, as a run with these settings of `model` reads it."""
 
     def __init__(self, name: str, folder: Path, choices: Any = "pairs", **model: Any) -> None:
         data = DataConfig(name=name, path=str(folder), choices=choices)

@@ -112,17 +112,6 @@ def test_batch_max_fills_rows_up(runner: InferenceEngine, packed: Outputs) -> No
         np.testing.assert_array_equal(filled.num_kept[rows, 0], np.minimum(most, EXAMPLES.lengths[rows]))
 
 
-def test_a_lower_threshold_keeps_more(runner: InferenceEngine, packed: Outputs) -> None:
-    few, half, many, every = (
-        masks(runner.run(PARAMS, EXAMPLES, threshold=t)) for t in (0.55, 0.5, 0.45, 1e-9)
-    )
-    np.testing.assert_array_equal(half, masks(packed))
-    assert (few[0] <= half[0]).all()
-    assert (half[0] <= many[0]).all()
-    assert few[0].sum() < many[0].sum()
-    np.testing.assert_array_equal(every[1].sum(-1), EXAMPLES.lengths)
-
-
 # Baselines ----------------------------------------------------------------------------------------
 
 
