@@ -312,7 +312,7 @@ def _evaluate(args: Arguments) -> None:
     io.check_writable(args.json, args.predictions)
     io.enable_compilation_cache()
     if args.all_checkpoints:
-        from trbert_jax.training.evaluation import evaluate_all_checkpoints
+        from trbert_jax.training.run import evaluate_all_checkpoints
 
         result = evaluate_all_checkpoints(_config(args))
     else:

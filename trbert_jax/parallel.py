@@ -294,16 +294,10 @@ def join(
 ) -> None:
     """Joins the other processes of a run; call it before anything asks JAX for devices.
 
-    If the others do not come within `timeout` seconds, prints an error to stderr and ends the process with
-    code 2: nothing can be raised while JAX waits.
-
-    Args:
-      coordinator: HOST:PORT of process 0; None to detect everything from the environment (SLURM, Open MPI,
-        Kubernetes, Cloud TPU).
-      num_processes, process_id: how many there are, and the number of this one, from 0.
-
-    Raises:
-      UserError: the environment does not describe a run, or another program uses the coordinator's port.
+    `coordinator` is HOST:PORT of process 0; None to detect everything from the environment (SLURM, Open MPI,
+    Kubernetes, Cloud TPU). `process_id` counts from 0. If the others do not come within `timeout` seconds,
+    prints an error to stderr and ends the process with code 2: nothing can be raised while JAX waits. Raises
+    `UserError` if the environment does not describe a run, or another program uses the port.
     """
     late = f"processes did not join within {timeout} s; check that all were started and their network"
     cannot = (

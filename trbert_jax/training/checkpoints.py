@@ -83,14 +83,9 @@ class CheckpointStore:
     ) -> None:
         """Writes a checkpoint in the background, then deletes old ones except the best.
 
-        Args:
-          step: updates done; larger than the step of every checkpoint.
-          state: pytree of arrays, which must not change until `wait` returns.
-          metrics: scalars to save with it.
-          metric: the largest finite one makes a checkpoint the best.
-
-        Raises:
-          UserError: this write or the one before it failed, or the directory has a damaged checkpoint.
+        `step` is larger than that of every checkpoint. The arrays of `state` must not change until `wait`
+        returns. The largest finite `metric` makes a checkpoint the best; `metrics` are saved with it. Raises
+        `UserError` if this write or the one before it failed, or the directory has a damaged checkpoint.
         """
         self.wait()
         manifests = self._manifests()
@@ -123,11 +118,8 @@ class CheckpointStore:
     def restore(self, step: int, like: Any) -> Any:
         """Reads a checkpoint after checking every byte of it; returns NumPy arrays in the tree of `like`.
 
-        `like` has the saved structure, shapes and dtypes.
-
-        Raises:
-          DamagedCheckpointError: a file is missing or changed.
-          UserError: it does not exist, or has another fingerprint or other arrays.
+        `like` has the saved structure, shapes and dtypes. Raises `DamagedCheckpointError` if a file changed,
+        `UserError` if the checkpoint does not exist, or has another fingerprint or other arrays.
         """
         folder, manifests = self.folder(step), self._manifests()
         if step not in manifests:

@@ -17,8 +17,8 @@ from trbert_jax.model.model import init_params
 from trbert_jax.parallel import SMALLEST_DIVIDED, check_batch, check_mesh
 from trbert_jax.reduction import flops
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.training.evaluation import num_passes
 from trbert_jax.training.experiment import Experiment
+from trbert_jax.training.run import num_passes
 from trbert_jax.training.stages import Stage, configured
 from trbert_jax.training.step import split_params
 
@@ -42,11 +42,7 @@ class StagePlan(NamedTuple):
 
 
 def plan(experiment: Experiment, devices: int, processes: int) -> list[StagePlan]:
-    """Plans every stage on a number of devices and processes.
-
-    Raises:
-      UserError: the devices do not divide a batch, the processes or the axes of the mesh.
-    """
+    """Plans every stage; raises `UserError` if the devices do not divide a batch, processes or the mesh."""
     config = experiment.config
     if devices % processes:
         raise UserError(f"--devices {devices}: {processes} processes cannot have equally many of them")

@@ -54,16 +54,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Experiment:
     """A configuration with its work directory, data, devices and models.
 
-    Args:
-      config: settings of all stages.
-      profile_steps: updates of each stage to profile: the first (0-based) and one past the last.
-
-    Attributes:
-      workdir: folder of all files; those of a stage are in a folder of its name.
-      data: the splits of the data set, and their task.
-
-    Raises:
-      UserError: an unknown data set, or a setting that its task does not read.
+    `profile_steps` are the updates of each stage to profile: the first (0-based) and one past the last.
+    Raises `UserError` for an unknown data set, or a setting that its task does not read.
     """
 
     def __init__(self, config: RunConfig, profile_steps: tuple[int, int] | None = None) -> None:
@@ -86,11 +78,7 @@ class Experiment:
         return read_json(path) if path.exists() else None
 
     def output_of(self, stage: str, name: str, needed_by: str) -> Path:
-        """Returns the path of a finished stage's output file or folder.
-
-        Raises:
-          UserError: the stage has not been run; names it.
-        """
+        """Returns the path of a finished stage's output. Raises `UserError` if the stage has not been run."""
         path = self.workdir / stage / name
         if self.finished(stage) is None or not path.exists():
             advice = f"add {stage} to `stages`"
@@ -103,9 +91,8 @@ class Experiment:
     def claim(self, stages: Sequence[str]) -> Iterator[None]:
         """Reserves the work directory for this configuration and process while `stages` run.
 
-        Raises:
-          UserError: the directory belongs to another configuration, is in use, or cannot be written to; or
-            the processes differ in configuration, stages or directory.
+        Raises `UserError` if the directory belongs to another configuration, is in use, or cannot be written
+        to; or if the processes differ in configuration, stages or directory.
         """
         self.devices.check_agreement("the configuration", to_dict(self.config))
         self.devices.check_agreement("the stages to run (--stages)", list(stages))
@@ -203,15 +190,9 @@ class Experiment:
         if model.init == "scratch":
             base = self._scratch(tokenizer)
         else:
-            base = load_pretrained(
-                model.init,
-                task=task.head,
-                labels=task.labels or None,
-                seed=self.config.seed,
-                max_positions=model.max_positions,
-                keep_layers=model.keep_layers,
-                max_length=model.max_length,
-            )
+            shape = {x: getattr(model, x) for x in ("max_positions", "keep_layers", "max_length")}
+            labels, seed = task.labels or None, self.config.seed
+            base = load_pretrained(model.init, task=task.head, labels=labels, seed=seed, **shape)
         tokenizer = base.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
             raise UserError(

@@ -86,18 +86,14 @@ class Training:
 def prepare(experiment: Experiment, stage: Stage) -> Training:
     """Gathers everything that a training stage needs.
 
-    Raises:
-      UserError: an earlier stage's output is missing (the message names that stage), the data is bad, or the
-        settings do not fit the model.
+    Raises `UserError` if an earlier stage's output is missing, or data or settings do not fit the model.
     """
     settings: TrainingConfig = getattr(experiment.config, stage.name)
     start = stage.start(experiment)
     model, shares = start.config, experiment.config.init.keep
     if shares is not None and len(shares) != model.num_reductions:
-        raise UserError(
-            f"init.keep: {list(shares)} are {len(shares)} shares, expected {model.num_reductions}: one for "
-            "each point of reduction of this model"
-        )
+        expected = f"{model.num_reductions}: one for each point of reduction of this model"
+        raise UserError(f"init.keep: {list(shares)} are {len(shares)} shares, expected {expected}")
     examples = experiment.features("train", start)
     read = stage.inputs(settings)
     inputs = read(experiment, stage.name, examples, model.task) if read else {}
@@ -116,6 +112,8 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
     # On the host: a device may be too small for all of them.
     params = jax.tree.map(np.asarray, start.params)
     trained, frozen = updates.split_params(params, stage.trained(model))
+    clip, epsilon = settings.clip_norm, settings.adam_epsilon
+    fingerprint, folder = experiment.fingerprint(stage.name, examples), experiment.workdir / stage.name
     return Training(
         experiment=experiment,
         stage=stage,
@@ -132,17 +130,9 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
         total_steps=total,
         schedule=schedule,
         optimizer=updates.adamw(
-            schedule,
-            model,
-            weight_decay=settings.weight_decay,
-            clip_norm=settings.clip_norm,
-            epsilon=settings.adam_epsilon,
+            schedule, model, weight_decay=settings.weight_decay, clip_norm=clip, epsilon=epsilon
         ),
-        checkpoints=CheckpointStore(
-            experiment.workdir / stage.name / "checkpoints",
-            settings.keep_checkpoints,
-            experiment.fingerprint(stage.name, examples),
-        ),
+        checkpoints=CheckpointStore(folder / "checkpoints", settings.keep_checkpoints, fingerprint),
     )
 
 
@@ -218,12 +208,8 @@ def train_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
 def train(training: Training) -> tuple[Params, dict[str, Any]]:
     """Trains a stage, or the rest of it. Every process calls this; the first one writes.
 
-    Returns:
-      All parameters (of the best or the last checkpoint, as `output` asks) and a summary.
-
-    Raises:
-      PreemptedError: the process received SIGTERM; a checkpoint of the last update is saved.
-      UserError: the loss or the gradient is not finite; the message names the update.
+    Returns all parameters (of the best or the last checkpoint, as `output` asks) and a summary. Raises
+    `PreemptedError` after SIGTERM, with the last update saved; `UserError` if loss or gradient is not finite.
     """
     experiment, stage, settings = training.experiment, training.stage, training.settings
     devices, total, store = experiment.devices, training.total_steps, training.checkpoints
@@ -232,10 +218,8 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
     start, restored = latest_state(training, like)
 
     update, placed = training.update(), updates.place(training.frozen, devices)
-    if restored is None:
-        state = updates.first_state(training.trained, training.optimizer, devices)
-    else:
-        state = updates.place(restored, devices)
+    first = functools.partial(updates.first_state, training.trained, training.optimizer, devices)
+    state = first() if restored is None else updates.place(restored, devices)
     # Each stage draws its own random numbers: the first letters of its name are a number.
     number = int.from_bytes(stage.name.encode()[:4].ljust(4, b"\0"), "big") & 0x7FFFFFFF
     rng = jax.random.fold_in(jax.random.key(experiment.config.seed), number)
@@ -303,12 +287,7 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
 
 
 def check_finite(training: Training, unchecked: list[tuple[int, dict[str, jax.Array]]]) -> None:
-    """Raises a UserError that names the first update whose loss or gradient is not finite; empties the list.
-
-    Args:
-      training: the stage.
-      unchecked: number and metrics of updates.
-    """
+    """Raises a UserError that names the first update with a loss or gradient not finite; empties the list."""
     name, store = training.stage.name, training.checkpoints
     for step, metrics in unchecked:
         watched = {metric: metrics[metric] for metric in ("loss", "gradient_norm")}
@@ -343,8 +322,7 @@ def to_checkpoint(training: Training, state: TrainState) -> dict[str, Any]:
 def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainState:
     """Reads the state of a checkpoint onto the host, whatever devices wrote it; `like` has its shapes.
 
-    Raises:
-      DamagedCheckpointError: a file is missing or changed.
+    Raises `DamagedCheckpointError` if a file is missing or changed.
     """
     template = {"trained": like.trained, "opt_state": like.opt_state, "step": np.asarray(0, np.int32)}
     template |= {name: np.asarray(0, np.int64) for name in ("seed", "epoch", "position")}

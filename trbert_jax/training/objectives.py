@@ -36,18 +36,11 @@ Execute = Callable[..., ModelOutput]
 
 @struct.dataclass
 class Objective:
-    """Per-example values of one stage.
+    """Per-example values of one stage, float32 [B] each."""
 
-    Attributes:
-      total: float32 [B], what is minimized.
-      weight: float32 [B], weight of each example in the mean: 1, or 0 for padding; in selector
-        initialization, a mean over tokens, the number of tokens.
-      metrics: name -> float32 [B], logged as means over examples.
-    """
-
-    total: jax.Array
-    weight: jax.Array
-    metrics: dict[str, jax.Array]
+    total: jax.Array  # the minimized value
+    weight: jax.Array  # in the mean: 1; 0 for padding; in stage init, a mean over tokens, their number
+    metrics: dict[str, jax.Array]  # logged as means over examples
 
     def sums(self) -> dict[str, jax.Array]:
         """Returns weighted sums over examples, to be added up over micro-batches and devices."""
@@ -74,8 +67,7 @@ def dense_objective(
     """Returns the task's loss of the dense model (stage finetune)."""
     task, rows = TASKS[model.config.task], Rows(batch)
     logits = execute(model, params, batch, rule=None, dropout_rng=dropout_rng).logits
-    loss = task.loss(logits, rows)
-    metrics = {}
+    loss, metrics = task.loss(logits, rows), {}
     if "labels" in batch:
         answers = task.example_logits(logits, rows).argmax(-1)
         metrics["accuracy"] = (answers == batch["labels"]).astype(jnp.float32)
@@ -162,14 +154,8 @@ def sample_policy(
     ratio = rows.mean(policy.kept_ratio(kept, max_length))
     nll = rows.mean(policy.selector_nll(output.selections))
     task_loss, ratio, nll = (x.reshape(num_samples, -1) for x in (loss, ratio, nll))
-    return PolicySamples(
-        task_loss=task_loss,
-        selector_nll=nll,
-        kept_ratio=ratio,
-        reward=policy.reward(task_loss, ratio, alpha),
-        logits=output.logits,
-        selections=kept,
-    )
+    reward = policy.reward(task_loss, ratio, alpha)
+    return PolicySamples(task_loss, nll, ratio, reward, output.logits, kept)
 
 
 def policy_objective(batch: Batch, samples: PolicySamples) -> Objective:
@@ -194,12 +180,8 @@ def joint_objective(batch: Batch, samples: PolicySamples) -> Objective:
 def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax.Array | bool) -> tokens.Rule:
     """Returns a rule that samples; while `imitating`, the first copy of each example follows the guide.
 
-    Args:
-      rng: key of this step's actions.
-      batch: `index` int32 [B], from which the keys of the examples are derived; and `guide` unless
-        `imitating` is the literal False.
-      num_samples: K, copies of each example.
-      imitating: bool scalar, may be traced.
+    `rng` is the key of this step's actions; the keys of the examples are derived from it and `index` in
+    `batch`, which also has `guide` unless `imitating`, a bool scalar, maybe traced, is the literal False.
     """
     copy_rngs = jax.random.split(rng, num_samples)
     inputs = {"row_keys": jax.vmap(Rows(batch).keys)(copy_rngs).reshape(-1)}

@@ -1,50 +1,54 @@
-"""Run the stages of an experiment in order; write and summarize its results."""
+"""Run the stages of an experiment in order, evaluate its models, and summarize the results."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import logging
 import os
 import platform
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from trbert_jax.config import RunConfig, to_dict
 from trbert_jax.errors import UserError
-from trbert_jax.io import make_directory, write_json
+from trbert_jax.inference.engine import InferenceEngine, Outputs
+from trbert_jax.inference.evaluate import baseline_runs, evaluate_runs, summarize, write_predictions
+from trbert_jax.io import atomic_directory, make_directory, write_json
+from trbert_jax.model.config import model_config_to_dict
+from trbert_jax.model.heads import Logits
+from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.parallel import check_batch
+from trbert_jax.tasks import Score
+from trbert_jax.tasks.examples import Examples
 from trbert_jax.training.experiment import Experiment
-from trbert_jax.training.logging import plot_metrics
-from trbert_jax.training.loop import train_stage
+from trbert_jax.training.logging import Progress, plot_metrics
+from trbert_jax.training.loop import prepare, restore_state, train_stage
 from trbert_jax.training.prepared import read_provenance
 from trbert_jax.training.stages import STAGES, Stage, compared_models, configured
+from trbert_jax.training.step import init_state, merge_params
 
 logger = logging.getLogger(__name__)
 
-PACKAGES: tuple[str, ...] = ("trbert-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-PACKAGES += ("transformers", "tokenizers", "numpy")
+PACKAGES = ["trbert-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"]
+PACKAGES += ["transformers", "tokenizers", "numpy"]
 
 
 def train(
-    config: RunConfig,
-    only: Sequence[str] | None = None,
-    profile_steps: tuple[int, int] | None = None,
+    config: RunConfig, only: Sequence[str] | None = None, profile_steps: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """Runs the stages of a configuration that are not finished yet.
+    """Runs the stages of a configuration that are not finished yet; returns `WORKDIR/results.json`.
 
-    Each of several processes calls this with the same work directory; the first one writes.
-
-    Args:
-      config: settings of all stages.
-      only: names of the stages to run, in any order; None for all configured stages.
-      profile_steps: updates of each stage to profile: the first (0-based) and one past the last.
-
-    Returns:
-      The content of `WORKDIR/results.json`.
+    Each of several processes calls this with the same work directory; the first one writes. `only` names the
+    stages to run, in any order (None: all configured stages). `profile_steps` are the updates of each stage
+    to profile: the first (0-based) and one past the last.
 
     Raises:
       UserError: an unknown stage, a work directory of another configuration, missing inputs, bad data,
@@ -106,6 +110,160 @@ def _run_stage(experiment: Experiment, stage: Stage) -> None:
     logger.info("%s: done in %.1f s", stage.name, seconds)
 
 
+# Evaluation ---------------------------------------------------------------------------------------
+
+
+def evaluate_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
+    """Evaluates the dense model, the models that reduce, and the baselines; exports the last model."""
+    settings, devices, task = experiment.config.evaluate, experiment.devices, experiment.data.task
+    compared, result = compared_models(experiment.config), dict[str, Any]()
+    passes = _Passes(experiment, stage.name, sum(num_passes(experiment.config)))
+    for trained in compared:
+        model = experiment.load(trained.name, stage.name)
+        examples = experiment.features(settings.split, model)
+        experiment.check_inputs(stage.name, model, (settings.split,))
+        engine = experiment.engine(model.config, settings.batch_size, passes.after_batch)
+        params, options = jax.device_put(model.params), trained.evaluation(experiment.config)
+        outputs = engine.run(params, examples, **options)
+        score = task.score(examples, outputs.logits)
+        first, last, threshold = trained is compared[0], trained is compared[-1], dict[str, Any]()
+        if first or last:
+            threshold = _tune_null_threshold(experiment, model, engine, options, outputs, score)
+        name = "dense" if first else "reduced" if last else trained.name
+        result[name] = summarize(outputs, model.config, score.metrics) | (threshold if first else {})
+        write = functools.partial(_write_answers, outputs, examples, model, score)
+        devices.on_main(functools.partial(write, experiment.workdir / stage.name, f"_{trained.name}"))
+    devices.on_main(functools.partial(write, experiment.workdir, ""))
+    if outputs.kept:  # of the last model
+        variants = {
+            "baselines": baseline_runs(outputs, settings.baselines, experiment.config.seed),
+            "thresholds": {str(x): {**options, "threshold": x} for x in settings.thresholds},
+        }
+        for name, runs in variants.items():
+            result[name] = evaluate_runs(
+                engine, params, examples, lambda outputs: task.score(examples, outputs.logits).metrics, runs
+            )
+    result |= threshold
+    source = experiment.output_of(compared[-1].name, "model", stage.name)
+    devices.on_main(functools.partial(_export, source, experiment.workdir / "model", model, result))
+    return {"split": settings.split, "rule": settings.rule, "backend": settings.backend, **result}
+
+
+def num_passes(config: RunConfig) -> tuple[int, int]:
+    """Number of passes of stage evaluate over its split: with a dense model, with a reduced one.
+
+    Passes that tune a null threshold are not counted.
+    """
+    compared = compared_models(config)
+    reduced = sum(stage.reduces for stage in compared)
+    variants = len(config.evaluate.baselines) + len(config.evaluate.thresholds) if reduced else 0
+    return len(compared) - reduced, reduced + variants
+
+
+class _Passes:
+    """Shows the progress of stage evaluate, which makes `count` passes over the same examples."""
+
+    def __init__(self, experiment: Experiment, stage: str, count: int) -> None:
+        self._devices, self._stage, self._count = experiment.devices, stage, count
+        self._size = self._devices.rounded(experiment.config.evaluate.batch_size)
+        self._progress: Progress | None = None
+        self._digest, self._step, self._total = "", 0, 0
+
+    def after_batch(self, examples: Examples, index: np.ndarray, logits: Logits) -> None:
+        """Moves the progress display; on SIGTERM all processes stop after the same batch."""
+        if not self._total:
+            self._digest, self._total = examples.digest, self._count * -(-len(examples) // self._size)
+            self._progress = Progress(self._stage, self._total) if self._devices.is_main else None
+        # Null thresholds are tuned on dev, which may be the same examples: no step after the last.
+        if self._progress is not None and examples.digest == self._digest and self._step < self._total:
+            self._step += 1
+            self._progress.update(self._step, len(index))
+            if self._step == self._total:
+                self._progress.close()
+        self._devices.stop_here(f"in {self._stage}")
+
+
+def _tune_null_threshold(
+    experiment: Experiment,
+    model: Pretrained,
+    engine: InferenceEngine,
+    options: Mapping[str, Any],
+    outputs: Outputs,
+    reported: Score,
+) -> dict[str, Any]:
+    """Tunes the null threshold on the development set and applies it to the split that is reported.
+
+    The published results use 0, and so do `dense` and `reduced`. Empty for a task without such a threshold.
+    """
+    data, split = experiment.data, experiment.config.evaluate.split
+    if reported.null_threshold is None:
+        return {}
+    tuned_on = reported
+    if split != "dev":
+        dev = experiment.features("dev", model)
+        tuned_on = data.task.score(dev, engine.run(model.params, dev, **options).logits)
+    threshold = tuned_on.null_threshold
+    if threshold is None:  # every question of the development set has an answer
+        return {}
+    common = len(data.ids("dev") & data.ids(split))
+    metrics = data.task.score(experiment.features(split, model), outputs.logits, threshold).metrics
+    tuned = {"value": threshold, "tuned_on": "dev", "questions_in_common": common, **metrics}
+    return {"null_threshold": tuned}
+
+
+def _write_answers(
+    outputs: Outputs, examples: Examples, model: Pretrained, score: Score, directory: Path, suffix: str
+) -> None:
+    """Writes predictions in the official scorer's format; for labels, one JSON line per example."""
+    if not score.files:
+        write_predictions(directory / f"predictions{suffix}.jsonl", outputs, examples, model.config.labels)
+    for name, content in score.files.items():
+        path = directory / name
+        write_json(path.with_stem(path.stem + suffix), content)
+
+
+def _export(source: Path, target: Path, model: Pretrained, result: Mapping[str, Any]) -> None:
+    """Copies the model of the last stage and adds the tuned null threshold."""
+    with atomic_directory(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        if "null_threshold" in result:
+            value = result["null_threshold"]["value"]
+            inputs = dataclasses.replace(model.config.inputs, null_threshold=value)
+            config = dataclasses.replace(model.config, inputs=inputs)
+            write_json(temporary / "config.json", model_config_to_dict(config))
+
+
+def evaluate_all_checkpoints(config: RunConfig) -> dict[str, Any]:
+    """Evaluates every checkpoint of the training stages on the configured split.
+
+    Returns stage -> `step_N` -> the numbers of `summarize`; and `best` and `last`, numbers of steps. Raises
+    `UserError` if the work directory belongs to another configuration or has no checkpoint.
+    """
+    experiment = Experiment(config)
+    experiment.check_owner()
+    results = dict[str, Any]()
+    for stage in configured(config):
+        if not (experiment.workdir / stage.name / "checkpoints").is_dir():
+            continue
+        training = prepare(experiment, stage)
+        model, store = training.start, training.checkpoints
+        engine = experiment.engine(model.config, config.evaluate.batch_size)
+        examples = experiment.features(config.evaluate.split, model)
+        like = init_state(training.trained, training.optimizer)
+        results[stage.name] = {"best": store.best_step(), "last": store.latest_step()}
+        for step in store.steps():
+            logger.info("%s: evaluating step %d", stage.name, step)
+            params = merge_params(restore_state(store, step, like).trained, training.frozen)
+            outputs = engine.run(params, examples, **stage.evaluation(config))
+            metrics = experiment.data.task.score(examples, outputs.logits).metrics
+            results[stage.name][f"step_{step}"] = summarize(outputs, model.config, metrics)
+    if not results:
+        raise UserError(
+            f"{experiment.workdir}: has no checkpoints; run `trbert train` with this configuration first"
+        )
+    return results
+
+
 # Results ------------------------------------------------------------------------------------------
 
 
@@ -155,7 +313,7 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
     task, workdir = experiment.data.task, experiment.workdir
     rows = {"dense": results.get("dense")}
     rows |= {f"after {stage.name}": results.get(stage.name) for stage in compared_models(config)}
-    rows |= {"reduced": results.get("reduced")}
+    rows["reduced"] = results.get("reduced")
     rows |= {f"{name} tokens": summary for name, summary in results.get("baselines", {}).items()}
     rows |= {f"threshold {name}": summary for name, summary in results.get("thresholds", {}).items()}
     yield ""
@@ -165,8 +323,7 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
         if summary:
             kept = " -> ".join(f"{x:.1f}" for x in [summary["tokens"], *summary.get("kept", [])])
             speedup = f"{summary.get('flops_speedup', 1.0):.2f}x"
-            # Some official scorers count from 0 to 1, others from 0 to 100.
-            score = summary[task.metric]
+            score = summary[task.metric]  # some official scorers count from 0 to 1, others to 100
             value = f"{score:.1%}" if score <= 1 else f"{score:.1f}%"
             flops = f"{summary['flops'] / 1e6:.1f}"
             yield f"{name:<16} {value:>9} {kept:>22} {flops:>9} {speedup:>9}"

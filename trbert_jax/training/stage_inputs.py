@@ -224,8 +224,8 @@ def _outputs(
 def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapping[str, np.ndarray]) -> None:
     """Raises a UserError that names the first example of a batch with a value that is not finite.
 
-    `index` int [b] are the batch's examples, `size` is their number with padding; `results` are arrays by
-    name with an entry per example or per row of the padded batch.
+    `index` int [b] are the examples, `size` their number with padding; `results` have an entry per example or
+    per row of the padded batch.
     """
     rows = batch_rows(examples, index, size)
     for name, array in results.items():
@@ -245,20 +245,9 @@ def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapp
 class ResumableArrays:
     """Context manager for the arrays that a stage writes batch by batch, in the same order in every run.
 
-    A killed run has noted how many batches it finished; the next run writes the others and ends with the same
-    files.
-
-    Args:
-      directory: the stage's folder.
-      fingerprint: JSON-like; what batches and results depend on. Files of another fingerprint are replaced.
-      num_batches: of the whole stage.
-      devices: only the main process writes.
-
-    Attributes:
-      start: number of batches that an earlier run finished, the same in every process.
-
-    Raises:
-      UserError: the processes see different files.
+    A killed run has noted how many of the `num_batches` it finished (`start`); the next run writes the others
+    and ends with the same files. Files of another `fingerprint`, JSON-like, are replaced. Only the main
+    process writes. Raises `UserError` if the processes see different files.
     """
 
     def __init__(

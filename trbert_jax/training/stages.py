@@ -6,7 +6,6 @@ To add a stage, register one `Stage`. Source: docs/method.md, "Training stages".
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,8 +29,6 @@ from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.objectives import Objective
 from trbert_jax.training.stage_inputs import StageInputs
 from trbert_jax.training.step import ObjectiveFn, Trains
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +121,7 @@ class Stage:
         return {"rule": rule, "backend": config.evaluate.backend}
 
     def start(self, experiment: Experiment) -> Pretrained:
-        """Loads the model that the stage starts from.
-
-        Raises:
-          UserError: the stage that makes this model has not been run; names it.
-        """
+        """Loads the model that the stage starts from. Raises `UserError` if that stage has not been run."""
         if not self.starts_from:
             return experiment.base_model()
         available = [name for name in self.starts_from if name in experiment.config.stages]
@@ -222,7 +215,7 @@ def _samples(
 
 
 def _evaluate(experiment: Experiment, stage: Stage) -> dict[str, Any]:
-    from trbert_jax.training.evaluation import evaluate_stage  # imports this module
+    from trbert_jax.training.run import evaluate_stage  # imports this module
 
     return evaluate_stage(experiment, stage)
 
@@ -231,10 +224,9 @@ STAGES: dict[str, Stage] = {}  # in the order in which they run
 
 
 def register_stage(stage: Stage) -> None:
-    """Adds a stage to `STAGES`; one without a section in the configuration gets it, before stage evaluate.
+    """Adds a stage to `STAGES`, and its section to the configuration if that is missing, before evaluate.
 
-    Raises:
-      ValueError: the stage is registered already.
+    Raises `ValueError` if the stage is registered already.
     """
     if stage.name in STAGES:
         raise ValueError(f"stage {stage.name} is registered already")

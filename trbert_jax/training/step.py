@@ -46,27 +46,17 @@ def update_step(
 ) -> Any:
     """Returns the compiled update of a stage, `(state, frozen, batches, rng) -> (state, metrics)`.
 
-    The loss is the mean over all real examples of the update, however they are divided into micro-batches and
-    over devices.
-
-    Args:
-      objective, optimizer: those of the stage.
-      layout: the devices; None for one. `place` and `place_batches` lay out arguments.
-
-    Returns:
-      A function of `state` (donated), `frozen` parameters, `batches`, arrays [accumulation_steps, batch_size,
-      ...], and `rng`, the stage's key, from which the update's own key is derived with `state.step`. It
-      returns the next state and metrics: means over examples and the gradient's global norm.
+    `state` is donated, `batches` are arrays [accumulation_steps, batch_size, ...] and `rng` is the stage's
+    key, from which `state.step` derives the update's. Metrics are means over examples and the gradient's
+    global norm. The loss is the mean over all real examples of the update, however they are divided into
+    micro-batches and over devices. `layout` is None for one device; `place` and `place_batches` lay out
+    arguments.
     """
     step = functools.partial(train_step, objective, optimizer)
     if layout is not None and layout.strategy == "pmap":
-        return jax.pmap(
-            functools.partial(step, axis_name=_DEVICES),
-            axis_name=_DEVICES,
-            in_axes=(0, 0, 0, None),
-            devices=list(layout.mesh.devices.flat),
-            donate_argnums=(0,),
-        )
+        step = functools.partial(step, axis_name=_DEVICES)
+        options: dict[str, Any] = {"in_axes": (0, 0, 0, None), "donate_argnums": (0,)}
+        return jax.pmap(step, axis_name=_DEVICES, devices=list(layout.mesh.devices.flat), **options)
     return jax.jit(functools.partial(step, layout=layout), donate_argnums=(0,))
 
 
@@ -81,11 +71,7 @@ def train_step(
     axis_name: str | tuple[str, ...] | None = None,
     layout: DeviceMesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update as a pure function; see `update_step` for arguments and results.
-
-    `axis_name` is the axis of pmap over which gradients and sums are added up; `layout` does that over a mesh
-    and divides the results.
-    """
+    """One update as a pure function; see `update_step`. `axis_name` is the axis of pmap to add up over."""
 
     def gradients(params: tuple[Params, Params], batches: Batch, rng: jax.Array, step: jax.Array) -> Any:
         result = accumulated_gradients(objective, *params, batches, rng, step)
@@ -110,8 +96,7 @@ def accumulated_gradients(
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Returns gradients of the summed loss and `Objective.sums`, added up over micro-batches.
 
-    `batches` are arrays [accumulation_steps, batch_size, ...], `rng` is the key of the update and `step`,
-    int32 scalar, its number.
+    `rng` is the key of the update and `step`, int32 scalar, its number.
     """
 
     def loss(trained: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
