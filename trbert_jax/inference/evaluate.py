@@ -88,10 +88,8 @@ def evaluate_file(
 def read_examples(model: TRBert, path: Path, bad: BadRecords) -> Examples:
     """Reads labeled texts, or questions in the published format of the model's data set.
 
-    Malformed questions go to `bad`.
-
-    Raises:
-      UserError: a file that cannot be read, an unknown label, a model without tokenizer.
+    Malformed questions go to `bad`. Raises `UserError` for a file that cannot be read, an unknown label, or a
+    model without tokenizer.
     """
     tokenizer = model.require_tokenizer()
     if not model.answers_questions:

@@ -30,9 +30,7 @@ def input_lines(texts: Sequence[str], path: Path | None) -> Lines:
 
     A line ends at a line feed only. Leaves out blank lines of a `.jsonl` file, as `trbert evaluate` does.
     Reads the first line at once, so that a missing or empty file fails before anything slow is loaded.
-
-    Raises:
-      UserError: a missing, unreadable or empty file, a `.jsonl` file of blank lines.
+    Raises `UserError` for a missing, unreadable or empty file, or a `.jsonl` file of blank lines.
     """
     if texts:
         return ((f"argument {number}", text) for number, text in enumerate(texts, 1))
@@ -64,8 +62,7 @@ def _not_blank(lines: Lines, name: str) -> Lines:
 def read_texts(lines: Lines, path: Path | None) -> Iterator[str]:
     """Yields the texts of lines: themselves, or `text` of the objects of a `.jsonl` file.
 
-    Raises:
-      UserError: a malformed line; names it.
+    Raises `UserError` for a malformed line; names it.
     """
     for where, line in lines:
         text: Any = line
@@ -93,11 +90,8 @@ def output_lines(
 ) -> Iterator[str]:
     """Returns one JSON object per text or question; in the end warns about texts that were cut.
 
-    Args:
-      model: labels texts or answers questions.
-      lines, path: from `input_lines`, and their file, if any.
-      with_text: whether to repeat the text, or the fields of the question.
-      options: of `TRBert.predict_stream` or `TRBert.answer_stream`.
+    Takes lines from `input_lines` and their file, if any, and the options of `TRBert.predict_stream` or
+    `TRBert.answer_stream`; `with_text` repeats the text, or the fields of the question.
     """
     if model.config.inputs.data:
         return _answers(model, _not_blank(lines, str(path or "input")), with_text, options)

@@ -16,10 +16,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,6 @@ from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_ru
 from trbert_jax.tasks import Task, encode_usable, saved_task
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples, Ragged
-
-Item = TypeVar("Item")
-Encoded = TypeVar("Encoded")
 
 WINDOW = 32  # batches within which inputs are sorted by length
 SMALL = (1, 4)  # rows of small batches, for requests of a few texts
@@ -77,10 +74,8 @@ class TRBert:
       params: nested dict of float32 arrays, on the default device.
       tokenizer: a `transformers.PreTrainedTokenizerFast`, or None.
       newly_initialized: parts that were initialized at random, see `Pretrained`.
-      programs: the compiled passes, shared by all batch sizes.
 
-    Raises:
-      UserError: a dtype other than `float32` and `bfloat16`, a tokenizer with more tokens than the model.
+    Raises UserError for an unknown dtype, or a tokenizer with more tokens than the model.
     """
 
     def __init__(
@@ -98,6 +93,7 @@ class TRBert:
             check_vocabulary(tokenizer, config, "TRBert")
         self.config, self.params, self.tokenizer = config, jax.device_put(params), tokenizer
         self.newly_initialized = tuple(newly_initialized)
+        # The compiled passes, shared by all batch sizes.
         self.programs = CompiledForward(TokenReducingModel(config, _DTYPES[dtype]))
 
     @classmethod
@@ -206,7 +202,7 @@ class TRBert:
 
     def _predict(self, texts: Iterable[str], batch_size: int, options: Any) -> Iterator[Prediction]:
         engine = None
-        for window, examples, truncated in _encode_ahead(texts, WINDOW * batch_size, self._encode):
+        for window, examples, truncated in self._encode_ahead(texts, WINDOW * batch_size):
             engine = engine or self.engine(_num_rows(len(window), batch_size))
             outputs = engine.run(self.params, examples, **options)
             scores, winners = outputs.probabilities, outputs.logits.argmax(-1)
@@ -222,6 +218,20 @@ class TRBert:
                     input_ids=examples.row(i),
                     _tokenizer=self.tokenizer,
                 )
+
+    def _encode_ahead(
+        self, texts: Iterable[str], size: int
+    ) -> Iterator[tuple[list[str], Examples, list[bool]]]:
+        """Encodes `size` texts at a time, the next ones while these are in use."""
+        source, first, pending = iter(texts), 0, None
+        with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without Python's lock
+            while window := list(itertools.islice(source, size)):
+                following = pool.submit(self._encode, window, first)
+                if pending:
+                    yield pending.result()
+                pending, first = following, first + len(window)
+            if pending:
+                yield pending.result()
 
     def _encode(self, texts: list[str], first: int) -> tuple[list[str], Examples, list[bool]]:
         """Encodes texts, whose numbers begin with `first`; tells which are cut."""
@@ -265,11 +275,8 @@ class TRBert:
     ) -> Iterator[dict[str, Any]]:
         """Answers any number of questions, with only `WINDOW` batches in memory at a time.
 
-        Args:
-          requests: of each question its place for messages, and the JSON object; read as needed.
-          batch_size, options: see `predict`.
-
-        Results and errors: see `answer_questions`; a bad question raises when its window is reached.
+        `requests` has of each question its place for messages, and the JSON object. Options: see `predict`;
+        results and errors: see `answer_questions`. A bad question raises when its window is reached.
         """
         options = self._options(batch_size, **options)
         source, ids = iter(requests), set[str]()
@@ -325,21 +332,6 @@ def answer_questions(
     """
     placed = ((f"{source}:{number}", request) for number, request in enumerate(requests, 1))
     return list(model.answer_stream(placed, **options))
-
-
-def _encode_ahead(
-    items: Iterable[Item], size: int, encode: Callable[[list[Item], int], Encoded]
-) -> Iterator[Encoded]:
-    """Encodes `size` items at a time, given their first number; the next ones while these are in use."""
-    source, first, pending = iter(items), 0, None
-    with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without Python's lock
-        while window := list(itertools.islice(source, size)):
-            following = pool.submit(encode, window, first)
-            if pending:
-                yield pending.result()
-            pending, first = following, first + len(window)
-        if pending:
-            yield pending.result()
 
 
 def _make_examples(rows: Sequence[Sequence[int]]) -> Examples:

@@ -37,17 +37,13 @@ _LISTED = 100  # skipped records in the notes
 class Splits:
     """The examples of a run, one split at a time.
 
-    Attributes:
-      notes: split -> what was cut, left out or skipped.
-
-    Raises:
-      UserError: an unknown data set, or a setting that its task does not read.
+    Raises `UserError` for an unknown data set, or a setting that its task does not read.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._source = config, find_dataset(config.data.name)
         self._kind = TASKS[self._source.task]
-        self.notes: dict[str, dict[str, Any]] = {}
+        self.notes: dict[str, dict[str, Any]] = {}  # split -> what was cut, left out or skipped
         self._records: dict[str, Sequence[Any]] = {}
         self._bad: dict[str, BadRecords] = {}
         of_tasks = frozenset[str]().union(*(task.settings for task in TASKS.values()))

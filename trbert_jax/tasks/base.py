@@ -139,10 +139,8 @@ class Task(abc.ABC):
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> Any:
         """Turns a JSON object asked of a trained model into a record without an answer.
 
-        docs/question_answering.md lists its fields. `where` is its place, for messages.
-
-        Raises:
-          ValueError: a missing field, a wrong type or an empty text.
+        docs/question_answering.md lists its fields. `where` is its place, for messages. Raises `ValueError`
+        for a missing field, a wrong type or an empty text.
         """
 
 
@@ -193,10 +191,7 @@ def parse_requests(task: Task, requests: Iterable[tuple[str, Any]], ids: set[str
     """Turns requests, each with its place for messages, into records.
 
     `ids` has those of all earlier requests and receives those of these. A request without an id gets its
-    number.
-
-    Raises:
-      UserError: a request is no object or repeats an id, and see `Task.parse_request`.
+    number. Raises `UserError` for one that is no object, repeats an id or is malformed.
     """
     records = []
     for where, request in requests:

@@ -64,16 +64,9 @@ def encode_texts(
 ) -> Examples:
     """Encodes texts as `[CLS] tokens [SEP]`, cut to the maximum length, or reads them from the cache.
 
-    Args:
-      records, tokenizer: see `Task.encode`.
-      max_length: tokens of an example at most, special tokens included.
-      cache_dir: folder of the cache; None for no cache. The name of a file in it is a hash of everything
-        that decides its contents, so another data set, tokenizer or length never reads it.
-
-    Raises:
-      UserError: a text without tokens (names the record), or a cache folder that cannot be written.
-
-    Source: docs/data.md, "Tokenized examples".
+    The name of a file in `cache_dir` is a hash of everything that decides its contents, so another data set,
+    tokenizer or length never reads it; None for no cache. Raises `UserError` for a text without tokens (names
+    the record), or a cache folder that cannot be written. Source: docs/data.md, "Tokenized examples".
     """
     if max_length < 3:
         raise ValueError(f"max_length is {max_length}; [CLS], one token and [SEP] need 3")

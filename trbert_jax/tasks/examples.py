@@ -18,15 +18,10 @@ _FORMAT = "trbert_jax question answering features 1"  # a new number invalidates
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ragged:
-    """n arrays of different lengths, stored one after the other.
+    """n arrays of different lengths, stored one after the other."""
 
-    Attributes:
-      values: [total, ...].
-      offsets: int64 [n + 1]; array i is `values[offsets[i]:offsets[i + 1]]`.
-    """
-
-    values: np.ndarray
-    offsets: np.ndarray
+    values: np.ndarray  # [total, ...]
+    offsets: np.ndarray  # int64 [n + 1]; array i is `values[offsets[i]:offsets[i + 1]]`
 
     @classmethod
     def of(cls, arrays: Sequence[np.ndarray], dtype: Any = np.int32, width: int | None = None) -> Ragged:
@@ -108,8 +103,7 @@ _LOST = {
 class Examples:
     """n tokenized examples, one after the other.
 
-    An example is one row of tokens, or several that belong together: the options of a multiple choice,
-    or the segments of a long document.
+    An example is one row of tokens, or several: the options of a multiple choice, the segments of a document.
     """
 
     tokens: np.ndarray  # int32 [total], special tokens included
@@ -200,9 +194,7 @@ class Examples:
     def padded_rows(self, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Pads the tokens of rows, and their types if the set has them, with 0: int32 [b, width] each.
 
-        Args:
-          rows: int64 [b], none longer than `width`; -1 gives a row of zeros.
-          width: columns.
+        `rows` are int64 [b], none longer than `width`; -1 gives a row of zeros.
         """
         columns = np.arange(width)
         mask = columns < np.where(rows >= 0, self.row_lengths[rows], 0)[:, None]
@@ -286,8 +278,7 @@ def pad_batch(examples: Examples, indices: np.ndarray, batch_size: int, width: i
       [B * G, W], and all targets. segment bool [B * G] (False for padding rows) if examples differ in
       their number of rows; shared bool [B * G, W] if options have a passage in common.
 
-    Raises:
-      ValueError: too many examples, or one that is longer than `width`.
+    Raises `ValueError` for too many examples, or one that is longer than `width`.
     """
     chosen = np.asarray(indices, np.int64)
     if len(chosen) > batch_size:

@@ -59,8 +59,7 @@ class MultiHopTask(Task):
         for record in records:
             texts.append(record.question)
             for paragraph in record.paragraphs:
-                texts.append(paragraph.title.replace("_", " "))
-                texts.append(_text_of(paragraph))
+                texts += [paragraph.title.replace("_", " "), _text_of(paragraph)]
         return list(dict.fromkeys(texts))
 
     def encode(
@@ -271,11 +270,8 @@ def decode_multi_hop(
         second for supporting.
       max_answer_length: word pieces of an answer at most.
 
-    Returns:
-      The input of the official scorer: `{"answer": {id: text}, "sp": {id: [[title, number], ...]}}`. The
-      answer is "" if the input has no text.
-
-    Source: docs/question_answering.md, "From logits to answers".
+    Returns the input of the official scorer: `{"answer": {id: text}, "sp": {id: [[title, number], ...]}}`;
+    the answer is "" if the input has no text. Source: docs/question_answering.md, "From logits to answers".
     """
     packing: Packing = examples.layout
     if len(packing.paragraphs.chars.values) != len(packing.paragraphs.tokens.values):

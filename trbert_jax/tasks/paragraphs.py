@@ -144,8 +144,7 @@ def kind_of(answer: str | None) -> int:
 def question_from_graph(question: GraphQuestion, tokenizer: Any) -> TokenizedQuestion:
     """Converts a question whose source has already divided its paragraphs into word pieces.
 
-    Raises:
-      UserError: a piece that the tokenizer's vocabulary lacks.
+    Raises `UserError` for a piece that the tokenizer's vocabulary lacks.
     """
     vocabulary = tokenizer.get_vocab()
     paragraphs = tuple(  # in a training file the first two are the gold ones
@@ -218,12 +217,9 @@ class MultiHopParagraphs:
 
 # Columns of `MultiHopParagraphs` -> dtype and width.
 _COLUMNS: dict[str, tuple[Any, int | None]] = {
-    "queries": (np.int32, None),
-    "tokens": (np.int32, None),
-    "chars": (np.int32, 2),
-    "sentences": (np.int32, 2),
+    **dict.fromkeys(("queries", "tokens"), (np.int32, None)),
     "supporting": (np.int8, None),
-    "spans": (np.int32, 2),
+    **dict.fromkeys(("chars", "sentences", "spans"), (np.int32, 2)),
 }
 
 
@@ -235,17 +231,10 @@ def encode_paragraphs(
     *,
     training: bool = False,
 ) -> MultiHopParagraphs:
-    """Tokenizes questions and their paragraphs.
+    """Tokenizes questions, as text or with paragraphs already in word pieces, for inputs of `max_length`.
 
-    Args:
-      questions: of one split, as text or with paragraphs already in word pieces.
-      tokenizer: see `Task.encode`; its vocabulary needs [unused1] and [unused2].
-      max_length, max_question_length: tokens of an input, and word pieces of a question, at most.
-      training: whether to leave out questions whose answer is neither yes or no nor found in a
-        paragraph, and to keep no characters.
-
-    Raises:
-      UserError, UnusableRecords: see `Task.encode`.
+    Training keeps no characters, and leaves out questions whose answer is neither yes or no nor found in a
+    paragraph. Tokenizer (its vocabulary needs [unused1] and [unused2]) and errors: see `Task.encode`.
     """
     encoder = TextEncoder(tokenizer)
     title_id, context_id = encoder.id_of("[unused1]"), encoder.id_of("[unused2]")

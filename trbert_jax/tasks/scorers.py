@@ -149,9 +149,8 @@ def _squad_scores(prediction: str, accepted: Sequence[str]) -> tuple[float, floa
 
 def _squad_means(scores: Mapping[str, Mapping[str, float]], questions: Collection[str]) -> dict[str, float]:
     n = len(questions)
-    return {name: 100 * sum(values[q] for q in questions) / n for name, values in scores.items()} | {
-        "total": n
-    }
+    means = {name: 100 * sum(values[q] for q in questions) / n for name, values in scores.items()}
+    return means | {"total": n}
 
 
 def _best_threshold(
@@ -184,15 +183,9 @@ def _best_threshold(
 def score_mrqa(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str]) -> dict[str, float]:
     """Computes the metrics of `mrqa_official_eval.py`.
 
-    Args:
-      gold: question id -> accepted answers, the best of which counts.
-      predictions: question id -> answer; a missing one scores 0. Ids that `gold` lacks do not count.
-
-    Returns:
-      `exact_match` and `f1`, 0 to 100.
-
-    Raises:
-      ValueError: no question, or a predicted one without an accepted answer.
+    `gold` has the accepted answers of each question id, the best of which counts; a missing prediction
+    scores 0, and ids that `gold` lacks do not count. Returns `exact_match` and `f1`, 0 to 100. Raises
+    `ValueError` for no question, or a predicted one without an accepted answer.
     """
     return _means(gold, predictions, normalize)[0]
 

@@ -158,11 +158,8 @@ def encode_windows(
 ) -> Examples:
     """Divides contexts into windows and finds the first answer of each question in them.
 
-    Args:
-      questions, tokenizer: see `Task.encode`.
-      settings: `SQUAD`, `MRQA` or others.
-      training: whether to leave out questions whose answer is missing or not kept by the tokenizer.
-      discard: whether training leaves out windows of an answerable question without its answer.
+    Training leaves out questions whose answer is missing or not kept by the tokenizer and, with `discard`,
+    windows of an answerable question without its answer.
 
     Returns:
       An example a window, with row targets `starts` and `ends` int32 [R, 1], both inclusive; 0, [CLS],
@@ -189,9 +186,8 @@ def encode_windows(
         discarded += int((~wanted).sum())
         without += int((~inside[wanted]).sum()) if question.spans else 0
     ends = Ragged.of(targets, width=2).values[:, None]
-    return builder.finish(
-        ends, training, discard, num_without_answer=without, num_discarded=discarded, num_dropped=dropped
-    )
+    lost: dict[str, Any] = {"num_without_answer": without, "num_discarded": discarded, "num_dropped": dropped}
+    return builder.finish(ends, training, discard, **lost)
 
 
 def encode_segments(
@@ -199,11 +195,8 @@ def encode_segments(
 ) -> Examples:
     """Divides documents into segments and finds every answer in them.
 
-    Args:
-      questions, tokenizer: see `Task.encode`.
-      settings: `TRIVIAQA` or others.
-      training: whether to leave out questions whose answers the tokenizer does not keep. One whose
-        answers all lie behind its last segment stays, and points at [CLS].
+    Training leaves out questions whose answers the tokenizer does not keep. One whose answers all lie behind
+    its last segment stays, and points at [CLS].
 
     Returns:
       An example a question, with row targets `starts` and `ends` int32 [R, A], both inclusive, in the
@@ -261,8 +254,7 @@ def decode_spans(
     """Finds the best answers to every question.
 
     Args:
-      examples: from `encode_windows`.
-      logits: float [R, 2, S], of starts and ends.
+      examples, logits: from `encode_windows`; float [R, 2, S], of starts and ends.
       unanswerable: whether some questions have no answer.
       n_best: starts and ends of a window that are combined, and entries of a question.
       max_answer_length: word pieces of an answer at most.

@@ -53,17 +53,9 @@ class EncodedTexts:
 class TextEncoder:
     """A tokenizer that neither cuts nor pads nor adds special tokens.
 
-    Args:
-      tokenizer: a `transformers.PreTrainedTokenizerFast`; not changed.
-      markers: words that structure the texts -> vocabulary entries that they are read as:
-        `{"[PAR]": "[unused1]"}`.
-
-    Raises:
-      UserError: a tokenizer without [CLS] or [SEP].
-
-    Attributes:
-      cls, sep: int32 [1], the special tokens.
-      description: everything that decides how a text is encoded, for `digest_of`.
+    Made of a `transformers.PreTrainedTokenizerFast`, which does not change. `markers` has the vocabulary
+    entries that words of structure are read as: `{"[PAR]": "[unused1]"}`. Raises `UserError` without [CLS]
+    or [SEP].
     """
 
     def __init__(self, tokenizer: Any, markers: Mapping[str, str] | None = None) -> None:
@@ -72,6 +64,7 @@ class TextEncoder:
         markers = markers or {}
         self._backend, ends = prepare_tokenizer(tokenizer)
         self.cls, self.sep = (np.array([i], np.int32) for i in ends)
+        # Everything that decides how a text is encoded, for `digest_of`.
         self.description = (self._backend.to_str(), *ends, *sorted(markers.items()))
         # Marker id -> its word, its entry and the entry's id. As words of the tokenizer the markers are
         # found before the text is lower-cased and split at brackets, and keep their characters.
@@ -146,9 +139,7 @@ def locate(chars: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
     """Finds the pieces, `EncodedTexts.chars` int [pieces, 2], that stand for the characters `[start, end)`.
 
     A piece that lies only partly inside counts: `Japan` in `Japanese`, one piece, gives the whole piece.
-
-    Returns:
-      First and last piece, both inclusive; None if the tokenizer keeps none of the characters.
+    Returns the first and last one, both inclusive; None if the tokenizer keeps none of the characters.
     """
     first = int(np.searchsorted(chars[:, 1], start, side="right"))
     last = int(np.searchsorted(chars[:, 0], end, side="left")) - 1
@@ -158,8 +149,7 @@ def locate(chars: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
 def cut_text(text: str, start: int, end: int) -> str:
     """Returns the characters `[start, end)` and the combining marks that follow them.
 
-    A tokenizer that strips accents leaves combining accents out of the characters of a piece; an answer
-    must not lose its last accent for that.
+    A tokenizer that strips accents leaves them out of a piece's characters; an answer keeps its last one.
     """
     while end < len(text) and unicodedata.category(text[end]) in _MARKS:
         end += 1

@@ -205,11 +205,8 @@ def best_pairs(
     As published, the best are chosen among all tokens of a window, question and special tokens
     included, so that fewer pairs than `n_best`² may be left; among equals the earlier token is better.
 
-    Args:
-      examples, logits: r rows with their `Windows` as `layout`; float [r, 2, S], of starts and ends.
-      n_best: starts and ends of a window.
-      max_answer_length: tokens of an answer at most.
-      max_context_only: whether a start needs more context in this window than in any other.
+    `examples` have r rows and their `Windows` as `layout`; `logits` are float [r, 2, S], of starts and ends;
+    `max_context_only` asks that a start has more context in this window than in any other.
     """
     windows: Windows = examples.layout
     found = [np.zeros((3, 0), np.int64)]
