@@ -28,17 +28,10 @@ ALPHA, MAX_LENGTH, K = 0.7, 10, 3
 def run(batch: Batch) -> tuple[dict[str, Objective], dict[str, objectives.PolicySamples]]:
     """Every objective, and the samples behind those of the policy: compiled once for all tests."""
     plain = {k: v for k, v in batch.items() if k != "teacher_logits"}
+    options = {"num_samples": K, "alpha": ALPHA, "max_length": MAX_LENGTH, "temperature": 2.0}
+    rule = tokens.replay(batch["actions"].swapaxes(0, 1).reshape(1, -1, WIDTH))
     samples = {
-        name: objectives.sample_policy(
-            MODEL,
-            PARAMS,
-            inputs,
-            rule=tokens.replay(batch["actions"].swapaxes(0, 1).reshape(1, -1, WIDTH)),
-            num_samples=K,
-            alpha=ALPHA,
-            max_length=MAX_LENGTH,
-            temperature=2.0,
-        )
+        name: objectives.sample_policy(MODEL, PARAMS, inputs, rule=rule, **options)
         for name, inputs in (("policy", plain), ("distil", batch))
     }
     return {
@@ -67,9 +60,6 @@ def make_batch() -> Batch:
     return {**random_batch(CONFIG, LENGTHS, WIDTH), "actions": jnp.asarray(actions)}
 
 
-# Means --------------------------------------------------------------------------------------------
-
-
 def test_means_are_over_real_examples() -> None:
     """Weighted, added up over micro-batches, whatever the values of padding rows."""
     first = Objective(
@@ -91,9 +81,6 @@ def test_padding_changes_nothing() -> None:
         assert ours.keys() == theirs.keys()
         for metric, value in theirs.items():
             np.testing.assert_allclose(ours[metric], value, rtol=1e-5, atol=1e-6, err_msg=f"{name}: {metric}")
-
-
-# One stage after the other ------------------------------------------------------------------------
 
 
 def test_dense() -> None:
@@ -150,9 +137,6 @@ def test_policy_and_joint() -> None:
             np.testing.assert_allclose(objective.metrics[metric], getattr(given, metric).mean(0), rtol=1e-5)
         kept = given.selections[0].keep.sum(-1).reshape(K, -1).mean(0)
         np.testing.assert_allclose(objective.metrics["kept_tokens_0"], kept, rtol=1e-6)
-
-
-# Actions ------------------------------------------------------------------------------------------
 
 
 def test_draws_follow_from_seed_copy_and_example() -> None:

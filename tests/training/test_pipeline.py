@@ -30,21 +30,12 @@ NUM_TRAIN, NUM_TEST = tiny_runs.SIZES["train"], tiny_runs.SIZES["test"]
 STEPS = 12  # updates of every stage: 2 epochs of 6, the last of each not full
 
 
-@dataclasses.dataclass
 class Finished:
     """A run of all seven stages: its folder, what it printed, how often each objective was traced."""
 
-    folder: Path
-    out: str
-    traces: dict[str, int]
-
-    @property
-    def work(self) -> Path:
-        return self.folder / "work"
-
-    @property
-    def results(self) -> dict[str, Any]:
-        return tiny_runs.read_results(self.folder)
+    def __init__(self, folder: Path, out: str, traces: dict[str, int]) -> None:
+        self.folder, self.out, self.traces = folder, out, traces
+        self.work, self.results = folder / "work", tiny_runs.read_results(folder)
 
     def model(self, stage: str) -> TRBert:
         return TRBert.from_pretrained(self.work / stage / "model")
@@ -88,9 +79,10 @@ def test_results(finished: Finished) -> None:
         *("split", "rule", "backend", "dense", "policy", "reduced", "baselines", "thresholds"),
         *("stages", "config", "seed", "versions", "machine"),
     }
+    reduced = results["reduced"]
     assert [results[name]["examples"] for name in ("dense", "policy", "reduced")] == [NUM_TEST] * 3
-    assert results["reduced"]["flops_speedup"] >= 1
-    assert len(results["reduced"]["kept"]) == 2
+    assert reduced["flops_speedup"] >= 1
+    assert len(reduced["kept"]) == 2
     assert list(results["stages"]) == tiny_runs.STAGES
     assert all(stage["seconds"] > 0 for stage in results["stages"].values())
     assert results["seed"] == results["config"]["seed"] == 3
@@ -100,12 +92,9 @@ def test_results(finished: Finished) -> None:
     assert results["machine"]["cpus"] >= 1
     assert set(results["baselines"]) == {"random", "first_k"}
     for baseline in results["baselines"].values():
-        assert baseline["kept"] == results["reduced"]["kept"]
-        assert baseline["flops"] == results["reduced"]["flops"]
-    assert results["thresholds"]["0.3"]["flops"] > results["reduced"]["flops"]
-    assert tiny_runs.without_times(results["thresholds"]["0.5"]) == tiny_runs.without_times(
-        results["reduced"]
-    )
+        assert (baseline["kept"], baseline["flops"]) == (reduced["kept"], reduced["flops"])
+    assert results["thresholds"]["0.3"]["flops"] > reduced["flops"]
+    assert tiny_runs.without_times(results["thresholds"]["0.5"]) == tiny_runs.without_times(reduced)
 
 
 @pytest.mark.parametrize(
@@ -169,17 +158,12 @@ def test_metrics(finished: Finished, stage: str) -> None:
         expected |= {"accuracy"}
     if stage in ("policy", "joint"):
         expected |= {"task_loss", "policy_loss", "reward", "kept_ratio"} | kept
-    for row in trained:
-        assert set(row) == expected
-        assert row["gradient_norm"] > 0
+    assert all(set(row) == expected and row["gradient_norm"] > 0 for row in trained)
     # One step of warm-up, which has rate 0, then down to 0.
-    np.testing.assert_allclose(
-        [row["learning_rate"] for row in trained], [0, 3e-3 / 11, 1e-3 / 11], rtol=1e-5
-    )
-    for row in evaluated:
-        assert set(row) == {"step", "dev_accuracy"} | (
-            set() if stage == "finetune" else {f"dev_{k}" for k in kept}
-        )
+    rates = [row["learning_rate"] for row in trained]
+    np.testing.assert_allclose(rates, [0, 3e-3 / 11, 1e-3 / 11], rtol=1e-5)
+    counts = set() if stage == "finetune" else {f"dev_{k}" for k in kept}
+    assert all(set(row) == {"step", "dev_accuracy"} | counts for row in evaluated)
     assert any((finished.work / stage / "tensorboard").iterdir())
 
 
@@ -188,19 +172,13 @@ def test_each_stage_trains_its_own(finished: Finished) -> None:
     selectors = {name for name in weights["joint"] if name not in weights["finetune"]}
     assert selectors
     changed = {
-        stage: {name for name in names if not np.array_equal(weights[stage][name], weights[before][name])}
-        for before, stage, names in [
-            ("finetune", "init", weights["finetune"]),
-            ("init", "policy", weights["policy"]),
-            ("policy", "joint", weights["joint"]),
-        ]
+        stage: {k for k, x in weights[before].items() if not np.array_equal(weights[stage][k], x)}
+        for before, stage in [("finetune", "init"), ("init", "policy"), ("policy", "joint")]
     }
     assert changed["init"] == set()
     assert changed["policy"] <= selectors
     assert len(changed["policy"]) >= len(selectors) / 2
-    assert changed["joint"] > weights["finetune"].keys() - {
-        name for name in weights["finetune"] if "token_type" in name
-    }
+    assert changed["joint"] > {name for name in weights["finetune"] if "token_type" not in name}
 
 
 def test_scores_and_teacher_logits(finished: Finished) -> None:
@@ -216,12 +194,9 @@ def test_scores_and_teacher_logits(finished: Finished) -> None:
     assert (np.where(real, scores, 0).sum(-1) > 0).all()
 
 
-def test_a_step_is_compiled_once(finished: Finished) -> None:
-    """Batches that are not full, epochs and evaluations change no shape."""
+def test_curves_table_and_compilation(finished: Finished) -> None:
+    """Batches that are not full, epochs and evaluations change no shape: a step is compiled once."""
     assert finished.traces == dict.fromkeys(TRAINED, 1)
-
-
-def test_curves_and_table(finished: Finished) -> None:
     assert (finished.work / "curves.png").read_bytes().startswith(b"\x89PNG")
     words = ["dense", "after policy", "reduced", "random tokens", "first_k tokens", "seconds a stage"]
     for word in [*words, *map(str, (finished.work / name for name in ("results.json", "model")))]:
@@ -283,6 +258,5 @@ def test_all_checkpoints(copy: Path, finished: Finished) -> None:
         assert len(kept) >= 2
     # The last ones are those that the run went on with.
     for stage, name in (("finetune", "dense"), ("policy", "policy"), ("joint", "reduced")):
-        assert tiny_runs.without_times(found[stage][f"step_{STEPS}"]) == tiny_runs.without_times(
-            finished.results[name]
-        )
+        last, used = found[stage][f"step_{STEPS}"], finished.results[name]
+        assert tiny_runs.without_times(last) == tiny_runs.without_times(used)
