@@ -21,6 +21,7 @@ KEYWORDS = ("bad", "good")  # of label 0 and 1
 SIZES = {"train": 42, "dev": 11, "test": 17}
 MAX_LENGTH = 16
 SCRATCH = {"vocab_size": 200, "hidden_size": 16, "num_layers": 4, "num_heads": 2, "intermediate_size": 24}
+ONE_LAYER = {"scratch": {**SCRATCH, "num_layers": 1}}
 STAGES = ["finetune", "score", "init", "policy", "teacher", "joint", "evaluate"]
 
 

@@ -56,7 +56,6 @@ loop.update_batches = stopping
 
 
 def run_all(config: Path, devices: int, *arguments: str, before: str = "", code: int = 0) -> str:
-    """Runs `trbert train`; returns what it prints to stdout and stderr."""
     returned, out, err = train(config, devices, *arguments, before=before)
     assert returned == code, err
     return out + err
@@ -73,7 +72,6 @@ def assert_same_training(one: Path, other: Path, trained: Sequence[str] = TRAINE
                 # itself, shows the rounding of the updates before it; parameters are held to as much.
                 close = 1e-4 if name == "gradient_norm" else 1e-5
                 assert left[name] == pytest.approx(right[name], abs=close, rel=close), (stage, name)
-    for stage in trained:
         left_model, right_model = (load_file(f / "work" / stage / "model" / MODEL) for f in (one, other))
         assert left_model.keys() == right_model.keys()
         for name, array in left_model.items():

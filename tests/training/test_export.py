@@ -107,14 +107,8 @@ def export_device_update(step: StageStep, passes: int) -> None:
     check(jax.jit(program, donate_argnums=0), *placed, rng)
 
 
-PREDICTORS = [
-    ("threshold", "packed"),
-    ("threshold", "masked"),
-    ("batch_max", "packed"),
-    ("dense", "packed"),
-    ("random", "packed"),
-    ("first_k", "packed"),
-]
+PREDICTORS = [("threshold", "masked")]
+PREDICTORS += [(rule, "packed") for rule in ("threshold", "batch_max", "dense", "random", "first_k")]
 
 
 class Exporting(CompiledForward):

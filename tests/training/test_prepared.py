@@ -196,7 +196,7 @@ def test_training_from_shards_is_training_from_files(
     tiny_runs.write_dataset(tmp_path / "data")
     changes = {
         "stages": ["finetune"],
-        "model": {"scratch": {**tiny_runs.SCRATCH, "num_layers": 1}},
+        "model": tiny_runs.ONE_LAYER,
         "finetune": {"backend": "masked", "accumulation_steps": 2},
     }
     config, shards = str(tiny_runs.write_config(tmp_path, **changes)), str(tmp_path / "shards")

@@ -18,7 +18,7 @@ def test_sigterm_stops_both_processes_wherever_they_are(tmp_path: Path) -> None:
     """To one of them: in updates, as a stage ends and the next one begins, in evaluation."""
     changes = {
         "stages": ["finetune", "score", "evaluate"],
-        "model": {"scratch": {**tiny_runs.SCRATCH, "num_layers": 1}},
+        "model": tiny_runs.ONE_LAYER,
         "finetune": {"dropout": False, "backend": "masked"},
     }
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -24,11 +24,7 @@ from trbert_jax.training.logging import read_metrics
 from trbert_jax.training.stage_inputs import check_finite
 
 # One stage of a shallow model: twelve updates, checkpoints of 4, 6 (an evaluation), 8 and 12.
-ONE_STAGE = {
-    "stages": ["finetune"],
-    "model": {"scratch": {**tiny_runs.SCRATCH, "num_layers": 1}},
-    "finetune": {"backend": "masked"},
-}
+ONE_STAGE = {"stages": ["finetune"], "finetune": {"backend": "masked"}, "model": tiny_runs.ONE_LAYER}
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +122,7 @@ def test_what_is_not_finite_is_named_and_never_saved(
     changes = {**ONE_STAGE, "finetune": {"backend": "masked", "learning_rate": 1e38, "warmup_steps": 6}}
     assert main(["train", "--config", str(tiny_runs.write_config(tmp_path, **changes))]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith("trbert: error: finetune: ")
-    assert "is nan at step" in err
-    assert "no checkpoint exists yet; a smaller finetune.learning_rate" in err
+    assert re.search(r"error: finetune: .* is nan at step .*; a smaller finetune\.learning_rate", err)
     assert not list((tmp_path / "work" / "finetune" / "checkpoints").glob("step_*"))
 
 
@@ -174,9 +168,7 @@ def test_speed_and_a_profile_are_not_among_the_metrics(whole: Path) -> None:
     speed = tiny_runs.read_lines(whole / "speed.jsonl")
     assert [row["step"] for row in speed] == [1, 10, 12]
     for row in speed:
-        assert row["seconds_compute"] > 0
-        assert row["seconds_input"] > 0
+        assert min(row[name] for name in ("seconds_compute", "seconds_input", "flops_per_second")) > 0
         assert row["tokens_per_second"] > row["examples_per_second"] > 0
-        assert row["flops_per_second"] > 0
         assert "flop_utilization" not in row  # the peak of a CPU is unknown
     assert not any("second" in name for row in read_metrics(whole / "metrics.jsonl") for name in row)
