@@ -7,16 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import (
-    BERT,
-    DISTILBERT,
-    assert_same_params,
-    edit_json,
-    edit_weights,
-    quietly,
-    tiny_model,
-    tiny_params,
-)
+from tiny_models import BERT, DISTILBERT, assert_same_params, edit_weights, quietly, tiny_model, tiny_params
 
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
@@ -96,12 +87,6 @@ def test_renamed_labels(
     assert loaded.config == BERT
     assert [record.levelname for record in caplog.records] == ["WARNING"] * renamed
     assert_same_params(loaded.params, tiny_params(BERT))
-
-
-def test_number_of_labels_from_the_classifier(tmp_path: Path) -> None:
-    tiny_model(tmp_path, dataclasses.replace(BERT, labels=("x", "y", "z")))
-    edit_json(tmp_path / "config.json", remove=("id2label", "label2id"))
-    assert quietly(tmp_path).config.labels == ("0", "1", "2")
 
 
 def test_another_task(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

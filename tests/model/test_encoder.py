@@ -68,16 +68,11 @@ def test_batch_independence(
         assert not kept(output)[..., 12:].any()
 
 
-def some_actions(mask: np.ndarray) -> np.ndarray:
-    """Decisions at both points, bool [2, B, S]: of the tokens some go at the first, some at the second."""
-    draw = np.random.default_rng(1).uniform(size=mask.shape)
-    return np.stack([draw < 0.6, draw < 0.3]) & mask
-
-
 def test_dropping_is_deleting() -> None:
     """Masked execution of a row equals running the later layers on arrays without the dropped tokens."""
     batch = random_batch(BERT, [12], 12)
-    actions = some_actions(np.asarray(batch["mask"]))
+    draw = np.random.default_rng(1).uniform(size=batch["mask"].shape)
+    actions = np.stack([draw < 0.6, draw < 0.3])  # some go at the first point, some at the second
     actions[..., 0] = True
     first, second = np.flatnonzero(actions[0, 0]), np.flatnonzero(actions[1, 0])
     assert 12 > len(first) > len(second) > 1

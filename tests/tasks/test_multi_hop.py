@@ -21,6 +21,7 @@ from trbert_jax.tasks.paragraphs import (
 )
 from trbert_jax.tasks.text_encoder import TextEncoder
 
+Question = MultiHopQuestion | TokenizedQuestion
 TOKENIZER = qa_tokenizer()
 ASKED = "Where was the king born?"  # 8 tokens with [CLS] and [SEP]
 PARAGRAPHS = (
@@ -33,15 +34,12 @@ QUESTION = MultiHopQuestion("h0", ASKED, "Paris", PARAGRAPHS, FACTS, "dev.json: 
 
 
 def build(
-    *questions: MultiHopQuestion | TokenizedQuestion,
-    max_length: int = 1024,
-    max_question_length: int = 80,
-    training: bool = False,
+    *questions: Question, max_length: int = 1024, max_question_length: int = 80, training: bool = False
 ) -> MultiHopParagraphs:
     return encode_paragraphs(questions, TOKENIZER, max_length, max_question_length, training=training)
 
 
-def packed(*questions: MultiHopQuestion | TokenizedQuestion, **options: Any) -> Examples:
+def packed(*questions: Question, **options: Any) -> Examples:
     paragraphs = build(*questions, **options)
     return pack(paragraphs, file_orders(paragraphs), questions)
 

@@ -23,13 +23,9 @@ CHOICE = ChoiceQuestion("high/1.txt:0", "The king is in Paris .", "Who is ?", OP
 
 
 def choices(
-    *questions: ChoiceQuestion,
-    form: str = "shared",
-    max_length: int = 512,
-    training: bool = False,
-    **inputs: Any,
+    *questions: ChoiceQuestion, max_length: int = 512, training: bool = False, **inputs: Any
 ) -> Examples:
-    task = MultipleChoiceTask(InputConfig(data="race", choices=form, **inputs), max_length)
+    task = MultipleChoiceTask(InputConfig(data="race", **{"choices": "shared"} | inputs), max_length)
     return task.encode(questions, TOKENIZER, training=training)
 
 
@@ -108,7 +104,12 @@ def test_unusable_questions_are_named(changes: dict[str, Any], max_length: int, 
 
 
 def test_digest_follows_the_inputs() -> None:
-    changes: list[dict[str, Any]] = [{}, {"form": "pairs"}, {"max_length": 40}, {"max_question_length": 40}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"choices": "pairs"},
+        {"max_length": 40},
+        {"max_question_length": 40},
+    ]
     variants = [choices(CHOICE, **change) for change in changes]
     variants += [choices(dataclasses.replace(CHOICE, answer=2)), choices(CHOICE, CHOICE)]
     changes = [{}, {"max_length": 40}, {"max_segments": 2}, {"max_document_length": 40}]

@@ -11,18 +11,10 @@ from tiny_qa import context_chars, one_hot, qa_tokenizer, row, span_question, te
 from trbert_jax.datasets.records import Span, SpanQuestion
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import InputConfig
+from trbert_jax.tasks import spans as spans_module
 from trbert_jax.tasks import windows as windows_module
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.spans import (
-    MAX_ANSWERS,
-    SQUAD,
-    SpanTask,
-    choose_texts,
-    decode_segments,
-    decode_spans,
-    encode_segments,
-    encode_windows,
-)
+from trbert_jax.tasks.spans import MAX_ANSWERS, SQUAD, SpanTask, encode_segments, encode_windows
 from trbert_jax.tasks.windows import WindowSettings, best_pairs, most_context
 
 TOKENIZER = qa_tokenizer()
@@ -223,9 +215,9 @@ def test_like_the_published_procedure(
     shape = (examples.num_rows, 2, settings.max_length)
     drawn = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     values = np.round(drawn) if ties else drawn
-    lists, odds = decode_spans(examples, values, threshold is not None, n_best, longest)
+    lists, odds = spans_module.decode_spans(examples, values, threshold is not None, n_best, longest)
     answers, expected_lists, expected_odds = published(examples, values, n_best, longest, threshold)
-    assert choose_texts(lists, odds, threshold or 0.0) == answers
+    assert spans_module.choose_texts(lists, odds, threshold or 0.0) == answers
     assert odds == pytest.approx(expected_odds)
     for entries, expected in zip(lists.values(), expected_lists.values(), strict=True):
         assert [e["text"] for e in entries] == [e["text"] for e in expected]
@@ -314,7 +306,7 @@ def test_a_segment_gives_its_answer_back(contexts: list[str], max_length: int, d
     begin, count = int(windows.context_start[i]), int(windows.num_pieces[i])
     first = data.draw(st.integers(begin, begin + count - 1))
     last = data.draw(st.integers(first, begin + count - 1))
-    found = decode_segments(examples, one_hot(examples, i, first, last))
+    found = spans_module.decode_segments(examples, one_hot(examples, i, first, last))
     assert found[windows.ids[windows.question[i]]] == windows.text(i, first, last)
 
 
@@ -323,6 +315,6 @@ def test_the_best_of_records_that_are_scored_together() -> None:
     records = [dataclasses.replace(span_question(c, id=c), scored_as=s) for c, s in ("aq", "bq", "cz")]
     examples = segments(*records)
     values = one_hot(examples, 0, 4, 4) + one_hot(examples, 1, 4, 4) + one_hot(examples, 2, 0, 0)
-    assert decode_segments(examples, values, n_best=1) == {"q": "a", "z": ""}
+    assert spans_module.decode_segments(examples, values, n_best=1) == {"q": "a", "z": ""}
     values[1] *= 2
-    assert decode_segments(examples, values, n_best=1) == {"q": "b", "z": ""}
+    assert spans_module.decode_segments(examples, values, n_best=1) == {"q": "b", "z": ""}
