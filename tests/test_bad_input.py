@@ -18,7 +18,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -249,10 +249,8 @@ WRITE_CASES = [
 # The same for root, to whom the system refuses nothing by itself, and for what is read.
 CLOSED = Path("closed").mkdir
 DENIED_CASES = [
-    Case("denied work directory", f"{FINETUNE} workdir=closed/work", ("closed/work: ",), CLOSED,
-        denied="closed"),
-    Case("denied result", EVALUATE.replace("out/", "closed/"), ("closed/result.json: ",), CLOSED,
-        denied="closed"),
+    Case("denied work folder", f"{FINETUNE} workdir=closed/w", ("closed/w: ",), CLOSED, denied="closed"),
+    Case("denied result", EVALUATE.replace("out/", "closed/"), ("closed/r",), CLOSED, denied="closed"),
     Case("denied model", CONVERT.replace("out/", "closed/"), ("closed/model: ",), CLOSED, denied="closed"),
     Case("denied config", FINETUNE, ("config.yaml: ",), denied="config.yaml", leaves=""),
     Case("denied data", EVALUATE, ("data/test.jsonl: ",), denied="data/test.jsonl"),
@@ -279,27 +277,13 @@ BENCHMARK_CASES = [
 CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES, *DENIED_CASES, *BENCHMARK_CASES]
 
 
-def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Ctrl-C at the start of an update."""
-    original = loop.update_batches
-
-    def interrupted(training: loop.Training, at: int) -> Any:
-        if at == step:
-            signal.raise_signal(signal.SIGINT)
-        return original(training, at)
-
-    monkeypatch.setattr(loop, "update_batches", interrupted)
-
-
 @contextlib.contextmanager
 def denying(denied: Path) -> Iterator[None]:
-    """The system's refusals for a file or a folder, to whomever: to root it refuses nothing by itself."""
+    """Refuses a file or folder to anyone: to root the system refuses nothing by itself."""
 
     def is_denied(path: Any) -> bool:
-        if not isinstance(path, str | os.PathLike):  # an open file's number
-            return False
-        absolute = Path(os.path.abspath(path))
-        return denied in (absolute, *absolute.parents)
+        names_file = isinstance(path, str | os.PathLike)  # else the number of an open file
+        return names_file and Path(os.path.abspath(path)).is_relative_to(denied)
 
     def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *arguments: Any, **options: Any) -> Any:
@@ -311,16 +295,13 @@ def denying(denied: Path) -> Iterator[None]:
 
     access = os.access
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            os, "access", lambda path, *mode, **how: not is_denied(path) and access(path, *mode, **how)
-        )
+        patch.setattr(os, "access", lambda path, *mode: not is_denied(path) and access(path, *mode))
         for module, name in ((os, "mkdir"), (os, "open"), (io, "open"), (builtins, "open")):
             patch.setattr(module, name, refusing(getattr(module, name)))
         yield
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     folder: Path
     code: int
     out: str
@@ -358,9 +339,16 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def interrupted(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Ctrl-C in the third of four updates."""
+    original = loop.update_batches
+
+    def interrupting(training: loop.Training, step: int) -> Any:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(training, step)
+
     folder = shutil.copytree(fresh, tmp_path_factory.mktemp("runs") / "interrupted")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        press_ctrl_c(monkeypatch, step=2)
+        monkeypatch.setattr(loop, "update_batches", interrupting)
         return run(folder, FINETUNE)
 
 

@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -135,12 +134,6 @@ def test_tables_list_what_is_registered() -> None:
     requests = {code(row[0])[0]: row[1] for row in table("docs/question_answering.md", "task | request")}
     fields = {name: list(json.loads(code(request)[0])) for name, request in requests.items()}
     assert fields == {name: list(task.shortest_request) for name, task in TASKS.items()}
-
-
-def test_modules_of_the_changelog_exist() -> None:
-    modules = [name for row in table("CHANGELOG.md", "old module") for name in code(row[1])]
-    assert len(modules) > 10
-    assert [name for name in modules if find_spec(name) is None] == []
 
 
 # Registers the examples of CONTRIBUTING.md, one for each table, in a process of its own.

@@ -14,7 +14,6 @@ import tiny_runs
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
-from trbert_jax.errors import UserError
 from trbert_jax.inference.evaluate import evaluate_file
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction import flops
@@ -37,13 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> dict[str, Any]:
-    options: Any = {"predictions": folder / "predictions.jsonl", "baselines": ("random", "first_k")}
-    return evaluate_file(folder / "model", folder / "data.jsonl", batch_size=8, **options)
-
-
-def without_speed(numbers: dict[str, Any]) -> dict[str, Any]:
-    rest = {name: value for name, value in numbers.items() if name != "examples_per_second"}
-    return {k: without_speed(v) if isinstance(v, dict) else v for k, v in rest.items()}
+    """Through the command line."""
+    out, files = folder / "result.json", f"--model {folder}/model --data {folder}/data.jsonl"
+    options = f"--batch-size 8 --baselines --json {out} --predictions {folder}/predictions.jsonl"
+    assert main(f"evaluate {files} {options}".split()) == 0
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def test_numbers_follow_from_the_predictions(folder: Path, result: dict[str, Any]) -> None:
@@ -65,8 +62,10 @@ def test_numbers_follow_from_the_predictions(folder: Path, result: dict[str, Any
     assert (result["rule"], result["backend"], result["batch_size"]) == ("threshold", "packed", 8)
 
 
-def test_lower_threshold_keeps_more(folder: Path, result: dict[str, Any]) -> None:
-    more = evaluate_file(folder / "model", folder / "data.jsonl", batch_size=8, threshold=0.4)
+def test_lower_threshold_keeps_more(folder: Path, result: dict[str, Any], tmp_path: Path) -> None:
+    files = f"--model {folder}/model --data {folder}/data.jsonl --json {tmp_path}/new/out.json"
+    assert main(f"evaluate {files} --batch-size 8 --threshold 0.4".split()) == 0
+    more = json.loads((tmp_path / "new/out.json").read_text(encoding="utf-8"))
     assert more["threshold"] == 0.4
     assert more["flops"] > result["flops"]
     assert more["kept"][0] > result["kept"][0]
@@ -76,8 +75,8 @@ def test_lines_are_what_predict_says(folder: Path, result: dict[str, Any]) -> No
     lines = tiny_runs.read_lines(folder / "predictions.jsonl")
     model = TRBert.from_pretrained(folder / "model")
     predictions = model.predict([record["text"] for record in RECORDS])
-    for number, (line, prediction, record) in enumerate(zip(lines, predictions, RECORDS, strict=True), 1):
-        assert line["id"] == f"data.jsonl:{number}"
+    assert [line["id"] for line in lines] == [f"data.jsonl:{number}" for number in range(1, NUM + 1)]
+    for line, prediction, record in zip(lines, predictions, RECORDS, strict=True):
         assert line["label"] == model.config.labels[record["label"]]
         assert line["prediction"] == prediction.label
         assert line["kept"] == [stage.tolist() for stage in prediction.kept]
@@ -111,19 +110,3 @@ def test_a_model_without_selectors_runs_dense(folder: Path, tmp_path: Path) -> N
     model = TRBert.from_pretrained(folder / "model")
     save_pretrained(tmp_path, model.config, model.params, model.tokenizer, exclude=("selectors",))
     assert evaluate_file(tmp_path, folder / "data.jsonl")["rule"] == "dense"
-
-
-def test_through_the_command_line(
-    folder: Path, result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = f"--model {folder}/model --data {folder}/data.jsonl --json {tmp_path}/out.json"
-    assert main(f"evaluate {files} --batch-size 8 --baselines".split()) == 0
-    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert without_speed(written) == without_speed(result)
-    assert "flops_speedup" in capsys.readouterr().out
-
-
-def test_a_label_that_the_model_does_not_have(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text('{"text": "a film", "label": 2}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"data.jsonl:1: label: "):
-        evaluate_file(folder / "model", tmp_path / "data.jsonl")
