@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tiny_models import random_batch
 
-from trbert_jax.config import RunConfig, load_config
+from trbert_jax.config import load_config
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params
 from trbert_jax.parallel import DeviceMesh
@@ -37,19 +37,15 @@ class StageStep:
     model: ModelConfig  # its shape
     dropout: bool = False
     settings: tuple[str, ...] = ()  # further `key=value` settings
-    learning_rate: float = 1e-2  # so large that 20 updates change the parameters
-    num_samples: int = 3  # selections of an example
 
     @property
     def experiment(self) -> Experiment:
-        """The quickstart with these settings."""
         overrides = [
             f"{self.stage}.backend={self.execution}",
             f"{self.stage}.dropout={str(self.dropout).lower()}",
             "policy.num_samples=3",
         ]
-        config: RunConfig = load_config(QUICKSTART, [*overrides, *self.settings])
-        return Experiment(config)
+        return Experiment(load_config(QUICKSTART, [*overrides, *self.settings]))
 
     @property
     def objective(self) -> ObjectiveFn:
@@ -61,7 +57,7 @@ class StageStep:
     @property
     def adamw(self) -> Any:
         """The optimizer, its epsilon so large that what rounding leaves of a gradient of 0 moves nothing."""
-        schedule = steps.linear_schedule(1e-2, UPDATES, 2)
+        schedule = steps.linear_schedule(1e-2, UPDATES, 2)  # so large that 20 updates change the parameters
         return steps.adamw(schedule, self.model, epsilon=1e-4)
 
     def split(self, params: Params) -> tuple[TrainState, Params]:
@@ -70,11 +66,9 @@ class StageStep:
         return init_state(trained, self.adamw), frozen
 
     def step(self, layout: DeviceMesh) -> Any:
-        """The compiled update."""
         return steps.update_step(self.objective, self.adamw, layout)
 
     def place(self, params: Params, layout: DeviceMesh) -> tuple[TrainState, Params, jax.Array]:
-        """State, frozen parameters and key on the devices."""
         first, frozen = self.split(jax.tree.map(np.asarray, params))
         state = steps.first_state(first.trained, self.adamw, layout)
         rng = jax.random.key(3)

@@ -74,14 +74,11 @@ def test_restores_every_bit(store: CheckpointStore) -> None:
     assert_same(reopened(store).restore(5, like), jax.tree.map(np.asarray, make_state(5)))
 
 
-def test_an_empty_directory_has_no_checkpoints(store: CheckpointStore) -> None:
+def test_keeps_the_latest_and_the_best(store: CheckpointStore) -> None:
     assert (store.steps(), store.latest_step(), store.best_step()) == ((), None, None)
     assert not store.directory.exists()
     with pytest.raises(UserError, match="no such checkpoint"):
         store.restore(3, {})
-
-
-def test_keeps_the_latest_and_the_best(store: CheckpointStore) -> None:
     metrics = {10: 0.5, 20: 0.9, 30: None, 40: 0.9, 50: float("nan"), 60: 0.1}
     for step, metric in metrics.items():
         save(store, step, metric=metric)

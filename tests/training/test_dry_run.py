@@ -81,19 +81,14 @@ def test_flops_of_stages(tmp_path: Path) -> None:
     assert np.all(policy < 2 * dense)  # two samples that share the beginning and drop tokens
 
 
-@pytest.mark.parametrize(
-    ("devices", "processes", "parallel", "key"),
-    [
+def test_devices_that_do_not_fit(tmp_path: Path) -> None:
+    for devices, processes, parallel, key in (
         (3, 1, {}, "finetune.batch_size"),
         (4, 3, {}, "--devices 4"),
         (4, 1, {"strategy": "pmap", "fsdp": 2}, "parallel.fsdp needs"),
-    ],
-)
-def test_devices_that_do_not_fit(
-    tmp_path: Path, devices: int, processes: int, parallel: dict[str, Any], key: str
-) -> None:
-    with pytest.raises(UserError, match=key):
-        plans(tmp_path, devices, processes, parallel=parallel)
+    ):
+        with pytest.raises(UserError, match=key):
+            plans(tmp_path, devices, processes, parallel=parallel)
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
