@@ -29,14 +29,6 @@ BATCH = {k: v for k, v in random_batch(CONFIG, LENGTHS, 6).items() if k != "teac
 SGD = optax.sgd(0.1)
 
 
-def finetune(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> Objective:
-    return objectives.dense_objective(MODEL, params, batch)
-
-
-def init(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> Objective:
-    return objectives.initialization_objective(MODEL, params, batch)
-
-
 def sample(params: Params, batch: Batch, rng: jax.Array, imitating: Any) -> objectives.PolicySamples:
     rule = objectives.sampling_rule(rng, batch, 3, imitating)
     return objectives.sample_policy(
@@ -44,26 +36,21 @@ def sample(params: Params, batch: Batch, rng: jax.Array, imitating: Any) -> obje
     )
 
 
-def policy(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> Objective:
-    return objectives.policy_objective(batch, sample(params, batch, rng, imitating=step < 1))
-
-
-def joint(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> Objective:
-    return objectives.joint_objective(batch, sample(params, batch, rng, imitating=False))
-
-
-STAGES: dict[str, tuple[Callable[..., Objective], optimizer.Trains]] = {
-    "finetune": (finetune, optimizer.trains_dense(CONFIG)),
-    "init": (init, optimizer.trains_selectors(CONFIG)),
-    "policy": (policy, optimizer.trains_selectors(CONFIG)),
-    "joint": (joint, optimizer.trains_all(CONFIG)),
+# Objectives of (parameters, batch, key, number of the update), and the parameters that they train.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "finetune": lambda p, b, rng, step: objectives.dense_objective(MODEL, p, b),
+    "init": lambda p, b, rng, step: objectives.initialization_objective(MODEL, p, b),
+    "policy": lambda p, b, rng, step: objectives.policy_objective(b, sample(p, b, rng, step < 1)),
+    "joint": lambda p, b, rng, step: objectives.joint_objective(b, sample(p, b, rng, False)),
 }
+dense, selectors = optimizer.trains_dense(CONFIG), optimizer.trains_selectors(CONFIG)
+TRAINS = {"finetune": dense, "init": selectors, "policy": selectors, "joint": optimizer.trains_all(CONFIG)}
 
 
 @functools.cache
 def compiled(stage: str) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A stage's update."""
-    return jax.jit(functools.partial(train_step, STAGES[stage][0], SGD))
+    return jax.jit(functools.partial(train_step, OBJECTIVES[stage], SGD))
 
 
 def micro_batches(steps: int, **changes: Any) -> Batch:
@@ -73,7 +60,7 @@ def micro_batches(steps: int, **changes: Any) -> Batch:
 
 def update(stage: str, batches: Batch, step: int = 0, seed: int = 0) -> tuple[Params, dict[str, jax.Array]]:
     """All parameters after one update, and its metrics."""
-    trained, frozen = optimizer.split_params(PARAMS, STAGES[stage][1])
+    trained, frozen = optimizer.split_params(PARAMS, TRAINS[stage])
     state = dataclasses.replace(init_state(trained, SGD), step=jnp.int32(step))
     state, metrics = compiled(stage)(state, frozen, batches, jax.random.key(seed))
     assert state.step == step + 1
@@ -84,7 +71,7 @@ def assert_close(left: Any, right: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), left, right)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", OBJECTIVES)
 def test_accumulation_changes_nothing(stage: str) -> None:
     """All at once or two at a time: the same actions and update, whatever the two padding rows hold."""
     valid = jnp.arange(8) < 6
@@ -111,9 +98,9 @@ def test_updates_draw_anew() -> None:
         update("joint", micro_batches(1), step, seed)[0] for step, seed in [(0, 0), (0, 0), (1, 0), (0, 1)]
     )
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    selectors = [p["encoder"]["selector_0"]["hidden"]["kernel"] for p in (first, later, other)]
+    kernels = [p["encoder"]["selector_0"]["hidden"]["kernel"] for p in (first, later, other)]
     for i, j in [(0, 1), (0, 2), (1, 2)]:
-        assert (selectors[i] != selectors[j]).any()
+        assert (kernels[i] != kernels[j]).any()
 
 
 def test_guide_is_followed_in_time() -> None:
