@@ -266,10 +266,7 @@ def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
 
 
 def make_mesh(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | None = None) -> DeviceMesh:
-    """Builds the mesh of a run, by default of all devices of all processes; see `check_mesh`.
-
-    `fsdp` devices share one copy of parameters and optimizer state.
-    """
+    """Builds the mesh of all devices; `fsdp` of them share one copy of the state. See `check_mesh`."""
     devices = jax.devices() if devices is None else devices
     check_mesh(strategy, fsdp, len(devices))
     # JAX does not promise to list a process's devices together; `own_rows` needs that.
@@ -300,17 +297,13 @@ def join(
     `UserError` if the environment does not describe a run, or another program uses the port.
     """
     late = f"processes did not join within {timeout} s; check that all were started and their network"
-    cannot = (
-        "--distributed: the environment does not describe a run; it must be that of SLURM, Open MPI, "
-        "Kubernetes or Cloud TPU; elsewhere give --coordinator HOST:PORT, --num-processes and --process-id"
-    )
+    cannot = "--distributed: the environment does not describe a run; it must be that of SLURM, Open MPI, "
+    cannot += "Kubernetes or Cloud TPU; elsewhere give --coordinator HOST:PORT, --num-processes, --process-id"
     if coordinator is not None:
         who = f"process {process_id} of {num_processes}"
         late = f"{who} could not join at {coordinator} within {timeout} s; check that the others were started"
-        cannot = (
-            f"{who} cannot join at {coordinator}; check that no other program uses the port and that each "
-            "process has its own --process-id"
-        )
+        check = "check that no other program uses the port and that each process has its own --process-id"
+        cannot = f"{who} cannot join at {coordinator}; {check}"
         port = _port(coordinator)
         if process_id == 0:
             logger.info("%s waits at %s for the others, at most %d s", who, coordinator, timeout)
@@ -382,10 +375,7 @@ def ended_by_sigterm() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def stop_request(devices: DeviceMesh) -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns whether to stop after this update (collective).
-
-    With several processes JAX notices SIGTERM, and all stop at the same update.
-    """
+    """Yields a function that returns whether to stop after this update, equally in all processes."""
     asked = threading.Event()
     with contextlib.nullcontext() if jax.process_count() > 1 else _on_sigterm(lambda *_: asked.set()):
         yield lambda: asked.is_set() or devices.told_to_stop()

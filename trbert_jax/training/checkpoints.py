@@ -126,15 +126,13 @@ class CheckpointStore:
             raise UserError(f"{folder}: no such checkpoint; existing steps: {sorted(manifests)}")
         manifest, leaves = manifests[step], _named_leaves(like)
         if lines := diff_configs(upgrade(manifest["fingerprint"]), self._fingerprint):
-            raise UserError(
-                f"{folder}: saved with other settings (then -> now):\n{_cut(lines)}\nset them back, choose "
-                f"another work directory, or delete {self.directory} to train this stage again"
-            )
+            advice = f"choose another work directory, or delete {self.directory} to train this stage again"
+            changed = f"saved with other settings (then -> now):\n{_cut(lines)}"
+            raise UserError(f"{folder}: {changed}\nset them back, {advice}")
         if lines := diff_configs(manifest["arrays"], _describe(leaves)):
-            raise UserError(
-                f"{folder}: has other arrays than this run (saved -> expected):\n{_cut(lines)}\n"
-                "use the model and optimizer settings it was saved with, or another work directory"
-            )
+            advice = "use the model and optimizer settings it was saved with, or another work directory"
+            changed = f"has other arrays than this run (saved -> expected):\n{_cut(lines)}"
+            raise UserError(f"{folder}: {changed}\n{advice}")
         self._check_files(step, manifest["files"])
         wanted, options = {name: leaf for name, leaf in leaves.items() if leaf.size}, _this_process()
         as_numpy = dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray))
@@ -181,9 +179,8 @@ class CheckpointStore:
             if isinstance(error, UserError) or not re.match(r"[A-Z_]+: |\[Errno ", text):
                 raise
             reason = getattr(error, "strerror", None) or text.rsplit(": ", maxsplit=1)[-1]
-            raise UserError(
-                f"{self.folder(step)}: cannot be written ({reason}); free some space or use another workdir"
-            ) from error
+            advice = "free some space or use another workdir"
+            raise UserError(f"{self.folder(step)}: cannot be written ({reason}); {advice}") from error
 
     def _manifests(self) -> dict[int, dict[str, Any]]:
         """Step -> manifest, ascending."""
@@ -278,10 +275,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except UserError as error:
         raise ValueError(str(error)) from error
     if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
-        raise UserError(
-            f"{path}: has format {manifest['format']}, expected {FORMAT}; use the version of trbert_jax that "
-            "wrote it, or delete the folder"
-        )
+        advice = "use the version of trbert_jax that wrote it, or delete the folder"
+        raise UserError(f"{path}: has format {manifest['format']}, expected {FORMAT}; {advice}")
     if not isinstance(manifest, dict) or manifest.pop("digest", None) != _digest(manifest):
         raise ValueError(f"{MANIFEST} is not as it was written")
     return manifest
@@ -304,7 +299,6 @@ def _best(manifests: Mapping[int, Mapping[str, Any]]) -> int | None:
 
 
 def _finite(value: float | None) -> float | None:
-    """Returns None for NaN and infinity, which JSON does not have."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 

@@ -117,10 +117,9 @@ def _activation_bytes(config: RunConfig, stage: Stage, model: ModelConfig, rows:
     size = 1 if config.model.dtype == "bfloat16" else 2
     full = size * (34 * model.hidden_size + 5 * model.num_heads * model.max_length)
     layers = stage.kept_layers(config, model) if stage.kept_layers else 1
+    per_token = layers * full
     if config.parallel.remat and stage.trains and stage.kept_layers:
         per_token = layers * 2 * size * model.hidden_size + layers / model.num_layers * full
-    else:
-        per_token = layers * full
     return int(rows * model.max_length * per_token)
 
 

@@ -42,7 +42,7 @@ from trbert_jax.training.prepared import load_prepared, write_prepared
 
 logger = logging.getLogger(__name__)
 
-# Settings that may change between calls of one experiment: they do not change what is in the directory.
+# Settings that may change between calls: they do not change what is in the directory.
 _FREE_KEYS = {"workdir", "stages", "data.cache_dir", "data.prepared"}
 _FREE_KEYS |= {"parallel.strategy", "parallel.fsdp", "parallel.remat"}
 # Settings that only stage evaluate reads: free until it has finished.
@@ -107,10 +107,8 @@ class Experiment:
         if path.exists():
             content = read_json(path)
             if not isinstance(content, dict) or "workdir" not in content:
-                raise UserError(
-                    f"{path}: belongs to something else, such as a model, and would be overwritten; choose "
-                    "another `workdir`"
-                )
+                other = "belongs to something else, such as a model, and would be overwritten"
+                raise UserError(f"{path}: {other}; choose another `workdir`")
         stack.enter_context(only_process(self.workdir))
         # A first try that failed before any stage wrote a file, because of a wrong path, is no claim.
         if any(any((self.workdir / stage).glob("*")) for stage in STAGES):
@@ -131,10 +129,9 @@ class Experiment:
         self.devices.on_main(lambda: file.unlink(missing_ok=True))
         if not all_seen.all():
             missing = ", ".join(map(str, np.flatnonzero(all_seen == 0)))
-            raise UserError(
-                f"{self.workdir}: process {missing} of {self.devices.num_processes} has another directory of "
-                "that name than process 0; `workdir` must be on a file system that all of them share"
-            )
+            other = f"process {missing} of {self.devices.num_processes} has another directory of that name"
+            advice = "`workdir` must be on a file system that all of them share"
+            raise UserError(f"{self.workdir}: {other} than process 0; {advice}")
 
     def check_owner(self) -> None:
         """Raises a UserError if the work directory belongs to another configuration."""
@@ -149,33 +146,24 @@ class Experiment:
         lines = diff_configs(stored, to_dict(self.config))
         differences = [line for line in lines if line.partition(":")[0] not in free]
         if differences:
-            raise UserError(
-                f"{self.workdir}: this work directory belongs to another configuration, which differs in\n  "
-                + "\n  ".join(differences)
-                + "\nset the values back, or choose another `workdir`"
-            )
+            belongs = "this work directory belongs to another configuration, which differs in"
+            differ = "\n  ".join([belongs, *differences])
+            raise UserError(f"{self.workdir}: {differ}\nset the values back, or choose another `workdir`")
 
     def fingerprint(self, stage: str, examples: Examples) -> dict[str, Any]:
         """Returns the settings and data that a stage's checkpoints depend on."""
         settings = to_dict(self.config)
-        return {
-            "stage": stage,
-            "seed": self.config.seed,
-            "model": settings["model"],
-            "settings": settings[stage],
-            "examples": len(examples),
-            "data": examples.digest,
-        }
+        trained = {"seed": self.config.seed, "model": settings["model"], "settings": settings[stage]}
+        return {"stage": stage, **trained, "examples": len(examples), "data": examples.digest}
 
     def check_inputs(self, stage: str, model: Pretrained, splits: Sequence[str]) -> None:
         """Raises a UserError in every process unless all have the same parameters and data for a stage."""
         if self.devices.num_processes == 1:
             return
-        digest = params_digest(model.params)
-        self.devices.check_agreement(f"the parameters that stage {stage} starts from", digest)
+        agree = self.devices.check_agreement
+        agree(f"the parameters that stage {stage} starts from", params_digest(model.params))
         for split in splits:
-            digest = self.features(split, model).digest
-            self.devices.check_agreement(f"the data of split {split} in stage {stage}", digest)
+            agree(f"the data of split {split} in stage {stage}", self.features(split, model).digest)
 
     # Models -------------------------------------------------------------------------------------
 
@@ -195,9 +183,8 @@ class Experiment:
             base = load_pretrained(model.init, task=task.head, labels=labels, seed=seed, **shape)
         tokenizer = base.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
-            raise UserError(
-                f"model.init: {model.init} has no tokenizer files; set model.tokenizer to a folder that has"
-            )
+            advice = "set model.tokenizer to a folder that has"
+            raise UserError(f"model.init: {model.init} has no tokenizer files; {advice}")
         if model.line_breaks_as_spaces:
             read_line_breaks_as_spaces(tokenizer)
         config = dataclasses.replace(base.config, inputs=task.inputs)
@@ -243,9 +230,8 @@ class Experiment:
             if not prepared or split != "train":
                 self._features[key] = self.data.examples(*key, self._cache)
             elif self.data.task.resamples:
-                raise UserError(
-                    f"data.prepared: {self.config.data.name} draws new inputs in each epoch; leave it out"
-                )
+                name = self.config.data.name
+                raise UserError(f"data.prepared: {name} draws new inputs in each epoch; leave it out")
             else:
                 self._features[key] = load_prepared(prepared, split, self.preparation(model.tokenizer))
         return self._features[key]
@@ -268,8 +254,7 @@ class Experiment:
 
     def prepare_data(self, directory: Path, shard_size: int, workers: int) -> Path:
         """Writes all splits for `data.prepared`; see `trbert_jax.training.prepared`."""
-        model = self.base_model()
-        splits = {}
+        model, splits = self.base_model(), {}
         for split in ("train", "dev", "test"):
             try:
                 splits[split] = self.data.examples(split, model.tokenizer, self._cache)

@@ -131,11 +131,9 @@ class StageReport(contextlib.ExitStack):
         self._speed = self.enter_context(speed.open("a", encoding="utf-8"))
         # TensorBoard hides older events of later steps. Files are named by the second; the suffix keeps a
         # quick restart from overwriting the last one.
+        suffix, events = f".step_{start_step:08d}", str(folder / "tensorboard")
         self._tensorboard = SummaryWriter(
-            str(folder / "tensorboard"),
-            purge_step=start_step + 1,
-            flush_secs=10,
-            filename_suffix=f".step_{start_step:08d}",
+            events, purge_step=start_step + 1, flush_secs=10, filename_suffix=suffix
         )
         self._progress = Progress(stage_name, total_steps)
         self.callback(self._tensorboard.close)
@@ -203,10 +201,7 @@ class StepClock:
         self._lengths.append(lengths)
 
     def rates(
-        self,
-        metrics: Mapping[str, float],
-        flops: Callable[..., np.ndarray] | None = None,
-        peak: float | None = None,
+        self, metrics: Mapping[str, float], flops: Callable[..., Any] | None = None, peak: float | None = None
     ) -> dict[str, float]:
         """Returns seconds per update by part, and examples and tokens per second, since the last call.
 
@@ -267,10 +262,8 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
                 raise TypeError("step is not an integer")
             math.fsum(row.values())
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f'{path}:{number}: expected a JSON object with an integer "step" and numbers ({error}); '
-                "delete the line"
-            ) from error
+            expected = f'expected a JSON object with an integer "step" and numbers ({error})'
+            raise UserError(f"{path}:{number}: {expected}; delete the line") from error
         rows.append(row)
     return rows
 
@@ -286,9 +279,8 @@ def plot_metrics(stage_dirs: Sequence[str | Path], png_path: str | Path) -> None
     paths = [Path(directory) / METRICS_NAME for directory in stage_dirs]
     stages = {path.parent.name: read_metrics(path) for path in paths if path.exists()}
     names = {stage: {name for row in rows for name in row} for stage, rows in stages.items()}
-    stages = {
-        k: rows for k, rows in stages.items() if any(shows(n) for n in names[k] for _, shows in _PANELS)
-    }
+    shown = {stage: any(shows(x) for x in xs for _, shows in _PANELS) for stage, xs in names.items()}
+    stages = {stage: rows for stage, rows in stages.items() if shown[stage]}
     if not stages:
         raise UserError(f"no metrics to draw in {', '.join(map(str, paths))}; train a stage first")
     panels = [panel for panel in _PANELS if any(map(panel[1], set().union(*names.values())))]

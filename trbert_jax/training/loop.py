@@ -148,10 +148,7 @@ class UpdateBatch(NamedTuple):
 
 
 def update_batches(training: Training, step: int) -> UpdateBatch:
-    """Builds the batches of an update, which follow from the seed and the number of the update.
-
-    The last update of an epoch takes the remaining examples; padding examples, not counted, fill it up.
-    """
+    """Builds the batches of an update; padding examples, not counted, fill up the last one of an epoch."""
     epoch, position = divmod(step, training.steps_per_epoch)
     examples, order = training.epoch(epoch)
     index = order[position * training.update_size :][: training.update_size]
@@ -171,10 +168,7 @@ def update_batches(training: Training, step: int) -> UpdateBatch:
 
 
 def read_ahead(training: Training, start: int) -> Iterator[UpdateBatch]:
-    """Yields the batches of all updates from `start` on; threads read prepared data ahead.
-
-    The position in the data is the number of the update, so that a checkpoint needs no more than that.
-    """
+    """Yields the batches of all updates from `start` on; threads read prepared data ahead."""
     steps = range(start, training.total_steps)
     make = functools.partial(update_batches, training)
     if not isinstance(training.examples, PreparedFeatures):
@@ -294,12 +288,9 @@ def check_finite(training: Training, unchecked: list[tuple[int, dict[str, jax.Ar
         values = updates.fetch(watched, training.experiment.devices)
         bad = [f"{metric} is {float(x)}" for metric, x in values.items() if not math.isfinite(x)]
         if bad:
-            last = store.latest_step()
+            last, advice = store.latest_step(), f"a smaller {name}.learning_rate or float32 may help"
             good = f"the last good checkpoint is {store.folder(last)}" if last else "no checkpoint exists yet"
-            raise UserError(
-                f"{name}: {', '.join(bad)} at step {step}; {good}; a smaller {name}.learning_rate or float32 "
-                "may help"
-            )
+            raise UserError(f"{name}: {', '.join(bad)} at step {step}; {good}; {advice}")
     unchecked.clear()
 
 
@@ -331,10 +322,7 @@ def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainS
 
 
 def latest_state(training: Training, like: TrainState) -> tuple[int, TrainState | None]:
-    """Returns step and state of the last undamaged checkpoint; 0 and None without one.
-
-    Damaged checkpoints are renamed, so that they are not looked at again.
-    """
+    """Returns step and state of the last undamaged checkpoint, or 0 and None; renames damaged ones."""
     devices, store, name = training.experiment.devices, training.checkpoints, training.stage.name
     devices.barrier(f"{name} looks for checkpoints")
     while True:

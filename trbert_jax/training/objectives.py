@@ -141,8 +141,7 @@ def sample_policy(
 ) -> PolicySamples:
     """Runs every example K times with a sampling rule and computes the rewards.
 
-    The task loss, which the reward contains, is the distillation loss if the batch has `teacher_logits`, else
-    the loss of the labels.
+    Their task loss is the distillation loss if the batch has `teacher_logits`, else that of the labels.
     """
     output = execute(model, params, batch, rule=rule, num_copies=num_samples, dropout_rng=dropout_rng)
     task, rows = TASKS[model.config.task], Rows(batch, num_samples)

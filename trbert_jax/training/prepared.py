@@ -110,18 +110,13 @@ def read_provenance(directory: str | Path, split: str) -> dict[str, Any]:
 
 
 def load_prepared(directory: str | Path, split: str, settings: Mapping[str, Any]) -> PreparedFeatures:
-    """Loads a split that `write_prepared` wrote, after checking every file of it.
-
-    Raises `UserError` if it does not exist, was made with other settings, or a file is missing or changed.
-    """
+    """Loads a split that `write_prepared` wrote; raises `UserError` if settings or a file of it differ."""
     directory = Path(directory)
     about = read_provenance(directory, split)
     if lines := diff_configs(about["settings"], settings):
-        raise UserError(
-            f"data.prepared: {directory} was made with other settings (then -> now):\n  "
-            + "\n  ".join(lines)
-            + "\nset them back, or prepare the data again in another folder"
-        )
+        advice = "\nset them back, or prepare the data again in another folder"
+        changed = "\n  ".join(["was made with other settings (then -> now):", *lines])
+        raise UserError(f"data.prepared: {directory} {changed}{advice}")
     paths = shard_paths(directory, split, about["splits"][split]["examples"], about["shard_size"])
     index = directory / f"index-{split}.npz"
     for file in [*paths, index]:
@@ -175,8 +170,7 @@ def write_prepared(
     about = {"format": FORMAT, "settings": dict(settings), "shard_size": shard_size, "splits": sizes}
     recorded = _claim(directory, about)
     schema = _Schema(list(splits.values()))
-    files: Hashes = {}
-    missing = []
+    files, missing = Hashes(), []
     for split, examples in splits.items():
         for number, path in enumerate(shard_paths(directory, split, len(examples), shard_size)):
             if path.exists() and hash_file(path) == recorded.get(path.name):
@@ -239,9 +233,8 @@ def _write_shard(schema: _Schema, path: Path, examples: Examples, indices: range
         with contextlib.suppress(OSError):
             temporary.unlink()
         reason = str(error).partition(";")[0]
-        raise UserError(
-            f"{path}: cannot be written ({reason}); fix that, then {_AGAIN}, it resumes"
-        ) from error
+        advice = f"fix that, then {_AGAIN}, it resumes"
+        raise UserError(f"{path}: cannot be written ({reason}); {advice}") from error
     return hash_file(path)
 
 

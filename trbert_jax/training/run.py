@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from trbert_jax.config import RunConfig, to_dict
 from trbert_jax.errors import UserError
-from trbert_jax.inference.engine import InferenceEngine, Outputs
+from trbert_jax.inference.engine import Outputs
 from trbert_jax.inference.evaluate import baseline_runs, evaluate_runs, summarize, write_predictions
 from trbert_jax.io import atomic_directory, make_directory, write_json
 from trbert_jax.model.config import model_config_to_dict
@@ -50,10 +50,9 @@ def train(
     stages to run, in any order (None: all configured stages). `profile_steps` are the updates of each stage
     to profile: the first (0-based) and one past the last.
 
-    Raises:
-      UserError: an unknown stage, a work directory of another configuration, missing inputs, bad data,
-        devices that cannot share a batch, processes that do not agree.
-      PreemptedError: the process received SIGTERM and has saved a checkpoint.
+    Raises `PreemptedError` after SIGTERM, with a checkpoint saved; `UserError` for an unknown stage, a work
+    directory of another configuration, missing inputs, bad data, devices that cannot share a batch, or
+    processes that do not agree.
     """
     chosen = _chosen_stages(config, only)
     if jax.process_index() != 0:
@@ -84,10 +83,8 @@ def _chosen_stages(config: RunConfig, only: Sequence[str] | None) -> list[Stage]
         if name not in STAGES:
             raise UserError(f"--stages: no stage is called {name!r}; expected some of {', '.join(STAGES)}")
         if name not in config.stages:
-            raise UserError(
-                f"--stages: this configuration does not have the stage {name}; its stages are "
-                + ", ".join(config.stages)
-            )
+            missing = f"this configuration does not have the stage {name}"
+            raise UserError(f"--stages: {missing}; its stages are {', '.join(config.stages)}")
     return [stage for stage in configured(config) if only is None or stage.name in only]
 
 
@@ -104,9 +101,8 @@ def _run_stage(experiment: Experiment, stage: Stage) -> None:
     summary = stage.run(experiment, stage) if stage.run else train_stage(experiment, stage)
     seconds = time.perf_counter() - start
     notes = {"data": experiment.data.notes} if experiment.data.notes else {}
-    devices.on_main(
-        functools.partial(write_json, directory / "done.json", {**summary, **notes, "seconds": seconds})
-    )
+    summary = {**summary, **notes, "seconds": seconds}
+    devices.on_main(functools.partial(write_json, directory / "done.json", summary))
     logger.info("%s: done in %.1f s", stage.name, seconds)
 
 
@@ -124,11 +120,12 @@ def evaluate_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         experiment.check_inputs(stage.name, model, (settings.split,))
         engine = experiment.engine(model.config, settings.batch_size, passes.after_batch)
         params, options = jax.device_put(model.params), trained.evaluation(experiment.config)
-        outputs = engine.run(params, examples, **options)
+        run: Any = functools.partial(engine.run, params, **options)
+        outputs = run(examples)
         score = task.score(examples, outputs.logits)
         first, last, threshold = trained is compared[0], trained is compared[-1], dict[str, Any]()
         if first or last:
-            threshold = _tune_null_threshold(experiment, model, engine, options, outputs, score)
+            threshold = _tune_null_threshold(experiment, model, run, outputs, score)
         name = "dense" if first else "reduced" if last else trained.name
         result[name] = summarize(outputs, model.config, score.metrics) | (threshold if first else {})
         write = functools.partial(_write_answers, outputs, examples, model, score)
@@ -150,10 +147,7 @@ def evaluate_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
 
 
 def num_passes(config: RunConfig) -> tuple[int, int]:
-    """Number of passes of stage evaluate over its split: with a dense model, with a reduced one.
-
-    Passes that tune a null threshold are not counted.
-    """
+    """Returns the passes of stage evaluate with dense and reduced models, except to tune null thresholds."""
     compared = compared_models(config)
     reduced = sum(stage.reduces for stage in compared)
     variants = len(config.evaluate.baselines) + len(config.evaluate.thresholds) if reduced else 0
@@ -186,23 +180,21 @@ class _Passes:
 def _tune_null_threshold(
     experiment: Experiment,
     model: Pretrained,
-    engine: InferenceEngine,
-    options: Mapping[str, Any],
+    run: Callable[[Examples], Outputs],
     outputs: Outputs,
-    reported: Score,
+    score: Score,
 ) -> dict[str, Any]:
-    """Tunes the null threshold on the development set and applies it to the split that is reported.
+    """Tunes the null threshold on the development set and applies it to the reported split; {} without one.
 
-    The published results use 0, and so do `dense` and `reduced`. Empty for a task without such a threshold.
+    The published results use 0, and so do `dense` and `reduced`.
     """
     data, split = experiment.data, experiment.config.evaluate.split
-    if reported.null_threshold is None:
+    if score.null_threshold is None:
         return {}
-    tuned_on = reported
     if split != "dev":
         dev = experiment.features("dev", model)
-        tuned_on = data.task.score(dev, engine.run(model.params, dev, **options).logits)
-    threshold = tuned_on.null_threshold
+        score = data.task.score(dev, run(dev).logits)
+    threshold = score.null_threshold
     if threshold is None:  # every question of the development set has an answer
         return {}
     common = len(data.ids("dev") & data.ids(split))
@@ -258,9 +250,8 @@ def evaluate_all_checkpoints(config: RunConfig) -> dict[str, Any]:
             metrics = experiment.data.task.score(examples, outputs.logits).metrics
             results[stage.name][f"step_{step}"] = summarize(outputs, model.config, metrics)
     if not results:
-        raise UserError(
-            f"{experiment.workdir}: has no checkpoints; run `trbert train` with this configuration first"
-        )
+        advice = "run `trbert train` with this configuration first"
+        raise UserError(f"{experiment.workdir}: has no checkpoints; {advice}")
     return results
 
 

@@ -125,10 +125,8 @@ def _load(experiment: Experiment, path: Path, examples: Examples, count: int) ->
     # Entries are matched by position: their number does not show that the data has another order.
     digest = (experiment.finished(stage) or {}).get(DATA_DIGEST, examples.digest)
     if len(array) != count or digest != examples.digest:
-        raise UserError(
-            f"{path}: has {len(array)} entries of other training data than the {count} of now; {again}, or "
-            "choose another `workdir`"
-        )
+        other = f"has {len(array)} entries of other training data than the {count} of now"
+        raise UserError(f"{path}: {other}; {again}, or choose another `workdir`")
     return array
 
 
@@ -173,10 +171,7 @@ def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
 
 
 def teacher_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
-    """Writes the logits of the fine-tuned model on the training examples, shaped as `Outputs.logits`.
-
-    One array is `logits.npy`, several are `logits_NAME.npy` each.
-    """
+    """Writes the dense logits of training examples to `logits.npy`; several arrays to `logits_NAME.npy`."""
     devices, model = experiment.devices, stage.start(experiment)
     experiment.check_inputs(stage.name, model, ("train",))
     examples = experiment.features("train", model)
@@ -210,8 +205,7 @@ def _outputs(
 ) -> Iterator[tuple[StageReport, ResumableArrays]]:
     """Opens the report and the arrays of a stage that computes `steps` batches of `size` examples."""
     devices, directory = experiment.devices, experiment.workdir / stage
-    fingerprint = experiment.fingerprint(stage, examples)
-    fingerprint |= {"of": params_digest(model.params), "batch": size}
+    fingerprint = experiment.fingerprint(stage, examples) | {"of": params_digest(model.params), "batch": size}
     with (
         StageReport(directory, stage, steps, silent=not devices.is_main) as report,
         ResumableArrays(directory, fingerprint, steps, devices) as arrays,
@@ -233,10 +227,9 @@ def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapp
         bad &= rows >= 0 if len(array) == len(rows) else np.arange(size) < len(index)
         if bad.any():
             example = examples.ids[int(index[int(bad.argmax()) * size // len(array)])]
-            raise UserError(
-                f"score: {name} of example {example} is not finite, from the fine-tuned model; look at "
-                "finetune/metrics.jsonl, try a smaller finetune.learning_rate or model.dtype float32"
-            )
+            wrong = f"score: {name} of example {example} is not finite, from the fine-tuned model"
+            advice = "try a smaller finetune.learning_rate or model.dtype float32"
+            raise UserError(f"{wrong}; look at finetune/metrics.jsonl, {advice}")
 
 
 # Arrays ---------------------------------------------------------------------------------------------
@@ -348,7 +341,6 @@ def _reserve_npy(path: Path, shape: tuple[int, ...]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()
-        raise UserError(
-            f"{path.with_suffix('')}: cannot be written, {error.strerror}; it takes {size:,} bytes. "
-            "Make room, or choose another `workdir`"
-        ) from error
+        wrong = f"cannot be written, {error.strerror}; it takes {size:,} bytes"
+        advice = "Make room, or choose another `workdir`"
+        raise UserError(f"{path.with_suffix('')}: {wrong}. {advice}") from error

@@ -120,10 +120,7 @@ def accumulated_gradients(
 
 
 def first_state(trained: Params, optimizer: optax.GradientTransformation, layout: DeviceMesh) -> TrainState:
-    """Returns the state before the first update, laid out for `update_step`; `trained` are host arrays.
-
-    A divided state is made in place: no device ever holds all of it.
-    """
+    """Returns the state before the first update from host arrays; no device holds all of a divided one."""
     if layout.is_single or layout.strategy == "pmap":
         return place(init_state(jax.tree.map(jnp.array, trained), optimizer), layout)
     init = functools.partial(init_state, optimizer=optimizer)
@@ -172,10 +169,7 @@ def fetch(tree: Any, layout: DeviceMesh) -> Any:
 
 
 def linear_schedule(peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:
-    """Returns a learning rate that rises from 0 to `peak` over the warm-up, then falls to 0.
-
-    With a warm-up the first update (0) has rate 0, as published.
-    """
+    """Returns a rate that rises from 0 (in update 0, as published) to `peak`, then falls to 0."""
     decay = optax.linear_schedule(peak, 0.0, max(total_steps - warmup_steps, 1))
     if not warmup_steps:
         return decay
@@ -225,10 +219,7 @@ def scale_by_published_adam(
 
 
 def decay_mask(params: Params, config: ModelConfig) -> Any:
-    """Returns True where weight decay applies: not to biases, nor to LayerNorm scales.
-
-    Some backbones decay the scales in their layers (`Backbone.decays_layer_norm`), as published.
-    """
+    """Returns True where weight decay applies: not to biases, nor, in most backbones, to LayerNorm scales."""
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         names = [entry.key for entry in path]
