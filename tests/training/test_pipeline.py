@@ -70,9 +70,6 @@ def copy(finished: Finished, tmp_path: Path) -> Path:
     return tiny_runs.write_config(tmp_path / "run", data=data)
 
 
-# What is in results.json --------------------------------------------------------------------------
-
-
 def test_results(finished: Finished) -> None:
     results = finished.results
     assert set(results) == {
@@ -142,9 +139,6 @@ def texts(finished: Finished, split: str) -> list[str]:
     return [example.text for example in examples]
 
 
-# What the stages leave ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stage", TRAINED)
 def test_metrics(finished: Finished, stage: str) -> None:
     rows = read_metrics(finished.work / stage / "metrics.jsonl")
@@ -202,9 +196,6 @@ def test_curves_table_and_compilation(finished: Finished) -> None:
     for word in [*words, *map(str, (finished.work / name for name in ("results.json", "model")))]:
         assert word in finished.out
     assert [path for path in finished.work.rglob("*") if ".partial-" in path.name] == []
-
-
-# Again --------------------------------------------------------------------------------------------
 
 
 def test_finished_stages_are_skipped(
