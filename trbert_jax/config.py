@@ -70,8 +70,7 @@ class DataConfig(Section):
     """The examples."""
 
     name: Text  # a registered data set, or tfds:NAME for a data set of TensorFlow Datasets
-    # Folder of the files; tfds and stdlib have their own unless it is given.
-    path: Text | None = None
+    path: Text | None = None  # folder of the files; tfds and stdlib have their own unless it is given
     max_train_examples: Count | None = None  # largest number of training examples; null for all
     max_eval_examples: Count | None = None  # the same for the dev split and for the test split
     cache_dir: Text | None = None  # folder for tokenized examples; null for WORKDIR/cache
@@ -246,9 +245,7 @@ class RunConfig(Section):
 
 # The stages in their order: name -> settings.
 STAGES: dict[str, type[StageConfig]] = {
-    field.name: type(field.default)
-    for field in dataclasses.fields(RunConfig)
-    if isinstance(field.default, StageConfig)
+    f.name: type(f.default) for f in dataclasses.fields(RunConfig) if isinstance(f.default, StageConfig)
 }
 _run_class: type[RunConfig] = RunConfig
 
@@ -262,17 +259,13 @@ def add_section(name: str, settings: type[StageConfig]) -> None:
 
 
 # Former name of a key, in any section -> each of its values -> the key that has this value today.
-RENAMED: dict[str, dict[str, str]] = {
-    "execution": {"packed": "backend", "masked": "backend", "batch_max": "rule", "dense": "rule"}
-}
+RENAMED = {"execution": {"packed": "backend", "masked": "backend", "batch_max": "rule", "dense": "rule"}}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, which wins over its `base` files; `section.key=value` overrides win over both.
 
-    Raises:
-      UserError: the file cannot be read, or a key or value is wrong. The message names file and line (or
-        the command line), the key, and what is expected.
+    Raises `UserError`, which names file and line (or the command line), the key and what is expected.
     """
     values = _read_file(Path(path), ())
     for override in overrides:
@@ -305,11 +298,8 @@ def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Compares two results of `to_dict`; returns a line `key: old -> new` for each difference."""
     before, after, absent = _flat(old), _flat(new), "(absent)"
-    return [
-        f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
-        for key in before | after
-        if before.get(key, absent) != after.get(key, absent)
-    ]
+    values = ((key, before.get(key, absent), after.get(key, absent)) for key in before | after)
+    return [f"{key}: {was} -> {now}" for key, was, now in values if was != now]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -229,8 +229,7 @@ _YamlLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(no
 def parse_yaml(text: str, source: str | None = None) -> Any:
     """Parses YAML as strictly as `config` describes; its keys become `YamlKey`.
 
-    Raises:
-      UserError: the text is not such YAML. The message names `source` (None: the command line) and the line.
+    Raises `UserError` for other text; the message names `source` (None: the command line) and the line.
     """
     try:
         loader = _YamlLoader(text)

@@ -34,8 +34,7 @@ def split_hyperpartisan(input_path: str | Path, output_dir: str | Path) -> dict[
         `ground-truth-*.xml` beside it, or a folder that holds one of these.
       output_dir: folder for the three files; existing ones are replaced.
 
-    Raises:
-      UserError: a missing or malformed file (with its line), or too few articles.
+    Raises `UserError` for a missing or malformed file (with its line), or too few articles.
     """
     path = _find_source(Path(input_path).expanduser())
     read = _read_xml if path.suffix == ".xml" else _read_original_data

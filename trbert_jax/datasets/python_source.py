@@ -65,10 +65,9 @@ def _read_all(path: PathLike) -> tuple[tuple[str, ...], tuple[Example, ...]]:
                 chunks[name].append((f"{file.relative_to(root).as_posix()}:{line}", text))
     large = [name for name, found in chunks.items() if len(found) >= CHUNKS_PER_CLASS]
     if len(large) < NUM_CLASSES:
-        raise UserError(
-            f"{root}: {len(large)} modules of Python's standard library with enough source text; expected "
-            f"at least {NUM_CLASSES}. Set data.path to the folder of a complete one (its files *.py)"
-        )
+        problem = f"{len(large)} modules of Python's standard library with enough source text"
+        advice = f"at least {NUM_CLASSES}; set data.path to the folder of a complete one (its files *.py)"
+        raise UserError(f"{root}: {problem}; expected {advice}")
     largest = sorted(large, key=lambda name: (-len(chunks[name]), name))[:NUM_CLASSES]
     examples = []
     for label, name in enumerate(sorted(largest)):

@@ -33,10 +33,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields the 1-based number and the text, line end included, of every line of a UTF-8 file.
 
     The file is gzip-compressed if its name ends in `.gz`. Only a line feed ends a line: other line ends of
-    Unicode, such as U+2028, occur inside texts.
-
-    Raises:
-      UserError: the file is missing, unreadable, damaged or not UTF-8 (with the line).
+    Unicode, such as U+2028, occur inside texts. Raises `UserError` if the file is missing, unreadable,
+    damaged or not UTF-8 (with the line).
     """
     number = 0
     try:
@@ -44,9 +42,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in decode_lines(stream, str(path)):
                 yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(
-            f"{path}: damaged or cut short after line {number} ({error}); download the file again"
-        ) from error
+        problem = f"damaged or cut short after line {number} ({error})"
+        raise UserError(f"{path}: {problem}; download the file again") from error
 
 
 def decode_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
@@ -55,9 +52,8 @@ def decode_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, str]
         try:
             text = line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{name}:{number}: not UTF-8 (byte {error.start} of the line); convert it to UTF-8 first"
-            ) from error
+            problem = f"not UTF-8 (byte {error.start} of the line)"
+            raise UserError(f"{name}:{number}: {problem}; convert it to UTF-8 first") from error
         yield number, text
 
 
@@ -180,9 +176,8 @@ def collect(
         other = found.setdefault(item.id, item)
         if other is not item and not (repeats and item == other):
             with bad.record(item.where):
-                raise ValueError(
-                    f"has the id {item.id!r}, which is also that of {other.where}; expected an id of its own"
-                )
+                problem = f"has the id {item.id!r}, which is also that of {other.where}"
+                raise ValueError(f"{problem}; expected an id of its own")
     summary = bad.summary(len(found), before)
     if not found:
         raise UserError(f"{source}: has no usable record; {summary or f'expected {expected}'}")

@@ -54,11 +54,8 @@ def squad_question(item: Any, context: str, where: str) -> SpanQuestion:
 
     Keeps every answer, in order and with repetitions, as the official scorer expects; each has its span.
     """
-    question_id, question, impossible = (
-        reading.text(item, "id"),
-        reading.text(item, "question"),
-        _is_impossible(item),
-    )
+    question_id, question = reading.text(item, "id"), reading.text(item, "question")
+    impossible = _is_impossible(item)
     answers = reading.each(item, "answers", lambda answer: reading.text(answer, "text"))
     spans = reading.each(item, "answers", lambda answer: _find(answer, context))
     return SpanQuestion(question_id, question, context, spans, answers, impossible, where)
@@ -85,9 +82,8 @@ def _find(item: Any, context: str) -> Span:
     span = trim_span(context, start, end)
     if span is None:
         found = reading.shorten(context[start : start + 60])
-        raise ValueError(
-            f"answer_start: the context has {found!r} at character {start}; expected the answer {answer!r}"
-        )
+        place = f"the context has {found!r} at character {start}"
+        raise ValueError(f"answer_start: {place}; expected the answer {answer!r}")
     return span
 
 
@@ -162,6 +158,5 @@ _MRQA = 'a header line, then {"context": ..., "qas": [...]} a line'
 register("squad", "squad", read_squad, _SQUAD, "{split}-v2.0.json", "{split}-v1.1.json")
 for _name, _published in (("newsqa", "NewsQA"), ("naturalqa", "NaturalQuestionsShort")):
     _files = ("{split}", f"{{split}}/{_published}")
-    register(
-        _name, "mrqa", read_mrqa, _MRQA, *(f"{file}.jsonl{end}" for file in _files for end in ("", ".gz"))
-    )
+    _names = (f"{file}.jsonl{end}" for file in _files for end in ("", ".gz"))
+    register(_name, "mrqa", read_mrqa, _MRQA, *_names)

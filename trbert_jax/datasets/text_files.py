@@ -67,9 +67,8 @@ def _read_csv(path: Path, labels: Sequence[str]) -> Iterator[Example]:
                 try:
                     row = next(rows, None)
                 except csv.Error as error:
-                    raise ValueError(
-                        f'not a valid CSV row ({error}); expected label,"text" with quotes doubled'
-                    ) from error
+                    expected = 'label,"text" with quotes doubled'
+                    raise ValueError(f"not a valid CSV row ({error}); expected {expected}") from error
                 if row:
                     item = _csv_item(row, is_first=start == 1)
                     yield make_example(f"{path.name}:{start}", item, labels, first_label=1)

@@ -166,10 +166,9 @@ def _open(name: str, data_dir: PathLike) -> Mapping[str, Any]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, ImportError):
             reason = f"preparing it here needs the package {error.name}"
-        raise UserError(
-            f"data.name: {name} cannot be read ({reason}); check name and network, or prepare the data set "
-            'elsewhere with file_format="array_record" and set data.path to the data_dir it was written to'
-        ) from error
+        advice = 'prepare it elsewhere with file_format="array_record" and set data.path to its data_dir'
+        message = f"data.name: {name} cannot be read ({reason}); check name and network, or {advice}"
+        raise UserError(message) from error
 
 
 def _find_split(name: str, sources: Mapping[str, Any], split: str) -> tuple[Any, list[int]]:

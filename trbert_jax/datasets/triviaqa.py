@@ -113,8 +113,6 @@ def _listed_question(item: Any, context: str, where: str) -> SpanQuestion:
     return SpanQuestion(question_id, question, context, spans, answers, False, where)
 
 
-# Aliases, compared like the official scorer compares answers ---------------------------------------------
-
 _ARTICLES = frozenset(("a", "an", "the"))
 # The official normalization reads ASCII punctuation and these four quotes as spaces.
 _PUNCTUATION = string.punctuation + "‘’´`"

@@ -57,43 +57,35 @@ def find_backbone(model_type: Any) -> Backbone | None:
     return next((b for b in BACKBONES.values() if model_type in (b.name, *b.aliases)), None)
 
 
+def _pairs(text: str) -> Names:
+    """Reads words `name=other`; a name alone is paired with itself."""
+    words = (word.partition("=") for word in text.split())
+    return tuple((name, other or name) for name, _, other in words)
+
+
 register_backbone(
     Backbone(
         name="bert",
         aliases=("autobert", "initbert"),
         class_name="Bert",
-        keys={
-            "vocab_size": "vocab_size",
-            "hidden_size": "hidden_size",
-            "num_layers": "num_hidden_layers",
-            "num_heads": "num_attention_heads",
-            "intermediate_size": "intermediate_size",
-            "max_positions": "max_position_embeddings",
-            "type_vocab_size": "type_vocab_size",
-            "layer_norm_eps": "layer_norm_eps",
-            "hidden_dropout": "hidden_dropout_prob",
-            "attention_dropout": "attention_probs_dropout_prob",
-            "classifier_dropout": "classifier_dropout",
-            "initializer_range": "initializer_range",
-            "pad_token_id": "pad_token_id",
-        },
+        keys=dict(
+            _pairs(
+                "vocab_size hidden_size num_layers=num_hidden_layers num_heads=num_attention_heads "
+                "intermediate_size max_positions=max_position_embeddings type_vocab_size layer_norm_eps "
+                "hidden_dropout=hidden_dropout_prob attention_dropout=attention_probs_dropout_prob "
+                "classifier_dropout initializer_range pad_token_id"
+            )
+        ),
         activation_key="hidden_act",
-        embeddings=(
-            ("word", "word_embeddings"),
-            ("position", "position_embeddings"),
-            ("token_type", "token_type_embeddings"),
-            ("norm", "LayerNorm"),
+        embeddings=_pairs(
+            "word=word_embeddings position=position_embeddings token_type=token_type_embeddings "
+            "norm=LayerNorm"
         ),
         stack="encoder",
-        layer=(
-            ("query", "attention.self.query"),
-            ("key", "attention.self.key"),
-            ("value", "attention.self.value"),
-            ("attention_output", "attention.output.dense"),
-            ("attention_norm", "attention.output.LayerNorm"),
-            ("intermediate", "intermediate.dense"),
-            ("output", "output.dense"),
-            ("output_norm", "output.LayerNorm"),
+        layer=_pairs(
+            "query=attention.self.query key=attention.self.key value=attention.self.value "
+            "attention_output=attention.output.dense attention_norm=attention.output.LayerNorm "
+            "intermediate=intermediate.dense output=output.dense output_norm=output.LayerNorm"
         ),
         pooler=True,
     )
@@ -104,32 +96,22 @@ register_backbone(
         name="distilbert",
         aliases=("distilautobert", "initdistilbert"),
         class_name="DistilBert",
-        keys={
-            "vocab_size": "vocab_size",
-            "hidden_size": "dim",
-            "num_layers": "n_layers",
-            "num_heads": "n_heads",
-            "intermediate_size": "hidden_dim",
-            "max_positions": "max_position_embeddings",
-            "hidden_dropout": "dropout",
-            "attention_dropout": "attention_dropout",
-            "classifier_dropout": "seq_classif_dropout",
-            "initializer_range": "initializer_range",
-            "pad_token_id": "pad_token_id",
-        },
+        keys=dict(
+            _pairs(
+                "vocab_size hidden_size=dim num_layers=n_layers num_heads=n_heads "
+                "intermediate_size=hidden_dim max_positions=max_position_embeddings "
+                "hidden_dropout=dropout attention_dropout classifier_dropout=seq_classif_dropout "
+                "initializer_range pad_token_id"
+            )
+        ),
         activation_key="activation",
         defaults={"num_layers": 6, "type_vocab_size": 0, "classifier_dropout": 0.2},
-        embeddings=(("word", "word_embeddings"), ("position", "position_embeddings"), ("norm", "LayerNorm")),
+        embeddings=_pairs("word=word_embeddings position=position_embeddings norm=LayerNorm"),
         stack="transformer",
-        layer=(
-            ("query", "attention.q_lin"),
-            ("key", "attention.k_lin"),
-            ("value", "attention.v_lin"),
-            ("attention_output", "attention.out_lin"),
-            ("attention_norm", "sa_layer_norm"),
-            ("intermediate", "ffn.lin1"),
-            ("output", "ffn.lin2"),
-            ("output_norm", "output_layer_norm"),
+        layer=_pairs(
+            "query=attention.q_lin key=attention.k_lin value=attention.v_lin "
+            "attention_output=attention.out_lin attention_norm=sa_layer_norm intermediate=ffn.lin1 "
+            "output=ffn.lin2 output_norm=output_layer_norm"
         ),
         pooler=False,
         attention_output_dropout=False,

@@ -110,9 +110,6 @@ class ModelConfig:
         return 2
 
 
-# config.json -----------------------------------------------------------------------------------------
-
-
 def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """Reads a model's shape from the `config.json` of a Hugging Face, published TR-BERT or saved model.
 
@@ -138,15 +135,13 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
     fields["max_length"] = min(ModelConfig.max_length, fields.get("max_positions", ModelConfig.max_positions))
     config = ModelConfig(**{**fields, **_own_section(values.get("trbert", {}), source)})
     if config.hidden_size % config.num_heads:
-        raise UserError(
-            f"{source}: the hidden size, {config.hidden_size}, is not a multiple of the number of "
-            f"attention heads, {config.num_heads}"
+        sizes = (
+            f"hidden size, {config.hidden_size}, is not a multiple of the attention heads, {config.num_heads}"
         )
+        raise UserError(f"{source}: the {sizes}")
     if config.max_length > config.max_positions:
-        raise UserError(
-            f"{source}: trbert.max_length is {config.max_length}, but the model has only "
-            f"{config.max_positions} positions"
-        )
+        problem = f"{config.max_length}, but the model has only {config.max_positions} positions"
+        raise UserError(f"{source}: trbert.max_length is {problem}")
     return config
 
 
@@ -169,8 +164,7 @@ def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
 
 def labels_from_dict(values: Mapping[str, Any], source: str = "config.json") -> tuple[str, ...] | None:
     """Returns label names in the order of their ids, numbers if only their count is known, else None."""
-    count = values.get("num_labels")
-    if count is not None:
+    if (count := values.get("num_labels")) is not None:
         count = _number(count, "num_labels", f"{source}: num_labels")
     names = values.get("id2label")
     if not names:
@@ -179,9 +173,8 @@ def labels_from_dict(values: Mapping[str, Any], source: str = "config.json") -> 
         by_id = {int(i): str(label) for i, label in names.items()}
         labels = tuple(by_id[i] for i in range(len(names)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{source}: id2label is {names!r}; expected an object from the ids 0, 1, ... to label names"
-        ) from error
+        expected = "an object from the ids 0, 1, ... to label names"
+        raise UserError(f"{source}: id2label is {names!r}; expected {expected}") from error
     if len(set(labels)) < len(labels):
         raise UserError(f"{source}: id2label names a label twice: {', '.join(labels)}")
     if count not in (None, len(labels)):
@@ -207,10 +200,8 @@ def _own_section(section: Any, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: trbert is {section!r}; expected an object with {', '.join(_OWN_KEYS)}")
     unknown = sorted(set(section) - set(_OWN_KEYS))
     if unknown:
-        raise UserError(
-            f"{source}: trbert has keys that this version does not know: {', '.join(unknown)}; "
-            "was it written by a later version of trbert_jax?"
-        )
+        question = "was it written by a later version of trbert_jax?"
+        raise UserError(f"{source}: trbert has unknown keys: {', '.join(unknown)}; {question}")
     fields = dict(section)
     if fields.get("task", ModelConfig.task) not in tuple(HEADS):
         raise UserError(f"{source}: trbert.task is {fields['task']!r}; expected one of {', '.join(HEADS)}")

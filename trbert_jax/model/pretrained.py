@@ -29,6 +29,7 @@ from trbert_jax.model.weights import (
     SAFETENSORS,
     SMALL_FILES,
     TORCH,
+    UNFINISHED,
     Tree,
     from_original_names,
     local_directory,
@@ -65,19 +66,17 @@ def load_pretrained(
     max_length: int | None = None,
     seed: int = 0,
 ) -> Pretrained:
-    """Loads a checkpoint from a directory or the Hugging Face hub.
+    """Loads a checkpoint from a directory or the Hugging Face hub; None takes what the checkpoint has.
 
     Logs a warning if parts are newly initialized or labels renamed, and every other change as info.
 
     Args:
-      task: a key of `HEADS`. The head of another task is left out. None takes the checkpoint's.
+      task: a key of `HEADS`. The head of another task is left out.
       labels: label names in the order of their ids. The checkpoint's classifier is kept if it has
         as many (reordered if it has the same names in another order), else a new one is made.
-        None takes the checkpoint's.
-      max_positions: rows of the position table. A longer table repeats the pretrained one from its
-        start; a shorter one is its beginning. None takes the checkpoint's.
-      keep_layers: indices of the layers to keep, in the order of the new model. None keeps all.
-      max_length: padded length for training, see `ModelConfig.max_length`. None takes the checkpoint's.
+      max_positions: rows of the position table, which repeats the pretrained one or is its beginning.
+      keep_layers: indices of the layers to keep, in the order of the new model.
+      max_length: padded length for training, see `ModelConfig.max_length`.
       seed: of the random initialization: normal(0, initializer_range), biases 0.
 
     Raises:
@@ -85,10 +84,7 @@ def load_pretrained(
     """
     directory = local_directory(path_or_id)
     if not (directory / "config.json").is_file():
-        raise UserError(
-            f"{directory}: no config.json here, so this is not a finished model directory "
-            "(an unfinished download or an interrupted run leaves a folder like this)"
-        )
+        raise UserError(f"{directory}: no config.json here, so this is no finished model {UNFINISHED}")
     values = read_json(directory / "config.json")
     if not isinstance(values, Mapping):
         raise UserError(f"{directory / 'config.json'}: expected a JSON object")
@@ -114,15 +110,12 @@ def load_pretrained(
         config = _resize_positions(config, tree, max_positions)
     if max_length is not None:
         if not 2 <= max_length <= config.max_positions:
-            raise UserError(
-                f"max_length is {max_length}; the model has {config.max_positions} positions, so expected "
-                f"2 to {config.max_positions}. Set max_positions to extend the position table"
-            )
+            expected = f"2 to {config.max_positions}, the model's positions; extend them by max_positions"
+            raise UserError(f"max_length is {max_length}; expected {expected}")
         config = dataclasses.replace(config, max_length=max_length)
     tree, new = _initialize_missing(config, tree, seed)
     if new:
-        parts = ", ".join(new)
-        logger.warning("%s: initialized at random, to be trained before use: %s", directory, parts)
+        logger.warning("%s: initialized at random, to be trained before use: %s", directory, ", ".join(new))
     tokenizer = find_tokenizer(directory, config.backbone.special_tokens)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, str(directory))
@@ -168,10 +161,8 @@ def _check_replaceable(directory: Path) -> None:
     others = sorted(p.name for p in directory.iterdir() if p.is_dir() or p.name not in _MODEL_FILES)
     if others:
         more = ", ..." if len(others) > 3 else ""
-        raise UserError(
-            f"{directory}: holds files that are no part of a model and would be deleted "
-            f"({', '.join(others[:3])}{more}); choose another directory, or move them away"
-        )
+        files = f"files that are no part of a model and would be deleted ({', '.join(others[:3])}{more})"
+        raise UserError(f"{directory}: holds {files}; choose another directory, or move them away")
 
 
 def _change_task(config: ModelConfig, weights: dict[str, np.ndarray], task: str) -> ModelConfig:
@@ -209,10 +200,8 @@ def _change_labels(config: ModelConfig, tree: Tree, labels: tuple[str, ...]) -> 
 
 def _keep_layers(config: ModelConfig, tree: Tree, layers: list[int]) -> ModelConfig:
     if not layers or len(set(layers)) < len(layers) or not all(0 <= i < config.num_layers for i in layers):
-        raise UserError(
-            f"keep_layers is {layers}; expected different numbers from 0 to {config.num_layers - 1}, "
-            "the checkpoint's layers"
-        )
+        expected = f"different numbers from 0 to {config.num_layers - 1}, the checkpoint's layers"
+        raise UserError(f"keep_layers is {layers}; expected {expected}")
     all_layers = [tree["encoder"].pop(f"layer_{i}") for i in range(config.num_layers)]
     tree["encoder"].update({f"layer_{new}": all_layers[old] for new, old in enumerate(layers)})
     logger.info("kept layers %s of %d", ", ".join(map(str, layers)), config.num_layers)

@@ -24,16 +24,12 @@ _CONTINUES = "##"
 def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """Reads the fast tokenizer, a `PreTrainedTokenizerFast`, of a directory or of a model on the hub.
 
-    Switches off stored truncation and padding, which would cut texts silently.
-
-    Raises:
-      UserError: no tokenizer, a damaged one, or one that does not put [CLS] first.
+    Switches off stored truncation and padding, which would cut texts silently. Raises `UserError` if there is
+    no tokenizer, or one that is damaged or does not put [CLS] first.
     """
     directory = local_directory(path_or_id)
     if (tokenizer := find_tokenizer(directory)) is None:
-        raise UserError(
-            f"{directory}: no tokenizer here; copy tokenizer.json or vocab.txt from the model it was made of"
-        )
+        raise UserError(f"{directory}: no tokenizer here; copy tokenizer.json or vocab.txt into it")
     return tokenizer
 
 
@@ -76,11 +72,8 @@ def wrap_tokenizer(
 ) -> Tokenizer:
     """Makes a `transformers` tokenizer of a `tokenizers.Tokenizer`.
 
-    Switches off truncation and padding, in `backend` itself. `special_tokens` are role -> token; errors name
-    `source`.
-
-    Raises:
-      UserError: it lacks a special token BERT needs, or does not put [CLS] first and [SEP] last.
+    Switches off truncation and padding, in `backend` itself. `special_tokens` are role -> token. Raises
+    `UserError`, which names `source`, if it lacks a special token or does not put [CLS] first and [SEP] last.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -91,10 +84,8 @@ def wrap_tokenizer(
     if missing:
         raise UserError(f"{source}: the tokenizer has no token {', '.join(missing)}, which the model needs")
     if backend.encode("").ids != [backend.token_to_id(known[role]) for role in ("cls_token", "sep_token")]:
-        raise UserError(
-            f"{source}: the tokenizer does not put {known['cls_token']} first and {known['sep_token']} last; "
-            "give tokenizer.json BERT's post-processor"
-        )
+        problem = f"does not put {known['cls_token']} first and {known['sep_token']} last"
+        raise UserError(f"{source}: the tokenizer {problem}; give tokenizer.json BERT's post-processor")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **known)
 
 
@@ -122,20 +113,15 @@ def read_line_breaks_as_spaces(tokenizer: Tokenizer) -> None:
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, source: str) -> None:
     """Raises `UserError` if the tokenizer can produce ids that the model has no embedding for."""
     if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only "
-            f"{config.vocab_size}; they do not belong together"
-        )
+        sizes = f"{len(tokenizer)} tokens, the model's vocabulary only {config.vocab_size}"
+        raise UserError(f"{source}: the tokenizer has {sizes}; they do not belong together")
 
 
 def train_wordpiece(texts: Sequence[str], vocab_size: int, markers: Sequence[str] = ()) -> Tokenizer:
     """Trains a tokenizer like that of BERT uncased; the same texts always give the same one.
 
     Its entries, at most `vocab_size`, begin with [PAD], [UNK], [CLS], [SEP], [MASK] and the `markers`, which
-    no text is tokenized into, such as BERT's [unused1].
-
-    Raises:
-      UserError: a vocabulary of less than 100 entries.
+    no text is tokenized into, such as BERT's [unused1]. Raises `UserError` for less than 100 entries.
     """
     from tokenizers import trainers
 

@@ -29,7 +29,9 @@ Tree = dict[str, Any]  # nested dict of arrays
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
+UNFINISHED = "(an unfinished download or an interrupted run leaves a folder like this)"  # for messages
 _INDEX_SUFFIX = ".index.json"
+_SAVE_OTHERWISE = "or save the checkpoint as model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 
 SMALL_FILES = (
@@ -154,16 +156,11 @@ def original_name(name: str, config: ModelConfig) -> str | None:
     return f"{backbone.name}.{name}" if inside else name
 
 
-# Files ------------------------------------------------------------------------------------------------
-
-
 def local_directory(path_or_id: str | Path) -> Path:
     """Resolves a local path or a Hugging Face Hub id to a local model directory.
 
-    Downloads a model to the cache that all Hugging Face tools share; a cached one needs no network.
-
-    Raises:
-      UserError: no such directory, no such model, or the hub cannot be reached.
+    Downloads a model to the cache that all Hugging Face tools share; a cached one needs no network. Raises
+    `UserError` if there is no such directory or model, or the hub cannot be reached.
     """
     path = Path(path_or_id).expanduser()
     if path.is_dir():
@@ -185,26 +182,20 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(
-            f"{name}: no such directory, and no model of that name on the Hugging Face hub "
-            "(a private or gated one needs `hf auth login`)"
-        ) from error
+        problem = "no such directory, and no model of that name on the Hugging Face hub"
+        raise UserError(f"{name}: {problem} (a private or gated one needs `hf auth login`)") from error
     except OSError as error:  # LocalEntryNotFoundError, HTTP and connection errors
-        raise UserError(
-            f"{name}: no such directory, and no connection to the Hugging Face hub "
-            f"({str(error).splitlines()[0]}). Without a network, copy a directory that "
-            f"`hf download {name} --local-dir DIR` made elsewhere, and give its path instead"
-        ) from error
+        problem = f"no connection to the Hugging Face hub ({str(error).splitlines()[0]})"
+        advice = f"give the path of a directory that `hf download {name} --local-dir DIR` made elsewhere"
+        raise UserError(f"{name}: no such directory, and {problem}; without a network, {advice}") from error
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     """Reads a checkpoint's weights as float32 arrays by their name on disk, without integer constants.
 
     `path` is a directory with `model.safetensors` or `pytorch_model.bin` (or the `.index.json` of a
-    checkpoint in several files, or one `.safetensors` file of any name), or such a file itself.
-
-    Raises:
-      UserError: no weights, a damaged or truncated file, a precision that is no float, NaN or infinity.
+    checkpoint in several files, or one `.safetensors` file of any name), or such a file itself. Raises
+    `UserError` for no weights, a damaged or truncated file, a precision that is no float, NaN or infinity.
     """
     path = Path(path)
     weights: dict[str, np.ndarray] = {}
@@ -212,10 +203,8 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
         weights.update(_read_torch(file) if file.suffix == ".bin" else _read_safetensors(file))
     bad = sorted(name for name, array in weights.items() if not np.isfinite(array).all())
     if bad:
-        raise UserError(
-            f"{path}: weights that are not finite numbers: {', '.join(bad)}; "
-            "the training that wrote them diverged, or the file is damaged"
-        )
+        causes = "the training that wrote them diverged, or the file is damaged"
+        raise UserError(f"{path}: weights that are not finite numbers: {', '.join(bad)}; {causes}")
     return weights
 
 
@@ -234,10 +223,7 @@ def _weight_files(directory: Path) -> list[Path]:
     others = sorted(directory.glob("*.safetensors"))
     if len(others) == 1:
         return others
-    raise UserError(
-        f"{directory}: no weights here; expected {SAFETENSORS} or {TORCH} "
-        "(an unfinished download or an interrupted run leaves a folder like this)"
-    )
+    raise UserError(f"{directory}: no weights here; expected {SAFETENSORS} or {TORCH} {UNFINISHED}")
 
 
 def _pieces(index: Path) -> list[Path]:
@@ -262,10 +248,8 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
                 if dtype in _FLOATS:
                     weights[name] = tensors.get_tensor(name).astype(np.float32)
                 elif name.endswith((".weight", ".bias")):
-                    raise UserError(
-                        f"{file}: {name} is stored as {dtype}; expected one of {', '.join(_FLOATS)} "
-                        "(quantized checkpoints cannot be read)"
-                    )
+                    expected = f"one of {', '.join(_FLOATS)} (quantized checkpoints cannot be read)"
+                    raise UserError(f"{file}: {name} is stored as {dtype}; expected {expected}")
     except PermissionError as error:
         raise UserError(f"{file}: no permission to read it") from error
     except SafetensorError as error:
@@ -277,10 +261,8 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError as error:
-        raise UserError(
-            f"{file}: reading a PyTorch file needs PyTorch; install the extra, "
-            "`pip install 'trbert_jax[torch]'`, or save the checkpoint as model.safetensors"
-        ) from error
+        advice = f"install it, `pip install 'trbert_jax[torch]'`, {_SAVE_OTHERWISE}"
+        raise UserError(f"{file}: reading a PyTorch file needs PyTorch; {advice}") from error
     try:
         # Weights only: unpickling anything else would run code from the file.
         tensors = torch.load(file, map_location="cpu", weights_only=True)
@@ -290,7 +272,5 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{file}: no permission to read it") from error
     except Exception as error:  # whatever torch's unpickler or archive reader raises
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(
-            f"{file}: truncated, damaged, or holding more than weights ({reason[0]}); "
-            "fetch it again, or save the checkpoint as model.safetensors"
-        ) from error
+        problem = f"truncated, damaged, or holding more than weights ({reason[0]})"
+        raise UserError(f"{file}: {problem}; fetch it again, {_SAVE_OTHERWISE}") from error

@@ -92,10 +92,8 @@ def reduced_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLi
     """Counts FLOPs with reduction, as published work reports them: selectors pay for what they keep.
 
     `lengths`, int [n], are the tokens of each example, special ones included; `kept`, int [n, T], those that
-    remain after each point of reduction. Returns int64 [n].
-
-    Raises:
-      ValueError: `kept` is not [n, T] or exceeds the number of tokens before.
+    remain after each point of reduction. Returns int64 [n]. Raises `ValueError` if `kept` has another shape
+    or exceeds the number of tokens before.
     """
     macs, tokens = _encoder_macs(shape, lengths, kept)
     return 2 * (macs + shape.selector_macs * tokens[:, 1:].sum(1) + shape.classifier_macs)
@@ -116,16 +114,13 @@ def _encoder_macs(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLi
     lengths, kept = np.asarray(lengths, np.int64), np.asarray(kept, np.int64)
     expected = (*lengths.shape, len(shape.reduction_layers))
     if lengths.ndim != 1 or kept.shape != expected:
-        raise ValueError(
-            f"kept is {list(kept.shape)}, expected {list(expected)}: a column per point of reduction"
-        )
+        shapes = f"{list(kept.shape)}, expected {list(expected)}"
+        raise ValueError(f"kept is {shapes}: a column per point of reduction")
     tokens = np.column_stack([lengths, kept])
     if np.any(np.diff(tokens, axis=1) > 0):
         raise ValueError("an example keeps more tokens than it had")
     return np.sum(shape.layer_macs(tokens) * np.asarray(shape.segments, np.int64), axis=1), tokens
 
-
-# Training stages ------------------------------------------------------------------------------------
 
 ASSUMED_KEPT = 0.5  # share of the tokens that a point of reduction keeps, before training has shown it
 
@@ -154,8 +149,6 @@ def sampled_flops(
     shared = 2.0 * shape.segments[0] * shape.layer_macs(lengths)
     return shared + num_samples * (assumed_flops(shape, lengths, shares) - shared)
 
-
-# Hardware -------------------------------------------------------------------------------------------
 
 # bfloat16 TFLOP/s without sparsity; the first part of a device's name that fits.
 PEAK_TFLOPS = {
