@@ -40,9 +40,8 @@ Arguments = argparse.Namespace
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command, with the arguments of the process by default.
 
-    Returns:
-      The exit code: 0; 2 after a mistake of the user; 130 after Ctrl-C; 141 if the reader of the output has
-      closed it; 143 after SIGTERM.
+    Returns the exit code: 0; 2 after a mistake of the user; 130 after Ctrl-C; 141 if the reader of the output
+    has closed it; 143 after SIGTERM.
     """
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -105,8 +104,7 @@ def _command(name: str, *options: Option) -> Callable[[Run], Run]:
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Parses a command line: `command`, `command_line`, and the options of that command by their names.
 
-    Raises:
-      SystemExit: after help or the version (code 0), or an error message about an argument (code 2).
+    Raises `SystemExit` after help or the version (code 0), or an error message about an argument (code 2).
     """
     parser = _Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -469,10 +467,8 @@ def _convert(args: Arguments) -> None:
     model = load_pretrained(args.input, **_chosen(args, "labels max_positions max_length keep_layers"))
     save_pretrained(output, model.config, model.params, model.tokenizer, exclude=model.newly_initialized)
     shape = model.config
-    print(
-        f"{output}: {shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size},"
-        f" {shape.max_positions} positions, {shape.num_labels} labels"
-    )
+    layers = f"{shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size}"
+    print(f"{output}: {layers}, {shape.max_positions} positions, {shape.num_labels} labels")
 
 
 @_command(

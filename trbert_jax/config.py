@@ -103,8 +103,7 @@ class BackboneConfig(Section):
 
     init: Text  # folder or hub id of a Hugging Face BERT or DistilBERT, or scratch for random weights
     max_length: MaxLength = 512  # in tokens, special tokens included; longer texts are cut
-    # Rows of the position table, repeated as needed; null for the checkpoint's, or max_length from scratch.
-    max_positions: Count | None = None
+    max_positions: Count | None = None  # rows of the position table; null for the checkpoint's, or max_length
     keep_layers: tuple[Index, ...] | None = None  # layers to take from the checkpoint, 0-based; null for all
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and losses are float32
     # Folder or hub id; null for the one of the checkpoint, or from scratch one trained on the training texts.
@@ -176,10 +175,8 @@ class InitConfig(TrainingConfig):
     """Stage init: train the selectors to rank tokens like the residual scores."""
 
     dropout: Flag = False  # as in TrainingConfig
-    # Multiply the loss by the batch's mean of 1 / length (docs/method.md, "Selector initialization").
-    per_length_scale: Flag = False
-    # Share of tokens that each point of reduction keeps after this stage; null for one half, as published.
-    keep: tuple[Threshold, ...] | None = None
+    per_length_scale: Flag = False  # multiply the loss by the batch's mean of 1 / length, see docs/method.md
+    keep: tuple[Threshold, ...] | None = None  # share of tokens that each point keeps; null for one half
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,8 +185,7 @@ class PolicyConfig(TrainingConfig):
 
     dropout: Flag = False  # as in TrainingConfig
     num_samples: NumSamples = 8  # selections drawn per example, K in the paper
-    # Weight of the length penalty, the harmonic coefficient of the paper; a larger one drops more tokens.
-    alpha: NonNegative = 1.0
+    alpha: NonNegative = 1.0  # weight of the length penalty (harmonic coefficient); a larger one drops more
     guide_rate: Fraction = 0.5  # share of the steps in which one sample imitates the residual scores
 
 
@@ -219,8 +215,7 @@ class EvaluateConfig(StageConfig):
     rule: RuleName = DEFAULT_RULE  # how tokens are selected, see `reduction.rules`
     backend: Backend = "packed"  # as in TrainingConfig
     baselines: tuple[BaselineName, ...] = ()  # untrained selections to evaluate at the same kept counts
-    # Keep probabilities at which the final model is evaluated, besides 0.5; a lower one keeps more tokens.
-    thresholds: tuple[Threshold, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()  # keep probabilities to evaluate at, besides 0.5; lower keeps more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,8 +276,7 @@ def load_stored(path: str | Path) -> RunConfig:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns the settings as nested dicts and lists, for JSON and YAML; `load_config` reads them back."""
-    result: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
-    return result
+    return dict(TypeAdapter(type(config)).dump_python(config, mode="json"))
 
 
 def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:

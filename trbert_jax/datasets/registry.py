@@ -75,13 +75,10 @@ class DataSet:
     def read_split(
         self, path: PathLike, split: str, bad: BadRecords | None = None, **options: Unpack[Options]
     ) -> list[Any]:
-        """Reads the records of one split, in the order of the source.
+        """Reads the records of one split, in the order of the source; `path` is `data.path`.
 
-        `path` is `data.path`. By default the first bad record raises.
-
-        Raises:
-          MissingSplitError: the folder has no file for the split.
-          UserError: a file cannot be read or has a bad record; the message names file and record.
+        Raises `MissingSplitError` if the folder has no file for the split, `UserError`, which names file and
+        record, if a file cannot be read or (by default) has a bad record.
         """
         if split not in SPLITS:
             raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
@@ -102,9 +99,8 @@ class DataSet:
             files = found["dev"]
             logger.warning("%s: no test set with answers; %s serves as test", self.name, files[0].name)
         if not files:
-            raise MissingSplitError(
-                f"{folder}: has no {split} split of {self.name}; expected {expected}{self._hint(folder)}"
-            )
+            problem = f"has no {split} split of {self.name}"
+            raise MissingSplitError(f"{folder}: {problem}; expected {expected}{self._hint(folder)}")
         records = self.read_file(files[0], bad, self.read_labels(folder))
         if hold_out_dev:
             records = [records[i] for i in hold_out(len(records), str(files[0]), split)]

@@ -88,18 +88,9 @@ def _csv_item(row: list[str], *, is_first: bool) -> dict[str, Any]:
 
 def register(name: str, suffix: str, labels: Sequence[str], **options: Any) -> None:
     """Registers a data set with a file of texts a split, `SPLIT.jsonl` or `SPLIT.csv`."""
-    register_dataset(
-        DataSet(
-            name=name,
-            task="classification",
-            read=read,
-            format=_FORMAT,
-            files=each_split(f"{{split}}.{suffix}"),
-            labels=tuple(labels),
-            dev_from_train=True,
-            **options,
-        )
-    )
+    options |= {"task": "classification", "read": read, "format": _FORMAT, "dev_from_train": True}
+    files = each_split(f"{{split}}.{suffix}")
+    register_dataset(DataSet(name=name, files=files, labels=tuple(labels), **options))
 
 
 register("imdb", "jsonl", ["negative", "positive"])
