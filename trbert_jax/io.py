@@ -282,9 +282,9 @@ def enable_compilation_cache() -> None:
     """Makes JAX, not yet imported, keep compiled programs in ~/.cache, or where the environment says."""
     if CACHE_VARIABLE in os.environ:
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
-        folder = cache.expanduser() / "trbert_jax" / "xla" / _processor()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = cache / "trbert_jax" / "xla" / _processor()
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # the latter: no home
         return

@@ -24,8 +24,7 @@ NUM_CLASSES = 12
 CHUNKS_PER_CLASS = 320  # in all: 1,920 texts for train, 720 for dev, 1,200 for test
 # The split of 16 chunks in a row: dev and test get every part of a module.
 _PATTERN = ("train",) * 8 + ("dev",) * 3 + ("test",) * 5
-# Fills 96 tokens of a vocabulary that was trained on such text.
-_WORDS_PER_CHUNK = 84
+_WORDS_PER_CHUNK = 84  # fills 96 tokens of a vocabulary that was trained on such text
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")  # where BERT's pre-tokenizer cuts
 # Not with every installation of Python, or tables rather than text.
 _SKIPPED_CLASSES = {
@@ -48,9 +47,8 @@ class _StandardLibrary(DataSet):
         return sample(members, split, options)
 
 
-register_dataset(
-    _StandardLibrary(name="stdlib", task="classification", read=text_files.read, needs_path=False)
-)
+_stdlib = _StandardLibrary(name="stdlib", task="classification", read=text_files.read, needs_path=False)
+register_dataset(_stdlib)
 
 
 @functools.lru_cache(maxsize=1)

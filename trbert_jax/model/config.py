@@ -186,11 +186,9 @@ def _task_of(values: Mapping[str, Any]) -> str:
     """Returns the task that a checkpoint of another origin was made for, by the name of its class."""
     from trbert_jax.model.heads import HEADS
 
-    for name in values.get("architectures") or ():
-        for head in HEADS.values():
-            if head.class_suffix != "Model" and str(name).endswith(head.class_suffix):
-                return head.name
-    return ModelConfig.task
+    heads = [head for head in HEADS.values() if head.class_suffix != "Model"]
+    names = map(str, values.get("architectures") or ())
+    return next((h.name for name in names for h in heads if name.endswith(h.class_suffix)), ModelConfig.task)
 
 
 def _own_section(section: Any, source: str) -> dict[str, Any]:

@@ -51,9 +51,7 @@ class Pretrained:
     config: ModelConfig  # the model's shape, as loaded
     params: Tree  # nested dict of float32 numpy arrays
     tokenizer: Tokenizer | None  # None if the directory has none
-    # Parts with random values, of `selectors`, `pooler`, `pre_classifier` and the linear layers of the task's
-    # head (`classifier`, `qa_outputs`, ...).
-    newly_initialized: tuple[str, ...] = ()
+    newly_initialized: tuple[str, ...] = ()  # parts with random values, see `weights.Parameter.part`
 
 
 def load_pretrained(
@@ -79,8 +77,7 @@ def load_pretrained(
       max_length: padded length for training, see `ModelConfig.max_length`.
       seed: of the random initialization: normal(0, initializer_range), biases 0.
 
-    Raises:
-      UserError: no such checkpoint, a damaged or unfinished one, names or shapes that do not fit.
+    Raises `UserError` for no checkpoint, a damaged or unfinished one, names or shapes that do not fit.
     """
     directory = local_directory(path_or_id)
     if not (directory / "config.json").is_file():
@@ -95,8 +92,7 @@ def load_pretrained(
         config = _change_task(config, weights, task)
     counts_labels = config.task == "classification" and "classifier.weight" in weights
     if labels_from_dict(values) is None and counts_labels:
-        rows = weights["classifier.weight"].shape[0]
-        config = dataclasses.replace(config, labels=tuple(str(i) for i in range(rows)))
+        config = dataclasses.replace(config, labels=tuple(map(str, range(len(weights["classifier.weight"])))))
     tree, differences = from_original_names(weights, config)
     if differences:
         kind = f"{config.model_type} model for {config.task} with {config.num_layers} layers"
@@ -110,7 +106,7 @@ def load_pretrained(
         config = _resize_positions(config, tree, max_positions)
     if max_length is not None:
         if not 2 <= max_length <= config.max_positions:
-            expected = f"2 to {config.max_positions}, the model's positions; extend them by max_positions"
+            expected = f"2 up to the model's {config.max_positions} positions; set max_positions to have more"
             raise UserError(f"max_length is {max_length}; expected {expected}")
         config = dataclasses.replace(config, max_length=max_length)
     tree, new = _initialize_missing(config, tree, seed)
@@ -137,9 +133,8 @@ def save_pretrained(
     `transformers` loads the dense model from it. Replaces an existing model directory. Leaves out the
     untrained parts that `exclude` names as in `Pretrained.newly_initialized`; loading initializes them anew.
 
-    Raises:
-      UserError: the directory cannot be written, or holds files that are not a model's.
-      ValueError: `params` lacks parameters of the model.
+    Raises `UserError` if the directory cannot be written or holds files that are not a model's, `ValueError`
+    if `params` lacks parameters of the model.
     """
     _check_replaceable(Path(directory))
     wanted = {p.name for p in parameters(config) if p.part not in exclude}

@@ -37,8 +37,6 @@ def rank_error(
         # The share `keep` has ranks above 1 - keep, and (1 - keep) ** power is 1/2.
         powers = [math.log(0.5) / math.log1p(-share) for share in keep]
         targets = [target**power for target, power in zip(targets, powers, strict=True)]
-    errors = [
-        jnp.where(s.scored, jnp.abs(jax.nn.sigmoid(s.logits) - target), 0.0)
-        for s, target in zip(selections, targets, strict=True)
-    ]
+    pairs = zip(selections, targets, strict=True)
+    errors = [jnp.where(s.scored, jnp.abs(jax.nn.sigmoid(s.logits) - target), 0.0) for s, target in pairs]
     return sum(errors, start=jnp.zeros(()))
