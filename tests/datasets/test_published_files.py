@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trbert_jax.datasets import DATASETS, triviaqa
-from trbert_jax.datasets.reading import load_json
+from trbert_jax.datasets import DATASETS
 from trbert_jax.model.tokenizers import find_tokenizer
 from trbert_jax.tasks.scorers import normalize
 from trbert_jax.tasks.spans import SQUAD, encode_windows
@@ -42,13 +41,6 @@ def unpack(archive: str, folder: Path, prefix: str) -> Path:
 )
 def test_number_of_questions(tmp_path: Path, archive: str, file: str, name: str, count: int) -> None:
     assert len(DATASETS[name].read_file(unpack(f"{archive}.tar.xz", tmp_path, file))) == count
-
-
-def test_aliases_of_triviaqa(tmp_path: Path) -> None:
-    file = unpack("small_samples.tar.xz", tmp_path, "triviaqa_sample/triviaqa_sample.json")
-    (published,) = load_json(file)["Data"]  # its evidence is not part of the sample
-    answers = triviaqa.accepted_answers(published, "Answer", "NormalizedAliases")
-    assert len(triviaqa.find_aliases("It opened as SUNSET\nBOULEVARD (“Sunset Blvd.”).", answers)) == 2
 
 
 def test_gold_answers_of_squad_survive_the_tokens(tmp_path: Path) -> None:

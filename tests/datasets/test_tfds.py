@@ -16,8 +16,6 @@ LABELS = types.SimpleNamespace(names=["world", "sports"])
 
 
 class Source(list[dict[str, Any]]):
-    """What `tfds.data_source` returns for a split: a sequence that knows about its data set."""
-
     def __init__(self, rows: list[dict[str, Any]], label: object = LABELS) -> None:
         super().__init__(rows)
         self.read: list[int] = []
@@ -241,7 +239,6 @@ print("tensorflow" in sys.modules)
 
 
 def test_a_real_data_set(tmp_path: Path) -> None:
-    """Prepared and read by the library itself, in a process of its own: it imports much and warns."""
     arguments = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -109,7 +109,6 @@ def test_damaged_gzip(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("line", ['{"context": "cut', "[" * 100_000, '{"context": ' + "1" * 5000 + "}"])
 def test_line_that_is_not_json(tmp_path: Path, line: str) -> None:
-    """It is one bad record among others; as a whole file it raises."""
     path = write_lines(tmp_path / "dev.jsonl", mrqa_document())
     with path.open("a", encoding="utf-8") as stream:
         stream.write(line)

@@ -55,10 +55,6 @@ def test_missing_parts(
     assert all((other[k] != v).any() for k, v in drawn.items() if k.endswith(".weight"))
 
 
-def test_options_that_change_nothing(tmp_path: Path) -> None:
-    quietly(tiny_model(tmp_path), labels=BERT.labels, max_positions=20, max_length=18)
-
-
 def test_other_number_of_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     loaded = load_pretrained(tiny_model(tmp_path), labels=["a", "b", "c"])
     assert loaded.config.labels == ("a", "b", "c")

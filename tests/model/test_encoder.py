@@ -119,7 +119,6 @@ def test_decisions_have_no_gradient() -> None:
 
 
 def test_rows_of_padding_are_finite() -> None:
-    """A row that only fills a batch may have no token at all; values and gradients stay finite."""
     batch = random_batch(SHALLOW, LENGTHS, 12)
     grads, output = gradients(params_of(SHALLOW), {**batch, "mask": batch["mask"].at[1].set(False)})
     assert not kept(output)[:, 1].any()
@@ -146,7 +145,6 @@ def test_copies_equal_tiling() -> None:
 
 @pytest.mark.parametrize("execute", BACKENDS.values(), ids=BACKENDS)
 def test_dropout_needs_its_key(execute: Any) -> None:
-    """Off by default; with a key it is on, and follows from the key."""
     batch = random_batch(SHALLOW, LENGTHS, 12)
     model, params = TokenReducingModel(SHALLOW), params_of(SHALLOW)
     noisy = jax.jit(lambda key: execute(model, params, batch, rule=None, dropout_rng=key).logits)
@@ -157,7 +155,6 @@ def test_dropout_needs_its_key(execute: Any) -> None:
 
 
 def test_bfloat16() -> None:
-    """Runs close to float32; what decides and what is returned stays float32."""
     batch = random_batch(SHALLOW, LENGTHS, 12)
     half = TokenReducingModel(SHALLOW, jnp.bfloat16)
     output = jax.jit(lambda params: forward(half, params, batch, rule=tokens.keep_all))(params_of(SHALLOW))

@@ -54,13 +54,6 @@ def test_round_trip_is_bit_exact(tmp_path: Path, config: ModelConfig, num_layers
     assert first == {file.name: file.read_bytes() for file in (tmp_path / "again").iterdir()}
 
 
-def test_saving_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    tiny_model(tmp_path / "model")
-    tiny_model(tmp_path / "model", DISTILBERT)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert quietly(tmp_path / "model").config == DISTILBERT
-
-
 def test_saving_half_a_model_is_refused(tmp_path: Path) -> None:
     params = tiny_params(BERT)
     del params["head"]["classifier"]["bias"]

@@ -12,7 +12,6 @@ from trbert_jax.model.tokenizers import (
     load_tokenizer,
     read_line_breaks_as_spaces,
     train_wordpiece,
-    wrap_tokenizer,
 )
 
 
@@ -84,7 +83,6 @@ def test_trained_tokenizer_saved_and_loaded(tmp_path: Path) -> None:
     loaded = load_tokenizer(tmp_path)
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded(TEXTS[0].upper())["input_ids"] == tokenizer(TEXTS[0].upper())["input_ids"]
-    assert wrap_tokenizer(tokenizer.backend_tokenizer).cls_token_id == tokenizer.cls_token_id
 
 
 def test_rare_characters_do_not_fill_the_vocabulary() -> None:

@@ -59,7 +59,6 @@ def losses_after_moving(
 def slopes(
     model: TokenReducingModel, params: Any, batch: Batch, start: int, which: np.ndarray, distance: float
 ) -> np.ndarray:
-    """How fast the losses [B] change on the way."""
     ahead, behind = (
         losses_after_moving(model, params, batch, start, jnp.asarray(which), d) for d in (distance, -distance)
     )

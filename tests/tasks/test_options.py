@@ -33,21 +33,6 @@ def shared(examples: Examples) -> list[int]:
     return examples.row_targets["shared_length"][::4].tolist()
 
 
-@settings(deadline=None)
-@given(texts, st.lists(texts, min_size=4, max_size=4), st.integers(12, 60), st.integers(1, 8))
-def test_rows_of_a_question_agree_up_to_the_option(
-    article: str, options: list[str], max_length: int, max_question_length: int
-) -> None:
-    question = dataclasses.replace(CHOICE, article=article, options=tuple(options))
-    examples = choices(question, max_length=max_length, max_question_length=max_question_length)
-    (end,) = shared(examples)
-    for i in range(4):
-        tokens = examples.row(i)
-        assert end < len(tokens) <= max_length  # the last [SEP] is never shared
-        assert tokens[:end].tolist() == examples.row(0)[:end].tolist()
-        assert tokens[-1] == 3
-
-
 def test_a_question_that_is_cut_is_shared_up_to_the_cut() -> None:
     examples = choices(CHOICE, max_question_length=2)
     assert row(examples, 0) == "[CLS] the king is in paris . [SEP] who is [SEP]"

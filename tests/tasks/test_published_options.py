@@ -99,4 +99,3 @@ def test_wikihop_segments(tmp_path: Path, max_segments: int, truncated: int, spl
     positions = found.row_targets["candidates"]
     assert (positions.shape, found.labels.tolist()) == ((max_segments + 1, 79), [2, 0])
     assert positions[:, :5].tolist() == [*[[6, 10, 13, 17, -1]] * max_segments, [3, 5, -1, -1, -1]]
-    assert [k for k, piece in enumerate(HEAD.split()) if piece == "[unused1]"] == [6, 10, 13, 17]

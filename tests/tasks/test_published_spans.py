@@ -100,7 +100,6 @@ def mrqa_question(id: str, question: str, context: str, text: str) -> dict[str, 
 def mrqa_file(training: bool) -> list[dict[str, Any]]:
     """Two questions of a long context, one of a short one, and in training one too long for any window."""
     twice = mrqa_question("twice", "where is it", STORY, "Łódź") | {"answers": ["Lodz", "Łódź"]}
-    assert len(twice["detected_answers"][0]["char_spans"]) == 2
     early = mrqa_question("early", "where is it then", STORY, "東京")  # a piece too long
     cafe = ("cafe", "what is it", f"🎉 see the {CAFE} .", CAFE)
     asked = [cafe, *([("whole", "what is it", LONG + " end", TOO_LONG)] if training else ())]
@@ -133,9 +132,6 @@ def test_mrqa_windows_targets_and_score(mrqa: Published) -> None:
     assert "[SEP] [unused1] 東 京 🎉 w4 " in rows[0]
     assert " ło ##dz [unused3] w31 " in rows[4]
     assert pairs(found) == [*TWICE, (6, 7), *[NONE] * 4, (8, 9)]
-    for row, (first, _) in enumerate(WINDOWS[1:4], 1):
-        start, end = (token - BEGIN + first for token in TWICE[row])
-        assert spelled(STORY, start, end) == "Łódź"
     # Without the answer are 2 windows of `twice` and 4 of `early`.
     counts = {"num_examples": 3, "num_rows": 11, "num_questions_cut": 1, "num_without_answer": 6}
     assert mrqa.counts("dev") == counts
@@ -158,7 +154,6 @@ def test_mrqa_training_leaves_out_windows_without_the_answer(mrqa: Published) ->
     [  # 378 and 506 pieces of 700 fit; windows begin 128 apart, until one reaches the end
         ("squad", 384, 450, [NONE, (327, 328), (199, 200), (71, 72)]),
         ("newsqa", 512, 600, [NONE, (477, 478), (349, 350)]),
-        ("naturalqa", 512, 600, [NONE, (477, 478), (349, 350)]),
     ],
 )
 def test_the_published_lengths(
