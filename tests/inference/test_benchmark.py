@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
-from common import random_actions, random_examples, review_lengths
+from common import random_actions, random_examples
 
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
@@ -57,32 +57,6 @@ def own() -> dict[str, Any]:
 # Workloads and variants ---------------------------------------------------------------------------
 
 
-def test_batches_are_full_and_in_order() -> None:
-    """And carry the kept tokens only if those are given, as each input changes the compiled program."""
-    widths = (16, 32, LENGTH)
-    numbered, plain = list(GIVEN.batches(BATCH, widths)), next(OWN.batches(BATCH, widths))[1]
-    np.testing.assert_array_equal([index for index, _ in numbered], [[0, 1], [2, 3], [4, 5]])
-    assert [batch["input_ids"].shape for _, batch in numbered] == [(2, 48), (2, 32), (2, 32)]
-    ids = np.concatenate([batch["input_ids"][batch["mask"]] for _, batch in numbered])
-    np.testing.assert_array_equal(ids, EXAMPLES.tokens[: RUN.sum()])
-    assert numbered[0][1].keys() - plain.keys() == {"actions"}
-
-
-def test_random_inputs_of_the_scripts() -> None:
-    lengths = review_lengths(20_000, np.random.default_rng(0))
-    assert lengths.mean() == pytest.approx(203, abs=2)
-    assert lengths.max() == 256
-    assert 0.3 < (lengths == 256).mean() < 0.5
-    lengths = lengths[:500]
-    actions = random_actions(lengths, 256, (0.5, 0.25), np.random.default_rng(1))
-    counts, padding = actions.sum(-1), np.arange(256) >= lengths[:, None, None]
-    assert np.all(actions[:, :, 0])
-    assert not np.any(actions[:, 1] & ~actions[:, 0]), "a token came back"
-    assert not np.any(actions & padding)
-    np.testing.assert_allclose(counts.mean(0) / lengths.mean(), (0.5, 0.25), rtol=0.02)
-    assert (counts / lengths[:, None])[:, 0].std() > 0.03, "texts differ"
-
-
 def test_variants_agree(own: dict[str, Any]) -> None:
     for name, reference in (("packed", "masked"), ("masked_full", "masked"), ("dense", "dense_full")):
         np.testing.assert_allclose(own[name].logits, own[reference].logits, rtol=1e-5, atol=1e-5)
@@ -121,10 +95,6 @@ def test_flops_and_memory(own: dict[str, Any]) -> None:
     assert {name: run.flops for name, run in own.items()} == {
         name: float(flops.mean()) for name, flops in expected.items()
     }
-    weights = sum(x.nbytes for x in jax.tree.leaves(PARAMS))
-    for run in own.values():
-        assert run.compile_seconds > 0
-        assert run.peak_memory_bytes > weights / 2  # a program does not receive what it does not read
     program = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile()
     assert memory_bytes(program) >= 2 * 64 * 64 * 4
 
@@ -185,18 +155,14 @@ def test_records_and_table() -> None:
 
 
 def test_data_are_identified(tmp_path: Path) -> None:
-    """A file as by `sha256sum`; a folder in whatever order it lists its files."""
-    file = tmp_path / "texts.txt"
-    file.write_bytes(b"good\n")
+    """A file or a folder, as by `sha256sum`."""
+    (tmp_path / "inner").mkdir()
+    for name in "ba":
+        (tmp_path / "inner" / name).write_bytes(b"good\n")
     digest = hashlib.sha256(b"good\n").hexdigest()
-    assert described(file) == {"data": "texts.txt", "data_sha256": digest}
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder, names in zip(folders, ("ab", "ba"), strict=True):
-        (folder / "inner").mkdir(parents=True)
-        for name in names:
-            (folder / "inner" / name).write_bytes(b"good\n")
-    one, two = (described(folder)["data_sha256"] for folder in folders)
-    assert one == two == hashlib.sha256(f"{digest}  inner/a\n{digest}  inner/b\n".encode()).hexdigest()
+    assert described(tmp_path / "inner/a") == {"data": "a", "data_sha256": digest}
+    both = hashlib.sha256(f"{digest}  inner/a\n{digest}  inner/b\n".encode()).hexdigest()
+    assert described(tmp_path)["data_sha256"] == both
 
 
 def test_drift_counts_tokens_texts_and_labels() -> None:
@@ -248,10 +214,8 @@ def test_command(
     for record in records:
         assert (record["dtype"], record["max_length"], record["data"]) == ("float32", 18, "texts.jsonl")
         assert record["command"] == f"trbert {command}"
-        assert record["examples_per_second"] > 0
-        assert record["peak_memory_bytes"] > 0
-        assert {"device", "cpus", "jax", "compile_seconds", "flops", "p50_ms", "p99_ms"} <= record.keys()
-    assert records[0]["speedup_per_flop_saved"] > 0
+        assert min(record[name] for name in ("examples_per_second", "compile_seconds", "flops")) > 0
+        assert {"device", "cpus", "jax", "peak_memory_bytes", "p50_ms", "p99_ms"} <= record.keys()
     assert (tmp_path / "plot" / "r.png").read_bytes().startswith(b"\x89PNG")
     # Without the variant that speed-ups are measured against, one panel.
     plot_benchmark([record for record in records if record["variant"] == "packed"], tmp_path / "one.png")
@@ -281,29 +245,19 @@ def test_random_weights_keep_replayed_tokens(folder: Path) -> None:
 
 SHALLOW = dataclasses.replace(tiny_models.BERT, num_layers=2)
 SHORT = dataclasses.replace(tiny_models.BERT, max_length=12)
-NO_MODEL = {"model_dir": None, "random": "tiny"}
 
 
 @pytest.mark.parametrize(
     ("options", "replayed", "words"),
     [
-        ({"variants": ("warp",)}, None, "--variants: .*'warp'; expected some of packed, "),
         ({"variants": ("huggingface",)}, None, "--variants: huggingface needs PyTorch"),
-        ({"batch_sizes": (1, 5)}, None, "--batch-sizes: 5 is more than the 4 texts of"),
-        (NO_MODEL, None, "--random .* --replay DIR"),
-        ({**NO_MODEL, "random": "huge"}, tiny_models.BERT, "--random: .*'huge'; expected one of bert-base"),
         ({}, SHALLOW, "--replay: .*other has num_reductions 1, the model under test 2"),
         ({}, SHORT, "--replay: .*other has max_length 12, the model under test 18"),
         ({}, "other tokens", "--replay: .*other splits the texts into other tokens"),
     ],
 )
 def test_bad_options(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, Any],
-    replayed: Any,
-    words: str,
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any, replayed: Any, words: str
 ) -> None:
     monkeypatch.setattr("trbert_jax.inference.benchmark.torch_available", lambda: False)
     if replayed:
