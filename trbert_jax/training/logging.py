@@ -41,10 +41,7 @@ _PANELS: tuple[tuple[str, Callable[[str], bool]], ...] = (
 
 
 class Progress:
-    """Progress of a stage on stderr: a bar on a terminal, else a line every 10 seconds.
-
-    The first update, which compiles the program, counts neither in the rate nor in the time left.
-    """
+    """Progress of a stage on stderr; the first update, which compiles, does not count in the rate."""
 
     def __init__(self, name: str, total: int) -> None:
         self._name, self._total = name, total
@@ -100,11 +97,10 @@ class _Lines:
 
 
 class StageReport(contextlib.ExitStack):
-    """Metrics and progress of one stage; a context manager.
+    """Metrics and progress of one stage; a context manager. If `silent`, nothing is written or shown.
 
-    A stage that resumes from `start_step` loses the metrics of later steps, which it will write again. If
-    `silent`, in processes other than the first, nothing is written or shown. Raises `UserError` if the folder
-    cannot be written to, or its metrics.jsonl is malformed.
+    A stage that resumes from `start_step` loses the metrics of later steps, which it writes again. Raises
+    `UserError` if the folder cannot be written to, or its metrics.jsonl is malformed.
     """
 
     def __init__(
@@ -251,8 +247,7 @@ class Profile(contextlib.ExitStack):
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Reads a metrics.jsonl: one dict per line, `step` an int, null as NaN.
 
-    Ignores an incomplete last line, which a killed run may leave. Raises `UserError` if the file is missing
-    or another line is malformed.
+    Ignores an incomplete last line, as of a kill. Raises `UserError` for a missing file or a malformed line.
     """
     rows = []
     for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):

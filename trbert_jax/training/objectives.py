@@ -97,10 +97,9 @@ def initialization_objective(
     dropout_rng: jax.Array | None = None,
     execute: Execute = forward,
 ) -> Objective:
-    """Returns the mean over tokens of |keep probability - rank|, summed over selectors (stage init).
+    """Returns the mean over tokens of |keep probability - rank| (`rank_error`), summed over selectors.
 
-    `keep`: see `selector_init.rank_error`. `per_length_scale` multiplies by the mean of 1 / length over the
-    micro-batch, as the published code does; only then do micro-batches change the result.
+    `per_length_scale` multiplies by the mean of 1 / length over the micro-batch, as the published code does.
     """
     output = execute(model, params, batch, rule=tokens.keep_all, dropout_rng=dropout_rng)
     rows = Rows(batch)

@@ -161,9 +161,8 @@ def write_prepared(
 ) -> Path:
     """Writes a data set, or the files of it that are missing or changed, and returns its folder.
 
-    Equal examples make equal files, so that a call that was stopped and repeated ends with the same ones.
-    `settings` are JSON-like values for `load_prepared` to compare; `workers` shards of `shard_size` examples
-    are written at the same time. Raises `UserError` if the folder holds something else or is not writable.
+    Equal examples make equal files, so that a repeated call resumes. `settings` are JSON-like, compared by
+    `load_prepared`. Raises `UserError` if the folder holds something else or is not writable.
     """
     directory = make_directory(directory)
     sizes = {name: {"examples": len(x), "digest": x.digest} for name, x in splits.items()}

@@ -101,10 +101,7 @@ def teacher_logits(experiment: Experiment, stage: str, examples: Examples, task:
 def residual_scores(
     experiment: Experiment, stage: str, examples: Examples
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a function from rows int [b] to residual scores float32 [b, stages, S].
-
-    Rows that decide together on shared tokens get the sum of their group.
-    """
+    """Returns a map from rows int [b] to scores float32 [b, stages, S], sums where groups share tokens."""
     path = experiment.output_of("score", SCORES, stage)
     scores = _load(experiment, path, examples, examples.num_rows)
 
@@ -323,10 +320,7 @@ class _Discard:
 
 
 def _reserve_npy(path: Path, shape: tuple[int, ...]) -> None:
-    """Writes a float32 .npy file of zeros that has all its blocks on the disk.
-
-    In a sparse file, a full disk would show as a bus error when a batch is written through memory.
-    """
+    """Writes a float32 .npy file of zeros with all its blocks; a sparse one may raise bus errors."""
     make_directory(path.parent)
     size = int(np.prod(shape, dtype=np.int64)) * 4
     try:
