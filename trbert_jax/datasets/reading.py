@@ -135,8 +135,7 @@ class BadRecords:
     """
 
     skip: bool = False  # set by `--skip-bad-records`
-    # A bad paragraph or article is one entry, however many questions it has.
-    skipped: list[BadRecord] = dataclasses.field(default_factory=list)
+    skipped: list[BadRecord] = dataclasses.field(default_factory=list)  # one entry for a whole bad article
 
     @contextlib.contextmanager
     def record(self, where: str, item: Any = None) -> Iterator[None]:

@@ -29,13 +29,10 @@ class Backbone:
     embeddings: Names  # names below `<name>.embeddings`
     stack: str  # module that holds the layers and the selectors
     layer: Names  # names below `<name>.<stack>.layer.<number>`
-    # Whether a tanh layer in the encoder reads [CLS]; otherwise a ReLU layer in the classification head does
-    # (`pre_classifier`).
-    pooler: bool
+    pooler: bool  # whether a tanh layer in the encoder reads [CLS]; else `pre_classifier` of the head does
     attention_output_dropout: bool = True  # whether dropout follows the output projection of attention
     span_dropout: float = 0.0  # dropout probability before the last layer of a span head
-    # Whether weight decay applies to the LayerNorm scales outside the embeddings, as published.
-    decays_layer_norm: bool = False
+    decays_layer_norm: bool = False  # whether weight decay applies to LayerNorm scales outside the embeddings
     # Role -> token, unless the tokenizer's own files name it.
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=lambda: BERT_TOKENS)
 

@@ -19,10 +19,7 @@ Inputs = Mapping[str, jax.Array]  # entries of a batch that a head reads besides
 
 
 class ClassificationHead(nn.Module):
-    """Dropout, Linear; in front of them Linear, ReLU where the encoder has no pooler.
-
-    In multiple choice each row is an option, and its single logit says how well it answers.
-    """
+    """Dropout, Linear; before them Linear, ReLU if the encoder has no pooler. Multiple choice: a row an option."""
 
     config: ModelConfig
     dtype: Any = jnp.float32

@@ -31,8 +31,7 @@ class TokenReducingModel(nn.Module):
     """An encoder that drops tokens between its layers, and the head of a task."""
 
     config: ModelConfig
-    # Compute dtype; parameters, selector logits, softmax and LayerNorm statistics and the head's logits stay
-    # float32.
+    # Compute dtype; parameters, selector logits, softmax, LayerNorm statistics and logits stay float32.
     dtype: Any = jnp.float32
     remat: bool = False  # recompute a layer's inner values in the backward pass instead of storing them
 

@@ -40,9 +40,7 @@ class PackedTokens:
     states: jax.Array  # [C, H]; meaningless after the last token
     valid: jax.Array  # bool [R, S], the positions of the tokens in the padded batch
     slot: jax.Array  # int32 [R, S], the index of each token in `states`
-    # int32 [R], the order of the rows. Neighbors have similar lengths, so that attention over a group of them
-    # has little to pad.
-    order: jax.Array
+    order: jax.Array  # int32 [R], the order of the rows; neighbors have similar lengths: little to pad
     scratch: tuple[jax.Array, ...]  # four arrays [C, H] for layers to write to; no layer has to clear memory
 
     @property

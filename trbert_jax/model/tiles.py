@@ -23,8 +23,6 @@ import jax.numpy as jnp
 Arrays = tuple[jax.Array, ...]
 TokenFn = Callable[..., Arrays]  # (params, rng, *tiles [t, ...]) -> tiles [t, ...]
 AttentionFn = Callable[..., jax.Array]  # (q, k, v [g, w, H], mask [g, w], rng=) -> [g, w, H]
-
-
 SMALL_REQUEST = 4  # rows
 
 
@@ -36,8 +34,7 @@ class Tiling:
     rest: int = 64  # tokens of a small tile, for the remainder; divides `tokens`
     group_tokens: int = 512  # tokens of a group of rows in attention, padded to the group's width
     width_step: int = 32  # widths of attention are multiples of this
-    # Whether the rows of a group are copied one by one. On a CPU each is a fast memory copy, and gathers are
-    # slow; on an accelerator each copy is a launch, and one gather replaces them all.
+    # Whether the rows of a group are copied one by one: fast on a CPU; on an accelerator one gather is faster.
     row_by_row: bool = True
 
     @classmethod

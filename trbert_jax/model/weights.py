@@ -58,8 +58,7 @@ class Parameter:
     name: str  # on disk
     path: tuple[str, ...]  # keys of the nested parameter tree
     shape: tuple[int, ...]  # on disk
-    # `encoder`, `selectors`, `pooler`, `pre_classifier` or a linear layer of the head (`classifier`, ...). A
-    # checkpoint has or lacks a part as a whole.
+    # `encoder`, `selectors`, `pooler` or a layer of the head. A checkpoint has or lacks a part as a whole.
     part: str
 
     @property

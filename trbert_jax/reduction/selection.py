@@ -117,9 +117,6 @@ def restore(dropped: TokenSet, tokens: TokenSet) -> TokenSet:
     return dataclasses.replace(dropped, states=jnp.where(tokens.valid[..., None], tokens.states, left))
 
 
-# Rules --------------------------------------------------------------------------------------------
-
-
 def keep_all(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
     """Keeps all tokens, but runs the selectors (their initialization needs the logits)."""
     return valid
