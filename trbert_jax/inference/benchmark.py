@@ -243,8 +243,7 @@ def benchmark_file(
       The records of `make_records`, with what describes the run, the data and the machine, `tokens` (mean of
       a text), and for bfloat16 the values of `drift`.
 
-    Raises:
-      UserError: an unreadable model or file, an unknown variant, too few texts, an unfit replayed model.
+    Raises `UserError` for an unreadable model or file, an unknown variant, too few texts, or an unfit replay.
     """
     names = _check_variants(variants)
     replayed = None if replay_dir is None else TRBert.from_pretrained(replay_dir, max_length=max_length)

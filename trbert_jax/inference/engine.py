@@ -22,14 +22,7 @@ from trbert_jax.parallel import KEPT, ROWS, DeviceMesh, single_device
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, RULES, RuleSpec, check_rule
 from trbert_jax.reduction.selection import min_logit
 from trbert_jax.tasks import TASKS
-from trbert_jax.tasks.examples import (
-    BUCKET_SHARES,
-    Examples,
-    batch_rows,
-    length_batches,
-    pad_batch,
-    width_buckets,
-)
+from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
 from trbert_jax.tasks.losses import Rows
 from trbert_jax.tasks.scorers import accuracy
 
@@ -45,7 +38,7 @@ MANY_PROGRAMS = 24  # more than a few rules and batch sizes need; compiling this
 def bucket_widths(backend: str, max_length: int) -> tuple[int, ...]:
     """Padded lengths of batches, ascending; the last one is `max_length`."""
     # The packed backend does not compute padding: one narrow shape is enough.
-    return width_buckets(max_length, (0.25,) if backend == "packed" else BUCKET_SHARES)
+    return width_buckets(max_length, (0.25,)) if backend == "packed" else width_buckets(max_length)
 
 
 def check_backend(backend: str) -> None:
@@ -76,13 +69,9 @@ class CompiledForward:
     ) -> Program:
         """Compiles the program for batches of this shape, unless it is compiled already.
 
-        Args:
-          params, batch: arrays, those of the batch [B * G, ...] with the rule's inputs; or their shapes.
-          rule, backend: keys of `RULES` and `BACKENDS`; or a rule that is not in the table.
-
-        Returns:
-          `(params, batch) -> (logits, keep bool [stages, B * G, S])`: the logits that answers are read from
-          (`Task.example_logits`); keep is bool [0, 1] for a rule that drops nothing.
+        Takes arrays, those of the batch [B * G, ...] with the rule's inputs, or their shapes. Returns
+        `(params, batch) -> (logits, keep bool [stages, B * G, S])`: the logits that answers are read from
+        (`Task.example_logits`); keep is bool [0, 1] for a rule that drops nothing.
         """
         spec = RULES[rule] if isinstance(rule, str) else rule
         key = (spec.name, backend, *batch["input_ids"].shape)
@@ -215,8 +204,7 @@ class InferenceEngine:
           start: first batch to run; earlier batches are already in the arrays from `allocate`. Only for a
             rule that drops nothing.
 
-        Raises:
-          UserError: an unknown rule or backend, a bad threshold, logits that are not finite.
+        Raises `UserError` for an unknown rule or backend, a bad threshold, or logits that are not finite.
         """
         check_backend(backend)
         if num_kept is None:

@@ -54,8 +54,7 @@ def evaluate_file(
       The numbers of `summarize`, the same for each baseline, and of questions in `data` what was cut, left
       out or skipped.
 
-    Raises:
-      UserError: a model or file that cannot be read, a label the model does not have.
+    Raises `UserError` for a model or file that cannot be read, or a label the model does not have.
     """
     model, bad = TRBert.from_pretrained(model_dir), BadRecords(skip=skip_bad_records)
     rule = rule or model.default_rule

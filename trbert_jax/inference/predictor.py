@@ -174,12 +174,8 @@ class TRBert:
           threshold: keep probability from which rule `threshold` keeps a token. A lower one keeps more
             tokens, takes longer and is usually more accurate.
 
-        Returns:
-          Predictions in the order of the texts.
-
-        Raises:
-          UserError: something else than a list of strings, an invalid option, a model without tokenizer or
-            one that answers questions (see `answer_questions`).
+        Returns predictions in the order of the texts. Raises UserError for something else than a list of
+        strings, an invalid option, a model without tokenizer or one that answers questions.
         """
         _check_texts(texts)
         options = {"rule": rule, "backend": backend, "threshold": threshold}
@@ -327,8 +323,7 @@ def answer_questions(
       `supporting` (a list of [title, number of the sentence]), `num_tokens` of all its inputs, and
       `num_kept`, how many of them each point of reduction keeps (empty for rule `dense`).
 
-    Raises:
-      UserError: a model that labels texts, a malformed question, an invalid option.
+    Raises UserError for a model that labels texts, a malformed question, or an invalid option.
     """
     placed = ((f"{source}:{number}", request) for number, request in enumerate(requests, 1))
     return list(model.answer_stream(placed, **options))

@@ -65,9 +65,8 @@ def tokenize_questions(
     for question in questions:
         paragraphs = [_tokenized(p, *next(pieces), question) for p in question.paragraphs]
         paragraphs = _with_answers(paragraphs, question.answer, encoder)
-        yield TokenizedQuestion(
-            question.id, question.question, question.answer, tuple(paragraphs), question.where
-        )
+        asked = (question.id, question.question, question.answer)
+        yield TokenizedQuestion(*asked, tuple(paragraphs), question.where)
 
 
 def _tokenized(

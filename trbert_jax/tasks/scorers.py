@@ -111,8 +111,7 @@ def score_squad(
       `best_exact` and `best_f1`, and the thresholds that give them, `best_exact_thresh` and
       `best_f1_thresh` (0 if always answering "" is best).
 
-    Raises:
-      ValueError: no question, one without a prediction or null odds, or a threshold without null odds.
+    Raises `ValueError` for no question, one without prediction or null odds, a threshold without null odds.
     """
     _check(gold, predictions=predictions)
     if null_odds is not None:
@@ -238,8 +237,7 @@ def score_hotpotqa(
       `em`, `f1`, `prec` and `recall` of the answer; with the prefix `sp_` those of the supporting facts,
       with `joint_` those of both (precision and recall are the products); all 0 to 1.
 
-    Raises:
-      ValueError: no question, or predictions without `answer` or `sp`.
+    Raises `ValueError` for no question, or predictions without `answer` or `sp`.
     """
     _check(gold)
     missing = {"answer", "sp"} - predictions.keys()

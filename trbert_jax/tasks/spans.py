@@ -95,11 +95,8 @@ class SpanTask(Task):
 
     @classmethod
     def loss(cls, logits: jax.Array, rows: Rows) -> jax.Array:
-        mask = rows.grouped(rows.mask)
-        ends = (
-            any_of(rows.grouped(logits[:, i]), rows.grouped(rows.get(key)), mask)
-            for i, key in enumerate(("starts", "ends"))
-        )
+        mask, gold = rows.grouped(rows.mask), (rows.grouped(rows.get(key)) for key in ("starts", "ends"))
+        ends = (any_of(rows.grouped(logits[:, i]), positions, mask) for i, positions in enumerate(gold))
         return sum(ends, start=jnp.zeros(())) / 2
 
     @classmethod

@@ -125,11 +125,8 @@ class WindowBuilder:
     def finish(self, ends: np.ndarray, *options: bool, grouped: bool = False, **lost: int) -> Examples:
         """Returns the windows in the order they were kept, with their `Windows` as `layout`.
 
-        Args:
-          ends: int32 [R, A, 2], the row targets `starts` and `ends`.
-          options: of the encoding, for the digest.
-          grouped: whether the windows of a question form one example; otherwise each is one.
-          lost: see `Counts`.
+        `ends` are int32 [R, A, 2], the row targets `starts` and `ends`; `options` those of the encoding,
+        for the digest. If `grouped`, the windows of a question form one example; otherwise each is one.
         """
         cls, sep = self._encoder.cls, self._encoder.sep
         rows, flags, starts = list[Any](), [np.zeros(0, bool)], list[int]()
