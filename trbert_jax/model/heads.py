@@ -19,7 +19,7 @@ Inputs = Mapping[str, jax.Array]  # entries of a batch that a head reads besides
 
 
 class ClassificationHead(nn.Module):
-    """Dropout, Linear; before them Linear, ReLU if the encoder has no pooler. Multiple choice: a row an option."""
+    """Dropout, Linear; first Linear, ReLU without a pooler. In multiple choice a row is an option."""
 
     config: ModelConfig
     dtype: Any = jnp.float32

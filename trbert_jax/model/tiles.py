@@ -34,7 +34,7 @@ class Tiling:
     rest: int = 64  # tokens of a small tile, for the remainder; divides `tokens`
     group_tokens: int = 512  # tokens of a group of rows in attention, padded to the group's width
     width_step: int = 32  # widths of attention are multiples of this
-    # Whether the rows of a group are copied one by one: fast on a CPU; on an accelerator one gather is faster.
+    # Whether the rows of a group are copied one by one: fast on a CPU; elsewhere one gather is faster.
     row_by_row: bool = True
 
     @classmethod
