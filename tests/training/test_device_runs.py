@@ -76,8 +76,8 @@ def assert_same_training(one: Path, other: Path, trained: Sequence[str] = TRAINE
         left_model, right_model = (load_file(f / "work" / stage / "model" / MODEL) for f in (one, other))
         assert left_model.keys() == right_model.keys()
         for name, array in left_model.items():
-            # Adam moves an entry whose gradient is rounding noise as far as any other: the bound is 1 % of the
-            # way that 12 updates can go, whose rate falls to 0.
+            # Adam moves an entry whose gradient is rounding noise as far as any other. The bound is 1 % of
+            # the way that 12 updates can go while their rate falls to 0.
             close = 0.01 * 12 * LEARNING_RATE / 2
             np.testing.assert_allclose(
                 right_model[name], array, rtol=0, atol=close, err_msg=f"{stage} {name}"
