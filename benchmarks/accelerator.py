@@ -11,8 +11,6 @@ times, in bfloat16, the variants of a model side by side and the training steps.
 not fit into --minutes. `--tiny` is a test run for any machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

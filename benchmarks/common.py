@@ -1,7 +1,5 @@
 """Inputs that the benchmark scripts share: texts of random tokens, and random tokens to keep of them."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from trbert_jax.model.config import ModelConfig

@@ -6,8 +6,6 @@ Runs `trbert compile` on random weights in new processes with an empty cache: th
 read. The seconds are those that the command reports.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -5,8 +5,6 @@
 Reads results/imdb_4000_reviews.json (left) and results/quickstart_seeds.json (right); runs no model.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

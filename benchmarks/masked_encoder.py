@@ -6,8 +6,6 @@ All run the same random weights and inputs at one padded shape, interleaved; the
 Masking saves no time, but must not cost any. PyTorch is skipped if it is not installed.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib.util

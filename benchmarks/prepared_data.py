@@ -7,8 +7,6 @@ Runs `trbert prepare-data` in a new process, once undisturbed and once killed af
 started again; both must write the same files. Then reads the batches as training does, as fast as possible.
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 import subprocess

@@ -9,8 +9,6 @@ gradients over devices. The wait for the device whose rows have the most tokens 
 lengths of film reviews.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import time

@@ -7,8 +7,6 @@ are not repeated. FILE gets the numbers of each seed with mean and standard devi
 too.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -10,8 +10,6 @@ that moment, the next moment in it comes from a shorter time. A new run begins i
 signals are sent. The comparison covers metrics, models, residual scores, teacher logits and predictions.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import hashlib

@@ -7,8 +7,6 @@ from a tenth to all of them, the same at both points of reduction. The intercept
 cost of a text: embeddings and layer 0, which are also timed alone, with and without the first selector.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

@@ -7,8 +7,6 @@ samples of an example keep given random tokens, as many as --share sets, so that
 work. Runs are interleaved; the medians are reported.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import time

@@ -1,7 +1,5 @@
 """What every test relies on: a CPU, no network, no window."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import shutil

@@ -4,8 +4,6 @@ A case is a folder with `case.json` (configuration and note), `weights.safetenso
 names) and `arrays.npz` (inputs and outputs). `check` runs ours and compares every output array.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -3,8 +3,6 @@
 Paths are relative to a folder that holds config.yaml, data/, model/ and, once a run has begun, work/.
 """
 
-from __future__ import annotations
-
 import builtins
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """The scripts in benchmarks/ run, each in a process of its own, on models too small to say anything."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The command line: what it accepts, what it prints, how it ends. Fakes play the library."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging
@@ -186,7 +184,7 @@ class FakeModel:
     asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
 
     @classmethod
-    def from_pretrained(cls, path: str) -> FakeModel:
+    def from_pretrained(cls, path: str) -> "FakeModel":
         return cls()
 
     def predict_stream(self, texts: Iterable[str], **options: Any) -> Iterator[Any]:

@@ -1,7 +1,5 @@
 """A file becomes typed settings; every mistake in it is an error that names its place."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """The documentation: links, paths, commands, citations in the code, and tables that repeat a registry."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

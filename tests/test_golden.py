@@ -3,8 +3,6 @@
 Cases come from `TRBERT_GOLDEN_DIR` if set, else from `tests/golden` (a subset of all cases).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -4,8 +4,6 @@ Files come from `TRBERT_GOLDEN_METRICS_DIR` if set, else from `tests/golden_metr
 predictions, gold and `expected`, what the official scorer prints; its keys say which scorer that is.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The scripts in launch/, with a `trbert` that only says how it was called."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A new object of each registry works end to end after one registration."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence

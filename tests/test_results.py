@@ -1,7 +1,5 @@
 """Committed results: their commands still mean the same settings, and README quotes their numbers."""
 
-from __future__ import annotations
-
 import json
 import re
 import runpy

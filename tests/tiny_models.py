@@ -1,7 +1,5 @@
 """Tiny models, folders of them, and random batches."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

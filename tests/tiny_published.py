@@ -4,8 +4,6 @@ Every word, sign and Chinese character of the texts is one word piece, but `Łó
 texts like that by a few lines of its own, without the program's tokenizer.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable

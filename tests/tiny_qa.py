@@ -1,7 +1,5 @@
 """A small uncased WordPiece vocabulary for question answering, and texts made of it."""
 
-from __future__ import annotations
-
 import string
 
 import numpy as np

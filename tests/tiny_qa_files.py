@@ -1,7 +1,5 @@
 """Small files of question answering data sets, each in its published format, to read and to spoil."""
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Whole runs in miniature: texts whose label hangs on one word, and a model of a few thousand weights."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ YAML is read strictly: `3e-5` is a number, `no` and `2024-01-01` are text, a key
 tags and anchors are refused. A file may build on others: `base: OTHER.yaml` or `base: [A.yaml, B.yaml]`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """Define the exceptions that are shown to users without a traceback."""
 
-from __future__ import annotations
-
 
 class UserError(Exception):
     """A problem in the user's input: a file, a key, a value.

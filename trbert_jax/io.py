@@ -5,8 +5,6 @@ in the middle leaves at most a `*.partial-*` file or folder beside the target. E
 (no permission, disk full) become `UserError`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

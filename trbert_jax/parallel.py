@@ -6,8 +6,6 @@ Each device computes its rows without the others, so that packed batches stay lo
 over examples are reduced across devices. Source: docs/scaling.md.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno

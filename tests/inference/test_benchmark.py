@@ -1,7 +1,5 @@
 """`trbert benchmark`: the variants compute the same, and the numbers are right. Times are not tested."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """A model over a whole data set: each example by itself, in few compiled shapes."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 from typing import Any

@@ -1,7 +1,5 @@
 """A saved model on a file of labeled texts: the numbers, the baselines, one line an example."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

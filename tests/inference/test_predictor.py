@@ -1,7 +1,5 @@
 """Texts in, labels and kept tokens out; the same in whatever batch and order."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json

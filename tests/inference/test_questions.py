@@ -1,7 +1,5 @@
 """Asking trained models questions: predict and evaluate of the command line, for every kind of question."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -3,8 +3,6 @@
 python tests/training/device_checks.py CHECK ARGUMENT...    prints one JSON value
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -3,8 +3,6 @@
 python tests/training/process_checks.py PORT NUMBER CONFIG CONFIG_OF_ANOTHER_SEED    prints one JSON value
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The update of a stage as a run makes it, for the tests that look at it on many devices."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

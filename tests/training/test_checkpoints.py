@@ -1,7 +1,5 @@
 """Checkpoints: exact, atomic, checked byte by byte, also those of the releases before this one."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

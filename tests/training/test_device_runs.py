@@ -1,7 +1,5 @@
 """Runs on several devices, of one process or two, end as one on a single device does."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Eight devices compute what one does; see device_checks.py for what is run."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 from typing import Any

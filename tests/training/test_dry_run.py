@@ -1,7 +1,5 @@
 """`trbert train --dry-run`: batches, updates, memory and FLOPs on devices that do not exist."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

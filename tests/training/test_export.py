@@ -4,8 +4,6 @@ What a TPU alone would refuse to lower shows here. Nothing is compiled or run: t
 `pmap` cannot be exported ("must be the result of jit"); what it runs on each device is, under `shard_map`.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Reading delivers examples many times as fast as a training step takes them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from pathlib import Path

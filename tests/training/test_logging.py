@@ -1,7 +1,5 @@
 """Metrics on disk, progress on stderr, speed, curves."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """One run at a time works in a work directory; the lock of a killed run does not remain."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Whole runs through the command line: what each stage leaves, and what results.json says."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

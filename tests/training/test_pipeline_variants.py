@@ -1,7 +1,5 @@
 """Runs of other shapes: DistilBERT, fewer stages, a start from a saved model, the best checkpoint."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """The point of it all, on a problem whose best policy is known: keep the one token that decides."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable
 

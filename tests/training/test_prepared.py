@@ -1,7 +1,5 @@
 """Data in shards: what is read back is what was written, and nothing else is ever read."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import types

@@ -1,7 +1,5 @@
 """Several processes that train together: what they must agree on, and how they end together."""
 
-from __future__ import annotations
-
 import json
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Runs that are interrupted, by an error or by SIGKILL, and started again end as if nothing had been."""
 
-from __future__ import annotations
-
 import collections
 import json
 import signal

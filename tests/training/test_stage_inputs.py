@@ -1,7 +1,5 @@
 """Residual scores and teacher logits on disk: written batch by batch, resumed after a kill, read by rows."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import logging

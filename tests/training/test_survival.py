@@ -1,7 +1,5 @@
 """Training that is told to stop, finds a damaged checkpoint, runs out of disk or of numbers."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

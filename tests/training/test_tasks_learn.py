@@ -1,7 +1,5 @@
 """Every data set of questions, in its published format, through all stages: eight examples are learnt."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -4,8 +4,6 @@
 and single files. `register_dataset` adds one.
 """
 
-from __future__ import annotations
-
 from trbert_jax.datasets import (  # noqa: F401 - each registers its data sets
     choice_files,
     hotpotqa,

@@ -6,8 +6,6 @@ text file of JSON an article, `{"article", "questions": [str], "options": [[str,
 [str], "supports": [str], "answer"}]`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path

@@ -11,8 +11,6 @@ for dev, `rerank_dev_tok.json` with paragraphs chosen and ordered by a reranker.
 last]]`, `last` inclusive; in dev also `"doc_tokens": [word]` and `"tok_to_orig_index": [number of the word]`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path

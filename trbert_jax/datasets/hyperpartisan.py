@@ -4,8 +4,6 @@ The by-article part of SemEval-2019 task 4 comes as one set of 645 articles. Pub
 themselves; this is the published TR-BERT split (docs/data.md, "Hyperpartisan").
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

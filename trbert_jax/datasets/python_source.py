@@ -4,8 +4,6 @@ Chunks of source text, comments and documentation included, are labeled by the t
 they come from. It is no benchmark: the texts depend on the version of Python.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import sysconfig

@@ -1,7 +1,5 @@
 """Reads lines and JSON, checks fields, and handles bad records."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gzip
@@ -71,7 +69,7 @@ def load_records(path: Path, key: str | None = None) -> list[Any]:
         return items(load_json(path), key)
 
 
-def load_json_lines(path: Path, bad: BadRecords | None = None) -> Iterator[tuple[int, Any]]:
+def load_json_lines(path: Path, bad: "BadRecords | None" = None) -> Iterator[tuple[int, Any]]:
     """Yields line number and value of each line of a JSON lines file that is not blank.
 
     A line that is not JSON is a bad record; without `bad`, it raises `BadRecord`.

@@ -4,8 +4,6 @@ Text is kept as published. Ids are unique in a data set. `where` names file and 
 file, in messages.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Protocol
 

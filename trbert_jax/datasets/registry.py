@@ -1,7 +1,5 @@
 """Registers the data sets by name, and reads their splits."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import logging

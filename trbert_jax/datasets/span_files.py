@@ -9,8 +9,6 @@ lines, plain or gzip-compressed: a header, then `{"context", "qas": [{"qid", "qu
 "detected_answers": [{"text", "char_spans": [[first, last]]}]}]}`. The last character belongs to the answer.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 import unicodedata

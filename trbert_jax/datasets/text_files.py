@@ -3,8 +3,6 @@
 The text data sets consist of one such file a split.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 from collections.abc import Iterator, Sequence

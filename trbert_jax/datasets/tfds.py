@@ -7,8 +7,6 @@ TriviaQA (`trivia_qa/rc`; a record a question with its documents, web and Wikipe
 texts with a label; `natural_questions` is another format, whole web pages with token offsets.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping

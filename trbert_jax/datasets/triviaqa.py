@@ -10,8 +10,6 @@ The list is `[{"context", "qas": [{"qid", "question", "answers": {"Aliases"}, "d
 [{"char_spans": [[first, last]]}]}]}]`, where the last character belongs to the answer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Time the variants of running one model, side by side on the same texts."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.util

@@ -1,7 +1,5 @@
 """Turn timed runs into records, a table and a picture."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """Run a model over a data set, in compiled passes of few static shapes."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import time

@@ -1,7 +1,5 @@
 """Evaluate a model on labeled data: metrics, kept tokens, FLOPs and speed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -11,8 +11,6 @@ Inputs run sorted by length in a few static shapes, each compiled once. With rul
 on its own text or question only, not on the batch or the order.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -99,7 +97,7 @@ class TRBert:
     @classmethod
     def from_pretrained(
         cls, path_or_id: str | Path, *, max_length: int | None = None, dtype: str = "float32"
-    ) -> TRBert:
+    ) -> "TRBert":
         """Loads a model directory, or a model of the Hugging Face hub; see `load_pretrained`.
 
         Cuts texts after `max_length` tokens, by default the model's own; computes in `dtype`, `float32` or

@@ -3,8 +3,6 @@
 Free of JAX, because the settings are made from this table. Source: docs/method.md, "Encoder", "Checkpoints".
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

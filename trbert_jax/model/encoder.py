@@ -4,8 +4,6 @@ Every array keeps its padded length; no token attends to a dropped one. Simple, 
 reference for the packed backend. Source: paper, section 3; docs/method.md, "Reduction".
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Heads: from encoder states to the logits of a task. Source: docs/method.md, "Heads"."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Embeddings, the post-LN transformer layer and the token selector. Source: docs/method.md, "Encoder"."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.linen as nn

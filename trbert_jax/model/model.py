@@ -1,7 +1,5 @@
 """Join the encoder with token reduction and the head of a task."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ padding and dropped tokens are never computed, so reduction saves as much time a
 Source: docs/method.md, "Packed execution".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -145,7 +143,7 @@ class PackedEncoder:
     tiling: Tiling
 
     @classmethod
-    def of(cls, model: TokenReducingModel, num_rows: int, tiling: Tiling | None = None) -> PackedEncoder:
+    def of(cls, model: TokenReducingModel, num_rows: int, tiling: Tiling | None = None) -> "PackedEncoder":
         """Chooses sizes of loops for the default device and this number of rows, unless given."""
         return cls(model, tiling or Tiling.for_backend(jax.default_backend(), num_rows))
 

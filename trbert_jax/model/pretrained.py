@@ -4,8 +4,6 @@ Logs every part of a loaded model that is new (a classifier, the token selectors
 raises an error that lists every difference if the weights do not fit. Source: docs/method.md, "Checkpoints".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import zlib

@@ -9,8 +9,6 @@ JAX has no derivative of a loop with a dynamic trip count. These loops define on
 the same loop over the derivative of its body, which recomputes the body instead of storing it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -38,7 +36,7 @@ class Tiling:
     row_by_row: bool = True
 
     @classmethod
-    def for_backend(cls, name: str, num_rows: int) -> Tiling:
+    def for_backend(cls, name: str, num_rows: int) -> "Tiling":
         """Returns sizes for `cpu`, `gpu` or `tpu` and batches of this many rows (copies included)."""
         if name != "cpu":
             # An accelerator wants few large steps: it gains nothing below thousands of tokens.

@@ -1,7 +1,5 @@
 """Read, write and train the tokenizer of a model."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path

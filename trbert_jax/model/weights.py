@@ -5,8 +5,6 @@ The names are those of Hugging Face's models and of the published TR-BERT, which
 matrix is [out, in] on disk and [in, out] in the tree. Source: docs/method.md, "Checkpoints".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

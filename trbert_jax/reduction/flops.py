@@ -7,8 +7,6 @@ they keep, or for those they read) and in the H x H product between encoder and 
 included). Source: docs/method.md, "FLOPs".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -32,7 +30,7 @@ class EncoderShape:
     selector_hidden: int = 32  # width of a selector's hidden layer
 
     @classmethod
-    def of(cls, config: Any) -> EncoderShape:
+    def of(cls, config: Any) -> "EncoderShape":
         """Takes the sizes of a configured model, `model.config.ModelConfig`."""
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 

@@ -3,8 +3,6 @@
 Arrays [K, B] hold K samples of each of B examples. Source: paper, section 3.3; docs/method.md, "Policy loss".
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import chex

@@ -3,8 +3,6 @@
 The scores guide the warm-up of the policy. Source: paper, section 3.3; docs/method.md, "Residual scores".
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol

@@ -12,8 +12,6 @@ A row always keeps its first token ([CLS]) and never gets a token back; `select`
 `trbert_jax.reduction.rules` lists the rules by name. Source: paper, section 3; docs/method.md, "Selection".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable
@@ -35,7 +33,7 @@ class TokenSet:
     states: jax.Array  # float [B, S, H]
     valid: jax.Array  # bool [B, S]; False for padding and for dropped tokens
 
-    def repeat(self, num_copies: int) -> TokenSet:
+    def repeat(self, num_copies: int) -> "TokenSet":
         """Stacks copies of the batch: row `j * B + i` is copy j of example i."""
         return jax.tree.map(lambda x: jnp.tile(x, (num_copies,) + (1,) * (x.ndim - 1)), self)
 
@@ -56,7 +54,7 @@ class SharedPassage:
         groups = logits.reshape(-1, self.group, logits.shape[-1])
         return jnp.repeat(groups.mean(1), self.group, axis=0)
 
-    def repeat(self, num_copies: int) -> SharedPassage:
+    def repeat(self, num_copies: int) -> "SharedPassage":
         """Repeats the rows like `TokenSet.repeat`."""
         return dataclasses.replace(self, shared=jnp.tile(self.shared, (num_copies, 1)))
 

@@ -3,8 +3,6 @@
 Source: docs/method.md, "Selector initialization".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 `TASKS` has them by name, `register_task` adds one, and `Splits` has the examples of a run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging

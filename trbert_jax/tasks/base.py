@@ -1,7 +1,5 @@
 """Define what a task is: records -> inputs -> loss -> answers -> score -> request."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Choose one of several candidates that answer a query over documents: WikiHop."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Classify texts: IMDB and the like."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """Examples as ragged arrays of tokens, and batches of a fixed shape made of them. Pure NumPy."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
@@ -24,14 +22,14 @@ class Ragged:
     offsets: np.ndarray  # int64 [n + 1]; array i is `values[offsets[i]:offsets[i + 1]]`
 
     @classmethod
-    def of(cls, arrays: Sequence[np.ndarray], dtype: Any = np.int32, width: int | None = None) -> Ragged:
+    def of(cls, arrays: Sequence[np.ndarray], dtype: Any = np.int32, width: int | None = None) -> "Ragged":
         """Concatenates arrays [k], or [k, width], each with its own k."""
         empty = np.zeros((0,) if width is None else (0, width), dtype)
         values = np.concatenate([empty, *arrays]).astype(dtype, copy=False)
         return cls(values, np.cumsum([0, *map(len, arrays)], dtype=np.int64))
 
     @classmethod
-    def join(cls, parts: Sequence[Ragged]) -> Ragged:
+    def join(cls, parts: Sequence["Ragged"]) -> "Ragged":
         """The arrays of one or more parts, part after part."""
         lengths = np.concatenate([part.lengths for part in parts])
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -132,7 +130,7 @@ class Examples:
         counts: Counts,
         labels: np.ndarray | None = None,
         **fields: Any,
-    ) -> Examples:
+    ) -> "Examples":
         """Builds examples from rows of two segments in pieces; their token types are 0 and 1."""
         pieces, lengths = [np.zeros(0, np.int32)], [0]
         for row in rows:
@@ -205,7 +203,7 @@ class Examples:
 
         return padded(self.tokens), None if self.token_types is None else padded(self.token_types)
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Examples":
         """Returns the examples at these positions, in this order, to run but not to score."""
         chosen = np.asarray(indices, np.int64)
         rows = self.rows(chosen)

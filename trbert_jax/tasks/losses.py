@@ -4,8 +4,6 @@ Callers average over the valid examples. A position where `mask` is False takes 
 Source: docs/method.md, "Task losses".
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

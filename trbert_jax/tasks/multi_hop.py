@@ -4,8 +4,6 @@ Paragraphs are tokenized once, and packed in any order: `[CLS] question [SEP] pa
 them `[unused1] title [unused2] text`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

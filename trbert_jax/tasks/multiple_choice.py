@@ -5,8 +5,6 @@ independent   each option selects tokens by itself; one softmax over the four
 shared        the options select the tokens of article and question together; one softmax over the four
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

@@ -3,8 +3,6 @@
 See docs/question_answering.md, "Paragraphs of a question".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections import defaultdict

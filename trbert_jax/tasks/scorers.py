@@ -6,8 +6,6 @@ match) or as bags of words (F1). Sources: `evaluate-v2.0.py` of SQuAD 2.0, `mrqa
 equal theirs to the last bit.
 """
 
-from __future__ import annotations
-
 import collections
 import re
 import string
@@ -34,7 +32,7 @@ class Overlap(NamedTuple):
     recall: float  # share of the accepted answer's words that were predicted
 
     @classmethod
-    def of(cls, precision: float, recall: float) -> Overlap:
+    def of(cls, precision: float, recall: float) -> "Overlap":
         """Adds the harmonic mean."""
         total = precision + recall
         return cls(2 * precision * recall / total if total > 0 else 0.0, precision, recall)

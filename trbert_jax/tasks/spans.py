@@ -5,8 +5,6 @@ question are combined when it is answered. For TriviaQA the windows of a documen
 example: they share a softmax, and every mention of the answer in them is right.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ Answers are cut out of the original text by these characters (`cut_text`), never
 pieces. See docs/question_answering.md, "Answers as text".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

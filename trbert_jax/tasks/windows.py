@@ -4,8 +4,6 @@ A window is `[CLS] question [SEP] part of the context [SEP]`. See docs/question_
 context".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence

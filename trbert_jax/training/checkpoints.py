@@ -8,8 +8,6 @@ Orbax writes checkpoints in the background and renames them when they are comple
 at any moment leaves whole checkpoints. The hashes reveal files that are changed later.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

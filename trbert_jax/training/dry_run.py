@@ -3,8 +3,6 @@
 Memory and FLOPs are estimates by closed forms; each names its source.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

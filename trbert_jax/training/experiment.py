@@ -8,8 +8,6 @@ WORKDIR/model/            the model of the last stage, for `TRBert.from_pretrain
 WORKDIR/results.json      results of all stages
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

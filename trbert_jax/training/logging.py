@@ -5,8 +5,6 @@ STAGE/speed.jsonl     times and rates, which are not
 STAGE/tensorboard/    both as TensorBoard events
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -4,8 +4,6 @@ A run that is killed and started again resumes from the last checkpoint and ends
 order of the examples and every random draw follow from the seed and the number of the update.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -11,8 +11,6 @@ Examples are averaged only in `mean_over_examples`: micro-batches and devices do
 Source: paper, section 3.3; docs/method.md, "Training stages".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 

@@ -9,8 +9,6 @@
 tokens as batches need them. Source: docs/scaling.md, "Data".
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -217,7 +215,7 @@ def _claim(directory: Path, about: Mapping[str, Any]) -> Hashes:
     return recorded
 
 
-def _write_shard(schema: _Schema, path: Path, examples: Examples, indices: range) -> dict[str, Any]:
+def _write_shard(schema: "_Schema", path: Path, examples: Examples, indices: range) -> dict[str, Any]:
     """Writes one shard and returns its hash."""
     from array_record.python import array_record_module
 
@@ -257,7 +255,7 @@ def _write_index(path: Path, examples: Examples) -> None:
 
 
 def _write_metadata(
-    directory: Path, splits: Mapping[str, Examples], schema: _Schema, shard_size: int
+    directory: Path, splits: Mapping[str, Examples], schema: "_Schema", shard_size: int
 ) -> None:
     import tensorflow_datasets as tfds
 

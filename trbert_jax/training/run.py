@@ -1,7 +1,5 @@
 """Run the stages of an experiment in order, evaluate its models, and summarize the results."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.metadata

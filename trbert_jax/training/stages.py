@@ -3,8 +3,6 @@
 To add a stage, register one `Stage`. Source: docs/method.md, "Training stages".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 Pure functions of arrays, on one device or several. Source: docs/method.md, "Optimizer".
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
