@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
-from tiny_models import tiny_model
+from tiny_models import BERT, tiny_model
 
 from trbert_jax.cli import main
 from trbert_jax.training import loop
@@ -51,8 +51,6 @@ TIMES = "benchmark --model model --data data/test.jsonl --batch-sizes 1 --varian
 BENCHMARK = f"{TIMES} --json out/speed.json --plot out/speed.png"
 CONVERT = "convert --input model --output out/model"
 STEP_2 = "work/finetune/checkpoints/step_00000002"
-
-
 Spoil = Callable[[], Any]  # makes a mistake in the current folder
 
 
@@ -98,6 +96,10 @@ def scale_weights(value: float) -> Spoil:
         return safetensors.save(weights)
 
     return change(WEIGHTS, scaled)
+
+
+def make_other(**changes: Any) -> Spoil:
+    return lambda: tiny_model(Path("other"), dataclasses.replace(BERT, **changes))
 
 
 def scores(content: bytes | None) -> Spoil:
@@ -254,6 +256,7 @@ DENIED_CASES = [
     Case("denied data", EVALUATE, ("data/test.jsonl: ",), denied="data/test.jsonl"),
 ]
 
+REPLAY = f"{BENCHMARK} --replay other"
 RANDOM = BENCHMARK.replace("--model model", "--random")
 BENCHMARK_CASES = [
     Case("malformed line, benchmark", BENCHMARK, ("data/test.jsonl:2: ",),
@@ -269,6 +272,12 @@ BENCHMARK_CASES = [
     Case("random weights of an unknown size", RANDOM.replace("--random", "--random large --replay model"),
         ("--random: ", "'large'", "bert-base, minilm")),
     Case("nothing to replay", f"{BENCHMARK} --replay models/other", ("models/other: ",)),
+    Case("replay of another depth", REPLAY,
+        ("--replay: ", "other has num_reductions 1, the model under test 2"), make_other(num_layers=2)),
+    Case("replay of another length", REPLAY,
+        ("--replay: ", "other has max_length 12, the model under test 18"), make_other(max_length=12)),
+    Case("replay of other tokens", REPLAY, ("--replay: ", "other splits the texts into other tokens"),
+        lambda: (make_other()(), change("other/tokenizer.json", lambda x: x.replace(b"film", b"seen"))())),
     Case("longer than the positions", f"{BENCHMARK} --max-length 99", ("max_length", "99", "20 positions")),
 ]
 # fmt: on

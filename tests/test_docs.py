@@ -48,24 +48,6 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings(page)}
 
 
-def broken_links(page: Path) -> list[str]:
-    broken = []
-    for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)[^)]*\)", text_of(page)):
-        if re.match(r"[a-z]+:", target):  # http:, mailto:
-            continue
-        path, _, anchor = target.partition("#")
-        file = (page.parent / path).resolve() if path else page
-        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
-            broken.append(target)
-    return broken
-
-
-def missing_paths(page: Path) -> list[str]:
-    named = re.findall(r"`((?:trbert_jax|configs|tests)/[^`\s]*)`", text_of(page))
-    # A test may be named as pytest names it, FILE::TEST.
-    return [path for path in named if not list(ROOT.glob(path.partition("::")[0].rstrip("/")))]
-
-
 def test_cited_headings_exist() -> None:
     texts = {source: source.read_text(encoding="utf-8") for source in SOURCES}
     for name in re.findall(r"docs/([\w-]+\.md)", "".join(texts.values())):
@@ -76,31 +58,31 @@ def test_cited_headings_exist() -> None:
         for match in CITATION.finditer(text)
     ]
     assert len(cited) > 10
-    wrong = [
-        f'{source.relative_to(ROOT)}: docs/{page}, "{heading}"'
-        for source, page, heading in cited
-        if heading not in headings(ROOT / "docs" / page)
-    ]
-    assert not wrong
+    assert [found for found in cited if found[2] not in headings(ROOT / "docs" / found[1])] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_page(page: Path) -> None:
-    assert broken_links(page) == []
-    assert missing_paths(page) == []
+    for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)[^)]*\)", text_of(page)):
+        if re.match(r"[a-z]+:", target):  # http:, mailto:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or file.suffix != ".md" or anchor in anchors(file), target
+    for path in re.findall(r"`((?:trbert_jax|configs|tests)/[^`\s]*)`", text_of(page)):
+        # A test may be named as pytest names it, FILE::TEST.
+        assert list(ROOT.glob(path.partition("::")[0].rstrip("/"))), path
     assert len(set(headings(page))) == len(headings(page))  # else a link or citation is ambiguous
     if page.name == "README.md":
         assert len(page.read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def code_blocks(page: Path) -> str:
-    """The code blocks of a page, a command with continued lines as one line."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return "\n".join(blocks).replace("\\\n", " ")
-
-
 def test_commands_of_the_pages_are_accepted() -> None:
-    lines = [line for page in PAGES for line in code_blocks(page).splitlines()]
+    """In code blocks; a command with continued lines is one line."""
+    texts = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", texts, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [line for line in lines if line.startswith("trbert ")]
     assert len(commands) > 10
     for command in commands:

@@ -6,6 +6,7 @@ Cases come from `TRBERT_GOLDEN_DIR` if set, else from `tests/golden` (a subset o
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import golden_cases
 import golden_checks
@@ -66,26 +67,24 @@ def test_perturbed_arrays_are_refused(outputs: dict[str, tuple]) -> None:
     assert tried > 0
 
 
-def test_an_array_nobody_compares_fails(tmp_path: Path) -> None:
-    folder = _copy(FOLDERS[0], tmp_path)
-    with np.load(folder / "arrays.npz") as arrays:
-        np.savez(folder / "arrays.npz", **{**arrays, "something_new": np.zeros(2)})
-    with pytest.raises(AssertionError, match="something_new"):
+@pytest.mark.parametrize(
+    ("constants", "arrays", "error", "message"),
+    [
+        ({}, {"something_new": np.zeros(2)}, AssertionError, "something_new"),
+        ({"name": "summarisation_bert_eval"}, {}, KeyError, "summarisation"),
+        ({"beta": 0.5}, {}, AssertionError, "unknown constants: beta"),
+    ],
+)
+def test_what_nobody_compares_fails(
+    tmp_path: Path, constants: dict[str, Any], arrays: dict[str, Any], error: Any, message: str
+) -> None:
+    case = {**json.loads((FOLDERS[0] / "case.json").read_text(encoding="utf-8")), **constants}
+    folder = shutil.copytree(FOLDERS[0], tmp_path / case["name"], copy_function=shutil.copyfile)
+    (folder / "case.json").write_text(json.dumps(case), encoding="utf-8")
+    with np.load(FOLDERS[0] / "arrays.npz") as old:
+        np.savez(folder / "arrays.npz", **{**old, **arrays})
+    with pytest.raises(error, match=message):
         golden_checks.check(golden_cases.load(folder))
-
-
-def test_an_unknown_kind_fails(tmp_path: Path) -> None:
-    folder = _copy(FOLDERS[0], tmp_path, name="summarisation_bert_eval")
-    with pytest.raises(KeyError, match="summarisation"):
-        golden_checks.check(golden_cases.load(folder))
-
-
-def test_an_unknown_constant_fails(tmp_path: Path) -> None:
-    folder = _copy(FOLDERS[0], tmp_path)
-    case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
-    (folder / "case.json").write_text(json.dumps({**case, "beta": 0.5}), encoding="utf-8")
-    with pytest.raises(AssertionError, match="unknown constants: beta"):
-        golden_cases.load(folder)
 
 
 @pytest.mark.parametrize("name", ["logits", "task_loss", "selector_nll", "kept_ratio", "score"])
@@ -96,11 +95,3 @@ def test_the_tolerance_is_not_relative_plus_absolute(name: str) -> None:
     for beyond in ([[1.5e-5, 0.0]], [[0.0, 50.8e-5]]):
         with pytest.raises(AssertionError):
             golden_checks.compare(name, expected + np.array(beyond), expected)
-
-
-def _copy(folder: Path, tmp_path: Path, name: str | None = None) -> Path:
-    target = tmp_path / (name or folder.name)
-    shutil.copytree(folder, target, copy_function=shutil.copyfile)
-    case = json.loads((target / "case.json").read_text(encoding="utf-8"))
-    (target / "case.json").write_text(json.dumps({**case, "name": target.name}), encoding="utf-8")
-    return target

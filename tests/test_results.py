@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from test_docs import table
 
 from trbert_jax.config import diff_configs, load_config, to_dict, upgrade
 
@@ -32,18 +33,11 @@ def test_the_command_gives_the_settings(name: str) -> None:
     assert [d for d in changed if re.split("[.:]", d)[0] not in free and "(absent)" not in d] == []
 
 
-def rows(heading: str) -> list[list[str]]:
-    """Cells of the table below a heading of README."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
-    lines = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
 def test_results_of_readme() -> None:
     """One row an experiment: dense, reduced, speed-up and random tokens are those of the file named last."""
-    table = rows("Results")
-    assert len(table) >= 5
-    for name, *cells, config, file in table:
+    rows = table("README.md", "data (metric)")
+    assert len(rows) >= 5
+    for name, *cells, config, file in rows:
         result = json.loads((ROOT / re.findall(r"\((.+)\)", file)[0]).read_text(encoding="utf-8"))
         metric, percent = ("f1", 1) if "F1" in name else ("accuracy", 100)
         if "spread" in result:
@@ -63,7 +57,7 @@ def test_speeds_of_readme() -> None:
     """One row a way to run, one column a batch size."""
     records = json.loads((ROOT / "benchmarks/minilm.json").read_text(encoding="utf-8"))
     for (name, *cells), variant in zip(
-        rows("Speed"), ("packed", "dense", "dense_full", "huggingface"), strict=True
+        table("README.md", "batch size"), ("packed", "dense", "dense_full", "huggingface"), strict=True
     ):
         speeds = {r["batch_size"]: r["examples_per_second"] for r in records if r["variant"] == variant}
         assert cells == [f"{speeds[size]:.1f}" for size in (1, 8, 32, 128)], name

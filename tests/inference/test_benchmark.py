@@ -241,28 +241,7 @@ def test_random_weights_keep_replayed_tokens(folder: Path) -> None:
     assert (random["model"], random["replay"]) == ("tiny", str(folder / "model"))
 
 
-SHALLOW = dataclasses.replace(tiny_models.BERT, num_layers=2)
-SHORT = dataclasses.replace(tiny_models.BERT, max_length=12)
-
-
-@pytest.mark.parametrize(
-    ("options", "replayed", "words"),
-    [
-        ({"variants": ("huggingface",)}, None, "--variants: huggingface needs PyTorch"),
-        ({}, SHALLOW, "--replay: .*other has num_reductions 1, the model under test 2"),
-        ({}, SHORT, "--replay: .*other has max_length 12, the model under test 18"),
-        ({}, "other tokens", "--replay: .*other splits the texts into other tokens"),
-    ],
-)
-def test_bad_options(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any, replayed: Any, words: str
-) -> None:
+def test_hugging_face_needs_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trbert_jax.inference.benchmark.torch_available", lambda: False)
-    if replayed:
-        config = tiny_models.BERT if replayed == "other tokens" else replayed
-        options = {**options, "replay_dir": tiny_models.tiny_model(tmp_path / "other", config)}
-    if replayed == "other tokens":
-        path = tmp_path / "other" / "tokenizer.json"
-        path.write_text(path.read_text(encoding="utf-8").replace('"film"', '"movie"'), encoding="utf-8")
-    with pytest.raises(UserError, match=words):
-        benchmark_file(folder / "texts.txt", **{"model_dir": folder / "model", **options})
+    with pytest.raises(UserError, match="--variants: huggingface needs PyTorch"):
+        benchmark_file(folder / "texts.txt", model_dir=folder / "model", variants=("huggingface",))

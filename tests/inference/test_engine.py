@@ -2,20 +2,19 @@
 
 import collections
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from common import random_examples
 
 from trbert_jax.inference import engine
 from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Outputs, bucket_widths
 from trbert_jax.model.model import TokenReducingModel, forward
 from trbert_jax.model.packed import BACKENDS
-from trbert_jax.reduction import selection
-from trbert_jax.tasks.examples import Examples
+from trbert_jax.reduction.selection import keep_probable
 
 MAX_LENGTH = 48
 CONFIG = dataclasses.replace(tiny_models.BERT, max_positions=MAX_LENGTH, max_length=MAX_LENGTH)
@@ -25,18 +24,8 @@ PARAMS = jax.tree.map(jnp.asarray, tiny_models.tiny_params(CONFIG, seed=38, scal
 NUM, BATCH = 40, 32
 
 
-def make_examples(num: int = NUM, seed: int = 0) -> Examples:
-    """Random examples of 3 to `MAX_LENGTH` tokens."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(3, MAX_LENGTH + 1, num)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids = rng.integers(5, CONFIG.vocab_size, offsets[-1]).astype(np.int32)
-    ids[offsets[:-1]], ids[offsets[1:] - 1] = 2, 3  # [CLS] and [SEP]
-    labels = rng.integers(0, 2, num).astype(np.int32)
-    return Examples(ids, offsets, None, labels, [str(i) for i in range(num)], 0, "")
-
-
-EXAMPLES = make_examples()
+RNG = np.random.default_rng(0)
+EXAMPLES = random_examples(CONFIG, RNG.integers(3, MAX_LENGTH + 1, NUM), RNG)
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +36,6 @@ def runner() -> InferenceEngine:
 @pytest.fixture(scope="module")
 def packed(runner: InferenceEngine) -> Outputs:
     return runner.run(PARAMS, EXAMPLES)
-
-
-def by_the_model(rule: selection.Rule | None) -> Any:
-    """The model's output for all examples in one batch, padded to the full length."""
-    mask = np.arange(MAX_LENGTH) < EXAMPLES.lengths[:, None]
-    ids = np.zeros(mask.shape, np.int32)
-    ids[mask] = EXAMPLES.tokens
-    batch = {"input_ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
-    return jax.jit(lambda params: forward(MODEL, params, batch, rule=rule))(PARAMS)
 
 
 def masks(outputs: Outputs) -> np.ndarray:
@@ -77,8 +57,12 @@ def pick(outputs: Outputs, rows: list[int]) -> Outputs:
 
 
 def test_outputs_are_the_models(packed: Outputs) -> None:
-    """In the order of the examples."""
-    output = by_the_model(selection.keep_probable)
+    """In the order of the examples, here one batch that is padded to the full length."""
+    mask = np.arange(MAX_LENGTH) < EXAMPLES.lengths[:, None]
+    ids = np.zeros(mask.shape, np.int32)
+    ids[mask] = EXAMPLES.tokens
+    batch = {"input_ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
+    output = jax.jit(lambda params: forward(MODEL, params, batch, rule=keep_probable))(PARAMS)
     np.testing.assert_allclose(packed.logits, output.logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(masks(packed), [s.keep for s in output.selections])
     np.testing.assert_array_equal(packed.num_kept.T, [s.num_kept for s in output.selections])
@@ -89,13 +73,6 @@ def test_outputs_are_the_models(packed: Outputs) -> None:
     first, second = packed.num_kept.T
     assert min((first < packed.lengths).mean(), (second < first).mean(), (second > 1).mean()) > 0.5
     assert set(packed.logits.argmax(-1)) == {0, 1}
-
-
-def test_dense_drops_nothing(runner: InferenceEngine) -> None:
-    outputs = runner.run(PARAMS, EXAMPLES, rule="dense")
-    assert outputs.kept == ()
-    assert outputs.num_kept.shape == (NUM, 0)
-    np.testing.assert_allclose(outputs.logits, by_the_model(None).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_batch_max_fills_rows_up(runner: InferenceEngine, packed: Outputs) -> None:
@@ -167,7 +144,7 @@ def test_compiles_once_for_each_rule_and_width(monkeypatch: pytest.MonkeyPatch, 
     fresh = InferenceEngine(MODEL, 8)
     for _ in range(2):
         fresh.run(PARAMS, EXAMPLES, backend="masked")
-        fresh.run(PARAMS, make_examples(23, seed=5), backend="masked", threshold=0.3)
+        fresh.run(PARAMS, EXAMPLES.take(range(23)), backend="masked", threshold=0.3)
     assert traces == dict.fromkeys(widths, 1)
     for seed in (0, 1):
         fresh.run(PARAMS, EXAMPLES, rule="random", backend="masked", num_kept=packed.num_kept, seed=seed)
