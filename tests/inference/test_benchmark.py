@@ -52,9 +52,6 @@ def own() -> dict[str, Any]:
     return {name: prepare(name, programs, PARAMS, OWN, BATCH) for name in VARIANTS if name != "huggingface"}
 
 
-# Workloads and variants ---------------------------------------------------------------------------
-
-
 def test_variants_agree(own: dict[str, Any]) -> None:
     for name, reference in (("packed", "masked"), ("masked_full", "masked"), ("dense", "dense_full")):
         np.testing.assert_allclose(own[name].logits, own[reference].logits, rtol=1e-5, atol=1e-5)
@@ -112,9 +109,6 @@ def test_timing_takes_turns() -> None:
     assert order == ["a0", "a1", "b0"] * 2
     assert {name: times.shape for name, times in seconds.items()} == {"a": (2, 2), "b": (2, 1)}
     assert all((times > 0).all() for times in seconds.values())
-
-
-# Records ------------------------------------------------------------------------------------------
 
 
 fake_run = functools.partial(PreparedRun, calls=[], num_texts=4, logits=np.zeros((4, 2)))
@@ -177,9 +171,6 @@ def test_drift_counts_tokens_texts_and_labels() -> None:
     assert list(drift(run, None, lengths).values()) == [None, None, None]
     dense, shorter = (fake_run("dense", flops=1, logits=logits[:count]) for count in (4, 3))
     assert list(drift(dense, shorter, lengths).values()) == [None, None, 0]
-
-
-# The command --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

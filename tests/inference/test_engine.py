@@ -53,9 +53,6 @@ def pick(outputs: Outputs, rows: list[int]) -> Outputs:
     return Outputs(outputs.logits[rows], kept, outputs.lengths[rows], outputs.labels[rows], 1.0)
 
 
-# Rules --------------------------------------------------------------------------------------------
-
-
 def test_outputs_are_the_models(packed: Outputs) -> None:
     """In the order of the examples, here one batch that is padded to the full length."""
     mask = np.arange(MAX_LENGTH) < EXAMPLES.lengths[:, None]
@@ -87,9 +84,6 @@ def test_batch_max_fills_rows_up(runner: InferenceEngine, packed: Outputs) -> No
         np.testing.assert_array_equal(filled.num_kept[rows, 0], np.minimum(most, EXAMPLES.lengths[rows]))
 
 
-# Baselines ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rule", ["random", "first_k"])
 def test_baselines_keep_exactly_the_given_counts(runner: InferenceEngine, packed: Outputs, rule: str) -> None:
     outputs = runner.run(PARAMS, EXAMPLES, rule=rule, num_kept=packed.num_kept)
@@ -116,9 +110,6 @@ def test_random_draws_follow_the_seed(runner: InferenceEngine, packed: Outputs) 
     kept = np.array([draw(seed, np.full((NUM, 2), 2)).kept[1] for seed in range(12)])  # [12, NUM, 2]
     places = (kept[..., 1] - 1) / (EXAMPLES.lengths - 2)
     assert places[:, EXAMPLES.lengths > 9].mean() == pytest.approx(0.5, abs=0.06)
-
-
-# Batches and compilation --------------------------------------------------------------------------
 
 
 def test_progress_counts_batches_and_examples(runner: InferenceEngine, packed: Outputs) -> None:

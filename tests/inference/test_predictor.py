@@ -1,6 +1,5 @@
 """Texts in, labels and kept tokens out; the same in whatever batch and order."""
 
-import collections
 import dataclasses
 import json
 import operator
@@ -57,9 +56,6 @@ def assert_same(left: Sequence[Prediction], right: Sequence[Prediction]) -> None
         assert [getattr(a, name) for name in fields] == [getattr(b, name) for name in fields]
 
 
-# What a prediction says ---------------------------------------------------------------------------
-
-
 @CONFIGS
 def test_prediction_is_the_models(config: Any) -> None:
     """Against the model itself, one text at a time, padded to the full length."""
@@ -90,9 +86,6 @@ def test_long_text_is_cut(model: TRBert) -> None:
     np.testing.assert_allclose(exact.scores, longest.scores, atol=1e-6)
 
 
-# Batches ------------------------------------------------------------------------------------------
-
-
 @CONFIGS
 def test_batch_independence(config: Any) -> None:
     model, texts = make(config), some_texts(40)
@@ -102,9 +95,6 @@ def test_batch_independence(config: Any) -> None:
     shuffled = model.predict([texts[i] for i in order], batch_size=32)
     assert_same([together[i] for i in order], shuffled)
     assert len({p.label_id for p in together}) == 2, "a model that always says the same tests nothing"
-
-
-# Streams and compilation --------------------------------------------------------------------------
 
 
 def test_a_stream_is_read_as_it_is_used(model: TRBert) -> None:
@@ -160,20 +150,18 @@ def test_nothing_is_compiled_after_the_warm_up(
     first = len(compilations)
     assert first >= len(named)
 
-    run: collections.Counter[tuple[int, ...]] = collections.Counter()
-    get = model.programs.get
+    run, get = set[tuple[int, ...]](), model.programs.get
 
-    def counting(params: Any, batch: Any, *options: Any) -> Any:
-        run[batch["input_ids"].shape] += 1
+    def noting(params: Any, batch: Any, *options: Any) -> Any:
+        run.add(batch["input_ids"].shape)
         return get(params, batch, *options)
 
-    monkeypatch.setattr(model.programs, "get", counting)
+    monkeypatch.setattr(model.programs, "get", noting)
     for seed in range(200):
         longest = int(rng.integers(3, max_length + 1))
         model.predict(some_texts(int(rng.integers(1, 20)), seed, longest), batch_size=8)
     assert len(compilations) == first
-    assert run.keys() == set(shapes)
-    assert run.total() >= 200
+    assert run == set(shapes)
 
 
 _CACHED = """
@@ -204,23 +192,13 @@ def test_the_next_process_finds_the_programs(model: TRBert, tmp_path: Path) -> N
     assert second.stderr == ""
 
 
-# Saving and loading -------------------------------------------------------------------------------
-
-
-@CONFIGS
-def test_round_trip(tmp_path: Path, config: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = some_texts(5)
-    before = make(config)
-    before.save_pretrained(tmp_path / "model")
-    after = TRBert.from_pretrained(tmp_path / "model")
-    assert after.config == config
-    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
-    assert_same(before.predict(texts), after.predict(texts))
+def test_saved_and_loaded(model: TRBert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model.save_pretrained(tmp_path)
+    same, texts = TRBert.from_pretrained(tmp_path), some_texts(5)
+    assert same.config == model.config
+    tiny_models.assert_same_params(same.params, model.params)
+    assert_same(same.predict(texts), model.predict(texts))
     assert capsys.readouterr() == ("", "")
-
-
-def test_another_max_length(tmp_path: Path) -> None:
-    make().save_pretrained(tmp_path)
     (prediction,) = TRBert.from_pretrained(tmp_path, max_length=5).predict(["the film was very dull"])
     assert prediction.tokens == ["[CLS]", "the", "film", "was", "[SEP]"]
     assert prediction.truncated
@@ -234,9 +212,6 @@ def test_bfloat16_is_close(model: TRBert) -> None:
         for m in (model, make(dtype="bfloat16"))
     )
     assert 0 < np.abs(exact - rough).max() < 0.1
-
-
-# Bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -264,8 +239,6 @@ def test_bad_models() -> None:
     with pytest.raises(UserError, match="27 tokens"):
         make(dataclasses.replace(tiny_models.BERT, vocab_size=20))
 
-
-# A real model of the published code ---------------------------------------------------------------
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "models" / "imdb_minilm_trbert"
 needs_published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published code's model is not here")

@@ -15,7 +15,7 @@ from tiny_qa_files import SAMPLES
 
 from trbert_jax import TRBert, answer_questions
 from trbert_jax.cli import main
-from trbert_jax.config import BackboneConfig, DataConfig, RunConfig
+from trbert_jax.config import load_config
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.model.pretrained import save_pretrained
@@ -24,6 +24,7 @@ from trbert_jax.tasks import Splits
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "max_positions": 64, "max_length": 64}
 BASE = dataclasses.replace(tiny_models.BERT, vocab_size=len(VOCABULARY), **SIZES)
 LETTERS = tuple("ABCD")
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 Capture = pytest.CaptureFixture[str]
 # Kind of question -> data set, task, labels, the sample of a published file, its ids.
 KINDS: dict[str, tuple[str, str, tuple[str, ...], str, list[str]]] = {
@@ -53,11 +54,9 @@ def without(request: dict[str, Any], field: str) -> dict[str, Any]:
     return {k: v for k, v in request.items() if k != field}
 
 
-def longer(kind: str) -> dict[str, Any]:
+def longer(kind: str) -> Any:
     """The request of a kind with more text."""
-    text = json.dumps(REQUESTS[kind]).replace("the queen was not", "the queen was not " * 9)
-    request: dict[str, Any] = json.loads(text)
-    return request
+    return json.loads(json.dumps(REQUESTS[kind]).replace("the queen was not", "the queen was not " * 9))
 
 
 def model_config(kind: str) -> ModelConfig:
@@ -270,9 +269,8 @@ def test_training_leaves_out_what_cannot_become_inputs(
     document = SAMPLES["squad"].fresh()
     document["data"][0]["paragraphs"][0]["qas"][0]["question"] = "\u200b"
     SAMPLES["squad"].write(tmp_path / "train-v2.0.json", document)
-    settings = DataConfig(name="squad", path=str(tmp_path), skip_bad_records=True)
-    model = BackboneConfig(init="scratch", max_length=64, window_step=16)
-    data = Splits(RunConfig(workdir="x", data=settings, model=model))
+    settings = ["data.name=squad", f"data.path={tmp_path}", "data.skip_bad_records=true"]
+    data = Splits(load_config(QUICKSTART, [*settings, "model.max_length=64", "model.window_step=16"]))
     before = data.ids("train")
     examples = data.examples("train", qa_tokenizer())
     assert set(examples.ids) <= data.ids("train") == before - {"q1"}
@@ -347,13 +345,10 @@ def test_a_model_of_texts_refuses_questions(models: dict[str, Path], tmp_path: P
         ("hotpotqa", "model.max_segments", 2),
         ("wikihop", "model.max_question_length", 9),
         ("squad", "data.choices", "shared"),
-        ("imdb", "data.skip_bad_records", True),
+        ("imdb", "data.skip_bad_records", "true"),
     ],
 )
 def test_settings_that_a_data_set_does_not_read(name: str, key: str, value: Any) -> None:
-    parts: Any = {"data": {"name": name}, "model": {"init": "scratch"}}
-    section, _, field = key.partition(".")
-    parts[section][field] = value
-    config = RunConfig(workdir="x", data=DataConfig(**parts["data"]), model=BackboneConfig(**parts["model"]))
+    config = load_config(QUICKSTART, [f"data.name={name}", "data.path=x", f"{key}={value}"])
     with pytest.raises(UserError, match=rf"{key} is .*, which {name} does not read"):
         Splits(config)
