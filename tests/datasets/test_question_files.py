@@ -7,25 +7,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_qa_files import MOUNTAIN, SAMPLES, read_sample, write_race
+from tiny_qa_files import SAMPLES, read_sample, write_race
 
 from trbert_jax.datasets import DATASETS, triviaqa
-from trbert_jax.datasets.records import Span, SpanQuestion
+from trbert_jax.datasets.records import SpanQuestion
 
 
 def texts(question: SpanQuestion) -> list[str]:
     return [question.context[span.start : span.end] for span in question.spans]
-
-
-def test_squad(tmp_path: Path) -> None:
-    first, second, third, fourth = read_sample("squad", tmp_path)
-    assert (first.id, first.question, first.context) == ("q1", "How high is it?", MOUNTAIN)
-    assert first.answers == ("4,808 m", "4,808", "4,808")
-    assert texts(first) == list(first.answers)
-    assert first.where.endswith("dev-v2.0.json: data[0].paragraphs[0].qas[0]")
-    assert (second.answers, texts(second)) == (("東京",), ["東京"])
-    assert (third.impossible, third.answers, third.spans) == (True, (), ())
-    assert (fourth.impossible, texts(fourth)) == (False, ["words"])  # no is_impossible, as in version 1.1
 
 
 @pytest.mark.parametrize(
@@ -48,12 +37,10 @@ def test_squad_ignores_white_space(tmp_path: Path, context: str, start: int, tex
 
 @pytest.mark.parametrize("name", ["mrqa", "mrqa_gz"])
 def test_mrqa(tmp_path: Path, name: str) -> None:
-    first, second, third = read_sample(name, tmp_path)
-    assert (first.id, second.id, third.id) == ("n1", "n2", "n3")  # qid before id
-    assert (first.answers, texts(first)) == (("Paris", "東京"), ["Paris", "東京", "東京"])
-    assert texts(second) == ["The Élysée"]  # case, accents, the space after it
-    assert (third.context, third.spans, third.impossible) == ("a b c", (Span(2, 5),), False)
-    assert third.where.endswith(f"{SAMPLES[name].path}:3: qas[0]")
+    questions = read_sample(name, tmp_path)
+    assert [question.id for question in questions] == ["n1", "n2", "n3"]  # qid before id
+    spelled = [["Paris", "東京", "東京"], ["The Élysée"], ["b c"]]  # case, accents, the space after it
+    assert [texts(question) for question in questions] == spelled
     document = SAMPLES["mrqa"].fresh()[1:]  # without header
     document[1]["qas"][0].update(is_impossible=True, answers=[], detected_answers=[])
     *_, last = read_sample(name, tmp_path, document)
@@ -74,8 +61,6 @@ def test_race_file_order(tmp_path: Path) -> None:
 
 def test_triviaqa(tmp_path: Path) -> None:
     questions = read_sample("triviaqa", tmp_path)
-    names = ["Lloyd_Webber.txt", "Élysée.txt", "35/35_995.txt"]
-    assert [q.id for q in questions] == [*(f"tc_33--{name}" for name in names), f"tc_34--{names[0]}"]
     assert [texts(q) for q in questions] == [
         ["SUNSET  BOULEVARD", "Sunset Boulevard"],
         ["Sunset\u2019Boulevard"],
@@ -84,10 +69,6 @@ def test_triviaqa(tmp_path: Path) -> None:
     ]
     assert questions[0].answers == ("sunset boulevard", "west sunset boulevard")
     assert questions[3].answers == ("lloyd webber", "Webber, the")
-    assert questions[1].where.endswith("qa/wikipedia-dev.json: Data[0].EntityPages[1]")
-    assert [q.scored_id for q in questions] == ["tc_33"] * 3 + ["tc_34"]
-    web = read_sample("triviaqa_web", tmp_path)
-    assert [q.scored_id for q in web] == [q.id for q in web] == [q.id for q in questions]
 
 
 def test_triviaqa_list(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_qa_files import SAMPLES, mrqa_document, write_lines, write_race
+from tiny_qa_files import SAMPLES, write_race
 
 from trbert_jax.datasets import DATASETS, BadRecords
 from trbert_jax.errors import MissingSplitError, UserError
@@ -25,6 +25,7 @@ QUESTIONS: list[tuple[str, str, tuple[str, ...], int]] = [
     ("squad", "squad", ("train-v2.0.json", "dev-v2.0.json"), 4),
     ("squad", "squad", ("train-v1.1.json", "dev-v1.1.json"), 4),
     ("newsqa", "mrqa", ("train.jsonl", "dev.jsonl"), 3),
+    ("newsqa", "mrqa", ("train.jsonl", "dev.jsonl", "test.jsonl"), 3),
     ("naturalqa", "mrqa", ("train/NaturalQuestionsShort.jsonl", "dev/NaturalQuestionsShort.jsonl"), 3),
     ("race", "race", ("train", "dev", "test"), 4),
     ("race_high", "race", ("train", "dev", "test"), 3),
@@ -82,13 +83,6 @@ def test_question_splits(
         assert len(DATASETS[name].read_split(tmp_path, split)) == count
     # Where no test set is published, dev serves as test.
     assert [Path(files[1]).name in message for message in caplog.messages] == [True] * (len(files) == 2)
-
-
-def test_own_test_set_comes_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_lines(tmp_path / "dev.jsonl", mrqa_document())
-    write_lines(tmp_path / "test.jsonl", mrqa_document()[:2])
-    assert len(DATASETS["newsqa"].read_split(tmp_path, "test")) == 2
-    assert not caplog.messages
 
 
 def test_skipped_records_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

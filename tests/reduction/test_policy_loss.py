@@ -15,23 +15,19 @@ def logit(p: float) -> float:
     return float(np.log(p / (1 - p)))
 
 
-def selection(keep_prob: Sequence[float], scored: str, keep: str) -> Selection:
-    """One row; `scored` and `keep` are strings of 0 and 1."""
-    logits = jnp.array([[logit(p) for p in keep_prob]], jnp.float32)
-    return with_logits(logits, scored, keep)
+def selection(keep_prob: Sequence[float], scored: str) -> Selection:
+    """One row in which nothing is dropped; `scored` is a string of 0 and 1."""
+    return with_logits(jnp.array([[logit(p) for p in keep_prob]], jnp.float32), scored, scored)
 
 
 def with_logits(logits: jax.Array, scored: str, keep: str) -> Selection:
-    there, kept = (jnp.array([[c == "1" for c in row]]) for row in (scored, keep))
-    return Selection(logits=logits, scored=there, keep=kept)
+    valid, kept = (jnp.array([[c == "1" for c in row]]) for row in (scored, keep))
+    return Selection(logits=logits, scored=valid, keep=kept)
 
 
 def test_rank_error() -> None:
     """|p - rank|, summed over the points; the last token is padding, whatever its rank."""
-    selections = [
-        selection([0.5, 0.25, 0.75, 0.5], "1110", "1110"),
-        selection([0.9, 0.8, 0.1, 0.5], "1110", "1110"),
-    ]
+    selections = [selection(p, "1110") for p in ([0.5, 0.25, 0.75, 0.5], [0.9, 0.8, 0.1, 0.5])]
     rank = jnp.array([[[1.0, 0.5, 0.25, 9.0], [1.0, 0.5, 0.25, 9.0]]])
     expected = [[0.5 + 0.1, 0.25 + 0.3, 0.5 + 0.15, 0]]
     np.testing.assert_allclose(initialization.rank_error(selections, rank), expected, rtol=1e-5)
@@ -48,21 +44,9 @@ def test_rank_error_to_keep_a_share(share: float) -> None:
     """A selector without error gives that share a probability above 1/2: the highest ranks."""
     rank = jnp.linspace(0.005, 0.995, 100)[None, None]
     power = np.log(0.5) / np.log(1 - share)
-    perfect = selection(np.asarray(rank[0, 0]) ** power, "1" * 100, "1" * 100)
+    perfect = selection(np.asarray(rank[0, 0]) ** power, "1" * 100)
     np.testing.assert_allclose(initialization.rank_error([perfect], rank, [share]), 0, atol=1e-6)
     np.testing.assert_array_equal(perfect.logits[0] > 0, np.arange(100) >= round(100 * (1 - share)))
-
-
-def test_selector_nll_of_two_points() -> None:
-    """At each point the mean over the tokens judged there, [CLS] included; summed over the points."""
-    selections = [
-        selection([0.5, 0.25, 0.75, 0.9], "1110", "1010"),
-        selection([0.2, 0.99, 0.6, 0.99], "1010", "1000"),
-    ]
-    first = -(np.log(0.5) + np.log(1 - 0.25) + np.log(0.75)) / 3
-    second = -(np.log(0.2) + np.log(1 - 0.6)) / 2
-    np.testing.assert_allclose(policy.selector_nll(selections), [first + second], rtol=1e-5)
-    np.testing.assert_allclose(policy.selector_nll(selections[:1]), [first], rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [-30.0, -14.0, 14.0, 15.5, 30.0, 200.0])
@@ -92,9 +76,8 @@ def test_masking_is_deleting() -> None:
     def loss(logits: jax.Array, scored: str) -> jax.Array:
         keep = "10" + "0" * (len(scored) - 2)
         judged = [with_logits(logits, scored, keep)]
-        return (
-            policy.selector_nll(judged) + initialization.rank_error(judged, rank[..., : len(scored)]).sum(-1)
-        )[0]
+        error = initialization.rank_error(judged, rank[..., : len(scored)])
+        return policy.selector_nll(judged)[0] + error.sum()
 
     for x, scored in ((short, "11"), (long, "1100")):
         value, grad = jax.value_and_grad(loss)(x, scored)
@@ -114,39 +97,13 @@ def test_row_without_tokens() -> None:
 def test_kept_ratio_is_of_the_maximum_length() -> None:
     """Not of the width: 3 and 1 kept tokens of 10 that an input may have."""
     for padding in ("", "00000"):
-        p = [0.5] * (4 + len(padding))
+        logits = jnp.zeros((1, 4 + len(padding)))
         selections = [
-            selection(p, "1111" + padding, "1110" + padding),
-            selection(p, "1110" + padding, "1000" + padding),
+            with_logits(logits, scored + padding, keep + padding)
+            for scored, keep in (("1111", "1110"), ("1110", "1000"))
         ]
         np.testing.assert_allclose(policy.kept_ratio(selections, 10), [0.2], rtol=1e-6)
         np.testing.assert_allclose(policy.kept_ratio(selections[:1], 10), [0.3], rtol=1e-6)
-
-
-def test_policy_loss() -> None:
-    task_loss = jnp.array([[1.0, 0.0], [2.0, 0.0], [6.0, 0.0]])
-    ratio = jnp.array([[0.5, 0.1], [0.0, 0.2], [0.5, 0.3]])
-    nll = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    reward = policy.reward(task_loss, ratio, alpha=2.0)
-    np.testing.assert_allclose(reward, [[-2, -0.2], [-2, -0.4], [-7, -0.6]], rtol=1e-6)
-    advantage = np.array([[5 / 3, 0.2], [5 / 3, 0], [-10 / 3, -0.2]])
-    np.testing.assert_allclose(policy.advantage(reward), advantage, rtol=1e-5, atol=1e-6)
-    expected = [(5 / 3 + 5 - 50 / 3) / 3, (0.4 - 1.2) / 3]
-    np.testing.assert_allclose(policy.policy_loss(nll, reward), expected, rtol=1e-5)
-
-
-def test_reward_has_no_gradient() -> None:
-    """The policy loss moves the log-probabilities alone, each by its advantage over K."""
-
-    def loss(nll: jax.Array, task_loss: jax.Array, ratio: jax.Array) -> jax.Array:
-        return policy.policy_loss(nll, policy.reward(task_loss, ratio, 0.5)).sum()
-
-    nll, task_loss, ratio = jax.random.uniform(jax.random.key(0), (3, 4, 2))
-    grads = jax.grad(loss, argnums=(0, 1, 2))(nll, task_loss, ratio)
-    expected = policy.advantage(-task_loss - 0.5 * ratio) / 4
-    np.testing.assert_allclose(grads[0], expected, rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(grads[1], 0)
-    np.testing.assert_array_equal(grads[2], 0)
 
 
 @pytest.mark.parametrize("num_samples", [2, 3])

@@ -93,13 +93,6 @@ def test_keep_above_a_threshold(threshold: float) -> None:
     np.testing.assert_array_equal(selection.keep, expected)
 
 
-def test_keep_batch_max_fills_up() -> None:
-    """The second row wants most, three; the first is filled with its next best, the last has only two."""
-    logits = [[-1.0, -3.0, 2.0, -2.0], [-1.0, 1.0, 1.0, -1.0], [-1.0, -4.0, 5.0, 5.0]]
-    keep = apply(tokens.keep_batch_max, logits, bools("1111", "1111", "1100")).keep
-    assert_kept(keep, "1011", "1110", "1100")
-
-
 @pytest.mark.parametrize("cls", [-5.0, 5.0])
 def test_keep_batch_max_counts_cls_once(cls: float) -> None:
     """[CLS] is among the kept whatever its logit, and its place is not given to another."""
@@ -128,14 +121,6 @@ def test_imitation_follows_its_stage_and_its_rows() -> None:
     assert_kept(apply(rule, logits, bools("111", "111"), stage=1).keep, "101", "111")
 
 
-def test_keep_first() -> None:
-    rule = tokens.keep_first(jnp.array([[3, 2, 9], [2, 1, 1]]))
-    valid = bools("11111", "11111", "11000")
-    first = apply(rule, [[0.0] * 5] * 3, valid)
-    assert_kept(first.keep, "11100", "11000", "11000")
-    assert_kept(apply(rule, [[0.0] * 5] * 3, first.keep, stage=1).keep, "11000", "10000", "10000")
-
-
 LENGTHS = np.array([12, 7, 1, 9])
 MANY = 4000  # rows; frequencies are then within 0.03, more than three standard deviations
 
@@ -157,19 +142,6 @@ def sampled(stage: int, rows: np.ndarray, logits: jax.Array, valid: jax.Array) -
 @jax.jit
 def randomly_kept(counts: np.ndarray, rows: np.ndarray, logits: jax.Array, valid: jax.Array) -> jax.Array:
     return tokens.keep_random(jnp.asarray(counts)[None], keys(rows))(0, logits, valid)
-
-
-def test_keep_random_is_nested_and_exact() -> None:
-    counts = np.array([[6, 7, 1, 4], [2, 3, 1, 1]])
-    rule = tokens.keep_random(jnp.asarray(counts), keys(np.arange(4)))
-    logits = [[0.0] * 12] * 4
-    first = apply(rule, logits, prefix(LENGTHS, 12))
-    second = apply(rule, logits, first.keep, stage=1)
-    assert first.num_kept.tolist() == counts[0].tolist()
-    assert second.num_kept.tolist() == counts[1].tolist()
-    assert first.keep[:, 0].all()
-    assert second.keep[:, 0].all()
-    assert not (second.keep & ~first.keep).any()
 
 
 def test_keep_random_is_uniform() -> None:

@@ -5,9 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_qa import pieces, qa_tokenizer, row, texts, types
+from tiny_qa import qa_tokenizer, row
 
 from trbert_jax.datasets.records import CandidateQuestion, ChoiceQuestion
 from trbert_jax.errors import UserError
@@ -109,21 +107,6 @@ def test_limits_of_candidates() -> None:
     assert (many.row_targets["candidates"] >= 0).all()
     with pytest.raises(UserError, match=r"\[unused2\]"):
         candidates(QUERY, tokenizer=qa_tokenizer(("[unused2]",)))
-
-
-@settings(deadline=None)
-@given(st.lists(texts, min_size=1, max_size=5), st.lists(texts, max_size=3), st.integers(1, 3))
-def test_segments_hold_the_documents(names: list[str], supports: list[str], segments: int) -> None:
-    question = dataclasses.replace(QUERY, candidates=tuple(names), supports=tuple(supports))
-    whole = candidates(question, max_length=10_000, max_document_length=10_000)
-    head = types(whole, 0).count(0)
-    examples = candidates(question, max_length=head + 8, max_segments=segments)
-    parts = [examples.row(i)[head:-1] for i in range(examples.num_rows)]
-    document = whole.row(0)[head:-1]
-    assert np.concatenate(parts).tolist() == document[: segments * 7].tolist()
-    assert examples.num_truncated == (len(document) > segments * 7)
-    for position in examples.row_targets["candidates"][0, : len(names)]:
-        assert pieces(examples.row(0))[position] == "[unused1]"
 
 
 def test_chosen_candidates() -> None:

@@ -38,6 +38,8 @@ def test_training_leaves_out_answers_that_cannot_be_found() -> None:
     assert build(lost, none, fine, training=True).ids == ["fine"]
     examples = build(lost, none, fine)
     assert (examples.ids, starts(examples)) == (["lost", "none", "fine"], [0, 0, 5])
+    assert len(segments(lost, training=True)) == 0
+    assert targets(segments(lost)) == [[(0, 0)]]
 
 
 def test_answers_of_other_scripts() -> None:
@@ -266,12 +268,6 @@ def test_an_answer_at_the_border_of_a_segment(
     context: str, answer: str, expected: list[list[tuple[int, int]]], training: bool
 ) -> None:
     assert targets(segments(mentions(context, answer), training=training)) == expected
-
-
-def test_training_leaves_out_what_the_tokenizer_does_not_keep() -> None:
-    lost = span_question("a \u200b b", spans=(Span(2, 3),))
-    assert len(segments(lost, training=True)) == 0
-    assert targets(segments(lost)) == [[(0, 0)]]
 
 
 def test_repeated_starts_and_ends_and_the_first_64_answers() -> None:
