@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from safetensors import numpy as safetensors
-from tiny_models import BERT, tiny_model
+from tiny_models import BERT, edit_json, edit_weights, tiny_model
 
 from trbert_jax.cli import main
 from trbert_jax.training import loop
@@ -62,10 +61,6 @@ def write(path: str, content: str | bytes) -> Spoil:
     return spoil
 
 
-def remove(path: str) -> Spoil:
-    return Path(path).unlink
-
-
 def change(path: str, to: Callable[[bytes], bytes]) -> Spoil:
     return lambda: Path(path).write_bytes(to(Path(path).read_bytes()))
 
@@ -83,19 +78,13 @@ def corrupt(path: str, start: int, stop: int) -> Spoil:
     return change(path, lambda old: old[:start] + b"\xff" * (stop - start) + old[stop:])
 
 
-def set_json(path: str, **values: Any) -> Spoil:
-    return change(path, lambda old: json.dumps({**json.loads(old), **values}).encode())
+def set_config(**values: Any) -> Spoil:
+    return lambda: edit_json(Path("model/config.json"), **values)
 
 
-def scale_weights(value: float) -> Spoil:
+def overflow() -> None:
     """The classifier's weights become a finite number with which its logits overflow."""
-
-    def scaled(old: bytes) -> bytes:
-        weights = safetensors.load(old)
-        weights["classifier.weight"][:] = value
-        return safetensors.save(weights)
-
-    return change(WEIGHTS, scaled)
+    edit_weights(Path("model"), lambda weights: weights["classifier.weight"].fill(3e38))
 
 
 def make_other(**changes: Any) -> Spoil:
@@ -132,7 +121,7 @@ class Case:
 CONFIG_CASES = [
     Case("unknown key", FINETUNE, ("config.yaml:9: policy.alpah: ", "policy.alpha?"),
         append("config.yaml", "policy: {alpah: 2}\n"), leaves=""),
-    Case("missing config", FINETUNE, ("config.yaml: ",), remove("config.yaml"), leaves=""),
+    Case("missing config", FINETUNE, ("config.yaml: ",), Path("config.yaml").unlink, leaves=""),
     Case("unknown stage", f"{TRAIN} --stages finetune,polish", ("--stages", "'polish'", "finetune, score")),
 ]
 
@@ -154,8 +143,8 @@ DATA_CASES = [
     for name, (content, place) in BAD_DATA.items()
     for command, file in ((FINETUNE, "train.jsonl"), (EVALUATE, "test.jsonl"))
 ] + [
-    Case("missing data, train", FINETUNE, ("data: ", "train.jsonl"), remove("data/train.jsonl")),
-    Case("missing data, evaluate", EVALUATE, ("data/test.jsonl: ",), remove("data/test.jsonl")),
+    Case("missing data, train", FINETUNE, ("data: ", "train.jsonl"), Path("data/train.jsonl").unlink),
+    Case("missing data, evaluate", EVALUATE, ("data/test.jsonl: ",), Path("data/test.jsonl").unlink),
     Case("missing data folder", f"{FINETUNE} data.path=dada", ("data.path: dada: ", "train.jsonl")),
     Case("other kind of data", EVALUATE.replace("test.jsonl", "test.txt"),
         ("data/test.txt", ".jsonl", ".csv")),
@@ -170,9 +159,9 @@ DATA_CASES = [
 
 # How a model's folder is spoiled, and what is named.
 BAD_MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
-    "other shapes": (set_json("model/config.json", intermediate_size=32),
+    "other shapes": (set_config(intermediate_size=32),
         ("layer.3.intermediate.dense.weight", "[24, 16]", "[32, 16]")),
-    "fewer layers": (set_json("model/config.json", num_hidden_layers=5),
+    "fewer layers": (set_config(num_hidden_layers=5),
         ("layer.4.output.dense.weight", "[16, 24]")),
     "truncated weights": (cut(WEIGHTS, 0.5), (f"{WEIGHTS}: ",)),
     "truncated header": (cut(WEIGHTS, 0.01), (f"{WEIGHTS}: ",)),
@@ -180,8 +169,8 @@ BAD_MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "corrupt weights": (corrupt(WEIGHTS, 8, 40), (f"{WEIGHTS}: ",)),
     "corrupt length": (corrupt(WEIGHTS, 0, 8), (f"{WEIGHTS}: ",)),
     "corrupt values": (corrupt(WEIGHTS, -400, -1), ("finite",)),
-    "unfinished, no config": (remove("model/config.json"), ("model: ", "config.json")),
-    "unfinished, no weights": (remove(WEIGHTS), ("model: ", "model.safetensors")),
+    "unfinished, no config": (Path("model/config.json").unlink, ("model: ", "config.json")),
+    "unfinished, no weights": (Path(WEIGHTS).unlink, ("model: ", "model.safetensors")),
     "no folder": (lambda: shutil.rmtree("model"), ("model: ",)),
 }
 MODEL_CASES = [
@@ -189,8 +178,8 @@ MODEL_CASES = [
     for name, (spoil, named) in BAD_MODELS.items()
     for command in (EVALUATE, PREDICT, BENCHMARK, CONVERT)
 ] + [
-    Case("logits that overflow, evaluate", EVALUATE, ("finite",), scale_weights(3e38)),
-    Case("logits that overflow, predict", PREDICT, ("finite",), scale_weights(3e38)),
+    Case("logits that overflow, evaluate", EVALUATE, ("finite",), overflow),
+    Case("logits that overflow, predict", PREDICT, ("finite",), overflow),
     Case("half a character in a file", PREDICT.replace("good", "--file data/half.jsonl --batch-size 1"),
         ("data/half.jsonl:40: ",), write("data/half.jsonl", LINE * 39 + '{"text": "a \\ud800"}\n')),
 ]
@@ -221,7 +210,7 @@ RUN_CASES = [
         ("work/finetune/model/model.safetensors: ",), cut("work/finetune/model/model.safetensors", 0.5),
         start="finetuned"),
     Case("damaged checkpoint", CHECKPOINTS, (f"{STEP_2}: ", "delete this folder"),
-        remove(f"{STEP_2}/manifest.json"), start="interrupted"),
+        Path(f"{STEP_2}/manifest.json").unlink, start="interrupted"),
     Case("changed data under a checkpoint", FINETUNE,
         (f"{STEP_2}: ", "examples: 8 -> 9", "delete work/finetune"), append("data/train.jsonl", LINE),
         start="interrupted"),

@@ -22,8 +22,8 @@ def run(script: str, *arguments: str, target: Path) -> Any:
 
 
 def test_token_cost(tmp_path: Path) -> None:
-    options = [*TINY, "--texts", "4"]
-    result = run("token_cost", *options, "--plot", str(tmp_path / "p.png"), target=tmp_path / "r.json")
+    options = [*TINY, "--texts", "4", "--plot", str(tmp_path / "p.png")]
+    result = run("token_cost", *options, target=tmp_path / "r.json")
     kept = [point["kept_tokens"] for point in result["points"]]
     assert kept == sorted(kept)
     assert (len(kept), kept[-1]) == (10, result["tokens"])
@@ -31,8 +31,7 @@ def test_token_cost(tmp_path: Path) -> None:
 
 
 def test_compile_time(tmp_path: Path) -> None:
-    options = ["--sizes", "tiny", "--max-length", "32", "--batch-size", "2", "--repeats", "1"]
-    programs = run("compile_time", *options, target=tmp_path / "r.json")["programs"]
+    programs = run("compile_time", "--sizes", *TINY[1:], target=tmp_path / "r.json")["programs"]
     names = [record["program"] for record in programs]
     assert names == [f"threshold, packed, {rows} x 32 tokens" for rows in (1, 2)]
     assert all(record["compiled_seconds"] > record["read_seconds"] for record in programs)
@@ -61,8 +60,7 @@ def test_accelerator(tmp_path: Path) -> None:
 
 def test_soak(tmp_path: Path) -> None:
     """A signal of either kind."""
-    options = ["--kills", "1", "--terms", "1", "--steps", "20"]
-    result = run("soak", *options, target=tmp_path / "r.json")
+    result = run("soak", "--kills", "1", "--terms", "1", "--steps", "20", target=tmp_path / "r.json")
     assert result["identical"]
     assert (result["sigkill"], result["sigterm"]) == (1, 1)
     assert result["compared_files"] >= 14

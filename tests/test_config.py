@@ -200,9 +200,6 @@ def test_mistake_in_a_base_names_the_base(tmp_path: Path) -> None:
     assert message.startswith("base.yaml:3: policy.epochs: ")
 
 
-# The files in configs/ ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configuration_loads_and_its_header_says_what_it_is(path: Path) -> None:
     assert load_config(path).workdir == f"runs/{path.stem}"

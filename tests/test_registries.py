@@ -13,7 +13,6 @@ import tiny_runs
 from safetensors import safe_open
 from tiny_models import BERT, tiny_model, tiny_params, tiny_tokenizer
 
-import trbert_jax
 from trbert_jax import TRBert, answer_questions
 from trbert_jax import config as settings
 from trbert_jax.cli import main
@@ -146,7 +145,7 @@ def test_rule(tmp_path: Path) -> None:
 
     register_rule(RuleSpec("even_positions", "keep every second token", keep_even))
     config = load_config(QUICKSTART, ["evaluate.rule=even_positions", "evaluate.thresholds=[]"])
-    model = trbert_jax.TRBert.from_pretrained(tiny_model(tmp_path))
+    model = TRBert.from_pretrained(tiny_model(tmp_path))
     for backend in ("packed", "masked"):
         for prediction in model.predict(TEXTS, rule=config.evaluate.rule, backend=backend):
             expected = np.arange(0, prediction.num_tokens, 2)
@@ -186,7 +185,7 @@ def test_backbone(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text(json.dumps({**values, "model_type": "robot-v1"}))
     assert load_pretrained(tmp_path / "model").config == config
     assert load_config(QUICKSTART, ["model.scratch.model_type=robot"]).model.scratch.model_type == "robot"
-    model = trbert_jax.TRBert.from_pretrained(tmp_path / "model")
+    model = TRBert.from_pretrained(tmp_path / "model")
     assert [len(p.scores) for p in model.predict(TEXTS)] == [2, 2]
     with pytest.raises(ValueError, match="robot-v1"):
         register_backbone(dataclasses.replace(bert, name="another", aliases=("robot-v1",)))

@@ -140,11 +140,6 @@ def triviaqa_document() -> Any:
     return {"Domain": "Wikipedia", "Data": [first, second]}
 
 
-def triviaqa_web_document() -> Any:
-    """`triviaqa_document` as a question with each document by itself."""
-    return {**triviaqa_document(), "Domain": "Web"}
-
-
 def triviaqa_list_document() -> Any:
     """Two contexts with a question each; the second has no span."""
 
@@ -220,11 +215,12 @@ SAMPLES = {
     "mrqa_gz": Sample("newsqa", mrqa_document, write_lines, "dev.jsonl.gz"),
     "race": Sample("race", race_document, write_race, "dev"),
     "triviaqa": Sample("triviaqa", triviaqa_document, write_triviaqa, "qa/wikipedia-dev.json"),
-    "triviaqa_web": Sample("triviaqa_web", triviaqa_web_document, write_triviaqa, "qa/web-dev.json"),
     "triviaqa_list": Sample("triviaqa", triviaqa_list_document, write_json, "dev.json"),
     "wikihop": Sample("wikihop", wikihop_document, write_json, "dev.json"),
 }
 for _name, _document, _write, _path in (
+    # A question with each document by itself.
+    ("triviaqa_web", lambda: {**triviaqa_document(), "Domain": "Web"}, write_triviaqa, "qa/web-dev.json"),
     ("hotpotqa", hotpotqa_document, write_json, "hotpot_dev_distractor_v1.json"),
     ("hotpotqa_fullwiki", hotpotqa_document, write_json, "hotpot_dev_fullwiki_v1.json"),
     ("hotpotqa_graph", hotpotqa_graph_document, write_lines, "hotpot_train_graph.json"),
