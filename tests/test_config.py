@@ -28,23 +28,13 @@ def load_text(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
 
 
 def test_values_keep_their_types(tmp_path: Path) -> None:
-    config = load_text(
-        tmp_path,
-        MINIMAL.replace("runs/x", "2024-01-01")  # a date to YAML 1.1
-        + "finetune: {learning_rate: 3e-5, clip_norm: 2, max_steps: null}\n"
-        + "policy:  # a section left empty\n",
-        "data.cache_dir=~/no",
-        "joint.alpha=1",
-        "joint.alpha=.5",
-        "stages=[finetune, evaluate]",
-        "model.scratch={num_layers: 4, num_heads: 4}",
-    )
-    assert config.workdir == "2024-01-01"
-    assert config.finetune.learning_rate == 3e-5
+    text = MINIMAL.replace("runs/x", "2024-01-01")  # a date to YAML 1.1
+    text += "finetune: {learning_rate: 3e-5, clip_norm: 2, max_steps: null}\npolicy:  # an empty section\n"
+    overrides = ["data.cache_dir=~/no", "joint.alpha=1", "joint.alpha=.5", "stages=[finetune, evaluate]"]
+    config = load_text(tmp_path, text, *overrides, "model.scratch={num_layers: 4, num_heads: 4}")
+    assert (config.workdir, config.data.cache_dir, config.joint.alpha) == ("2024-01-01", "~/no", 0.5)
+    assert (config.finetune.learning_rate, config.finetune.max_steps) == (3e-5, None)
     assert isinstance(config.finetune.clip_norm, float)
-    assert config.finetune.max_steps is None
-    assert config.data.cache_dir == "~/no"
-    assert config.joint.alpha == 0.5
     assert config.stages == ("finetune", "evaluate")
     assert (config.model.scratch.num_layers, config.model.scratch.hidden_size) == (4, 768)
 

@@ -82,7 +82,6 @@ def train(config: Path, *arguments: str) -> dict[str, Any]:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of the run in a folder."""
     return json.loads((folder / "work" / "results.json").read_text(encoding="utf-8"))
 
 

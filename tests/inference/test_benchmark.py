@@ -34,7 +34,7 @@ from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
 
 LENGTH = 48
 CONFIG = dataclasses.replace(tiny_models.BERT, max_positions=LENGTH, max_length=LENGTH)
-SHAPE = EncoderShape.of(CONFIG)
+SHAPE, PROGRAMS = EncoderShape.of(CONFIG), CompiledForward(TokenReducingModel(CONFIG))
 PARAMS = jax.tree.map(jnp.asarray, tiny_models.tiny_params(CONFIG, seed=38, scale=0.3))
 LENGTHS = np.array([5, 40, 20, 11, 30, 9, 12])  # the last one is in no full batch
 BATCH = 2
@@ -42,14 +42,12 @@ RUN = LENGTHS[:6]
 EXAMPLES = random_examples(CONFIG, LENGTHS, np.random.default_rng(0))
 OWN = Workload(EXAMPLES, LENGTH)
 ACTIONS = random_actions(LENGTHS, LENGTH, (0.6, 0.3), np.random.default_rng(1))
-GIVEN = Workload(EXAMPLES, LENGTH, ACTIONS)
 
 
 @pytest.fixture(scope="module")
 def own() -> dict[str, Any]:
     """All variants, with the model's own choice of tokens."""
-    programs = CompiledForward(TokenReducingModel(CONFIG))
-    return {name: prepare(name, programs, PARAMS, OWN, BATCH) for name in VARIANTS if name != "huggingface"}
+    return {name: prepare(name, PROGRAMS, PARAMS, OWN, BATCH) for name in VARIANTS if name != "huggingface"}
 
 
 def test_variants_agree(own: dict[str, Any]) -> None:
@@ -61,10 +59,8 @@ def test_variants_agree(own: dict[str, Any]) -> None:
 
 
 def test_given_tokens_are_kept() -> None:
-    programs = CompiledForward(TokenReducingModel(CONFIG))
-    packed, masked, batch_max = (
-        prepare(name, programs, PARAMS, GIVEN, BATCH) for name in ("packed", "masked", "batch_max")
-    )
+    given, names = Workload(EXAMPLES, LENGTH, ACTIONS), ("packed", "masked", "batch_max")
+    packed, masked, batch_max = (prepare(name, PROGRAMS, PARAMS, given, BATCH) for name in names)
     np.testing.assert_allclose(packed.logits, masked.logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(packed.keep, masked.keep)
     np.testing.assert_array_equal(packed.keep, ACTIONS[:6])
@@ -96,7 +92,7 @@ def test_flops_and_memory(own: dict[str, Any]) -> None:
 
 @pytest.mark.torch
 def test_hugging_face_is_the_dense_model(own: dict[str, Any]) -> None:
-    run = prepare("huggingface", CompiledForward(TokenReducingModel(CONFIG)), PARAMS, OWN, BATCH)
+    run = prepare("huggingface", PROGRAMS, PARAMS, OWN, BATCH)
     np.testing.assert_allclose(run.logits, own["dense"].logits, rtol=1e-4, atol=1e-4)
     longest = np.array([40, 40, 20, 20, 30, 30])
     assert run.flops == float(dense_flops(SHAPE, longest).mean())

@@ -22,20 +22,14 @@ MODEL = TokenReducingModel(CONFIG)
 # With this seed both points drop some tokens of most texts, and both labels are predicted.
 PARAMS = jax.tree.map(jnp.asarray, tiny_models.tiny_params(CONFIG, seed=38, scale=0.3))
 NUM, BATCH = 40, 32
-
-
+RUNNER = InferenceEngine(MODEL, BATCH)
 RNG = np.random.default_rng(0)
 EXAMPLES = random_examples(CONFIG, RNG.integers(3, MAX_LENGTH + 1, NUM), RNG)
 
 
 @pytest.fixture(scope="module")
-def runner() -> InferenceEngine:
-    return InferenceEngine(MODEL, BATCH)
-
-
-@pytest.fixture(scope="module")
-def packed(runner: InferenceEngine) -> Outputs:
-    return runner.run(PARAMS, EXAMPLES)
+def packed() -> Outputs:
+    return RUNNER.run(PARAMS, EXAMPLES)
 
 
 def masks(outputs: Outputs) -> np.ndarray:
@@ -72,8 +66,8 @@ def test_outputs_are_the_models(packed: Outputs) -> None:
     assert set(packed.logits.argmax(-1)) == {0, 1}
 
 
-def test_batch_max_fills_rows_up(runner: InferenceEngine, packed: Outputs) -> None:
-    filled = runner.run(PARAMS, EXAMPLES, rule="batch_max")
+def test_batch_max_fills_rows_up(packed: Outputs) -> None:
+    filled = RUNNER.run(PARAMS, EXAMPLES, rule="batch_max")
     # Alone, a row is its own batch.
     alone = InferenceEngine(MODEL, 1).run(PARAMS, EXAMPLES.take([4]), rule="batch_max")
     assert_same(pick(packed, [4]), alone)
@@ -85,8 +79,8 @@ def test_batch_max_fills_rows_up(runner: InferenceEngine, packed: Outputs) -> No
 
 
 @pytest.mark.parametrize("rule", ["random", "first_k"])
-def test_baselines_keep_exactly_the_given_counts(runner: InferenceEngine, packed: Outputs, rule: str) -> None:
-    outputs = runner.run(PARAMS, EXAMPLES, rule=rule, num_kept=packed.num_kept)
+def test_baselines_keep_exactly_the_given_counts(packed: Outputs, rule: str) -> None:
+    outputs = RUNNER.run(PARAMS, EXAMPLES, rule=rule, num_kept=packed.num_kept)
     np.testing.assert_array_equal(outputs.num_kept, packed.num_kept)
     first, second = masks(outputs)
     assert first[:, 0].all()
@@ -99,9 +93,9 @@ def test_baselines_keep_exactly_the_given_counts(runner: InferenceEngine, packed
         np.testing.assert_array_equal(masks(outputs), np.arange(MAX_LENGTH) < packed.num_kept.T[..., None])
 
 
-def test_random_draws_follow_the_seed(runner: InferenceEngine, packed: Outputs) -> None:
+def test_random_draws_follow_the_seed(packed: Outputs) -> None:
     def draw(seed: int, counts: np.ndarray) -> Outputs:
-        return runner.run(PARAMS, EXAMPLES, rule="random", num_kept=counts, seed=seed)
+        return RUNNER.run(PARAMS, EXAMPLES, rule="random", num_kept=counts, seed=seed)
 
     one, again, two = (draw(seed, packed.num_kept) for seed in (1, 1, 2))
     assert_same(one, again)
@@ -112,14 +106,14 @@ def test_random_draws_follow_the_seed(runner: InferenceEngine, packed: Outputs) 
     assert places[:, EXAMPLES.lengths > 9].mean() == pytest.approx(0.5, abs=0.06)
 
 
-def test_progress_counts_batches_and_examples(runner: InferenceEngine, packed: Outputs) -> None:
+def test_progress_counts_batches_and_examples(packed: Outputs) -> None:
     calls: list[tuple[int, int]] = []
-    runner.run(PARAMS, EXAMPLES, progress=lambda step, examples: calls.append((step, examples)))
+    RUNNER.run(PARAMS, EXAMPLES, progress=lambda step, examples: calls.append((step, examples)))
     assert calls == [(1, BATCH), (2, NUM - BATCH)]
-    assert runner.num_batches(EXAMPLES) == 2
+    assert RUNNER.num_batches(EXAMPLES) == 2
     some = [0, 7, 21]  # fewer than a batch
-    assert runner.num_batches(EXAMPLES.take(some)) == 1
-    assert_same(pick(packed, some), runner.run(PARAMS, EXAMPLES.take(some)))
+    assert RUNNER.num_batches(EXAMPLES.take(some)) == 1
+    assert_same(pick(packed, some), RUNNER.run(PARAMS, EXAMPLES.take(some)))
 
 
 def test_compiles_once_for_each_rule_and_width(monkeypatch: pytest.MonkeyPatch, packed: Outputs) -> None:

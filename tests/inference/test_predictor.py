@@ -120,27 +120,21 @@ def test_a_stream_ends_with_its_source(model: TRBert) -> None:
         list(model.predict_stream(source()))
 
 
-@pytest.fixture
-def compilations() -> Iterator[list[str]]:
-    """One entry for each compilation."""
-    events: list[str] = []
-
-    def listener(event: str, *_: Any, **__: Any) -> None:
-        if event.endswith("backend_compile_duration"):
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(listener)
-
-
 @pytest.mark.parametrize(
     ("max_length", "widths"), [(18, (18,)), pytest.param(256, (64, 256), marks=pytest.mark.slow)]
 )
 def test_nothing_is_compiled_after_the_warm_up(
-    compilations: list[str], monkeypatch: pytest.MonkeyPatch, max_length: int, widths: tuple[int, ...]
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, max_length: int, widths: tuple[int, ...]
 ) -> None:
     """200 requests of texts of all lengths, some of them short enough for the narrow batches alone."""
+    compilations: list[str] = []
+
+    def listener(event: str, *_: Any, **__: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    request.addfinalizer(lambda: jax.monitoring.unregister_event_duration_listener(listener))
     shallow = dataclasses.replace(tiny_models.BERT, num_layers=2)
     config = dataclasses.replace(shallow, max_positions=max_length, max_length=max_length)
     model, rng = make(config), np.random.default_rng(2)
