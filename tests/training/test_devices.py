@@ -16,60 +16,39 @@ from trbert_jax.parallel import make_mesh
 pytestmark = pytest.mark.usefixtures("optimized")
 
 
-def slow(*case: Any) -> Any:
-    return pytest.param(*case, marks=pytest.mark.slow)
-
-
-def check(name: str, *arguments: str) -> Any:
+@pytest.mark.parametrize(
+    ("stage", "backend", "ways"),  # `fsdp 4`: with the second axis, an update in 4 passes
+    [
+        ("finetune", "masked", ("fsdp 1", "pmap 4")),
+        pytest.param("finetune", "packed", ("jit 4",), marks=pytest.mark.slow),
+        pytest.param("init", "packed", ("fsdp 1", "pmap 1"), marks=pytest.mark.slow),
+        pytest.param("policy", "masked", ("fsdp 4", "pmap 1"), marks=pytest.mark.slow),
+        pytest.param("joint", "packed", ("fsdp 4", "pmap 1"), marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_train_as_one_does(stage: str, backend: str, ways: tuple[str, ...]) -> None:
+    """Every stage by every strategy, and no activation is sent to another device."""
     program = str(TESTS / "training" / "device_checks.py")
-    ((code, out, err),) = finish([start([program, name, *arguments], 8)])
+    ((code, out, err),) = finish([start([program, stage, backend, *ways], 8)])
     assert code == 0, err
-    return json.loads(out)
-
-
-def assert_same(found: dict[str, Any], ways: tuple[str, ...]) -> None:
-    assert found.pop("moved") > 1e-3, "updates that change nothing show nothing"
-    assert set(found) == set(ways)
-    for how, (loss, parameters) in found.items():
-        assert loss < 1e-5, how
-        assert parameters < 1e-4, how
-
-
-@pytest.mark.parametrize(
-    ("stage", "execution", "ways"),  # `fsdp 4`: with the second axis, an update in 4 passes
-    [
-        ("finetune", "masked", ("fsdp 4", "pmap 1")),
-        slow("finetune", "packed", ("jit 1", "one 4")),
-        slow("init", "packed", ("jit 1", "fsdp 1", "pmap 1")),
-        slow("policy", "masked", ("jit 4", "fsdp 1", "pmap 1")),
-        slow("joint", "packed", ("jit 1", "fsdp 4", "pmap 1")),
-    ],
-)
-def test_eight_devices_train_as_one_does(stage: str, execution: str, ways: tuple[str, ...]) -> None:
-    """Every stage by every strategy."""
-    assert_same(check("same", stage, execution, *ways), ways)
-
-
-@pytest.mark.parametrize(
-    ("stage", "execution"),
-    [
-        ("finetune", "masked"),
-        *(slow(*case) for case in [("policy", "packed"), ("joint", "masked"), ("joint", "packed")]),
-    ],
-)
-def test_no_activation_is_sent_to_another_device(stage: str, execution: str) -> None:
-    """Devices gather parameters, and add up gradients and sums over examples; nothing else."""
-    found = check("collectives", stage, execution)
-    assert found["all-gather"]
-    assert {shape for shapes in found["all-gather"] for shape in shapes.split()} <= set(found["parameters"])
-    assert 1 <= len(found["all-reduce"]) <= 3  # of all gradients together, not of each
-    assert {x for shapes in found["all-reduce"] for x in shapes.split()} <= {*found["parameters"], "f32[]"}
-    assert found["all-to-all"] == found["collective-permute"] == []
-
-
-def test_the_second_axis_divides_parameters_and_optimizer() -> None:
-    size = check("divided")
-    assert size["fsdp"] < 0.25 * size["data"]  # an eighth, but for what is too small
+    found = json.loads(out)
+    assert found["moved"] > 1e-3, "updates that change nothing show nothing"
+    assert set(found["differences"]) == set(ways)
+    for way, (loss, parameters) in found["differences"].items():
+        assert loss < 1e-5, way
+        assert parameters < 1e-4, way
+    if sent := found["sent"]:
+        # Devices gather parameters, and add up gradients and sums over examples; nothing else.
+        gathered, added = (
+            {x for one in sent[name] for x in one.split()} for name in ("all-gather", "all-reduce")
+        )
+        assert gathered
+        assert gathered <= set(found["parameters"])
+        assert 1 <= len(sent["all-reduce"]) <= 3  # of all gradients together, not of each
+        assert added <= {*found["parameters"], "f32[]"}
+        assert sent["all-to-all"] == sent["collective-permute"] == []
+    if stage == "finetune":  # the second axis divides the state: an eighth, but for what is too small
+        assert found["bytes"]["divided"] < 0.25 * found["bytes"]["whole"]
 
 
 def test_bad_layouts() -> None:

@@ -4,7 +4,9 @@ What a TPU alone would refuse to lower shows here. Nothing is compiled or run: t
 `pmap` cannot be exported ("must be the result of jit"); what it runs on each device is, under `shard_map`.
 """
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,7 @@ from trbert_jax.training import objectives
 from trbert_jax.training import step as steps
 
 DEVICES, ROWS_A_DEVICE = 8, 4
-MODEL = tiny_models.BERT
+MODEL = dataclasses.replace(tiny_models.BERT, num_layers=2)
 PLATFORMS = ("tpu", "cuda")  # together: what is lowered differently is lowered for each
 FULL = ("model.dtype=bfloat16", "parallel.remat=true")
 
@@ -40,16 +42,18 @@ def layout(monkeypatch: pytest.MonkeyPatch) -> DeviceMesh:
     return DeviceMesh(mesh)  # type: ignore[arg-type]  # all that lowering asks of a mesh
 
 
-def tile_for(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[int]:
-    """Packed execution takes the sizes for this backend; counts how often it asks for them."""
-    asked, for_backend = [0], Tiling.for_backend
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Packed execution takes the tiles of accelerators; the numbers of rows that it asks them for."""
+    rows, for_backend = list[int](), Tiling.for_backend
+    assert for_backend("tpu", 1) == for_backend("gpu", 1), "what serves both here"
 
-    def chosen(name: str, num_rows: int) -> Tiling:
-        asked[0] += 1
-        return for_backend(backend, num_rows)
+    def chosen(backend: str, num_rows: int) -> Tiling:
+        rows.append(num_rows)
+        return for_backend("tpu", num_rows)
 
     monkeypatch.setattr(Tiling, "for_backend", chosen)
-    return asked
+    return rows
 
 
 def shapes(tree: Any, layout: Any, spec: Callable[[Any], PartitionSpec] | PartitionSpec) -> Any:
@@ -144,40 +148,28 @@ def export_scores(layout: DeviceMesh, dtype: Any) -> None:
     check(program, shapes(params_of(), layout, WHOLE), shapes(batch, layout, ROWS))
 
 
-def test_the_fullest_update_and_the_packed_predictor(
-    layout: DeviceMesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Dropout, bfloat16, remat and accumulation at once, with the tiles of accelerators."""
-    for rows in (1, DEVICES * ROWS_A_DEVICE):
-        assert Tiling.for_backend("tpu", rows) == Tiling.for_backend("gpu", rows), "what serves both here"
-    asked = tile_for(monkeypatch, "tpu")
-    export_update(StageStep("joint", "packed", MODEL, dropout=True, settings=FULL), layout, 2)
-    export_predictor("threshold", "packed", layout, jnp.bfloat16)
-    assert asked[0] >= 2
+@pytest.mark.parametrize(
+    ("stage", "backend"),
+    [
+        case if case == ("joint", "packed") else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(STAGES, EXECUTIONS)
+    ],
+)
+def test_every_update(stage: str, backend: str, layout: DeviceMesh, asked: list[int]) -> None:
+    """Plain; and with dropout, bfloat16, remat and accumulation at once, by either strategy."""
+    export_update(StageStep(stage, backend, MODEL), layout, 1)
+    full = StageStep(stage, backend, MODEL, dropout=True, settings=FULL)
+    export_update(full, layout, 2)
+    export_device_update(full, 2)
+    assert bool(asked) == (backend == "packed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiles", ["tpu", "cpu"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_update(stage: str, tiles: str, layout: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain and with everything on, by either strategy."""
-    tile_for(monkeypatch, tiles)
-    for execution in EXECUTIONS if tiles == "tpu" else ("packed",):  # tiles do not matter to masked execution
-        export_update(StageStep(stage, execution, MODEL), layout, 1)
-        full = StageStep(stage, execution, MODEL, dropout=True, settings=FULL)
-        export_update(full, layout, 2)
-        export_device_update(full, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tiles", ["tpu", "cpu"])
-def test_every_predictor_and_the_scores(
-    tiles: str, layout: DeviceMesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_predictor_and_the_scores(layout: DeviceMesh, asked: list[int]) -> None:
     """`dense` is the teacher's."""
-    tile_for(monkeypatch, tiles)
     assert {rule for rule, _ in PREDICTORS} == {*rule_names(), *rule_names("baseline")}
     for dtype in (jnp.float32, jnp.bfloat16):
         for rule, backend in PREDICTORS:
             export_predictor(rule, backend, layout, dtype)
         export_scores(layout, dtype)
+    assert asked
