@@ -98,13 +98,11 @@ def stored(value: Any) -> Any:
 
 
 def squad_records() -> Iterator[Any]:
-    for article in SAMPLES["squad"].fresh()["data"]:
-        for paragraph in article["paragraphs"]:
-            for qa in paragraph["qas"]:
-                columns = {
-                    field: [answer[field] for answer in qa["answers"]] for field in ("text", "answer_start")
-                }
-                yield {**qa, "context": paragraph["context"], "answers": columns}
+    articles = SAMPLES["squad"].fresh()["data"]
+    for paragraph in (paragraph for article in articles for paragraph in article["paragraphs"]):
+        for qa in paragraph["qas"]:
+            columns = {name: [answer[name] for answer in qa["answers"]] for name in ("text", "answer_start")}
+            yield {**qa, "context": paragraph["context"], "answers": columns}
 
 
 def mrqa_records() -> Iterator[Any]:

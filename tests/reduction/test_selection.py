@@ -38,23 +38,6 @@ def test_first_token_stays_and_nothing_returns() -> None:
     assert_kept(apply(careless, [[1.0] * 4] * 4, valid).keep, "1110", "1011", "1000", "0000")
 
 
-def test_two_points() -> None:
-    """`scored` is who was judged, `keep` who stayed; the second point judges the survivors."""
-    state = jnp.arange(8.0).reshape(1, 4, 2)
-    first, selection = drop_tokens(
-        TokenSet(state, bools("1110")), jnp.array([[-1.0, -1, 1, 1]]), 0, tokens.keep_probable
-    )
-    assert_kept(selection.scored, "1110")
-    assert_kept(selection.keep, "1010")
-    assert selection.num_kept.tolist() == [2]
-    assert selection.num_kept.dtype == jnp.int32
-    np.testing.assert_array_equal(first.states, state)
-
-    second, selection = drop_tokens(first, jnp.array([[1.0, 1, -1, 1]]), 1, tokens.keep_probable)
-    assert_kept(selection.scored, "1010")
-    assert_kept(second.valid, "1000")
-
-
 def test_keep_probable_includes_one_half() -> None:
     selection = apply(tokens.keep_probable, [[-5.0, 0.0, -ABOVE_ZERO, ABOVE_ZERO, 3.0]], bools("11110"))
     assert_kept(selection.keep, "11010")
