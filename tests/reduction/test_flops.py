@@ -41,14 +41,10 @@ def test_reduced_counts_by_hand() -> None:
     # Row 1: 10 tokens, 4 kept (28*4 + 4*16 = 176), then 2 (72). Row 2: 10, all kept. Row 3: [CLS] only.
     lengths, kept = [10, 10, 10], [[4, 2], [10, 10], [1, 1]]
     encoder = [680 + 176 + 2 * 72, 4 * 680, 680 + 3 * 32]
-    reported = [2 * (encoder[0] + 15 * 6 + 6), 2 * (encoder[1] + 15 * 20 + 6), 2 * (encoder[2] + 15 * 2 + 6)]
+    reported = [2 * (macs + 15 * judged + 6) for macs, judged in zip(encoder, (6, 20, 2), strict=True)]
     assert flops.reduced_flops(SMALL, lengths, kept).tolist() == reported
     # Exact: the first selector looks at all 10 tokens, the second at those the first kept.
-    exact = [
-        2 * (encoder[0] + 15 * 14 + 10),
-        2 * (encoder[1] + 15 * 20 + 10),
-        2 * (encoder[2] + 15 * 11 + 10),
-    ]
+    exact = [2 * (macs + 15 * judged + 10) for macs, judged in zip(encoder, (14, 20, 11), strict=True)]
     assert flops.exact_flops(SMALL, lengths, kept).tolist() == exact
 
 
