@@ -29,19 +29,15 @@ def kept(output: ModelOutput) -> np.ndarray:
     return np.stack([s.keep for s in output.selections])
 
 
-@jax.jit
-def gradients(params: Any, batch: Any) -> tuple[Any, ModelOutput]:
+def test_rows_of_padding_are_finite() -> None:
+    batch = random_batch(SHALLOW, LENGTHS, 12)
+    batch = {**batch, "mask": batch["mask"].at[1].set(False)}
 
     def total(params: Any) -> tuple[jax.Array, ModelOutput]:
         output = forward(TokenReducingModel(SHALLOW), params, batch, rule=tokens.keep_probable)
         return jnp.sum(output.logits**2), output
 
-    return jax.grad(total, has_aux=True)(params)
-
-
-def test_rows_of_padding_are_finite() -> None:
-    batch = random_batch(SHALLOW, LENGTHS, 12)
-    grads, output = gradients(params_of(SHALLOW), {**batch, "mask": batch["mask"].at[1].set(False)})
+    grads, output = jax.jit(jax.grad(total, has_aux=True))(params_of(SHALLOW))
     assert not kept(output)[:, 1].any()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, output)))
 

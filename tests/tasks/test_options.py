@@ -27,14 +27,10 @@ def choices(
     return task.encode(questions, TOKENIZER, training=training)
 
 
-def shared(examples: Examples) -> list[int]:
-    return examples.row_targets["shared_length"][::4].tolist()
-
-
 def test_a_question_that_is_cut_is_shared_up_to_the_cut() -> None:
     examples = choices(CHOICE, max_question_length=2)
     assert row(examples, 0) == "[CLS] the king is in paris . [SEP] who is [SEP]"
-    assert shared(examples) == [10]
+    assert examples.row_targets["shared_length"].tolist() == [10] * 4
 
 
 @pytest.mark.parametrize(("form", "chosen"), [("pairs", "BCB"), ("independent", "BAB"), ("shared", "BAB")])
