@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,12 @@ import numpy as np
 import pytest
 import tiny_runs
 from safetensors.numpy import load_file
-from tiny_processes import finish, start_together, train
+from tiny_processes import finish, start_together, train, wait_for
 
 # Adam makes much of how a gradient near zero is rounded: without optimization too much for the bounds here.
 pytestmark = pytest.mark.usefixtures("optimized")
 MODEL = "model.safetensors"
-TRAINED, FIRST = ("finetune", "init", "policy", "joint"), ["finetune", "score"]
+TRAINED = ("finetune", "init", "policy", "joint")
 NO_DROPOUT: dict[str, Any] = {stage: {"dropout": False, "learning_rate": 1e-2} for stage in TRAINED}
 
 # Before the command: arrays of a tiny model count as large enough to be divided, and each state says how many
@@ -97,50 +99,68 @@ def one_device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_divided(out: str) -> None:
-    divided = re.findall(r"^(\d+) of \d+ arrays divided$", out, re.MULTILINE)
-    assert len(divided) == len(TRAINED)
-    assert min(map(int, divided)) > 0
+@pytest.mark.slow
+def test_inference_on_eight_devices(one_device: Path, tmp_path: Path) -> None:
+    """17 test texts and 42 of training: no number that eight divides; device_checks.py has the updates."""
+    shutil.copytree(one_device / "work", tmp_path / "work")
+    data, again = {"path": str(one_device / "data")}, ("score", "teacher", "evaluate")
+    for stage in again:
+        shutil.rmtree(tmp_path / "work" / stage)
+    config = tiny_runs.write_config(tmp_path, data=data, parallel={"fsdp": 2}, **NO_DROPOUT)
+    run_all(config, 8, f"--stages={','.join(again)}")
+    assert_same_numbers(one_device, tmp_path)
+    left, right = (np.load(folder / "work" / "teacher" / "logits.npy") for folder in (one_device, tmp_path))
+    np.testing.assert_allclose(left, right, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_all_stages_on_eight_devices_that_share_parameters(one_device: Path, tmp_path: Path) -> None:
-    """17 test texts, 11 of dev and 42 of training: no number that eight divides."""
+def test_two_processes_that_share_parameters(one_device: Path, tmp_path: Path) -> None:
+    """All stages; each array is divided between the two devices of a process."""
     config = tiny_runs.write_config(tmp_path, parallel={"fsdp": 2}, **NO_DROPOUT)
-    assert_divided(run_all(config, 8, before=DIVIDING))
+    outputs = finish(start_together(config, before=DIVIDING))
+    assert [code for code, _, _ in outputs] == [0, 0], outputs
+    assert "4 devices" in "".join(outputs[0][1:])
+    assert "finetune" not in "".join(outputs[1][1:]), "only the first process speaks"
+    divided = re.findall(r"^(\d+) of \d+ arrays divided$", outputs[0][1], re.MULTILINE)
+    assert len(divided) == len(TRAINED)
+    assert min(map(int, divided)) > 0
     assert_same_numbers(one_device, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["jit", "pmap"])
-def test_two_processes_with_two_devices_each(one_device: Path, tmp_path: Path, strategy: str) -> None:
-    """All four devices share the state in all stages, or each has its own in the first two."""
-    shared = strategy == "jit"
-    changes = {"parallel": {"fsdp": 4}} if shared else {"parallel": {"strategy": "pmap"}, "stages": FIRST}
+def test_sigterm_stops_both_processes_wherever_they_are(one_device: Path, tmp_path: Path) -> None:
+    """To one of them: in updates, as a stage ends and the next one begins, in evaluation. With pmap."""
+    changes: dict[str, Any] = {"parallel": {"strategy": "pmap"}, "stages": ["finetune", "score", "evaluate"]}
     config = tiny_runs.write_config(tmp_path, **changes, **NO_DROPOUT)
-    outputs = finish(start_together(config, before=DIVIDING if shared else ""))
+    for number, moment in enumerate(("finetune/metrics.jsonl", "finetune/done.json", "evaluate")):
+        processes = start_together(config)
+        wait_for(tmp_path / "work" / moment, processes)
+        processes[number % 2].send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        outputs = finish(processes)
+        assert [code for code, _, _ in outputs] == [143, 143], (moment, outputs)
+        assert time.monotonic() - asked < 120, moment
+        assert "told to stop" in outputs[0][2]
+        assert not (tmp_path / "work" / "evaluate" / "done.json").exists()
+    outputs = finish(start_together(config))
     assert [code for code, _, _ in outputs] == [0, 0], outputs
-    assert "4 devices" in "".join(outputs[0][1:])
-    assert "finetune" not in "".join(outputs[1][1:]), "only the first process speaks"
-    if shared:
-        assert_divided(outputs[0][1])
-        assert_same_numbers(one_device, tmp_path)
-    else:
-        assert_same_training(one_device, tmp_path, ["finetune"])
-        assert_same_scores(one_device, tmp_path)
+    assert_same_training(one_device, tmp_path, ["finetune"])
+    assert_same_scores(one_device, tmp_path)
+    one, other = (tiny_runs.read_results(folder)["dense"]["accuracy"] for folder in (one_device, tmp_path))
+    assert one == other
 
 
 @pytest.mark.slow
 def test_a_run_resumes_on_other_devices_by_another_strategy(one_device: Path, tmp_path: Path) -> None:
-    """Begun on eight devices of which four share the state, told to stop in update 8 of 12."""
+    """Begun on eight devices of which two share the state, told to stop in update 8 of 12."""
     begun, finetune = tmp_path / "begun", "--stages=finetune"
-    tiny_runs.write_dataset(begun / "data")
-    data = {"path": str(begun / "data")}  # the folder moves, the data does not
+    data = {"path": str(one_device / "data")}  # the folder moves, the data does not
 
     def config(folder: Path, **parallel: Any) -> Path:
+        folder.mkdir(exist_ok=True)
         return tiny_runs.write_config(folder, data=data, parallel=parallel, **NO_DROPOUT)
 
-    run_all(config(begun, fsdp=4), 8, finetune, before=DIVIDING + STOPPING, code=143)
+    run_all(config(begun, fsdp=2), 8, finetune, before=DIVIDING + STOPPING, code=143)
     for devices, parallel in ((1, {}), (4, {"strategy": "pmap"})):
         folder = tmp_path / str(devices)
         shutil.copytree(begun, folder)

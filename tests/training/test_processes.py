@@ -1,49 +1,11 @@
 """Several processes that train together: what they must agree on, and how they end together."""
 
 import json
-import signal
 import socket
-import time
 from pathlib import Path
 
-import pytest
 import tiny_runs
-from tiny_processes import TESTS, Ended, finish, free_port, start, start_together, train, wait_for
-
-
-@pytest.mark.slow
-def test_sigterm_stops_both_processes_wherever_they_are(tmp_path: Path) -> None:
-    """To one of them: in updates, as a stage ends and the next one begins, in evaluation."""
-    changes = {
-        "stages": ["finetune", "score", "evaluate"],
-        "model": tiny_runs.ONE_LAYER,
-        "finetune": {"dropout": False, "backend": "masked"},
-    }
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-
-    def both(folder: Path) -> list:
-        folder.mkdir(exist_ok=True)
-        return start_together(tiny_runs.write_config(folder, **changes))
-
-    outputs = finish(both(whole))
-    assert [code for code, _, _ in outputs] == [0, 0], outputs
-    for number, moment in enumerate(("finetune/metrics.jsonl", "finetune/done.json", "evaluate")):
-        processes = both(stopped)
-        wait_for(stopped / "work" / moment, processes)
-        processes[number % 2].send_signal(signal.SIGTERM)
-        asked = time.monotonic()
-        outputs = finish(processes)
-        assert [code for code, _, _ in outputs] == [143, 143], (moment, outputs)
-        assert time.monotonic() - asked < 120, moment
-        assert "told to stop" in outputs[0][2]
-        assert not (stopped / "work" / "evaluate" / "done.json").exists()
-    outputs = finish(both(stopped))
-    assert [code for code, _, _ in outputs] == [0, 0], outputs
-    for name in ("finetune/metrics.jsonl", "finetune/model/model.safetensors", "score/scores.npy"):
-        one, other = ((folder / "work" / name).read_bytes() for folder in (whole, stopped))
-        assert one == other, name
-    results = [tiny_runs.without_times(tiny_runs.read_results(folder)) for folder in (whole, stopped)]
-    assert results[0]["dense"] == results[1]["dense"]
+from tiny_processes import TESTS, Ended, finish, free_port, start, start_together, train
 
 
 def test_what_processes_tell_each_other(tmp_path: Path) -> None:

@@ -65,6 +65,20 @@ def test_sigterm_saves_and_the_next_run_resumes(
     assert_ended_alike(tmp_path / "work" / "finetune", whole)
 
 
+def test_killed_after_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
+    """Nothing is trained again, and the model is that checkpoint's."""
+    shutil.copytree(whole.parent.parent, tmp_path, dirs_exist_ok=True)
+    stage = tmp_path / "work" / "finetune"
+    (stage / "done.json").unlink()
+    (stage / "model" / "model.safetensors").write_bytes(b"half a file")
+    data = {"path": str(whole.parent.parent / "data")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "update_batches", None)  # a call would fail
+        tiny_runs.train(tiny_runs.write_config(tmp_path, **ONE_STAGE, data=data))
+    assert_ended_alike(stage, whole)
+    assert json.loads((stage / "done.json").read_text(encoding="utf-8"))["steps"] == 12
+
+
 def test_a_signal_after_the_last_update_is_not_lost() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
