@@ -91,7 +91,7 @@ def test_devices_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    config = str(tiny_runs.write_config(tmp_path, parallel={"fsdp": 2}))
+    config = str(tiny_runs.write_config(tmp_path, parallel={"fsdp": 2}, model=tiny_runs.ONE_LAYER))
     assert main(["train", "--config", config, "--dry-run", "--devices", "8", "--processes", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "8 devices of 2 processes, mesh data 4 x fsdp 2, strategy jit" in lines
