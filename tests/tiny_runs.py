@@ -5,14 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import tiny_models
 import yaml
 
 from trbert_jax.cli import main
-from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.model import Params
 
 NOISE = ("the", "a", "film", "plot", "was", "is", "very", "and", "it", "saw", "yesterday")
 KEYWORDS = ("bad", "good")  # of label 0 and 1
@@ -102,16 +98,3 @@ def without_times(value: Any) -> Any:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def deaf_params(config: ModelConfig) -> Params:
-    """Parameters of a model whose first layer lets no token hear another, and never learns to.
-
-    With these weights 0 their gradients are too. Else [CLS] could learn the label before any token
-    is dropped, and every selection would do.
-    """
-    params = tiny_models.tiny_params(config, seed=0, scale=0.2)
-    layer = params["encoder"]["layer_0"]
-    for name in ("value", "attention_output"):
-        layer[name] = jax.tree.map(np.zeros_like, layer[name])
-    return params
