@@ -123,6 +123,9 @@ CONFIG_CASES = [
         append("config.yaml", "policy: {alpah: 2}\n"), leaves=""),
     Case("missing config", FINETUNE, ("config.yaml: ",), Path("config.yaml").unlink, leaves=""),
     Case("unknown stage", f"{TRAIN} --stages finetune,polish", ("--stages", "'polish'", "finetune, score")),
+    Case("stage that is not configured", f"{TRAIN} --stages init stages=[finetune,score]", ("stage init",)),
+    Case("shares for two points of reduction, of which two layers have one", f"{TRAIN} init.keep=[0.9,0.3]",
+        ("init.keep",)),
 ]
 
 # Contents of a data file, and what is named after the file.

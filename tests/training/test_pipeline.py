@@ -225,13 +225,6 @@ def test_some_stages(copy: Path, finished: Finished, capsys: pytest.CaptureFixtu
     assert TRBert.from_pretrained(copy.parent / "work" / "model").config.labels == ("negative", "positive")
 
 
-def test_stage_that_is_not_configured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny_runs.write_config(tmp_path, stages=["finetune", "score", "policy"])
-    assert main(["train", "--config", str(config), "--stages", "score,init"]) == 2
-    assert "does not have the stage init" in capsys.readouterr().err
-    assert not (tmp_path / "work" / "finetune").exists()
-
-
 def test_all_checkpoints(copy: Path, finished: Finished) -> None:
     target = copy.parent / "checkpoints.json"
     assert main(["evaluate", "--config", str(copy), "--all-checkpoints", "--json", str(target)]) == 0

@@ -11,7 +11,6 @@ import tiny_runs
 from safetensors.numpy import load_file
 
 from trbert_jax import TRBert
-from trbert_jax.cli import main
 from trbert_jax.training import loop
 
 SHALLOW = {**tiny_runs.SCRATCH, "model_type": "distilbert", "num_layers": 3}
@@ -29,7 +28,6 @@ def train(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def test_dense_run_that_takes_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A 3-layer DistilBERT; on dev it is best after the second of four updates."""
-    folder = tmp_path
     accuracy = iter([0.5, 0.75, 0.75, 0.625])
     seen: list[np.ndarray] = []
 
@@ -40,29 +38,26 @@ def test_dense_run_that_takes_the_best_checkpoint(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(loop.Training, "evaluate", evaluate)
     every = {**TRAINING, "max_steps": 4, "eval_steps": 1, "save_steps": 1}
     results = train(
-        folder,
+        tmp_path,
         stages=["finetune", "evaluate"],
         model={"scratch": SHALLOW},
         finetune={**every, "output": "best", "keep_checkpoints": 1},
     )
-    done = json.loads((folder / "work" / "finetune" / "done.json").read_text(encoding="utf-8"))
+    done = json.loads((tmp_path / "work" / "finetune" / "done.json").read_text(encoding="utf-8"))
     assert (done["steps"], done["best_step"], done["output_step"]) == (4, 2, 2)
-    kept = sorted(path.name for path in (folder / "work" / "finetune" / "checkpoints").glob("step_*"))
+    kept = sorted(path.name for path in (tmp_path / "work" / "finetune" / "checkpoints").glob("step_*"))
     assert kept == ["step_00000002", "step_00000004"]
-    best = weights(folder, "finetune/model")["classifier.weight"].T
+    best = weights(tmp_path, "finetune/model")["classifier.weight"].T
     np.testing.assert_array_equal(best, seen[1])
     assert (best != seen[3]).any()
 
-    assert (
-        results.keys() & {"reduced", "baselines"}
-        == results["dense"].keys() & {"kept", "flops_speedup"}
-        == set()
-    )
-    model = TRBert.from_pretrained(folder / "work" / "model")
+    assert not results.keys() & {"reduced", "baselines"}
+    assert not results["dense"].keys() & {"kept", "flops_speedup"}
+    model = TRBert.from_pretrained(tmp_path / "work" / "model")
     assert (model.config.model_type, model.config.num_layers) == ("distilbert", 3)
     assert model.default_rule == "dense"
-    lines = tiny_runs.read_lines(folder / "work" / "predictions.jsonl")
-    assert [line["prediction"] for line in lines] == [p.label for p in model.predict(texts_of(folder))]
+    lines = tiny_runs.read_lines(tmp_path / "work" / "predictions.jsonl")
+    assert [line["prediction"] for line in lines] == [p.label for p in model.predict(texts_of(tmp_path))]
 
 
 def test_one_point_of_reduction_without_joint(tmp_path: Path) -> None:
@@ -111,14 +106,6 @@ def test_a_run_may_end_with_init(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for layer, source in enumerate((0, 2, 4)):
         near = np.abs(after[place.format(layer)] - start[place.format(source)]).max()
         assert 0 < near < 0.02
-
-
-def test_init_keep_must_fit_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two shares, and 3 layers have one point of reduction."""
-    config = tiny_runs.write_config(tmp_path, model={"scratch": SHALLOW}, init={"keep": [0.9, 0.3]})
-    assert main(["train", "--config", str(config)]) == 2
-    assert "init.keep" in capsys.readouterr().err
-    assert list((tmp_path / "work" / "finetune").iterdir()) == []
 
 
 def texts_of(folder: Path) -> list[str]:

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import AutoTokenizer
 
 from trbert_jax.cli import main
 from trbert_jax.errors import PreemptedError, UserError
+from trbert_jax.io import only_process
 from trbert_jax.parallel import single_device, stop_request
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import loop
@@ -184,3 +187,31 @@ def test_speed_and_a_profile_are_not_among_the_metrics(whole: Path) -> None:
         assert row["tokens_per_second"] > row["examples_per_second"] > 0
         assert "flop_utilization" not in row  # the peak of a CPU is unknown
     assert not any("second" in name for row in read_metrics(whole / "metrics.jsonl") for name in row)
+
+
+# Holds the lock of a work directory until it is killed.
+HOLD = """
+import sys
+from trbert_jax.io import only_process
+with only_process(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, work = tiny_runs.write_config(tmp_path), tmp_path / "work"
+    work.mkdir()
+    command = [sys.executable, "-c", HOLD, str(work)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        assert main(["train", "--config", str(config)]) == 2
+        assert re.search(f"{work}: another process.*process {process.pid} on ", capsys.readouterr().err)
+        assert [path.name for path in work.iterdir()] == [".lock"]
+        with pytest.raises(UserError, match="another process"), only_process(work):
+            pass
+        process.kill()
+    for _ in range(2):
+        with only_process(work):
+            assert (work / ".lock").exists()
