@@ -1,11 +1,6 @@
-"""Runs that are interrupted, by an error or by SIGKILL, and started again end as if nothing had been."""
+"""Runs that are interrupted and started again end as if nothing had been; benchmarks/soak.py kills them."""
 
 import collections
-import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +12,6 @@ from trbert_jax.config import upgrade
 from trbert_jax.io import read_json, write_json
 from trbert_jax.training import checkpoints, loop
 from trbert_jax.training.logging import read_metrics
-
-TRAINED = ["finetune", "policy", "joint"]
 
 
 def manifests(stage: Path) -> dict[str, Any]:
@@ -107,66 +100,3 @@ def test_interrupted_runs_resume(
     assert_same_run(tmp_path / "whole", tmp_path / "parts", ["finetune", "policy"])
     one, two = (read_json(tmp_path / name / "work" / "config.json") for name in ("whole", "parts"))
     assert tiny_runs.without_times(two) == tiny_runs.without_times(one)
-
-
-STEPS, EVERY = 100, 10
-LONG = {
-    "stages": ["finetune", "score", "policy", "teacher", "joint", "evaluate"],
-    "model": tiny_runs.ONE_LAYER,
-    **{
-        stage: {
-            "max_steps": STEPS,
-            "save_steps": EVERY,
-            "eval_steps": 50,
-            "accumulation_steps": 2,
-            "backend": "masked",
-        }
-        for stage in TRAINED
-    },
-}
-
-
-def start(config: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-u", "-m", "trbert_jax", "train", "--config", str(config)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def latest(checkpoints: Path) -> int:
-    steps = [int(path.name[5:]) for path in checkpoints.glob("step_*") if path.name[5:].isdigit()]
-    return max(steps, default=0)
-
-
-def kill_during(config: Path, stage: str, after: int) -> tuple[int, int, str]:
-    """Kills once `stage` has the checkpoint `after`: last checkpoint, last metrics, what was printed."""
-    folder = config.parent / "work" / stage
-    with start(config) as process:
-        while latest(folder / "checkpoints") < after and process.poll() is None:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        _, out = process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"ended before it was killed:\n{out}"
-    assert not (folder / "done.json").exists()
-    rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    return latest(folder / "checkpoints"), max(json.loads(row)["step"] for row in rows), out
-
-
-@pytest.mark.slow
-def test_sigkill_in_every_stage(tmp_path: Path) -> None:
-    for name in ("whole", "parts"):
-        (tmp_path / name).mkdir()
-    tiny_runs.train(tiny_runs.write_config(tmp_path / "whole", **LONG))
-    config = tiny_runs.write_config(tmp_path / "parts", **LONG)
-    expected = ""
-    for stage, after in (("finetune", 20), ("finetune", 50), ("policy", 30), ("joint", 40)):
-        saved, told, out = kill_during(config, stage, after)
-        assert expected in out
-        assert after <= saved < STEPS
-        assert told - saved <= EVERY
-        expected = f"{stage}: resuming from step {saved} of {STEPS}"
-    with start(config) as process:
-        _, out = process.communicate()
-    assert process.returncode == 0
-    assert expected in out
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", TRAINED)
-    one, two = (tmp_path / name / "work" / "predictions.jsonl" for name in ("whole", "parts"))
-    assert one.read_bytes() == two.read_bytes()
