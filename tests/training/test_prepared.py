@@ -192,11 +192,7 @@ def test_training_from_shards_is_training_from_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_runs.write_dataset(tmp_path / "data")
-    changes = {
-        "stages": ["finetune"],
-        "model": tiny_runs.ONE_LAYER,
-        "finetune": {"backend": "masked", "accumulation_steps": 2},
-    }
+    changes = {"stages": ["finetune"], "model": tiny_runs.ONE_LAYER, "finetune": {"backend": "masked"}}
     config, shards = str(tiny_runs.write_config(tmp_path, **changes)), str(tmp_path / "shards")
     assert main(["train", "--config", config]) == 0
     assert main(["prepare-data", "--config", config, "--output", shards, "--shard-size", "10"]) == 0

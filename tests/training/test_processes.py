@@ -47,7 +47,8 @@ def test_processes_that_read_different_data_end_before_the_first_step(tmp_path: 
     first, rest = file.read_text(encoding="utf-8").split("\n", 1)
     record = json.loads(first)
     file.write_text(json.dumps(record | {"label": 1 - record["label"]}) + "\n" + rest, encoding="utf-8")
-    config = tiny_runs.write_config(tmp_path, data={"name": "imdb", "path": "data"}, stages=["finetune"])
+    data, model = {"name": "imdb", "path": "data"}, tiny_runs.ONE_LAYER
+    config = tiny_runs.write_config(tmp_path, data=data, model=model, stages=["finetune"])
     outputs = finish(start_together(config, folders))
     assert [code for code, _, _ in outputs] == [2, 2], outputs
     for _, _, err in outputs:
