@@ -18,11 +18,10 @@ from tiny_processes import finish, start_together, train, wait_for
 pytestmark = pytest.mark.usefixtures("optimized")
 MODEL = "model.safetensors"
 TRAINED = ("finetune", "init", "policy", "joint")
-# The stages of the selectors are masked, which compiles faster; device_checks.py has others.
-BACKENDS = {"finetune": "packed", "init": "masked", "policy": "masked", "joint": "packed"}
+# Masked steps compile faster; device_checks.py has packed ones of the other stages.
 NO_DROPOUT: dict[str, Any] = {
-    stage: {"dropout": False, "learning_rate": 1e-2, "backend": backend}
-    for stage, backend in BACKENDS.items()
+    stage: {"dropout": False, "learning_rate": 1e-2, "backend": "packed" if stage == "finetune" else "masked"}
+    for stage in TRAINED
 }
 
 # Before the command: arrays of a tiny model count as large enough to be divided, and each state says how many
