@@ -18,11 +18,9 @@ from tiny_processes import finish, start_together, train, wait_for
 pytestmark = pytest.mark.usefixtures("optimized")
 MODEL = "model.safetensors"
 TRAINED = ("finetune", "init", "policy", "joint")
-# Masked steps compile faster; device_checks.py has packed ones of the other stages.
-NO_DROPOUT: dict[str, Any] = {
-    stage: {"dropout": False, "learning_rate": 1e-2, "backend": "packed" if stage == "finetune" else "masked"}
-    for stage in TRAINED
-}
+# Masked steps compile faster; device_checks.py has packed ones.
+SETTINGS = {"dropout": False, "learning_rate": 1e-2, "backend": "masked"}
+NO_DROPOUT: dict[str, Any] = dict.fromkeys(TRAINED, SETTINGS)
 
 # Before the command: arrays of a tiny model count as large enough to be divided, and each state says how many
 # of its arrays are.
