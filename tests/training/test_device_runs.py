@@ -21,6 +21,7 @@ TRAINED = ("finetune", "init", "policy", "joint")
 # Masked steps compile faster; device_checks.py has packed ones.
 SETTINGS = {"dropout": False, "learning_rate": 1e-2, "backend": "masked"}
 NO_DROPOUT: dict[str, Any] = dict.fromkeys(TRAINED, SETTINGS)
+NO_DROPOUT["evaluate"] = {"baselines": [], "thresholds": []}  # programs to compile that show no more
 
 # Before the command: arrays of a tiny model count as large enough to be divided, and each state says how many
 # of its arrays are.
