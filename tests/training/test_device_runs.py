@@ -131,26 +131,29 @@ def test_two_processes_that_share_parameters(one_device: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_sigterm_stops_both_processes_wherever_they_are(one_device: Path, tmp_path: Path) -> None:
+def test_sigterm_stops_both_processes_wherever_they_are(tmp_path: Path) -> None:
     """To one of them: in updates, as a stage ends and the next one begins, in evaluation. With pmap."""
-    changes: dict[str, Any] = {"parallel": {"strategy": "pmap"}, "stages": ["finetune", "score", "evaluate"]}
-    config = tiny_runs.write_config(tmp_path, **changes, **NO_DROPOUT)
+    changes: dict[str, Any] = {"stages": ["finetune", "score", "evaluate"], "model": tiny_runs.ONE_LAYER}
+    one, two = tmp_path / "one", tmp_path / "two"
+    tiny_runs.train(tiny_runs.write_config(one, **changes, **NO_DROPOUT))
+    config = tiny_runs.write_config(two, **changes, **NO_DROPOUT, parallel={"strategy": "pmap"})
     for number, moment in enumerate(("finetune/metrics.jsonl", "finetune/done.json", "evaluate")):
         processes = start_together(config)
-        wait_for(tmp_path / "work" / moment, processes)
+        wait_for(two / "work" / moment, processes)
         processes[number % 2].send_signal(signal.SIGTERM)
         asked = time.monotonic()
         outputs = finish(processes)
         assert [code for code, _, _ in outputs] == [143, 143], (moment, outputs)
         assert time.monotonic() - asked < 120, moment
         assert "told to stop" in outputs[0][2]
-        assert not (tmp_path / "work" / "evaluate" / "done.json").exists()
+        assert not (two / "work" / "evaluate" / "done.json").exists()
     outputs = finish(start_together(config))
     assert [code for code, _, _ in outputs] == [0, 0], outputs
-    assert_same_training(one_device, tmp_path, ["finetune"])
-    assert_same_scores(one_device, tmp_path)
-    one, other = (tiny_runs.read_results(folder)["dense"]["accuracy"] for folder in (one_device, tmp_path))
-    assert one == other
+    assert_same_training(one, two, ["finetune"])
+    assert_same_scores(one, two)
+    assert (
+        tiny_runs.read_results(one)["dense"]["accuracy"] == tiny_runs.read_results(two)["dense"]["accuracy"]
+    )
 
 
 @pytest.mark.slow
