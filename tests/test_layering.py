@@ -118,9 +118,9 @@ def test_sizes() -> None:
     entries = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     assert len(entries) <= 14
     assert len(FLOORS) <= 8
-    assert len(list(PACKAGE.rglob("*.py"))) <= 70
-    assert lines(PACKAGE) <= 14_000
-    assert lines(ROOT / "tests") <= 12_700
+    assert len(list(PACKAGE.rglob("*.py"))) <= 76
+    assert lines(PACKAGE) <= 16_000
+    assert lines(ROOT / "tests") <= 13_400
 
 
 @pytest.mark.parametrize("module", MODULES)
