@@ -79,7 +79,7 @@ def tiny_weights(config: ModelConfig, seed: int = SEED, scale: float = 0.4) -> d
 
 def tiny_params(config: ModelConfig, seed: int = SEED, scale: float = 0.4) -> dict[str, Any]:
     """The same as a parameter tree."""
-    return from_original_names(tiny_weights(config, seed, scale), config)[0]
+    return from_original_names(tiny_weights(config, seed, scale), config).tree
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Define the exceptions that are shown to users without a traceback."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """A problem in the user's input: a file, a key, a value.
@@ -15,3 +17,9 @@ class MissingSplitError(UserError):
 
 class PreemptedError(BaseException):  # like KeyboardInterrupt: no `except Exception` may stop it
     """The process received SIGTERM. The message says what is saved."""
+
+
+def first_lines(lines: Sequence[str], most: int = 10) -> list[str]:
+    """Returns the first lines of a long list for a message, and how many more there are."""
+    more = len(lines) - most
+    return [*lines[:most], *([f"... and {more} more"] if more > 0 else [])]

@@ -333,7 +333,7 @@ def test_questions_are_read_as_they_are_answered(
 
 def test_a_model_of_texts_refuses_questions(models: dict[str, Path], tmp_path: Path) -> None:
     model = TRBert.from_pretrained(tiny_models.tiny_model(tmp_path / "model"))
-    with pytest.raises(UserError, match=r"this model labels texts"):
+    with pytest.raises(UserError, match=r"model: the model labels texts"):
         answer_questions(model, [SPAN])
     assert answer_questions(model, []) == []
     with pytest.raises(UserError, match=r"this model answers questions; ask it with"):

@@ -261,6 +261,7 @@ def benchmark_file(
         examples = read_examples(model, Path(data), BadRecords(skip=skip_bad_records))
         examples = examples.take(range(len(examples))[:max_texts])
     else:
+        model.check_use(questions=False, trained=False)
         texts = list(itertools.islice(read_texts(input_lines([], Path(data)), Path(data)), max_texts))
         examples = _encode(texts, model, str(data))
         if replayed is not None:

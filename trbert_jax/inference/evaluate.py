@@ -7,6 +7,7 @@ from typing import Any
 
 from trbert_jax.datasets import BadRecords, find_dataset
 from trbert_jax.datasets.text_files import read_file
+from trbert_jax.errors import UserError
 from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.io import atomic_file, write_json
@@ -88,6 +89,10 @@ def read_examples(model: TRBert, path: Path, bad: BadRecords) -> Examples:
     Malformed questions go to `bad`. Raises `UserError` for a file that cannot be read, an unknown label, or a
     model without tokenizer.
     """
+    model.check_use(model.answers_questions)
+    if model.config.gives_score:
+        advice = "`trbert predict` gives the scores"
+        raise UserError(f"{model.source}: the model has one output, a score, and no labels; {advice}")
     tokenizer = model.require_tokenizer()
     if not model.answers_questions:
         return encode_texts(read_file(path, model.config.labels), tokenizer, model.config.max_length)

@@ -102,12 +102,16 @@ def _predictions(
     model: TRBert, texts: Iterator[str], with_text: bool, options: dict[str, Any]
 ) -> Iterator[str]:
     count = cut = 0
+    scored = model.config.gives_score
     for prediction in model.predict_stream(texts, **options):
         count, cut = count + 1, cut + prediction.truncated
         record = {
             **({"text": prediction.text} if with_text else {}),
             "label": prediction.label,
             "label_id": prediction.label_id,
+            **(
+                {"score": float(prediction.scores[0]), "logit": float(prediction.logits[0])} if scored else {}
+            ),
             "scores": dict(zip(model.config.labels, prediction.scores.tolist(), strict=True)),
             "kept": [positions.tolist() for positions in prediction.kept],
             "num_tokens": prediction.num_tokens,

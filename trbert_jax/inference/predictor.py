@@ -46,9 +46,12 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Prediction:
     """The prediction for one text."""
 
-    label: str  # name of the most probable class
-    label_id: int  # its index
-    scores: np.ndarray  # float32 [C], probabilities in the order of `TRBert.config.labels`
+    label: str | None  # name of the most probable class; None if the model gives a score
+    label_id: int | None  # its index
+    # float32 [C], probabilities in the order of `TRBert.config.labels`. Of a model with one output, such as a
+    # cross-encoder, the score: the sigmoid of the output, or for a regression the output itself.
+    scores: np.ndarray
+    logits: np.ndarray  # float32 [C], the outputs of the head
     # For each point of reduction the positions of the kept tokens, int32, ascending, from 0 ([CLS]) on; empty
     # for rule `dense`.
     kept: tuple[np.ndarray, ...]
@@ -72,6 +75,8 @@ class TRBert:
       params: nested dict of float32 arrays, on the default device.
       tokenizer: a `transformers.PreTrainedTokenizerFast`, or None.
       newly_initialized: parts that were initialized at random, see `Pretrained`.
+      left_out: kind of the checkpoint's head if that was left out, see `Pretrained`.
+      source: the model's name in messages.
 
     Raises UserError for an unknown dtype, or a tokenizer with more tokens than the model.
     """
@@ -84,13 +89,15 @@ class TRBert:
         *,
         dtype: str = "float32",
         newly_initialized: Collection[str] = (),
+        left_out: str = "",
+        source: str = "this model",
     ) -> None:
         if dtype not in _DTYPES:
             raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
         if tokenizer is not None:
             check_vocabulary(tokenizer, config, "TRBert")
         self.config, self.params, self.tokenizer = config, jax.device_put(params), tokenizer
-        self.newly_initialized = tuple(newly_initialized)
+        self.newly_initialized, self.left_out, self.source = tuple(newly_initialized), left_out, source
         # The compiled passes, shared by all batch sizes.
         self.programs = CompiledForward(TokenReducingModel(config, _DTYPES[dtype]))
 
@@ -104,7 +111,15 @@ class TRBert:
         `bfloat16`. Raises UserError if the model is missing or damaged.
         """
         x = load_pretrained(path_or_id, max_length=max_length)
-        return cls(x.config, x.params, x.tokenizer, dtype=dtype, newly_initialized=x.newly_initialized)
+        return cls(
+            x.config,
+            x.params,
+            x.tokenizer,
+            dtype=dtype,
+            newly_initialized=x.newly_initialized,
+            left_out=x.left_out,
+            source=str(path_or_id),
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a model directory, see `trbert_jax.model.pretrained.save_pretrained`."""
@@ -126,6 +141,23 @@ class TRBert:
         """Whether the model answers questions, or labels texts."""
         return bool(self.config.inputs.data)
 
+    def check_use(self, questions: bool, trained: bool = True) -> None:
+        """Raises UserError unless the head answers questions, or texts, and is `trained`."""
+        task, said = self.config.task, ""
+        if not questions and self.answers_questions:
+            said = "answers questions; ask it with trbert_jax.answer_questions(model, questions)"
+        elif task != "classification" and not self.answers_questions:
+            said = f"has a head for {task}, which labels no texts, and no trbert.inputs in its config.json, "
+            said += "which say how questions become its inputs; `trbert train` writes both"
+        elif questions and not self.answers_questions:
+            said = "labels texts, or its config.json lacks trbert.inputs, which say how questions become its "
+            said += "inputs; `trbert train` writes them for a data set of questions"
+        elif trained and (parts := [part for part in self.newly_initialized if part != "selectors"]):
+            said = f"has the head of {self.left_out}" if self.left_out else f"lacks {', '.join(parts)}"
+            said += f", and no trained head for {task}; train it first: `trbert train` takes it as model.init"
+        if said:
+            raise UserError(f"{self.source}: the model {said}")
+
     def engine(self, batch_size: int) -> InferenceEngine:
         """Returns the engine for batches of this many examples. Raises UserError if that is no number."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -139,6 +171,7 @@ class TRBert:
 
         Yields the name of each program and the seconds that compiling took. Arguments: see `predict`.
         """
+        self.check_use(self.answers_questions)
         sizes = [batch_size]
         if self.answers_questions:
             request = parse_requests(self.task, [("example", self.task.shortest_request)], set())
@@ -188,10 +221,7 @@ class TRBert:
         Arguments and errors: see `predict`; an invalid option raises at once, a bad text when its window is
         reached.
         """
-        if self.answers_questions:
-            raise UserError(
-                "this model answers questions; ask it with trbert_jax.answer_questions(model, questions)"
-            )
+        self.check_use(questions=False)
         return self._predict(texts, batch_size, self._options(batch_size, **options))
 
     def _predict(self, texts: Iterable[str], batch_size: int, options: Any) -> Iterator[Prediction]:
@@ -199,12 +229,15 @@ class TRBert:
         for window, examples, truncated in self._encode_ahead(texts, WINDOW * batch_size):
             engine = engine or self.engine(_num_rows(len(window), batch_size))
             outputs = engine.run(self.params, examples, **options)
-            scores, winners = outputs.probabilities, outputs.logits.argmax(-1)
+            scores = outputs.logits if self.config.regression else outputs.probabilities
+            winners = [None if self.config.gives_score else int(i) for i in outputs.logits.argmax(-1)]
             for i, text in enumerate(window):
+                winner = winners[i]
                 yield Prediction(
-                    label=self.config.labels[winners[i]],
-                    label_id=int(winners[i]),
+                    label=None if winner is None else self.config.labels[winner],
+                    label_id=winner,
                     scores=scores[i],
+                    logits=outputs.logits[i],
                     kept=tuple(stage[i] for stage in outputs.kept),
                     num_tokens=int(examples.lengths[i]),
                     truncated=truncated[i],
@@ -275,12 +308,7 @@ class TRBert:
         options = self._options(batch_size, **options)
         source, ids = iter(requests), set[str]()
         while window := list(itertools.islice(source, WINDOW * batch_size)):
-            if not self.answers_questions:
-                raise UserError(
-                    "this model labels texts, or its config.json has no trbert.inputs, which says how "
-                    "questions become its inputs; a model that `trbert train` made for a data set of "
-                    "questions has"
-                )
+            self.check_use(questions=True)
             records = parse_requests(self.task, window, ids)
             examples = encode_usable(self.task, records, self.require_tokenizer(), BadRecords(), "questions")
             outputs = self.engine(batch_size).run(self.params, examples, **options)

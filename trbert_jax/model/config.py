@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from trbert_jax.model.heads import Head
 
 # Settings of Hugging Face that change the computation in ways this encoder does not offer.
-_ONLY_VALUES: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("absolute", None),
-    "is_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "problem_type": ("single_label_classification", None),
-}
+_ONLY_VALUES = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+# Classes that train an encoder alone: whatever head is in their checkpoint, it is not theirs.
+_PRETRAINING = ("PreTraining", "MaskedLM", "NextSentencePrediction")
+# What a cross-encoder makes of its one output, by the name of the function in config.json.
+_OF_ONE_OUTPUT = {"Sigmoid": False, "Identity": True}
 _OWN_KEYS = ("task", "selector_hidden", "max_length", "inputs")
 
 
@@ -58,12 +57,15 @@ class ModelConfig:
     max_positions: int = 512  # rows of the position table; the longest input, special tokens included
     type_vocab_size: int = 2  # rows of the token type table; 0 for none
     layer_norm_eps: float = 1e-12
+    activation: str = "gelu"  # key of `layers.ACTIVATIONS`, in the layers; the selectors' is the exact GELU
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     classifier_dropout: float = 0.1  # before the last linear layer of the classification head
     initializer_range: float = 0.02
     pad_token_id: int = 0
-    labels: tuple[str, ...] = ("0", "1")  # label names in the order of their ids, one per class
+    # Label names in the order of their ids, one per class. A classifier with a single one gives a score.
+    labels: tuple[str, ...] = ("0", "1")
+    regression: bool = False  # whether a score is the output itself, and not its sigmoid
     selector_hidden: int = 32  # width of a selector's hidden layer
     max_length: int = 512  # padded length the selectors were trained with, the unit of the length penalty
     inputs: InputConfig = InputConfig()  # how questions become inputs; unused for classification of texts
@@ -88,6 +90,11 @@ class ModelConfig:
     def num_outputs(self) -> int:
         """Outputs of the head's last layer, per token or per `[CLS]`."""
         return self.head.num_outputs or self.num_labels
+
+    @property
+    def gives_score(self) -> bool:
+        """Whether the model gives a text a score, as a cross-encoder does, and no label."""
+        return self.task == "classification" and self.num_labels == 1
 
     @property
     def reads_all_tokens(self) -> bool:
@@ -115,14 +122,10 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
 
     Raises `UserError`, naming `source`, for an unknown model type, an unsupported setting or a bad value.
     """
-    backbone = find_backbone(values.get("model_type", ""))
-    if backbone is None:
-        known = ", ".join(name for b in BACKBONES.values() for name in (b.name, *b.aliases))
-        raise UserError(f"{source}: model_type is {values.get('model_type')!r}; expected one of {known}")
-    only: dict[str, tuple[Any, ...]] = {backbone.activation_key: ("gelu", "gelu_python"), **_ONLY_VALUES}
-    for key, allowed in only.items():
-        if values.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{source}: {key} is {values[key]!r}; only {allowed[0]!r} is supported")
+    backbone = _backbone(values, source)
+    for key, only in _ONLY_VALUES.items():
+        if values.get(key) not in (only, None):
+            raise UserError(f"{source}: {key} is {values[key]!r}; only {only!r} is supported")
 
     fields: dict[str, Any] = {"model_type": backbone.name, **backbone.defaults}
     for field, key in backbone.keys.items():
@@ -130,10 +133,14 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
             fields[field] = _number(values[key], field, f"{source}: {key}")
     if "hidden_dropout" in fields:
         fields.setdefault("classifier_dropout", fields["hidden_dropout"])
+    fields["activation"] = _activation(values, backbone.activation_key, source)
     fields["labels"] = labels_from_dict(values, source) or ModelConfig.labels
+    fields["regression"] = len(fields["labels"]) == 1 and _is_regression(values, source)
     fields["task"] = _task_of(values)
     fields["max_length"] = min(ModelConfig.max_length, fields.get("max_positions", ModelConfig.max_positions))
     config = ModelConfig(**{**fields, **_own_section(values.get("trbert", {}), source)})
+    if "trbert" not in values:
+        config = dataclasses.replace(config, inputs=InputConfig(data=config.head.data))
     if config.hidden_size % config.num_heads:
         sizes = (
             f"hidden size, {config.hidden_size}, is not a multiple of the attention heads, {config.num_heads}"
@@ -155,9 +162,10 @@ def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
         "architectures": [backbone.class_name + config.head.class_suffix],
         "model_type": backbone.name,
         **{key: getattr(config, field) for field, key in backbone.keys.items()},
-        backbone.activation_key: "gelu",
+        backbone.activation_key: config.activation,
         "id2label": {str(i): label for i, label in enumerate(config.labels)},
         "label2id": {label: i for i, label in enumerate(config.labels)},
+        **({"problem_type": "regression"} if config.regression else {}),
         "trbert": own,
     }
 
@@ -182,13 +190,72 @@ def labels_from_dict(values: Mapping[str, Any], source: str = "config.json") -> 
     return labels
 
 
+def foreign_head(values: Mapping[str, Any]) -> str | None:
+    """Returns the kind of a checkpoint's head if it is none of `HEADS`, else None."""
+    if "trbert" in values:
+        return None
+    from trbert_jax.model.heads import HEADS
+
+    known = (*(head.class_suffix.removeprefix("For") for head in HEADS.values()), *_PRETRAINING)
+    for name in _classes(values):
+        kind = name.partition("For")[2]
+        if kind and kind not in known:
+            return name
+    problem, count = values.get("problem_type"), len(labels_from_dict(values) or ModelConfig.labels)
+    if problem in ("multi_label_classification", "regression") and count > 1:
+        return f"{problem} with {count} outputs"
+    return None
+
+
+def _backbone(values: Mapping[str, Any], source: str) -> Backbone:
+    """Returns the backbone of `model_type`, or of the classes and keys of a config.json without it."""
+    model_type = values.get("model_type")
+    if backbone := find_backbone(model_type):
+        return backbone
+    if not model_type:  # the first versions of transformers did not write it
+        for backbone in BACKBONES.values():
+            sizes = {backbone.keys[field] for field in ("hidden_size", "num_layers", "num_heads")}
+            fits = all(name.startswith(backbone.class_name) for name in _classes(values))
+            if fits and sizes <= set(values):
+                return backbone
+    known = ", ".join(name for b in BACKBONES.values() for name in (b.name, *b.aliases))
+    raise UserError(f"{source}: model_type is {model_type!r}; expected one of {known}")
+
+
+def _activation(values: Mapping[str, Any], key: str, source: str) -> str:
+    from trbert_jax.model.layers import ACTIVATIONS
+
+    name = values.get(key) or ModelConfig.activation
+    if name not in tuple(ACTIVATIONS):
+        raise UserError(f"{source}: {key} is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
+    return str(name)
+
+
+def _is_regression(values: Mapping[str, Any], source: str) -> bool:
+    """Returns whether the one output of a head is a value, and not the logit of a probability."""
+    section = values.get("sentence_transformers")
+    function = section.get("activation_fn") if isinstance(section, Mapping) else None
+    function = function or values.get("sbert_ce_default_activation_function")
+    if function is None:
+        return values.get("problem_type") == "regression"
+    if (name := str(function).rpartition(".")[2]) not in _OF_ONE_OUTPUT:
+        expected = ", ".join(_OF_ONE_OUTPUT)
+        raise UserError(f"{source}: the activation of the score is {function!r}; expected one of {expected}")
+    return _OF_ONE_OUTPUT[name]
+
+
 def _task_of(values: Mapping[str, Any]) -> str:
     """Returns the task that a checkpoint of another origin was made for, by the name of its class."""
     from trbert_jax.model.heads import HEADS
 
     heads = [head for head in HEADS.values() if head.class_suffix != "Model"]
-    names = map(str, values.get("architectures") or ())
-    return next((h.name for name in names for h in heads if name.endswith(h.class_suffix)), ModelConfig.task)
+    found = (h.name for name in _classes(values) for h in heads if name.endswith(h.class_suffix))
+    return next(found, ModelConfig.task)
+
+
+def _classes(values: Mapping[str, Any]) -> list[str]:
+    names = values.get("architectures")
+    return [names] if isinstance(names, str) else [*map(str, names)] if isinstance(names, list) else []
 
 
 def _own_section(section: Any, source: str) -> dict[str, Any]:

@@ -13,33 +13,38 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from trbert_jax.errors import UserError
+from trbert_jax.errors import UserError, first_lines
 from trbert_jax.io import atomic_directory, read_json, write_json
 from trbert_jax.model.config import (
     ModelConfig,
+    foreign_head,
     labels_from_dict,
     model_config_from_dict,
     model_config_to_dict,
 )
 from trbert_jax.model.heads import HEADS
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, find_tokenizer, save_tokenizer
-from trbert_jax.model.weights import (
+from trbert_jax.model.weight_files import (
+    FLAX,
     SAFETENSORS,
     SMALL_FILES,
     TORCH,
     UNFINISHED,
+    local_directory,
+    read_weights,
+    write_weights,
+)
+from trbert_jax.model.weights import (
     Tree,
     from_original_names,
-    local_directory,
+    original_names,
     parameters,
-    read_weights,
     to_original_names,
-    write_weights,
 )
 
 logger = logging.getLogger(__name__)
 
-_MODEL_FILES = {*SMALL_FILES, SAFETENSORS, TORCH, "added_tokens.json"}
+_MODEL_FILES = {*SMALL_FILES, SAFETENSORS, TORCH, FLAX, "added_tokens.json"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Pretrained:
     params: Tree  # nested dict of float32 numpy arrays
     tokenizer: Tokenizer | None  # None if the directory has none
     newly_initialized: tuple[str, ...] = ()  # parts with random values, see `weights.Parameter.part`
+    left_out: str = ""  # kind of the checkpoint's head if it is of another kind and was left out
 
 
 def load_pretrained(
@@ -83,18 +89,25 @@ def load_pretrained(
     values = read_json(directory / "config.json")
     if not isinstance(values, Mapping):
         raise UserError(f"{directory / 'config.json'}: expected a JSON object")
-    config = model_config_from_dict(values, str(directory / "config.json"))
-    weights = read_weights(directory)
-
-    if task is not None and task != config.task:
-        config = _change_task(config, weights, task)
-    counts_labels = config.task == "classification" and "classifier.weight" in weights
-    if labels_from_dict(values) is None and counts_labels:
-        config = dataclasses.replace(config, labels=tuple(map(str, range(len(weights["classifier.weight"])))))
-    tree, differences = from_original_names(weights, config)
+    source = str(directory / "config.json")
+    config, weights = model_config_from_dict(values, source), read_weights(directory)
+    names = original_names(weights, config)
+    classifier = next((weights[name] for name, full in names.items() if full == "classifier.weight"), None)
+    if config.task == "classification" and classifier is not None and labels_from_dict(values) is None:
+        values = {**values, "num_labels": len(classifier)}
+        config = model_config_from_dict(values, source)
+    left_out = foreign_head(values) or ""
+    if left_out or task not in (None, config.task):
+        kind = left_out or f"task {config.task}"
+        config = _leave_out_head(config, weights, names, kind, task or ModelConfig.task)
+    tree, differences, unused = from_original_names(weights, config)
     if differences:
         kind = f"{config.model_type} model for {config.task} with {config.num_layers} layers"
-        raise UserError("\n  ".join((f"{directory}: the weights are not those of a {kind}", *differences)))
+        lines = (f"{directory}: the weights are not those of a {kind}", *first_lines(differences))
+        raise UserError("\n  ".join(lines))
+    if unused:
+        listed = ", ".join(first_lines(unused, 3))
+        logger.warning("%s: left out tensors that are no part of the model: %s", directory, listed)
 
     if labels is not None:
         config = _change_labels(config, tree, tuple(labels))
@@ -107,13 +120,14 @@ def load_pretrained(
             expected = f"2 up to the model's {config.max_positions} positions; set max_positions to have more"
             raise UserError(f"max_length is {max_length}; expected {expected}")
         config = dataclasses.replace(config, max_length=max_length)
+    _check_finite(config, tree, directory)
     tree, new = _initialize_missing(config, tree, seed)
     if new:
         logger.warning("%s: initialized at random, to be trained before use: %s", directory, ", ".join(new))
     tokenizer = find_tokenizer(directory, config.backbone.special_tokens)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, str(directory))
-    return Pretrained(config, tree, tokenizer, new)
+    return Pretrained(config, tree, tokenizer, new, left_out if set(new) - {"selectors"} else "")
 
 
 def save_pretrained(
@@ -158,21 +172,38 @@ def _check_replaceable(directory: Path) -> None:
         raise UserError(f"{directory}: holds {files}; choose another directory, or move them away")
 
 
-def _change_task(config: ModelConfig, weights: dict[str, np.ndarray], task: str) -> ModelConfig:
-    """Returns the configuration for another task; removes the checkpoint's own head from its weights."""
+def _leave_out_head(
+    config: ModelConfig, weights: dict[str, np.ndarray], names: Mapping[str, str | None], kind: str, task: str
+) -> ModelConfig:
+    """Removes the checkpoint's head from its weights; returns the configuration for another task.
+
+    `names` has the full names of the weights, from `original_names`.
+    """
     layers = {"pre_classifier", *(layer for head in HEADS.values() for layer in head.layers)}
-    removed = sorted(name for name in weights if name.partition(".")[0] in layers)
+    removed = sorted(name for name, full in names.items() if full and full.partition(".")[0] in layers)
     for name in removed:
         del weights[name]
     if removed:
-        logger.info("left out the head for %s: %s", config.task, ", ".join(removed))
-    return dataclasses.replace(config, task=task)
+        logger.info("left out the head, which is that of %s: %s", kind, ", ".join(removed))
+    return dataclasses.replace(
+        config, task=task, labels=ModelConfig.labels, regression=False, inputs=ModelConfig.inputs
+    )
+
+
+def _check_finite(config: ModelConfig, tree: Tree, directory: Path) -> None:
+    weights = to_original_names(tree, config)
+    bad = sorted(name for name, array in weights.items() if not np.isfinite(array).all())
+    if bad:
+        causes = "the training that wrote them diverged, or the file is damaged"
+        names = ", ".join(first_lines(bad))
+        raise UserError(f"{directory}: weights that are not finite numbers: {names}; {causes}")
 
 
 def _change_labels(config: ModelConfig, tree: Tree, labels: tuple[str, ...]) -> ModelConfig:
     if len(set(labels)) < len(labels) or not labels:
         raise UserError(f"label names must be given and differ: {', '.join(labels) or 'none given'}")
-    old, new = config.labels, dataclasses.replace(config, labels=labels)
+    old, regression = config.labels, config.regression and len(labels) == 1
+    new = dataclasses.replace(config, labels=labels, regression=regression)
     classifier = tree.get("head", {}).get("classifier")
     # The classifier of a multiple choice has one output, whatever the options are called.
     if classifier is None or old == labels or config.task != "classification":
@@ -198,7 +229,17 @@ def _keep_layers(config: ModelConfig, tree: Tree, layers: list[int]) -> ModelCon
     all_layers = [tree["encoder"].pop(f"layer_{i}") for i in range(config.num_layers)]
     tree["encoder"].update({f"layer_{new}": all_layers[old] for new, old in enumerate(layers)})
     logger.info("kept layers %s of %d", ", ".join(map(str, layers)), config.num_layers)
-    return dataclasses.replace(config, num_layers=len(layers))
+    new = dataclasses.replace(config, num_layers=len(layers))
+    if "selector_0" in tree["encoder"] and layers != list(range(config.num_layers)):
+        before, now = (f"before {_layers(x.reduction_layers)} of {x.num_layers}" for x in (config, new))
+        logger.warning(
+            "kept the selectors, which were trained %s and now drop tokens %s; train them again", before, now
+        )
+    return new
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
 
 
 def _resize_positions(config: ModelConfig, tree: Tree, rows: int) -> ModelConfig:

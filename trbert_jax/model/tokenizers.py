@@ -9,7 +9,7 @@ from trbert_jax.errors import UserError
 from trbert_jax.io import read_json, read_text, write_json
 from trbert_jax.model.backbones import BERT_TOKENS
 from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.weights import local_directory
+from trbert_jax.model.weight_files import local_directory
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerFast; importing transformers takes a second
 

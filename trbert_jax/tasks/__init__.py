@@ -107,9 +107,14 @@ class Splits:
 
 
 def saved_task(config: ModelConfig) -> Task:
-    """Returns the task that a saved model was trained for."""
+    """Returns the task that a saved model was trained for. Raises `UserError` if its head does not fit."""
     name = find_dataset(config.inputs.data).task if config.inputs.data else config.task
-    return TASKS[name](config.inputs, config.max_length, config.labels)
+    task = TASKS[name](config.inputs, config.max_length, config.labels)
+    if task.head != config.task:
+        asked = f"data {config.inputs.data!r}, choices {config.inputs.choices!r}"
+        needed = f"needs a head for {task.head}; this one is for {config.task}"
+        raise UserError(f"config.json: the model is asked as trbert.inputs says, {asked}, which {needed}")
+    return task
 
 
 def encode_usable(
