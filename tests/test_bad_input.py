@@ -225,6 +225,10 @@ RUN_CASES = [
     Case("changed data under a checkpoint", FINETUNE,
         (f"{STEP_2}: ", "examples: 8 -> 9", "delete work/finetune"), append("data/train.jsonl", LINE),
         start="interrupted"),
+    Case("work directory as a model", PREDICT.replace("model model", "model work"),
+        ("work: ", "work/finetune/model"), start="finetuned"),
+    Case("stage as a model", EVALUATE.replace("model model", "model work/finetune"),
+        ("work/finetune: ", "work/finetune/model"), start="finetuned"),
     Case("half-written checkpoint", FINETUNE, ("step 2 of 4", "finetune: done"), made_by="finetuned", code=0,
         leaves="work/.*"),
 ]

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -43,7 +44,7 @@ def test_values_keep_their_types(tmp_path: Path) -> None:
     assert config.finetune.learning_rate == 3e-5
     assert isinstance(config.finetune.clip_norm, float)
     assert config.finetune.max_steps is None
-    assert config.data.cache_dir == "~/no"
+    assert config.data.cache_dir == os.path.expanduser("~/no")
     assert config.joint.alpha == 0.5
     assert config.stages == ("finetune", "evaluate")
     assert (config.model.scratch.num_layers, config.model.scratch.hidden_size) == (4, 768)
@@ -159,6 +160,8 @@ def test_mistake_in_a_file(tmp_path: Path, text: str, line: int, key: str, hint:
         ("workdir: ''\n", ":1: workdir: "),
         ("workdir: x\ndata: {path: d}\n", ":2: data.name: "),
         (MINIMAL.replace("stdlib", "imdb"), ":2: data.path: "),
+        (MINIMAL.replace("runs/x", "runs/my #1 x"), ":1: workdir: "),  # else it would be `runs/my`
+        (MINIMAL.replace("runs/x", "~no-such-user/x"), ":1: workdir: "),
     ],
 )
 def test_file_that_is_no_configuration(tmp_path: Path, text: str, place: str) -> None:
@@ -187,6 +190,20 @@ def test_mistake_on_the_command_line(tmp_path: Path, overrides: str, key: str, h
     message = mistake(tmp_path, MINIMAL, *overrides.split())
     assert message.startswith(f"command line: {key}")
     assert hint in message
+
+
+def test_paths_are_found_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quotes and the command line keep ` #`; `~` and a name that a Mac has stored decomposed are resolved."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (tmp_path / decomposed / composed).mkdir(parents=True)
+    quoted = MINIMAL.replace("runs/x", "'runs/my #1 x'")
+    config = load_text(tmp_path, quoted, "data.path=a #1", f"model.tokenizer=~/{composed}/{composed}/new")
+    assert (config.workdir, config.data.path) == ("runs/my #1 x", "a #1")
+    assert config.model.tokenizer == f"{tmp_path}/{decomposed}/{composed}/new"
+    (tmp_path / "runs # old").mkdir()  # written as a comment, but there is such a folder
+    assert "runs # old" in mistake(tmp_path, MINIMAL.replace("runs/x", f"{tmp_path}/runs # old"))
+    assert load_text(tmp_path, MINIMAL.replace("runs/x", "runs # comment")).workdir == "runs"
 
 
 def test_tfds_has_fields_and_needs_no_path(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from trbert_jax.datasets import find_dataset
 from trbert_jax.errors import UserError
-from trbert_jax.io import YamlKey, parse_yaml, read_json, read_text
+from trbert_jax.io import YamlKey, find_path, parse_yaml, read_json, read_text
 from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.reduction.rules import DEFAULT_RULE, RULES, rule_names
 
@@ -36,8 +36,16 @@ def _name_from(names: Callable[[], Collection[str]]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _find(path: str) -> str:
+    try:
+        return str(find_path(path)) if path.startswith("~") or not path.isascii() else path
+    except UserError as error:
+        raise PydanticCustomError("path", "{reason}", {"reason": str(error)}) from error
+
+
 # Strict: a quoted "8" is not a number, 1 is not true.
 Text = Annotated[str, Field(strict=True, min_length=1)]
+FilePath = Annotated[Text, AfterValidator(_find)]  # a file or folder, `~` expanded; or a name on the hub
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Index = Annotated[int, Field(strict=True, ge=0)]
@@ -68,12 +76,12 @@ class DataConfig(Section):
     """The examples."""
 
     name: Text  # a registered data set, or tfds:NAME for a data set of TensorFlow Datasets
-    path: Text | None = None  # folder of the files; tfds and stdlib have their own unless it is given
+    path: FilePath | None = None  # folder of the files; tfds and stdlib have their own unless it is given
     max_train_examples: Count | None = None  # largest number of training examples; null for all
     max_eval_examples: Count | None = None  # the same for the dev split and for the test split
-    cache_dir: Text | None = None  # folder for tokenized examples; null for WORKDIR/cache
+    cache_dir: FilePath | None = None  # folder for tokenized examples; null for WORKDIR/cache
     # Folder of `trbert prepare-data`, from which training reads in the background; null to read `path`.
-    prepared: Text | None = None
+    prepared: FilePath | None = None
     text_field: Text = "text"  # field that holds the text; tfds only
     label_field: Text = "label"  # field that holds the label; tfds only
     skip_bad_records: Flag = False  # skip and count invalid records of questions; else the first is an error
@@ -99,13 +107,13 @@ class ScratchConfig(Section):
 class BackboneConfig(Section):
     """The model before training."""
 
-    init: Text  # folder or hub id of a Hugging Face BERT or DistilBERT, or scratch for random weights
+    init: FilePath  # folder or hub id of a Hugging Face BERT or DistilBERT, or scratch for random weights
     max_length: MaxLength = 512  # in tokens, special tokens included; longer texts are cut
     max_positions: Count | None = None  # rows of the position table; null for the checkpoint's, or max_length
     keep_layers: tuple[Index, ...] | None = None  # layers to take from the checkpoint, 0-based; null for all
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and losses are float32
     # Folder or hub id; null for the one of the checkpoint, or from scratch one trained on the training texts.
-    tokenizer: Text | None = None
+    tokenizer: FilePath | None = None
     line_breaks_as_spaces: Flag = False  # read `<br />` as one space, here and in the trained model
     # Longest question in word pieces (with its options for race); null for the data set's default.
     max_question_length: Count | None = None
@@ -220,7 +228,7 @@ class EvaluateConfig(StageConfig):
 class RunConfig(Section):
     """A whole run, from raw text to results, with a section for each stage."""
 
-    workdir: Text  # folder for all outputs of the run, relative to the current directory
+    workdir: FilePath  # folder for all outputs of the run, relative to the current directory
     data: DataConfig
     model: BackboneConfig
     seed: Seed = 42  # of data order, new weights, dropout and sampled selections
@@ -308,21 +316,42 @@ def _tree(cls: type) -> dict[str, Any]:
     return {name: _tree(hints[name]) if dataclasses.is_dataclass(hints[name]) else None for name in names}
 
 
+def path_keys(cls: type | None = None, prefix: str = "") -> list[str]:
+    """Lists the keys of `RunConfig`, or of a section, that are files or folders: `data.path`, ..."""
+    hints, found = typing.get_type_hints(cls or _run_class, include_extras=True), list[str]()
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            found += path_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        elif FilePath in (hint, *typing.get_args(hint)):
+            found.append(prefix + name)
+    return found
+
+
 def dotted_keys(cls: type) -> list[str]:
     """Lists the keys of a section and of the sections in it: `policy.alpha`, ..."""
     return list(_flat(_tree(cls)))
 
 
 def _build(values: Mapping[str, Any], path: str) -> RunConfig:
-    def problem(key: str, text: str) -> UserError:
-        origin, inner = path, values
+    def written(key: str) -> tuple[str, str, Any]:
+        """Returns place, comment and value of a key, or those of the section that lacks it."""
+        origin, comment, inner = path, "", values
         for name in key.split("."):
-            written = next((k for k in inner if k == name), "") if isinstance(inner, Mapping) else ""
-            if not written:
+            found = next((k for k in inner if k == name), "") if isinstance(inner, Mapping) else ""
+            if not found:
                 break
-            origin, inner = getattr(written, "origin", path), inner[written]
-        return UserError(f"{origin}: {key}: {text}")
+            origin, comment = getattr(found, "origin", path), getattr(found, "comment", "")
+            inner = inner[found]
+        return origin, comment, inner
 
+    def problem(key: str, text: str) -> UserError:
+        return UserError(f"{written(key)[0]}: {key}: {text}")
+
+    for key in path_keys():
+        _, comment, value = written(key)
+        if comment[1:2].strip() or (comment and Path(f"{value} {comment}").exists()):
+            quoted = f'if it belongs to the path, write "{value} {comment}" with the quotes'
+            raise problem(key, f"{comment!r} is a comment to YAML; {quoted}; if not, put a space after #")
     tree = _tree(_run_class)
     given = {key: value for key, value in values.items() if value is not None or not tree.get(key)}
     try:

@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import sys
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,25 @@ from typing import IO, Any, Literal
 import yaml
 
 from trbert_jax.errors import UserError
+
+
+def find_path(path: str | Path) -> Path:
+    """Returns a path with `~` expanded and each name in the Unicode form in which the file system has it.
+
+    A Mac may have stored a name decomposed (`e` and an accent) that a text has composed, or the reverse. A
+    path that does not exist is returned as it is. Raises `UserError` for the `~` of an unknown user.
+    """
+    try:
+        wanted = Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: no such user; for a folder of that name write ./{path}") from error
+    if str(wanted).isascii() or os.path.lexists(wanted):
+        return wanted
+    found = Path(wanted.anchor)
+    for name in wanted.relative_to(wanted.anchor).parts:
+        forms = (found / form for form in (name, *(unicodedata.normalize(x, name) for x in ("NFC", "NFD"))))
+        found = next(filter(os.path.lexists, forms), found / name)
+    return found
 
 
 @contextlib.contextmanager
@@ -181,9 +201,12 @@ def readable(path: str | Path) -> Iterator[None]:
 
 
 class YamlKey(str):
-    """A key that knows where it was written: `origin` is `FILE:LINE`, or `command line`."""
+    """A key that knows where it was written: `origin` is `FILE:LINE`, or `command line`.
 
-    origin = "command line"
+    `comment` is what follows a plain value on its line, from the `#` on.
+    """
+
+    origin, comment = "command line", ""
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -191,6 +214,7 @@ class _YamlLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - overrides the class variable of PyYAML
     source: str | None = None
+    text = ""  # that is parsed
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
@@ -209,8 +233,15 @@ class _YamlLoader(yaml.SafeLoader):
                 raise UserError(f"{key.origin}: a key must be text")
             for first in (k for k in result if k == key):
                 raise UserError(f"{key.origin}: {key}: given twice (first in {first.origin}); keep one")
+            if isinstance(value, yaml.ScalarNode) and value.style is None:
+                key.comment = self.rest_of_line(value)
             result[key] = self.construct_object(value, deep=True)
         return result
+
+    def rest_of_line(self, node: yaml.Node) -> str:
+        """Returns the comment behind a node, from the `#` on."""
+        rest = (self.text[node.end_mark.index :].splitlines() or [""])[0].strip()
+        return rest if rest.startswith("#") else ""
 
 
 for _kind, _pattern in {
@@ -231,8 +262,11 @@ def parse_yaml(text: str, source: str | None = None) -> Any:
     """
     try:
         loader = _YamlLoader(text)
-        loader.source = source
-        return loader.get_single_data()
+        loader.source, loader.text = source, text
+        node = loader.get_single_node()
+        if source is None and isinstance(node, yaml.ScalarNode) and loader.rest_of_line(node):
+            return text.strip()  # no one writes comments on a command line: ` #` is part of a path
+        return None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of too many digits
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"{source}:{mark.line + 1}" if mark and source else source or YamlKey.origin

@@ -91,6 +91,19 @@ def test_own_test_set_comes_first(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert not caplog.messages
 
 
+def test_two_files_of_a_split_or_two_versions_are_refused(tmp_path: Path) -> None:
+    document = SAMPLES["squad"].fresh()
+    for file in ("train-v2.0.json", "dev-v1.1.json"):
+        SAMPLES["squad"].write(tmp_path / file, document)
+    for split in ("train", "dev"):
+        with pytest.raises(UserError, match=r"(?=.*train-v2.0.json)(?=.*dev-v1.1.json)"):
+            DATASETS["squad"].read_split(tmp_path, split)
+    for file in ("dev.json", "dev_sort.json"):
+        SAMPLES["wikihop"].write(tmp_path / file, SAMPLES["wikihop"].fresh())
+    with pytest.raises(UserError, match="dev_sort"):
+        DATASETS["wikihop"].read_split(tmp_path, "dev")
+
+
 def test_skipped_records_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     document = SAMPLES["race"].fresh()
     document["high/2.txt"]["answers"][1] = "E"

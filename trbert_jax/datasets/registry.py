@@ -12,7 +12,7 @@ import numpy as np
 from trbert_jax.datasets import reading
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.errors import MissingSplitError, UserError
-from trbert_jax.io import read_json
+from trbert_jax.io import find_path, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class DataSet:
     task: str  # key of `trbert_jax.tasks.TASKS`
     read: Reader  # of one file
     format: str = "records"  # what a file holds, for the message about one without records
-    # Split -> file names relative to `data.path`, in order of preference.
+    # Split -> file names relative to `data.path`, of which the folder has one.
     files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     labels: tuple[str, ...] = ()  # class names of a text data set; empty for questions
     labels_file: str | None = None  # optional JSON list beside the files that replaces `labels`
@@ -61,7 +61,7 @@ class DataSet:
 
     def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
         """Returns the class names, given `data.path` and `data.label_field`."""
-        file = Path(path).expanduser() / self.labels_file if path and self.labels_file else None
+        file = find_path(path) / self.labels_file if path and self.labels_file else None
         if file is None or not file.exists():
             return self.labels
         names, count = read_json(file), len(self.labels)
@@ -87,7 +87,7 @@ class DataSet:
         expected = " or ".join(self.files[split])
         if path is None:
             raise UserError(f"data.path: missing; expected the folder of {self.name} with {expected}")
-        folder = Path(path).expanduser()
+        folder = find_path(path)
         if not folder.is_dir():
             raise UserError(f"data.path: {folder}: no such folder; expected one with {expected}")
         found = {part: [*filter(Path.exists, map(folder.joinpath, self.files[part]))] for part in SPLITS}
@@ -96,6 +96,11 @@ class DataSet:
         if not files and split == "test" and self.dev_as_test and found["dev"]:
             files = found["dev"]
             logger.warning("%s: no test set with answers; %s serves as test", self.name, files[0].name)
+        versions = {file.name.partition("-")[2]: file for names in found.values() for file in names}
+        mixed = [*versions.values()] if self.style == "squad" and len(versions) > 1 else files
+        if len(mixed) > 1:
+            both = " and ".join(file.name for file in mixed)
+            raise UserError(f"{folder}: has both {both}; keep those to read there, and move the others away")
         if not files:
             problem = f"has no {split} split of {self.name}"
             raise MissingSplitError(f"{folder}: {problem}; expected {expected}{self._hint(folder)}")
@@ -111,7 +116,7 @@ class DataSet:
 
         Raises `UserError` if the file cannot be read, has a bad record (by default) or no record.
         """
-        bad, file = bad or BadRecords(), Path(path).expanduser()
+        bad, file = bad or BadRecords(), find_path(path)
         return reading.collect(self.read(file, bad, labels or self.labels), file, bad, self.format)
 
     def _hint(self, folder: Path) -> str:

@@ -14,6 +14,7 @@ from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import Example
 from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
+from trbert_jax.io import find_path
 
 _FORMAT = '{"text": ..., "label": ...} a line of .jsonl, or label,text a line of .csv'
 
@@ -31,7 +32,7 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str]) -> Iterator[Example
 
 def read_file(path: str | Path, labels: Sequence[str]) -> list[Example]:
     """Reads one file like `read`. Raises `UserError` if anything is wrong with it or it has no example."""
-    path = Path(path).expanduser()
+    path = find_path(path)
     return reading.collect(read(path, BadRecords(), labels), path, BadRecords(), _FORMAT)
 
 

@@ -24,7 +24,7 @@ from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import Span, SpanQuestion
 from trbert_jax.datasets.span_files import detected_spans, id_field, read_context, register
 from trbert_jax.errors import UserError
-from trbert_jax.io import read_text
+from trbert_jax.io import find_path, read_text
 
 MAX_WORDS = 800  # of a document, the default of the authors' own conversion to the format of SQuAD
 
@@ -87,7 +87,7 @@ def _read_evidence(name: str, folder: Path) -> str:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ValueError(f"Filename: is {name!r}; expected a file inside {folder}")
     try:
-        document = read_text(folder / name).removeprefix("\ufeff")  # a byte order mark
+        document = read_text(find_path(folder / name)).removeprefix("\ufeff")  # a byte order mark
     except (UserError, OSError, ValueError) as error:  # the last two for names that no file can have
         raise ValueError(f"Filename: the evidence cannot be read ({error}); expected a text file") from error
     if not document.strip():

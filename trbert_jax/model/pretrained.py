@@ -84,9 +84,16 @@ def load_pretrained(
     Raises `UserError` for no checkpoint, a damaged or unfinished one, names or shapes that do not fit.
     """
     directory = local_directory(path_or_id)
-    if not (directory / "config.json").is_file():
+    file, inner = directory / "config.json", directory / "model"
+    values = read_json(file) if file.is_file() else None
+    if values is None or (isinstance(values, Mapping) and "workdir" in values):  # or the folder of a run
+        if (inner / "config.json").is_file():
+            raise UserError(f"{directory}: the model is in a folder of this one; give {inner}")
+        if values is not None:
+            others = sorted(str(path.parent) for path in directory.glob("*/model/config.json"))
+            has = f"; it has {', '.join(others)}" if others else "; finish the run first"
+            raise UserError(f"{directory}: a work directory, whose run has no {inner} yet{has}")
         raise UserError(f"{directory}: no config.json here, so this is no finished model {UNFINISHED}")
-    values = read_json(directory / "config.json")
     if not isinstance(values, Mapping):
         raise UserError(f"{directory / 'config.json'}: expected a JSON object")
     source = str(directory / "config.json")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trbert_jax.errors import UserError
-from trbert_jax.io import read_json
+from trbert_jax.io import find_path, read_json
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
@@ -49,7 +49,7 @@ def local_directory(path_or_id: str | Path) -> Path:
     Downloads a model to the cache that all Hugging Face tools share; a cached one needs no network. Raises
     `UserError` if there is no such directory or model, or the hub cannot be reached.
     """
-    path = Path(path_or_id).expanduser()
+    path = find_path(path_or_id)
     if path.is_dir():
         return path
     if path.exists():
