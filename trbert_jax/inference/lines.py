@@ -18,7 +18,7 @@ from trbert_jax.errors import UserError
 from trbert_jax.io import check_unicode, parse_json
 
 if TYPE_CHECKING:
-    from trbert_jax.inference.predictor import TRBert
+    from trbert_jax.inference.predictor import Prediction, TRBert
 
 logger = logging.getLogger(__name__)
 
@@ -102,16 +102,13 @@ def _predictions(
     model: TRBert, texts: Iterator[str], with_text: bool, options: dict[str, Any]
 ) -> Iterator[str]:
     count = cut = 0
-    scored = model.config.gives_score
     for prediction in model.predict_stream(texts, **options):
         count, cut = count + 1, cut + prediction.truncated
         record = {
             **({"text": prediction.text} if with_text else {}),
             "label": prediction.label,
             "label_id": prediction.label_id,
-            **(
-                {"score": float(prediction.scores[0]), "logit": float(prediction.logits[0])} if scored else {}
-            ),
+            **(_score(prediction) if prediction.label is None else {}),
             "scores": dict(zip(model.config.labels, prediction.scores.tolist(), strict=True)),
             "kept": [positions.tolist() for positions in prediction.kept],
             "num_tokens": prediction.num_tokens,
@@ -121,6 +118,10 @@ def _predictions(
     if cut:
         longest = model.config.max_length
         logger.warning("%d of %d texts are longer than %d tokens and were cut", cut, count, longest)
+
+
+def _score(prediction: Prediction) -> dict[str, float]:
+    return {"score": float(prediction.scores[0]), "logit": float(prediction.logits[0])}
 
 
 def _answers(model: TRBert, lines: Lines, with_text: bool, options: dict[str, Any]) -> Iterator[str]:
