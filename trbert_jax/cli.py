@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from trbert_jax import __version__, io
+from trbert_jax import __version__, io, streams
 from trbert_jax.errors import PreemptedError, UserError
+from trbert_jax.outputs import atomic_file, check_outputs, contents, is_stream
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES, rule_names
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ examples:
   trbert train --config configs/quickstart.yaml
   trbert predict --model runs/quickstart/model "some text"
 """
-# Exit codes; 128 + the signal as shells report it. Launchers restart a job that SIGTERM has ended.
-USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143
 RESUME = "run the same command again to go on from the last checkpoint"
 
 Arguments = argparse.Namespace
@@ -41,31 +40,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command, with the arguments of the process by default.
 
     Returns the exit code: 0; 2 after a mistake of the user; 130 after Ctrl-C; 141 if the reader of the output
-    has closed it; 143 after SIGTERM.
+    has closed it; 143 after SIGTERM, 129 after SIGHUP.
     """
+    streams.prepare()
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:  # argparse has printed help, the version or an error
-        return stop.code if isinstance(stop.code, int) else USER_ERROR
+        return streams.finish(stop.code if isinstance(stop.code, int) else streams.USER_ERROR)
+    # JAX handles SIGTERM if several processes have to agree on when to stop.
+    several = args.command == "train" and (args.distributed or args.coordinator is not None)
+    with streams.signals(ended_by_sigterm=not several, last=argv is None):
+        return streams.finish(_run(args))
+
+
+def _run(args: Arguments) -> int:
     # transformers without PyTorch is intended; its advice to install it is no help.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    io.setup_logging()
+    streams.setup_logging()
+    advice = f"; {RESUME}" if args.command == "train" else ""
     try:
+        check_outputs(**_paths(args))
         COMMANDS[args.command][0](args)
-        sys.stdout.flush()
     except UserError as error:
-        _say(f"error: {error}")
-        return USER_ERROR
+        streams.say(f"error: {error}")
+        return streams.USER_ERROR
     except KeyboardInterrupt:
-        _say(f"interrupted; {RESUME}" if args.command == "train" else "interrupted")
-        return INTERRUPTED
+        streams.say(f"interrupted{advice}")
+        return streams.INTERRUPTED
     except PreemptedError as stop:
-        _say(f"{stop}; {RESUME}")
-        return TERMINATED
+        streams.say(f"{stop}{advice}")
+        return 128 + stop.signal
     except BrokenPipeError:
-        # The interpreter flushes stdout again at exit; send that nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return streams.BROKEN_PIPE
+    except UnicodeEncodeError as error:
+        if not any("\udc80" <= letter <= "\udcff" for letter in error.object):  # a byte of a name
+            raise
+        streams.say(f"error: {error.object}: the name is not UTF-8; rename it")
+        return streams.USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            if code := streams.finish(0):  # of standard output
+                return code
+            raise
+        streams.say(f"error: {error.filename}: {error.strerror}")
+        return streams.USER_ERROR
     return 0
 
 
@@ -74,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{PROGRAM}: error: {message} (see `{self.prog} --help`)\n")
+        self.exit(streams.USER_ERROR, f"{PROGRAM}: error: {message} (see `{self.prog} --help`)\n")
 
 
 Type = Callable[[str], Any]
@@ -85,6 +103,23 @@ COMMANDS: dict[str, tuple[Run, tuple[Option, ...]]] = {}
 
 def _option(name: str, metavar: str | None, convert: Type, help: Any, **rest: Any) -> Option:
     return name, {"metavar": metavar, "type": convert, "help": help, **rest}
+
+
+def _path(role: str, name: str, metavar: str, help: Any, **rest: Any) -> Option:
+    """An option for a path; `role` is the argument of `check_outputs` for it."""
+    converts: dict[str, Type] = {"outputs": _output_file, "models": str}
+    return _option(name, metavar, converts.get(role, _expanded), help, role=role, **rest)
+
+
+def _paths(args: Arguments) -> dict[str, list[Any]]:
+    """Returns the paths of the chosen options by their role."""
+    paths: dict[str, list[Any]] = {}
+    for name, settings in COMMANDS[args.command][1]:
+        path = getattr(args, name.lstrip("-").replace("-", "_"))
+        if "role" in settings and path:
+            beside = [path.with_suffix(suffix) for suffix in settings.get("beside", ())]
+            paths.setdefault(settings["role"], []).extend([path, *([] if is_stream(path) else beside)])
+    return paths
 
 
 def _switch(name: str, help: Any) -> Option:
@@ -117,7 +152,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
                 subparser.epilog = details.format(stages=_describe_stages())
             for option, settings in options:
                 names = {key: settings[key]() for key in ("choices", "help") if callable(settings.get(key))}
-                subparser.add_argument(option, **settings | names)
+                ours = {key: value for key, value in settings.items() if key not in ("role", "beside")}
+                subparser.add_argument(option, **ours | names)
     args, rest = parser.parse_known_args(argv)
     chosen = subparsers.choices[args.command]
     # argparse does not accept positional arguments after options; they belong to the same list.
@@ -176,6 +212,19 @@ def _former(name: str, new: str) -> Option:
     return _option(name, None, _type(f"{new} instead", str, lambda _: False), argparse.SUPPRESS)
 
 
+def _output_file(text: str) -> Path:
+    if os.path.basename(text) in ("", ".", ".."):  # a path would forget the slash at the end
+        raise argparse.ArgumentTypeError(f"expected a file, got {text!r}")
+    return _expanded(text)
+
+
+def _expanded(text: str) -> Path:
+    try:
+        return io.find_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 _name = _type("names with commas between them", str, bool)
 _index = _type("a number of at least 0", _digits, lambda n: n >= 0)
 _count = _type("a number of at least 1", _digits, lambda n: n >= 1)
@@ -188,10 +237,11 @@ _steps = _type(
 
 BACKEND_HELP = "packed: compute only the kept tokens (default); masked: compute all, with the same results"
 THRESHOLD_HELP = "keep tokens whose keep probability is at least P (default 0.5, as published)"
-CONFIG = _option("--config", "FILE", Path, "YAML file with the settings of the run", required=True)
+PREDICTIONS_HELP = "write a JSON line per text, or the official scorer's input"
+CONFIG = _path("inputs", "--config", "FILE", "YAML file with the settings of the run", required=True)
 OVERRIDES = _option("overrides", "key=value", str, "settings that replace those of the file", nargs="*")
 SKIP = _switch("--skip-bad-records", "skip, count and list invalid records of questions, rather than stop")
-MODEL = _option("--model", "DIR", str, "folder of a trained model", required=True)
+MODEL = _path("models", "--model", "DIR", "folder of a trained model", required=True)
 BATCH_SIZE = _option("--batch-size", "N", _count, "texts per batch (default 32)", default=32)
 RULE = (
     _option("--rule", None, str, _rules_help, choices=rule_names),
@@ -256,32 +306,28 @@ def _train(args: Arguments) -> None:
         print("\n".join(dry_run.lines(Experiment(config), args.devices or 1, args.processes or 1)))
         return
     io.enable_compilation_cache()
-    several = args.distributed or args.coordinator is not None
-    if several:
+    if args.distributed or args.coordinator is not None:
         from trbert_jax.parallel import join
 
         join(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
-    from trbert_jax.parallel import ended_by_sigterm
     from trbert_jax.training.run import results_table, train
 
-    # JAX handles SIGTERM if several processes have to agree on when to stop.
-    with contextlib.nullcontext() if several else ended_by_sigterm():
-        results = train(config, args.stages, profile_steps=args.profile_steps)
-        print("\n".join(results_table(config, results)))
+    results = train(config, args.stages, profile_steps=args.profile_steps)
+    print("\n".join(results_table(config, results)))
 
 
 @_command(
     "evaluate",
-    _option("--model", "DIR", str, "folder of a trained model"),
-    _option("--data", "FILE", Path, ".jsonl (text, label), .csv (label, text), or questions as published"),
+    _path("models", "--model", "DIR", "folder of a trained model"),
+    _path("inputs", "--data", "FILE", ".jsonl (text, label), .csv (label, text), or questions as published"),
     BATCH_SIZE,
     *RULE,
     THRESHOLD,
-    _option("--json", "FILE", Path, "write the numbers to this file"),
-    _option("--predictions", "FILE", Path, "write a JSON line per text, or the official scorer's input"),
+    _path("outputs", "--json", "FILE", "write the numbers to this file"),
+    _path("outputs", "--predictions", "FILE", PREDICTIONS_HELP, beside=(".null_odds.json",)),
     _switch("--baselines", lambda: f"also {', '.join(rule_names('baseline'))}, at the same kept counts"),
     SKIP,
-    _option("--config", "FILE", Path, "settings, for --all-checkpoints"),
+    _path("inputs", "--config", "FILE", "settings, for --all-checkpoints"),
     _switch("--all-checkpoints", "evaluate all checkpoints of a run"),
     OVERRIDES,
 )
@@ -307,12 +353,13 @@ def _evaluate(args: Arguments) -> None:
         raise UserError("--model and --data are needed, or --config with --all-checkpoints")
     elif args.baselines and args.rule is not None and not RULES[args.rule].drops:
         raise UserError(f"--baselines keep as many tokens as the model; --rule {args.rule} drops none")
-    io.check_writable(args.json, args.predictions)
+    if not (args.json or args.predictions):
+        streams.check_output_is_read("--json")
     io.enable_compilation_cache()
     if args.all_checkpoints:
         from trbert_jax.training.run import evaluate_all_checkpoints
 
-        result = evaluate_all_checkpoints(_config(args))
+        result = evaluate_all_checkpoints(_config(args), args.json)
     else:
         from trbert_jax.inference.evaluate import evaluate_file
 
@@ -329,8 +376,8 @@ def _evaluate(args: Arguments) -> None:
     "predict",
     MODEL,
     _option("texts", "TEXT", str, "texts (after `--` if one begins with a dash)", nargs="*"),
-    _option("--file", "FILE", Path, TEXT_FILE),
-    _option("--output", "FILE", Path, "write to this file instead of printing"),
+    _path("inputs", "--file", "FILE", TEXT_FILE),
+    _path("outputs", "--output", "FILE", "write to this file instead of printing"),
     BATCH_SIZE,
     *RULE,
     THRESHOLD,
@@ -357,16 +404,17 @@ def _predict(args: Arguments) -> None:
     if args.texts and args.file:
         raise UserError("texts are given both as arguments and by --file; give one of the two")
     if not args.texts and not args.file and sys.stdin.isatty():
-        _say("reading texts from the keyboard, one per line; Ctrl-D ends")
+        streams.say("reading texts from the keyboard, one per line; Ctrl-D ends")
     lines_in = input_lines(args.texts, args.file)
-    io.check_writable(args.output)
+    if not args.output:
+        streams.check_output_is_read("--output")
     io.enable_compilation_cache()
     from trbert_jax.inference.predictor import TRBert
 
     model = TRBert.from_pretrained(args.model)
     options = _chosen(args, "batch_size rule backend threshold")
     lines = output_lines(model, lines_in, args.file, args.with_text, **options)
-    with io.atomic_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as stream:
+    with atomic_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as stream:
         for line in lines:
             stream.write(line + "\n")
             stream.flush()
@@ -397,10 +445,10 @@ def _compile(args: Arguments) -> None:
 
 @_command(
     "benchmark",
-    _option("--model", "DIR", str, "folder of a trained model"),
+    _path("models", "--model", "DIR", "folder of a trained model"),
     _option("--random", "SIZE", str, "bert-base, minilm or tiny: random weights, the tokenizer of --replay"),
-    _option("--data", "FILE", Path, f"{TEXT_FILE}; or questions as published", required=True),
-    _option("--replay", "DIR", str, "keep the tokens that this model keeps, instead of the model's own"),
+    _path("inputs", "--data", "FILE", f"{TEXT_FILE}; or questions as published", required=True),
+    _path("models", "--replay", "DIR", "keep the tokens that this model keeps, instead of the model's own"),
     _option("--batch-sizes", "N,N", _list_of(_count), "default 1,8,32,128, up to the number of texts"),
     _option("--variants", "A,B", _list_of(_name), "variants to time (default all)"),
     _former("--executions", "--variants"),
@@ -409,8 +457,8 @@ def _compile(args: Arguments) -> None:
     _option("--max-length", "N", _count, "tokens after which texts are cut (default the model's)"),
     _option("--repeats", "N", _count, "time everything N times (default 5)", default=5),
     _option("--dtype", None, str, "of activations", choices=("float32", "bfloat16"), default="float32"),
-    _option("--json", "FILE", Path, "write a list of records to this file"),
-    _option("--plot", "FILE", Path, "plot the records to this PNG file"),
+    _path("outputs", "--json", "FILE", "write a list of records to this file"),
+    _path("outputs", "--plot", "FILE", "plot the records to this PNG file"),
 )
 def _benchmark(args: Arguments) -> None:
     """Time the variants of running a model side by side.
@@ -426,7 +474,8 @@ def _benchmark(args: Arguments) -> None:
     """
     if bool(args.model) == bool(args.random):
         raise UserError("one of --model and --random is needed")
-    io.check_writable(args.json, args.plot)
+    if not (args.json or args.plot):
+        streams.check_output_is_read("--json")
     from trbert_jax.inference.benchmark import benchmark_file
     from trbert_jax.inference.benchmark_report import plot_benchmark, table
 
@@ -442,8 +491,8 @@ def _benchmark(args: Arguments) -> None:
 
 @_command(
     "convert",
-    _option("--input", "DIR", str, "folder of a checkpoint, or a hub id", required=True),
-    _option("--output", "DIR", Path, "folder to write", required=True),
+    _path("models", "--input", "DIR", "folder of a checkpoint, or a hub id", required=True),
+    _path("folders", "--output", "DIR", "folder to write", required=True),
     _switch("--overwrite", "replace --output if it exists"),
     _option("--max-positions", "N", _count, "longest input in tokens; a longer one repeats positions"),
     _option("--max-length", "N", _count, "tokens after which texts are cut (not stored as published)"),
@@ -462,7 +511,7 @@ def _convert(args: Arguments) -> None:
     from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 
     output: Path = args.output
-    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
+    if output.is_dir() and contents(output) and not args.overwrite:
         raise UserError(f"{output}: exists and is not empty; choose another --output or give --overwrite")
     model = load_pretrained(args.input, **_chosen(args, "labels max_positions max_length keep_layers"))
     save_pretrained(output, model.config, model.params, model.tokenizer, exclude=model.newly_initialized)
@@ -528,7 +577,3 @@ def _number(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.3e}"
-
-
-def _say(message: str) -> None:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)

@@ -16,7 +16,11 @@ class MissingSplitError(UserError):
 
 
 class PreemptedError(BaseException):  # like KeyboardInterrupt: no `except Exception` may stop it
-    """The process received SIGTERM. The message says what is saved."""
+    """The process received SIGTERM, or another `signal` that ends it. The message says what is saved."""
+
+    def __init__(self, message: str, signal: int = 15) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def first_lines(lines: Sequence[str], most: int = 10) -> list[str]:

@@ -1,28 +1,24 @@
-"""Read and write files, log to stderr, and place the compilation cache.
-
-Outputs appear whole or not at all: they are written under a temporary name and then renamed. A process killed
-in the middle leaves at most a `*.partial-*` file or folder beside the target. Errors of the operating system
-(no permission, disk full) become `UserError`.
-"""
+"""Read and write files, lock folders, and place the compilation cache. Outputs are opened by `outputs.py`."""
 
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import platform
 import re
-import shutil
-import sys
 import unicodedata
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 import yaml
 
 from trbert_jax.errors import UserError
+from trbert_jax.outputs import atomic_directory as atomic_directory
+from trbert_jax.outputs import atomic_file as atomic_file
+from trbert_jax.outputs import check_outputs as check_outputs
+from trbert_jax.outputs import explain_writing
+from trbert_jax.outputs import make_directory as make_directory
 
 
 def find_path(path: str | Path) -> Path:
@@ -45,86 +41,6 @@ def find_path(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def _explain(target: Path) -> Iterator[None]:
-    """Turns errors of writing into `UserError`s that name the target."""
-    try:
-        yield
-    except PermissionError as error:
-        raise UserError(f"{target}: no permission to write there; choose another path") from error
-    except OSError as error:
-        if error.errno is None:
-            raise
-        blocking = isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError)
-        place = f" ({error.filename})" if blocking else ""
-        raise UserError(f"{target}: cannot be written, {error.strerror}{place}") from error
-
-
-def make_directory(path: str | Path) -> Path:
-    """Creates a directory and its parents. Raises `UserError` if that is not allowed."""
-    path = Path(path)
-    with _explain(path):
-        path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def check_writable(*paths: str | Path | None) -> None:
-    """Raises `UserError` if a file cannot be written, or two are the same; for results that take long."""
-    seen = set[Path]()
-    for path in [Path(path) for path in paths if path]:
-        if path.is_dir():
-            raise UserError(f"{path}: is a directory, a file was expected")
-        folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
-        if not os.path.isdir(folder):
-            raise UserError(f"{path}: cannot be written, {folder} is not a directory")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"{path}: no permission to write there; choose another path")
-        if path.resolve() in seen:
-            raise UserError(f"{path}: is named for two outputs; give each a file of its own")
-        seen.add(path.resolve())
-
-
-def _temporary(path: Path) -> Path:
-    make_directory(path.parent)
-    return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path`; renames it to `path` if the block ends without an error."""
-    path = Path(path)
-    temporary = _temporary(path)
-    with _explain(path):
-        try:
-            with open(temporary, mode, encoding=None if mode == "wb" else "utf-8") as stream:
-                yield stream
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-
-
-@contextlib.contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary directory; it replaces `path` if the block ends without an error."""
-    path = Path(path)
-    temporary, old = _temporary(path), _temporary(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file, a directory was expected; choose another output path")
-    with _explain(path):
-        try:
-            temporary.mkdir()
-            yield temporary
-            if path.exists():
-                os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-
-@contextlib.contextmanager
 def only_process(directory: str | Path) -> Iterator[None]:
     """Locks a directory until the block ends. Raises `UserError` if another process has locked it."""
     import filelock
@@ -132,7 +48,7 @@ def only_process(directory: str | Path) -> Iterator[None]:
     path = Path(directory) / ".lock"
     lock = filelock.FileLock(path, timeout=0)
     try:
-        with _explain(path):
+        with explain_writing(path):
             lock.acquire()
             path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
     except filelock.Timeout as error:
@@ -198,6 +114,10 @@ def readable(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path}: is a directory, a file was expected") from error
     except PermissionError as error:
         raise UserError(f"{path}: no permission to read it") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"{path}: cannot be read, {error.strerror}") from error
 
 
 class YamlKey(str):
@@ -279,32 +199,6 @@ def hash_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
         return {"bytes": stream.tell(), "blake2b": digest.hexdigest()}
-
-
-class _StderrHandler(logging.Handler):
-    """Writes each message once to stderr."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._shown = set[str]()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = self.format(record)
-        if message not in self._shown:
-            self._shown.add(message)
-            sys.stderr.write(message + "\n")
-
-
-def setup_logging() -> None:
-    """Shows the package's messages, INFO and above, on stderr. A message that repeats is shown once."""
-    logger = logging.getLogger(__package__)
-    logger.handlers = [h for h in logger.handlers if not isinstance(h, _StderrHandler)] + [_StderrHandler()]
-    logger.setLevel(logging.INFO)
-    root = logging.getLogger()
-    if not root.handlers:  # else absl, which orbax uses, adds one that shows our messages again
-        others = logging.StreamHandler()
-        others.addFilter(lambda record: not record.name.startswith(logger.name))
-        root.addHandler(others)
 
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"

@@ -239,7 +239,7 @@ class DeviceMesh:
 
     def _exchange(self, text: str) -> list[str]:
         """Returns the texts of all processes, each cut to `LONGEST_MESSAGE` bytes."""
-        encoded = text.encode()[:LONGEST_MESSAGE].ljust(LONGEST_MESSAGE, b"\0")
+        encoded = text.encode(errors="backslashreplace")[:LONGEST_MESSAGE].ljust(LONGEST_MESSAGE, b"\0")
         rows = self.gather(np.frombuffer(encoded, np.uint8)).astype(np.uint8)
         return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
@@ -312,8 +312,11 @@ def join(
         with _exit_after(timeout, f"{late}, or raise --join-timeout"):
             later = timeout + 120  # JAX's own timeout
             jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=later)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{cannot} ({str(error).partition(chr(10))[0]})") from error
+    except Exception as error:  # JAX reads the variables of many launchers, and trusts that they are complete
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, KeyError):
+            reason = f"{error.args[0]} is not set"
+        raise UserError(f"{cannot} ({reason or type(error).__name__})") from error
 
 
 @contextlib.contextmanager
@@ -321,7 +324,7 @@ def _exit_after(seconds: float, message: str) -> Iterator[None]:
     """Ends the process unless the block ends in time: JAX's own timeout aborts with a stack trace."""
 
     def end() -> None:
-        os.write(2, f"trbert: error: {message}\n".encode())
+        os.write(2, f"trbert: error: {message}\n".encode(errors="backslashreplace"))
         os._exit(2)  # as the command line does for a UserError
 
     timer = threading.Timer(seconds, end)
@@ -360,15 +363,6 @@ def _on_sigterm(handler: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def ended_by_sigterm() -> contextlib.AbstractContextManager[None]:
-    """Raises a PreemptedError on SIGTERM; during updates, `stop_request` first saves what they did."""
-
-    def stop(*_: Any) -> None:
-        raise PreemptedError("told to stop")
-
-    return _on_sigterm(stop)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
 from trbert_jax.reduction.rules import RULES, RuleSpec
-from trbert_jax.reduction.selection import Rule, keep_batch_max
+from trbert_jax.reduction.selection import Rule, keep_batch_max, random_key
 from trbert_jax.tasks.classification import encode_texts
 from trbert_jax.tasks.examples import Examples, pad_batch
 
@@ -322,7 +322,7 @@ def _random_model(size: str, replayed: TRBert | None, dtype: str) -> TRBert:
         raise UserError("--random needs the tokenizer and kept tokens of another model: --replay DIR")
     fields = ("vocab_size", "max_positions", "max_length", "labels")
     config = dataclasses.replace(SIZES[size], **{name: getattr(replayed.config, name) for name in fields})
-    return TRBert(config, init_params(config, jax.random.key(0)), replayed.tokenizer, dtype=dtype)
+    return TRBert(config, init_params(config, random_key(0)), replayed.tokenizer, dtype=dtype)
 
 
 def _encode(texts: Sequence[str], model: TRBert, source: str) -> Examples:

@@ -18,7 +18,7 @@ from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.packed import BACKENDS, DEFAULT_BACKEND
 from trbert_jax.parallel import KEPT, ROWS, DeviceMesh, single_device
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, RULES, RuleSpec, check_rule
-from trbert_jax.reduction.selection import min_logit
+from trbert_jax.reduction.selection import min_logit, random_key
 from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
 from trbert_jax.tasks.losses import Rows
@@ -87,7 +87,7 @@ class CompiledForward:
             def program(params: Params, batch: Inputs) -> tuple[Logits, jax.Array]:
                 inputs = batch
                 if "row_keys" in spec.inputs:
-                    inputs = {**batch, "row_keys": Rows(batch).keys(jax.random.key(batch["seed"][0]))}
+                    inputs = {**batch, "row_keys": Rows(batch).keys(random_key(batch["seed"][0]))}
                 output = forward(self.model, params, batch, rule=spec.build(inputs))
                 keep = [s.keep for s in output.selections]
                 logits = TASKS[self.model.config.task].example_logits(output.logits, Rows(batch))

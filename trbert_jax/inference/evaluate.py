@@ -14,6 +14,7 @@ from trbert_jax.io import atomic_file, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
 from trbert_jax.model.packed import DEFAULT_BACKEND
+from trbert_jax.outputs import check_outputs, is_stream
 from trbert_jax.reduction import flops
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES
 from trbert_jax.tasks import encode_usable, notes_of
@@ -55,6 +56,7 @@ def evaluate_file(
 
     Raises `UserError` for a model or file that cannot be read, or a label the model does not have.
     """
+    check_outputs([predictions], inputs=[data_file], models=[model_dir])
     model, bad = TRBert.from_pretrained(model_dir), BadRecords(skip=skip_bad_records)
     rule = rule or model.default_rule
     examples = read_examples(model, Path(data_file), bad)
@@ -65,7 +67,9 @@ def evaluate_file(
         write_predictions(predictions, outputs, examples, model.config.labels)
     elif predictions is not None:
         write_json(predictions, score.files["predictions.json"])
-        if "null_odds.json" in score.files:  # the official scorer of SQuAD 2.0 reads both
+        if "null_odds.json" in score.files and not is_stream(
+            predictions
+        ):  # the official scorer of SQuAD 2.0 reads both
             write_json(predictions.with_suffix(".null_odds.json"), score.files["null_odds.json"])
     settings = {"rule": rule, "backend": backend, "batch_size": batch_size, "threshold": threshold}
     result = {**settings, **summarize(outputs, model.config, score.metrics)}

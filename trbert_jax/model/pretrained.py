@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from trbert_jax.errors import UserError, first_lines
-from trbert_jax.io import atomic_directory, read_json, write_json
+from trbert_jax.io import read_json, write_json
 from trbert_jax.model.config import (
     ModelConfig,
     foreign_head,
@@ -41,6 +41,7 @@ from trbert_jax.model.weights import (
     parameters,
     to_original_names,
 )
+from trbert_jax.outputs import atomic_directory, contents
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def save_pretrained(
     Raises `UserError` if the directory cannot be written or holds files that are not a model's, `ValueError`
     if `params` lacks parameters of the model.
     """
-    _check_replaceable(Path(directory))
+    check_replaceable(Path(directory))
     wanted = {p.name for p in parameters(config) if p.part not in exclude}
     weights = {k: v for k, v in to_original_names(params, config).items() if k in wanted}
     missing = sorted(wanted - set(weights))
@@ -168,11 +169,11 @@ def save_pretrained(
             save_tokenizer(temporary, tokenizer, config)
 
 
-def _check_replaceable(directory: Path) -> None:
+def check_replaceable(directory: Path) -> None:
     """Raises `UserError` if replacing a directory would delete files that are not a model's."""
     if not directory.is_dir():
         return
-    others = sorted(p.name for p in directory.iterdir() if p.is_dir() or p.name not in _MODEL_FILES)
+    others = sorted(p.name for p in contents(directory) if p.is_dir() or p.name not in _MODEL_FILES)
     if others:
         more = ", ..." if len(others) > 3 else ""
         files = f"files that are no part of a model and would be deleted ({', '.join(others[:3])}{more})"

@@ -186,6 +186,11 @@ def imitate(guide: jax.Array, imitating: jax.Array, otherwise: Rule) -> Rule:
     return rule
 
 
+def random_key(seed: int | jax.Array) -> jax.Array:
+    """Makes the PRNG key of a seed: threefry, so that numbers do not follow JAX_DEFAULT_PRNG_IMPL."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def row_keys(rng: jax.Array, index: jax.Array) -> jax.Array:
     """Makes one PRNG key per row from the rows' indices in their data set, int32 [B] -> keys [B]."""
     return jax.vmap(lambda i: jax.random.fold_in(rng, i))(index)

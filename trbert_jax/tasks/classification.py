@@ -100,7 +100,7 @@ def _digest(records: Sequence[Example], encoder: TextEncoder, max_length: int) -
     digest = hashlib.sha256()
     head = (_FORMAT, str(max_length), str(tuple(ends)), str(backend))
     for part in itertools.chain(head, *parts):
-        data = part.encode("utf-8")
+        data = part.encode("utf-8", "surrogatepass")  # names of files too
         digest.update(len(data).to_bytes(8, "little"))  # separates a part from the next
         digest.update(data)
     return digest.hexdigest()

@@ -26,13 +26,14 @@ import numpy as np
 from trbert_jax.config import STAGES, RunConfig, diff_configs, load_stored, to_dict
 from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.inference.engine import AfterBatch, CompiledForward, InferenceEngine
-from trbert_jax.io import make_directory, only_process, read_json, write_json
+from trbert_jax.io import check_outputs, make_directory, only_process, read_json, write_json
 from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.pretrained import Pretrained, load_pretrained
 from trbert_jax.model.tokenizers import load_tokenizer, read_line_breaks_as_spaces, train_wordpiece
 from trbert_jax.parallel import DeviceMesh, make_mesh
+from trbert_jax.reduction.selection import random_key
 from trbert_jax.tasks import Splits
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.text_encoder import prepare_tokenizer
@@ -100,6 +101,7 @@ class Experiment:
             yield
 
     def _claim(self, stack: contextlib.ExitStack) -> None:
+        self.check_paths()
         make_directory(self.workdir)
         path = self.workdir / "config.json"
         if path.exists():
@@ -112,6 +114,15 @@ class Experiment:
         if any(any((self.workdir / stage).glob("*")) for stage in STAGES):
             self.check_owner()
         write_json(path, to_dict(self.config))
+
+    def check_paths(self, output: Path | None = None) -> None:
+        """Raises `UserError` if the run would replace what it reads, or `output` is a file of the run."""
+        data, model = self.config.data, self.config.model
+        stages = [self.workdir / stage for stage in STAGES]
+        read = [getattr(data, name, None) for name in ("path", "prepared", "train", "dev", "test")]
+        check_outputs(models=[model.init], folders=[self.workdir / "model", *stages])
+        own = [self.workdir / name for name in ("config.json", "results.json", "model", *STAGES)]
+        check_outputs([output], inputs=[*read, *own], models=[model.init])
 
     def _check_shared(self) -> None:
         """Raises a UserError in every process unless all see the same work directory."""
@@ -203,7 +214,7 @@ class Experiment:
             "max_length": model.max_length,
         }
         config = ModelConfig(**{**BACKBONES[shape.model_type].defaults, **sizes})
-        params = jax.device_get(init_params(config, jax.random.key(self.config.seed)))
+        params = jax.device_get(init_params(config, random_key(self.config.seed)))
         return Pretrained(config, params, tokenizer, newly_initialized=("selectors", "head"))
 
     def module(self, config: ModelConfig) -> TokenReducingModel:

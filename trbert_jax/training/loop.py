@@ -21,6 +21,7 @@ from trbert_jax.model.model import Params
 from trbert_jax.model.pretrained import Pretrained, save_pretrained
 from trbert_jax.parallel import stop_request
 from trbert_jax.reduction.flops import known_peak
+from trbert_jax.reduction.selection import random_key
 from trbert_jax.tasks.examples import Examples, batch_rows, epoch_order, pad_batch, width_buckets
 from trbert_jax.training import step as updates
 from trbert_jax.training.checkpoints import CheckpointStore, DamagedCheckpointError
@@ -214,7 +215,7 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
     state = first() if restored is None else updates.place(restored, devices)
     # Each stage draws its own random numbers: the first letters of its name are a number.
     number = int.from_bytes(stage.name.encode()[:4].ljust(4, b"\0"), "big") & 0x7FFFFFFF
-    rng = jax.random.fold_in(jax.random.key(experiment.config.seed), number)
+    rng = jax.random.fold_in(random_key(experiment.config.seed), number)
     rng = rng if devices.strategy == "pmap" else devices.replicate(rng)
     flops = functools.partial(stage.flops, experiment.config, training.start.config)
     peak = known_peak(devices.mesh.devices.flat[0].device_kind)

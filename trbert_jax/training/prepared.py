@@ -133,7 +133,7 @@ def load_prepared(directory: str | Path, split: str, settings: Mapping[str, Any]
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         token_types=None,
         labels=arrays["labels"],
-        ids=[name.decode() for name in arrays["ids"]],
+        ids=[name.decode("utf-8", "surrogatepass") for name in arrays["ids"]],
         num_truncated=int(arrays["num_truncated"]),
         digest=bytes(arrays["digest"]).decode(),
         first_row=arrays.get("first_row"),
@@ -240,7 +240,7 @@ def _write_index(path: Path, examples: Examples) -> None:
     arrays = {
         "row_lengths": examples.row_lengths,
         "labels": examples.labels,
-        "ids": np.array([i.encode() for i in examples.ids]),
+        "ids": np.array([i.encode("utf-8", "surrogatepass") for i in examples.ids]),
         "num_truncated": np.array(examples.num_truncated),
         "group": np.array(examples.group),
         "first_token": np.array(examples.first_token),

@@ -22,7 +22,7 @@ from trbert_jax.inference.evaluate import baseline_runs, evaluate_runs, summariz
 from trbert_jax.io import atomic_directory, make_directory, write_json
 from trbert_jax.model.config import model_config_to_dict
 from trbert_jax.model.heads import Logits
-from trbert_jax.model.pretrained import Pretrained
+from trbert_jax.model.pretrained import Pretrained, check_replaceable
 from trbert_jax.parallel import check_batch
 from trbert_jax.tasks import Score
 from trbert_jax.tasks.examples import Examples
@@ -214,6 +214,7 @@ def _write_answers(
 
 def _export(source: Path, target: Path, model: Pretrained, result: Mapping[str, Any]) -> None:
     """Copies the model of the last stage and adds the tuned null threshold."""
+    check_replaceable(target)
     with atomic_directory(target) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         if "null_threshold" in result:
@@ -223,14 +224,16 @@ def _export(source: Path, target: Path, model: Pretrained, result: Mapping[str, 
             write_json(temporary / "config.json", model_config_to_dict(config))
 
 
-def evaluate_all_checkpoints(config: RunConfig) -> dict[str, Any]:
-    """Evaluates every checkpoint of the training stages on the configured split.
+def evaluate_all_checkpoints(config: RunConfig, output: Path | None = None) -> dict[str, Any]:
+    """Evaluates every checkpoint of the training stages on the configured split; `output` gets the numbers.
 
     Returns stage -> `step_N` -> the numbers of `summarize`; and `best` and `last`, numbers of steps. Raises
-    `UserError` if the work directory belongs to another configuration or has no checkpoint.
+    `UserError` if the work directory belongs to another configuration or has no checkpoint, or `output` is a
+    file of it or of the data.
     """
     experiment = Experiment(config)
     experiment.check_owner()
+    experiment.check_paths(output)
     results = dict[str, Any]()
     for stage in configured(config):
         if not (experiment.workdir / stage.name / "checkpoints").is_dir():

@@ -1,0 +1,135 @@
+"""Run a command: standard streams that may be closed, full or not UTF-8; signals that end it; messages."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from trbert_jax.errors import PreemptedError, UserError
+from trbert_jax.outputs import ESCAPE
+
+# Exit codes; 128 + the signal as shells report it. Launchers restart a job that SIGTERM has ended.
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+PAUSE = 2.0  # seconds in which a second Ctrl-C belongs to the first
+_closed = list[Any]()  # the streams that stand for closed ones
+
+# Streams ------------------------------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """Opens closed standard streams, to nothing, and escapes what the encoding of standard output lacks."""
+    for number in range(
+        3
+    ):  # else the next file that is opened gets the number, and the messages of libraries
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            _closed.append(open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - until the process ends
+            setattr(sys, name, _closed[-1])
+    reconfigure: Any = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors=ESCAPE)
+
+
+def check_output_is_read(option: str) -> None:
+    """Raises `UserError` if standard output is closed; for commands that print their result."""
+    if sys.stdout in _closed:
+        raise UserError(f"standard output is closed; write to a file with {option}")
+
+
+def finish(code: int) -> int:
+    """Writes what standard output holds back; returns the exit code: `code`, or that of an error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or BROKEN_PIPE
+    except OSError as error:
+        say(f"error: standard output: cannot be written, {error.strerror}")
+        code = code or USER_ERROR
+    else:
+        return code
+    with contextlib.suppress(OSError):  # the interpreter flushes again at exit; send that nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def write_message(text: str) -> None:
+    """Writes to standard error. A message that cannot be shown ends no command."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def say(message: str) -> None:
+    """Shows a message of the program."""
+    write_message(f"trbert: {message}\n")
+
+
+# Signals ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def signals(ended_by_sigterm: bool, last: bool) -> Iterator[None]:
+    """Raises `KeyboardInterrupt` on SIGINT and `PreemptedError` on SIGTERM and SIGHUP, to clean up files.
+
+    Ignores signals that follow within `PAUSE` seconds, which would end the cleaning up, and those that the
+    process ignored before. `last`: the process ends after the block, and later signals end it at once.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
+        yield
+        return
+    stopped = list[float]()
+
+    def stop(number: int, _: Any) -> None:
+        now = time.monotonic()
+        if stopped and now - stopped[-1] < PAUSE:
+            return
+        stopped.append(now)
+        raise KeyboardInterrupt if number == signal.SIGINT else PreemptedError("told to stop", number)
+
+    names = ["SIGINT", *(["SIGTERM", "SIGHUP"] if ended_by_sigterm else [])]
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
+    defaults = (signal.default_int_handler, signal.SIG_DFL)
+    before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) in defaults}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if last else handler)
+
+
+# Messages -----------------------------------------------------------------------------------------
+
+
+class _StderrHandler(logging.Handler):
+    """Writes each message once to stderr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown = set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = self.format(record)
+        if message not in self._shown:
+            self._shown.add(message)
+            write_message(message + "\n")
+
+
+def setup_logging() -> None:
+    """Shows the package's messages, INFO and above, on stderr. A message that repeats is shown once."""
+    logger = logging.getLogger(__package__)
+    logger.handlers = [h for h in logger.handlers if not isinstance(h, _StderrHandler)] + [_StderrHandler()]
+    logger.setLevel(logging.INFO)
+    root = logging.getLogger()
+    if not root.handlers:  # else absl, which orbax uses, adds one that shows our messages again
+        others = logging.StreamHandler()
+        others.addFilter(lambda record: not record.name.startswith(logger.name))
+        root.addHandler(others)
