@@ -180,7 +180,9 @@ def test_convert_then_predict(tmp_path: Path, capsys: Capture) -> None:
 class FakeModel:
     """Finds every text positive and keeps as many tokens as it has letters."""
 
-    config = types.SimpleNamespace(labels=("bad", "gut"), inputs=InputConfig(), max_length=99)
+    config = types.SimpleNamespace(
+        labels=("bad", "gut"), inputs=InputConfig(), max_length=99, gives_score=False
+    )
     asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
 
     @classmethod
