@@ -39,7 +39,16 @@ WITHOUT_JAX = {*BELOW, "datasets", "config", "cli"}
 WITHOUT_JAX_MODULES = {"trbert_jax.reduction.rules", "trbert_jax.model.backbones"}
 ARRAY_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 # Slow to import, or optional: imported where they are used, never with the module.
-LAZY = {"tensorflow_datasets", "grain", "array_record", "torch", "matplotlib", "transformers"}
+LAZY = {
+    "tensorflow_datasets",
+    "grain",
+    "array_record",
+    "torch",
+    "matplotlib",
+    "transformers",
+    "pyarrow",
+    "datasets",
+}
 
 
 def part_of(module: str) -> str:

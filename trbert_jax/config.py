@@ -15,10 +15,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from trbert_jax.datasets import find_dataset
+from trbert_jax.datasets.labels import class_name
+from trbert_jax.datasets.registry import FIELD_KEYS, OWN_KEYS
 from trbert_jax.errors import UserError
 from trbert_jax.io import YamlKey, find_path, parse_yaml, read_json, read_text
 from trbert_jax.model.backbones import BACKBONES
@@ -43,6 +45,11 @@ def _find(path: str) -> str:
         raise PydanticCustomError("path", "{reason}", {"reason": str(error)}) from error
 
 
+def _label(value: Any) -> Any:
+    """Returns the class name of a number or boolean, as `datasets.labels` names it."""
+    return class_name(value) if isinstance(value, bool | int | float) else value
+
+
 # Strict: a quoted "8" is not a number, 1 is not true.
 Text = Annotated[str, Field(strict=True, min_length=1)]
 FilePath = Annotated[Text, AfterValidator(_find)]  # a file or folder, `~` expanded; or a name on the hub
@@ -53,6 +60,8 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Threshold = Annotated[Number, Field(gt=0, lt=1)]
+Share = Threshold
+Labels = Annotated[tuple[Annotated[Text, BeforeValidator(_label)], ...], Field(min_length=2)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 # The baseline of a sample is the mean over all samples of its example: with one, every advantage is 0.
@@ -75,16 +84,22 @@ class Section:
 class DataConfig(Section):
     """The examples."""
 
-    name: Text  # a registered data set, or tfds:NAME for a data set of TensorFlow Datasets
-    path: FilePath | None = None  # folder of the files; tfds and stdlib have their own unless it is given
+    name: Text  # a registered data set, text for one's own texts, hf:NAME or tfds:NAME for a library's
+    path: FilePath | None = None  # folder of the files; hf, tfds and stdlib have their own unless it is given
+    train: FilePath | None = None  # file of rows, or a folder of some; text only; null for that of `path`
+    dev: FilePath | None = None  # the same; without a dev set, a part of the training examples serves as one
+    test: FilePath | None = None  # the same; without a test set, set evaluate.split to dev
+    text_field: Text = "text"  # field of the text; text, hf and tfds only, as the next two
+    text_pair_field: Text | None = None  # field of a second text; null for single texts
+    label_field: Text = "label"  # field of the label
+    labels: Labels | None = None  # names of the classes in order, text and hf only; null for those of train
+    dev_share: Share = 0.1  # share of the training examples for dev, without a dev set; text and hf only
     max_train_examples: Count | None = None  # largest number of training examples; null for all
     max_eval_examples: Count | None = None  # the same for the dev split and for the test split
     cache_dir: FilePath | None = None  # folder for tokenized examples; null for WORKDIR/cache
     # Folder of `trbert prepare-data`, from which training reads in the background; null to read `path`.
     prepared: FilePath | None = None
-    text_field: Text = "text"  # field that holds the text; tfds only
-    label_field: Text = "label"  # field that holds the label; tfds only
-    skip_bad_records: Flag = False  # skip and count invalid records of questions; else the first is an error
+    skip_bad_records: Flag = False  # skip and count invalid records; else the first is an error
     # Form of a multiple choice, race only. pairs: each option is an example, right or wrong; independent: a
     # softmax over the options, each with its own selection; shared: one selection for the tokens they share.
     choices: Literal["pairs", "independent", "shared"] = "pairs"
@@ -414,9 +429,14 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
         return
     if data.path is None and dataset.needs_path:
         yield "data.path", f"missing, expected the folder that holds the files of {data.name}"
-    for key in ("text_field", "label_field"):
-        if not dataset.has_fields and getattr(data, key) != getattr(DataConfig, key):
-            yield f"data.{key}", f"is for tfds:NAME only; the fields of {data.name} are fixed, remove it"
+    for key in OWN_KEYS:
+        if key not in dataset.reads and getattr(data, key) != getattr(DataConfig, key):
+            readers = "text, hf:NAME and tfds:NAME" if key in FIELD_KEYS else "text (some for hf:NAME)"
+            yield f"data.{key}", f"is for data.name {readers} only; {data.name} has its own, remove it"
+    if "train" in dataset.reads and not data.train and not data.path:
+        yield "data.train", "missing, expected a file of texts with labels, or its folder in data.path"
+    if data.labels and len(set(data.labels)) < len(data.labels):
+        yield "data.labels", "names a class twice; give each a name of its own"
     if model.max_positions is not None and model.max_positions < model.max_length:
         yield "model.max_positions", f"{model.max_positions} is less than model.max_length {model.max_length}"
     layers = model.keep_layers

@@ -50,7 +50,10 @@ def texts(name: str, folder: Path, split: str, **options: Any) -> list[str]:
 
 
 def test_all_data_sets_are_tested() -> None:
-    assert {name for name, *_ in TEXTS} | {name for name, *_ in QUESTIONS} == set(DATASETS) - {"stdlib"}
+    assert {name for name, *_ in TEXTS} | {name for name, *_ in QUESTIONS} == set(DATASETS) - {
+        "stdlib",
+        "text",
+    }
 
 
 @pytest.mark.parametrize(("name", "suffix", "classes"), TEXTS)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
-from trbert_jax.datasets.text_files import read_file
+from trbert_jax.datasets import DATASETS
 from trbert_jax.reduction import flops
 from trbert_jax.training import stages
 from trbert_jax.training.logging import read_metrics
@@ -133,7 +133,7 @@ def test_the_model_is_ready_for_use(finished: Finished) -> None:
 
 
 def texts(finished: Finished, split: str) -> list[str]:
-    examples = read_file(finished.folder / "data" / f"{split}.jsonl", ("negative", "positive"))
+    examples = DATASETS["imdb"].read_file(finished.folder / "data" / f"{split}.jsonl")
     return [example.text for example in examples]
 
 

@@ -8,6 +8,7 @@ from trbert_jax.datasets import (  # noqa: F401 - each registers its data sets
     choice_files,
     hotpotqa,
     hyperpartisan,
+    own_texts,
     python_source,
     span_files,
     text_files,

@@ -36,7 +36,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     number = 0
     try:
-        with readable(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        zipped = path.suffix.lower() == ".gz"
+        with readable(path), gzip.open(path) if zipped else path.open("rb") as stream:
             for number, line in decode_lines(stream, str(path)):
                 yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -98,7 +99,8 @@ class UnusableRecords(UserError):
 
 def unusable(record: Identified, field: str, reason: str) -> BadRecord:
     """Returns the error about a field of a record that was read."""
-    return BadRecord(f"{record.where}: question {record.id!r}: {field}: {reason}")
+    name = "" if record.id == record.where else f"question {record.id!r}: "
+    return BadRecord(f"{record.where}: {name}{field}: {reason}")
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ file, in messages.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Identified(Protocol):
@@ -19,11 +19,13 @@ class Identified(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """A labeled text."""
+    """A labeled text, or pair of texts."""
 
     id: str  # `train.jsonl:17` (the line) for files
     text: str  # never empty
-    label: int  # class index, 0-based
+    label: int  # class index, 0-based; -1 if the source withholds it
+    pair: str | None = None  # the second text, never empty; None for single texts
+    given_id: Any = None  # the id that the source gives; None if it gives none
 
     @property
     def where(self) -> str:

@@ -17,6 +17,9 @@ from trbert_jax.io import find_path, read_json
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "dev", "test")
+# Keys of `data` for one's own texts; a data set of a fixed format reads none of them.
+FIELD_KEYS = ("text_field", "text_pair_field", "label_field")
+OWN_KEYS = (*SPLITS, *FIELD_KEYS, "labels", "dev_share")
 
 T = TypeVar("T")
 PathLike = str | Path | None
@@ -30,8 +33,15 @@ class Options(TypedDict, total=False):
 
     limit: int | None  # number of records at most, a random sample; by default all
     seed: int  # of the sample; by default 42
-    text_field: str  # if the data set `has_fields`; by default `text`
-    label_field: str  # if the data set `has_fields`; by default `label`
+    # Settings of `DataConfig`, if the data set `reads` them.
+    train: str | None
+    dev: str | None
+    test: str | None
+    text_field: str
+    text_pair_field: str | None
+    label_field: str
+    labels: Sequence[str] | None
+    dev_share: float
 
 
 def each_split(*names: str) -> dict[str, tuple[str, ...]]:
@@ -57,10 +67,12 @@ class DataSet:
     # (glob, advice) for a folder that holds such a file but no split. `{found}` becomes the file.
     hints: tuple[tuple[str, str], ...] = ()
     needs_path: bool = True  # whether `data.path` has to be set
-    has_fields: bool = False  # whether `data.text_field` and `data.label_field` choose the fields
+    reads: frozenset[str] = frozenset()  # keys of `OWN_KEYS` that the data set reads
 
-    def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
-        """Returns the class names, given `data.path` and `data.label_field`."""
+    def read_labels(
+        self, path: PathLike, bad: BadRecords | None = None, **options: Unpack[Options]
+    ) -> tuple[str, ...]:
+        """Returns the class names, given `data.path` and the options of `read_split`."""
         file = find_path(path) / self.labels_file if path and self.labels_file else None
         if file is None or not file.exists():
             return self.labels

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from trbert_jax.datasets import BadRecords, find_dataset
-from trbert_jax.datasets.text_files import read_file
+from trbert_jax.datasets.own_texts import read_labeled
+from trbert_jax.datasets.tables import Fields
 from trbert_jax.errors import UserError
 from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.inference.predictor import TRBert
@@ -18,7 +19,6 @@ from trbert_jax.outputs import check_outputs, is_stream
 from trbert_jax.reduction import flops
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES
 from trbert_jax.tasks import encode_usable, notes_of
-from trbert_jax.tasks.classification import encode_texts
 from trbert_jax.tasks.examples import Examples
 
 Metrics = Callable[[Outputs], Mapping[str, float]]
@@ -98,9 +98,12 @@ def read_examples(model: TRBert, path: Path, bad: BadRecords) -> Examples:
         advice = "`trbert predict` gives the scores"
         raise UserError(f"{model.source}: the model has one output, a score, and no labels; {advice}")
     tokenizer = model.require_tokenizer()
-    if not model.answers_questions:
-        return encode_texts(read_file(path, model.config.labels), tokenizer, model.config.max_length)
-    records = find_dataset(model.config.inputs.data).read_file(path, bad)
+    inputs = model.config.inputs
+    if model.answers_questions:
+        records = find_dataset(inputs.data).read_file(path, bad)
+    else:
+        fields = Fields(inputs.text_field, inputs.text_pair_field or None, inputs.label_field)
+        records = read_labeled(path, model.config.labels, bad, fields)
     return encode_usable(model.task, records, tokenizer, bad, str(path))
 
 

@@ -28,9 +28,9 @@ _OWN_KEYS = ("task", "selector_hidden", "max_length", "inputs")
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig:
-    """How questions become inputs; stored with the model, which must be asked as it was trained."""
+    """How records become inputs; stored with the model, which must be asked as it was trained."""
 
-    data: str = ""  # name of the data set it was trained on, which decides the form of a question
+    data: str = ""  # name of the data set of questions it was trained on, which decides their form
     choices: str = "pairs"  # form of a multiple choice, see `config.DataConfig.choices`
     # See `config.BackboneConfig`; 0 for the data set's default.
     max_question_length: int = 0
@@ -38,6 +38,10 @@ class InputConfig:
     max_segments: int = 1
     unanswerable: bool = False  # whether questions may have no answer, as in SQuAD 2.0
     null_threshold: float = 0.0  # null odds above which such a question gets no answer
+    # Fields of the texts it was trained on; the second is empty for single texts.
+    text_field: str = "text"
+    text_pair_field: str = ""
+    label_field: str = "label"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,7 @@ class ModelConfig:
     regression: bool = False  # whether a score is the output itself, and not its sigmoid
     selector_hidden: int = 32  # width of a selector's hidden layer
     max_length: int = 512  # padded length the selectors were trained with, the unit of the length penalty
-    inputs: InputConfig = InputConfig()  # how questions become inputs; unused for classification of texts
+    inputs: InputConfig = InputConfig()  # how records become inputs
 
     @property
     def backbone(self) -> Backbone:
@@ -156,7 +160,7 @@ def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """Builds the contents of a `config.json` that Hugging Face's classes read."""
     backbone = config.backbone
     own = {key: getattr(config, key) for key in _OWN_KEYS if key != "inputs"}
-    if config.inputs.data:
+    if config.inputs != InputConfig():
         own["inputs"] = dataclasses.asdict(config.inputs)
     return {
         "architectures": [backbone.class_name + config.head.class_suffix],

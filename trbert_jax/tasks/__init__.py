@@ -8,11 +8,12 @@ import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trbert_jax.config import RunConfig
 from trbert_jax.datasets import BadRecords, find_dataset
 from trbert_jax.datasets.reading import BadRecord, UnusableRecords
+from trbert_jax.datasets.registry import OWN_KEYS, Options
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.tasks import (  # noqa: F401 - each registers its task
@@ -62,8 +63,12 @@ class Splits:
             max_question_length=model.max_question_length or 0,
             window_step=model.window_step or 0,
             max_segments=model.max_segments,
+            text_field=data.text_field,
+            text_pair_field=data.text_pair_field or "",
+            label_field=data.label_field,
         )
-        labels = self._source.read_labels(data.path, data.label_field)
+        bad = BadRecords(skip=data.skip_bad_records)
+        labels = self._source.read_labels(data.path, bad, **self._options("train"))
         inputs = self._kind.complete(inputs, lambda: self.records("train"))
         return self._kind(inputs, model.max_length, labels)
 
@@ -72,16 +77,14 @@ class Splits:
         if split not in self._records:
             data = self._config.data
             bad = self._bad[split] = BadRecords(skip=data.skip_bad_records)
-            self._records[split] = self._source.read_split(
-                data.path,
-                split,
-                bad,
-                limit=data.max_train_examples if split == "train" else data.max_eval_examples,
-                seed=self._config.seed,
-                text_field=data.text_field,
-                label_field=data.label_field,
-            )
+            self._records[split] = self._source.read_split(data.path, split, bad, **self._options(split))
         return self._records[split]
+
+    def _options(self, split: str) -> Options:
+        data = self._config.data
+        limit = data.max_train_examples if split == "train" else data.max_eval_examples
+        own = {key: getattr(data, key) for key in OWN_KEYS}
+        return cast(Options, {"limit": limit, "seed": self._config.seed, **own})
 
     def texts(self, split: str) -> list[str]:
         """Returns all texts of a split that a tokenizer may be trained on."""

@@ -1,5 +1,6 @@
 """Classify texts: IMDB and the like."""
 
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -13,13 +14,12 @@ import numpy as np
 
 from trbert_jax.datasets import reading
 from trbert_jax.datasets.records import Example
-from trbert_jax.errors import UserError
 from trbert_jax.io import atomic_file
 from trbert_jax.model.config import InputConfig
-from trbert_jax.tasks.base import Score, Task, register_task
+from trbert_jax.tasks.base import RecordErrors, Score, Task, register_task
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.scorers import accuracy
-from trbert_jax.tasks.text_encoder import TextEncoder
+from trbert_jax.tasks.text_encoder import TextEncoder, cut_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +32,16 @@ class ClassificationTask(Task):
 
     name = "classification"
     metric = "accuracy"
+    settings = frozenset({"data.skip_bad_records"})
     shortest_request: ClassVar[dict[str, Any]] = {"text": "a"}
 
     @classmethod
     def complete(cls, inputs: InputConfig, train: Callable[[], Sequence[Example]]) -> InputConfig:
         # A saved model that names no data set takes plain texts, not requests of a task of its own.
-        return InputConfig() if cls is ClassificationTask else inputs
+        return dataclasses.replace(inputs, data="") if cls is ClassificationTask else inputs
 
     def texts(self, records: Sequence[Example]) -> list[str]:
-        return [record.text for record in records]
+        return [text for record in records for text in (record.text, record.pair) if text is not None]
 
     def encode(
         self, records: Sequence[Example], tokenizer: Any, *, cache_dir: Path | None = None, **_: Any
@@ -54,7 +55,9 @@ class ClassificationTask(Task):
         return Score(metrics, {"predictions.json": answers} if self.inputs.data else {})
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> Example:
-        return Example(id, reading.text(request, "text"), -1)
+        pair = self.inputs.text_pair_field
+        second = reading.text(request, pair) if pair else None
+        return Example(id, reading.text(request, self.inputs.text_field), -1, second)
 
 
 def encode_texts(
@@ -62,9 +65,10 @@ def encode_texts(
 ) -> Examples:
     """Encodes texts as `[CLS] tokens [SEP]`, cut to the maximum length, or reads them from the cache.
 
+    Pairs become `[CLS] tokens [SEP] tokens [SEP]` with the token types 0 and 1; the longer text is cut first.
     The name of a file in `cache_dir` is a hash of everything that decides its contents, so another data set,
-    tokenizer or length never reads it; None for no cache. Raises `UserError` for a text without tokens (names
-    the record), or a cache folder that cannot be written. Source: docs/data.md, "Tokenized examples".
+    tokenizer or length never reads it; None for no cache. Raises `UnusableRecords` for texts without tokens,
+    `UserError` for a cache folder that cannot be written. Source: docs/data.md, "Tokenized examples".
     """
     if max_length < 3:
         raise ValueError(f"max_length is {max_length}; [CLS], one token and [SEP] need 3")
@@ -85,7 +89,7 @@ def encode_texts(
     return Examples(
         tokens=arrays["tokens"],
         offsets=arrays["offsets"],
-        token_types=None,
+        token_types=arrays.get("token_types"),
         labels=np.array([record.label for record in records], np.int32),
         ids=[record.id for record in records],
         num_truncated=num_truncated,
@@ -96,7 +100,7 @@ def encode_texts(
 
 def _digest(records: Sequence[Example], encoder: TextEncoder, max_length: int) -> str:
     backend, *ends = encoder.description
-    parts = ((record.id, str(record.label), record.text) for record in records)
+    parts = ((r.id, str(r.label), r.text, *(() if r.pair is None else ("pair", r.pair))) for r in records)
     digest = hashlib.sha256()
     head = (_FORMAT, str(max_length), str(tuple(ends)), str(backend))
     for part in itertools.chain(head, *parts):
@@ -107,16 +111,34 @@ def _digest(records: Sequence[Example], encoder: TextEncoder, max_length: int) -
 
 
 def _tokenize(records: Sequence[Example], encoder: TextEncoder, max_length: int) -> dict[str, np.ndarray]:
-    encoded = encoder.encode([record.text for record in records], max_tokens=max_length - 2)
-    rows = []
+    texts, errors = [[record.text for record in records]], RecordErrors()
+    with_pairs = any(record.pair is not None for record in records)
+    if with_pairs:
+        texts.append([record.pair or "" for record in records])
+    encoded = [encoder.encode(part, max_tokens=max_length) for part in texts]
+    rows, lengths, types, cut = list[np.ndarray](), [0], list[int](), 0
     for i, record in enumerate(records):
-        if not encoded.num_tokens[i]:
-            raise UserError(f"{record.id}: the text has no tokens; remove the example")
-        rows.append(np.concatenate([encoder.cls, encoded.tokens[i], encoder.sep]))
+        segments = [part.tokens[i] for part in encoded[: 1 if record.pair is None else 2]]
+        for segment, field in zip(segments, ("text", "second text"), strict=False):
+            if not len(segment):
+                errors.add(record, field, "has no tokens; remove the example")
+        counts = [int(part.num_tokens[i]) for part in encoded[: len(segments)]]
+        kept = cut_lengths(counts, max_length - 1 - len(segments))
+        cut += kept != counts
+        row = [encoder.cls, *(x for n, s in zip(kept, segments, strict=True) for x in (s[:n], encoder.sep))]
+        rows += row
+        lengths.append(sum(map(len, row)))
+        types += [kept[0] + 2, lengths[-1] - kept[0] - 2]
+    errors.raise_if_any()
     return {
         "tokens": np.concatenate(rows),
-        "offsets": np.cumsum([0, *map(len, rows)], dtype=np.int64),
-        "num_truncated": np.array((encoded.num_tokens > max_length - 2).sum(), np.int64),
+        "offsets": np.cumsum(lengths, dtype=np.int64),
+        "num_truncated": np.array(cut, np.int64),
+        **(
+            {"token_types": np.repeat(np.tile([0, 1], len(records)), types).astype(np.int8)}
+            if with_pairs
+            else {}
+        ),
     }
 
 
@@ -127,6 +149,7 @@ def _load(path: Path, num_examples: int) -> dict[str, np.ndarray] | None:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("tokens", "offsets", "num_truncated")}
+            arrays |= {name: archive[name] for name in {"token_types"} & {*archive}}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         arrays = {}
     if arrays and arrays["offsets"].shape == (num_examples + 1,):

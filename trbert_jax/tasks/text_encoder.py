@@ -133,6 +133,18 @@ class TextEncoder:
         return self.encode(list(places), chars=chars, max_tokens=max_tokens), index
 
 
+def cut_lengths(lengths: Sequence[int], room: int) -> list[int]:
+    """Returns the tokens to keep of each of one or two texts so that together they have at most `room`.
+
+    The longer text is cut first, as Hugging Face's strategy `longest_first` does.
+    """
+    if sum(lengths) <= room or len(lengths) == 1:
+        return [min(length, room) for length in lengths]
+    shorter = min(lengths)
+    kept = (shorter, room - shorter) if 2 * shorter <= room else (room // 2, room - room // 2)
+    return [*kept] if lengths[0] <= lengths[1] else [*reversed(kept)]
+
+
 def locate(chars: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
     """Finds the pieces, `EncodedTexts.chars` int [pieces, 2], that stand for the characters `[start, end)`.
 

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.config import STAGES, RunConfig, diff_configs, load_stored, to_dict
+from trbert_jax.config import STAGES, DataConfig, RunConfig, diff_configs, load_stored, to_dict
+from trbert_jax.datasets.registry import OWN_KEYS
 from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.inference.engine import AfterBatch, CompiledForward, InferenceEngine
 from trbert_jax.io import check_outputs, make_directory, only_process, read_json, write_json
@@ -250,7 +251,10 @@ class Experiment:
         settings = to_dict(self.config)
         backend, ends = prepare_tokenizer(tokenizer)
         limits = ("max_train_examples", "max_eval_examples")
-        keep = ("name", *limits, "text_field", "label_field", "choices", "skip_bad_records")
+        keep = ["name", *limits, "text_field", "label_field", "choices", "skip_bad_records"]
+        keep += [
+            key for key in OWN_KEYS if key not in keep and settings["data"][key] != getattr(DataConfig, key)
+        ]
         inputs = ("max_length", "line_breaks_as_spaces", "max_question_length", "window_step", "max_segments")
         text = backend.to_str() + str(ends)
         return {

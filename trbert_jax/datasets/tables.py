@@ -1,0 +1,246 @@
+"""Reads the rows of CSV, TSV, JSON lines, JSON and Parquet files, each also compressed with gzip.
+
+The ending of a file's name decides its format, in upper or lower case. A file of any other ending is refused.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import gzip
+import io
+import itertools
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from trbert_jax.datasets import reading
+from trbert_jax.datasets.reading import BadRecords
+from trbert_jax.errors import UserError
+from trbert_jax.io import parse_json, readable
+
+FORMATS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet")
+NUMBER = re.compile(r"[-+]?\d+", re.ASCII)
+_DELIMITERS = {"csv": ",;\t", "tsv": "\t"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """The fields of a row: names, or for CSV without a header the numbers of the columns, from 1."""
+
+    text: str = "text"
+    pair: str | None = None  # of a second text; None for single texts
+    label: str = "label"
+
+    def numbered(self) -> bool:
+        """Whether the text is a numbered column."""
+        return self.text.isascii() and self.text.isdecimal()
+
+
+def format_of(path: str | Path, others: Sequence[str] = ()) -> str:
+    """Returns the format that the ending of a file's name stands for: one of `FORMATS` or `others`.
+
+    Raises `UserError` for another ending.
+    """
+    *stem, ending = Path(path).name.lower().removesuffix(".gz").split(".")
+    if stem and ending in (*FORMATS, *others):
+        return ending
+    known = ", ".join(f".{name}" for name in (*FORMATS, *others))
+    raise UserError(f"{path}: unknown kind of file; expected a name that ends in {known} (each also in .gz)")
+
+
+def find_field(row: Iterable[Any], name: str) -> str:
+    """Returns the name in a row of a field: `name`, else the one that differs in case or spaces only."""
+    names = [key for key in row if isinstance(key, str)]
+    same = [key for key in names if key.strip().lower() == name.lower()]
+    return same[0] if name not in names and len(same) == 1 else name
+
+
+class Table:
+    """The rows of a file, each with its place for messages, `FILE:N`.
+
+    N is the line, of JSON and Parquet the number of the record, from 1. Values are those of JSON; of CSV they
+    are texts. Malformed rows go to `bad`. `fields` tell a header of CSV from a first row. A file without one
+    has two columns, a label (a whole number) and a text, as the Yelp reviews are published; or `fields` are
+    numbers of columns.
+
+    `lines` (number and text of each) replace the lines of the file. Iterating raises `UserError` for a file
+    that is unreadable or lacks the fields, or a quote in CSV that does not end.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        bad: BadRecords,
+        fields: Fields | None = None,
+        format: str | None = None,
+        lines: Iterable[tuple[int, str]] | None = None,
+    ) -> None:
+        self._path, self._bad, self._fields = path, bad, fields or Fields()
+        self._format, self._given = format or format_of(path), lines
+        self.name = "standard input" if str(path) == "-" else str(path)
+        self.first_label = (
+            0  # number of the first class; 1 for CSV without header, as the Yelp reviews have it
+        )
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._format in _DELIMITERS:
+            rows = self._csv_rows()
+        elif self._format == "parquet":
+            rows = enumerate(self._parquet_rows(), 1)
+        elif self._format == "json":
+            rows = self._json_rows()
+        else:
+            rows = self._json_lines(self._lines())
+        for number, row in rows:
+            place = f"{self.name}:{number}"
+            with self._bad.record(place):
+                if not isinstance(row, dict):
+                    fields = f"the field {self._fields.text!r}"
+                    raise ValueError(f"is {reading.describe(row)}; expected an object with {fields}")
+                yield place, row
+
+    def _lines(self) -> Iterable[tuple[int, str]]:
+        return reading.read_lines(self._path) if self._given is None else self._given
+
+    # JSON ------------------------------------------------------------------------------------------
+
+    def _json_lines(self, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
+        for number, line in lines:
+            if line.strip():
+                with self._bad.record(f"{self.name}:{number}"):
+                    try:
+                        value = parse_json(line.rstrip("\r\n"))
+                    except ValueError as error:
+                        raise ValueError(f"{error}; expected one object a line") from error
+                    yield number, value
+
+    def _json_rows(self) -> Iterator[tuple[int, Any]]:
+        """Yields the objects of a list, of JSON lines, or of columns by row name, as pandas writes them."""
+        lines = [*self._lines()]
+        try:
+            value = parse_json("".join(line for _, line in lines))
+        except ValueError as error:
+            first = next((line for _, line in lines if line.strip()), "")
+            if not _is_json_object(first):
+                raise UserError(f"{self.name}: {error}; expected a list of objects") from error
+            yield from self._json_lines(lines)
+            return
+        if isinstance(value, dict):
+            columns = [*value.values()]
+            by_row = columns and all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns)
+            value = [{k: c[row] for k, c in value.items()} for row in columns[0]] if by_row else [value]
+        if not isinstance(value, list):
+            raise UserError(f"{self.name}: is {reading.describe(value)}; expected a list of objects")
+        yield from enumerate(value, 1)
+
+    # Parquet ---------------------------------------------------------------------------------------
+
+    def _parquet_rows(self) -> Iterator[Any]:
+        import pyarrow
+        import pyarrow.parquet
+
+        if self.name == str(self._path):
+            with readable(self._path):
+                source: Any = self._path.open("rb")
+        else:
+            source = io.BytesIO(sys.stdin.buffer.read())
+        with source:
+            try:
+                if self.name.lower().endswith(".gz"):
+                    source = io.BytesIO(gzip.decompress(source.read()))
+                for batch in pyarrow.parquet.ParquetFile(source).iter_batches(1024):
+                    yield from batch.to_pylist()
+            except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise UserError(f"{self.name}: not a valid Parquet file ({reason})") from error
+
+    # CSV -------------------------------------------------------------------------------------------
+
+    def _csv_rows(self) -> Iterator[tuple[int, Any]]:
+        lines = iter(self._lines())
+        for first in lines:
+            delimiter = self._delimiter(first[1])
+            rows = csv_rows(self.name, itertools.chain([first], lines), self._bad, delimiter)
+            names: list[str] = []
+            for number, row in rows:
+                if not names:
+                    names, is_header = self._header(number, row)
+                    if is_header:
+                        continue
+                with self._bad.record(f"{self.name}:{number}"):
+                    if len(row) != len(names):
+                        hint = "; put a text with commas into double quotes" if len(row) > len(names) else ""
+                        columns = reading.shorten(", ".join(names))
+                        raise ValueError(f"{len(row)} columns; expected {len(names)}, {columns}{hint}")
+                    yield number, dict(zip(names, row, strict=True))
+
+    def _delimiter(self, line: str) -> str:
+        """Returns the delimiter with which a line is a header: spreadsheets of some countries write `;`."""
+        for delimiter in _DELIMITERS[self._format]:
+            with contextlib.suppress(csv.Error):
+                cells = next(csv.reader([line], delimiter=delimiter), [])
+                if find_field(cells, self._fields.text) in cells:
+                    return delimiter
+        return _DELIMITERS[self._format][0]
+
+    def _header(self, number: int, row: list[str]) -> tuple[list[str], bool]:
+        """Returns the names of the columns, and whether this first row has them."""
+        fields, where = self._fields, f"{self.name}:{number}"
+        if find_field(row, fields.text) in row:
+            names = [cell.strip() for cell in row]
+            if twice := sorted({name for name in names if name and names.count(name) > 1}):
+                raise UserError(f"{where}: column {twice[0]!r} occurs twice; give each a name of its own")
+            return names, True
+        columns = [str(i) for i in range(1, len(row) + 1)]
+        if fields.numbered() and fields.text in columns:
+            return columns, False
+        is_number = [bool(NUMBER.fullmatch(cell.strip())) for cell in row]
+        if not fields.numbered() and fields.pair is None and sorted(is_number) == [False, True]:
+            self.first_label = 1
+            return [fields.label if number else fields.text for number in is_number], False
+        found = reading.shorten(", ".join(map(repr, row)))
+        advice = "name the column of the texts (text_field), by its number if the file has no header"
+        raise UserError(f"{where}: no column {fields.text!r} among {found}; {advice}")
+
+
+def csv_rows(
+    name: str, lines: Iterable[tuple[int, str]], bad: BadRecords, delimiter: str = ","
+) -> Iterator[tuple[int, list[str]]]:
+    """Yields number of the first line, and cells, of each row of CSV that is not blank.
+
+    A malformed row goes to `bad`. `name` is for messages. Raises `UserError` for a quote that does not end on
+    its line although the row is malformed: the lines up to the next quote would be lost.
+    """
+    text = (line.removesuffix("\n").removesuffix("\r") + "\n" for _, line in lines)
+    rows, start = csv.reader(text, delimiter=delimiter, strict=True), 1
+    expected = "texts with quotes, line ends or delimiters in double quotes, and quotes in them doubled"
+    with contextlib.ExitStack() as stack:
+        # The csv module has a limit of 128 KiB a field, which holds for the whole process.
+        stack.callback(csv.field_size_limit, csv.field_size_limit(2**31 - 1))
+        row: list[str] | None = []
+        while row is not None:
+            with bad.record(f"{name}:{start}"):
+                try:
+                    row = next(rows, None)
+                    # A quote that belongs to the text: TSV is often written without any quoting.
+                    swallowed = any(delimiter in cell and "\n" in cell for cell in row or ())
+                    if delimiter == "\t" and swallowed:
+                        raise csv.Error("a quote that ends on a later line")
+                except csv.Error as error:
+                    problem = f"not a valid CSV row ({error}); expected {expected}"
+                    if rows.line_num > start:
+                        raise UserError(f"{name}:{start}: {problem}") from error
+                    row = []
+                    raise ValueError(problem) from error
+            if row:
+                yield start, row
+            start = rows.line_num + 1
+
+
+def _is_json_object(line: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return isinstance(parse_json(line), dict)
+    return False
