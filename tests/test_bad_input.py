@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
-from tiny_models import BERT, tiny_model
+from tiny_models import BERT, edit_json, edit_weights, tiny_model
 
 from trbert_jax.cli import main
 from trbert_jax.training import loop
@@ -96,6 +96,21 @@ def scale_weights(value: float) -> Spoil:
         return safetensors.save(weights)
 
     return change(WEIGHTS, scaled)
+
+
+def of_transformers(task: str = "classification", num_labels: int = 2, **settings: Any) -> Spoil:
+    """The model becomes one that this project has not saved."""
+
+    def spoil() -> None:
+        tiny_model(Path("model"), dataclasses.replace(BERT, task=task, labels=tuple("abcde"[:num_labels])))
+        edit_json(Path("model/config.json"), remove=("trbert",), **settings)
+
+    return spoil
+
+
+def headless() -> None:
+    kept = ("bert.encoder", "bert.embeddings", "bert.pooler")
+    edit_weights(Path("model"), lambda weights: {k: v for k, v in weights.items() if k.startswith(kept)})
 
 
 def make_other(**changes: Any) -> Spoil:
@@ -195,6 +210,28 @@ MODEL_CASES = [
         ("data/half.jsonl:40: ",), write("data/half.jsonl", LINE * 39 + '{"text": "a \\ud800"}\n')),
 ]
 
+# A head that does not do what the command asks: how it gets there, and what is named.
+TAGS = "BertForTokenClassification"
+MISFITS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
+    "multiple choice": (of_transformers("multiple_choice"), ("model: ", "multiple_choice", "trbert.inputs")),
+    "token classification": (of_transformers(num_labels=5, architectures=[TAGS]), ("model: ", TAGS)),
+    "several labels": (of_transformers(num_labels=3, problem_type="multi_label_classification"),
+        ("model: ", "multi_label_classification")),
+    "no head": (headless, ("model: ", "lacks classifier", "model.init")),
+    "inputs of another head": (lambda: (of_transformers("multiple_choice")(),
+        set_json("model/config.json", trbert={"inputs": {"data": "race"}})()),
+        ("trbert.inputs", "'race'", "multiple_choice")),
+}
+MISFIT_CASES = [
+    Case(f"{name}, {command.split()[0]}", command, named, spoil)
+    for name, (spoil, named) in MISFITS.items() for command in (EVALUATE, PREDICT)
+] + [
+    Case("questions, evaluate", EVALUATE, ("data/test.jsonl", "data"), of_transformers("span")),
+    Case("questions, predict", PREDICT, ("argument 1", "answers questions"), of_transformers("span")),
+    Case("a score has no accuracy", EVALUATE, ("model: ", "score", "`trbert predict`"),
+        of_transformers(num_labels=1)),
+]
+
 OTHER = ("work: ", "seed: 42 -> 7")
 RUN_CASES = [
     Case("work directory of another config", f"{FINETUNE} finetune.learning_rate=0.01 seed=7",
@@ -285,7 +322,16 @@ BENCHMARK_CASES = [
     Case("longer than the positions", f"{BENCHMARK} --max-length 99", ("max_length", "99", "20 positions")),
 ]
 # fmt: on
-CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES, *DENIED_CASES, *BENCHMARK_CASES]
+CASES = [
+    *CONFIG_CASES,
+    *DATA_CASES,
+    *MODEL_CASES,
+    *MISFIT_CASES,
+    *RUN_CASES,
+    *WRITE_CASES,
+    *DENIED_CASES,
+    *BENCHMARK_CASES,
+]
 
 
 @contextlib.contextmanager

@@ -125,6 +125,7 @@ def _score(prediction: Prediction) -> dict[str, float]:
 
 
 def _answers(model: TRBert, lines: Lines, with_text: bool, options: dict[str, Any]) -> Iterator[str]:
+    model.check_use(questions=True)  # before a line is read
     hint = "this model answers questions, one JSON object per line"
     # The second iterator holds the questions that are read but not yet answered.
     requests, asked = itertools.tee((where, _parse(where, line, hint)) for where, line in lines)

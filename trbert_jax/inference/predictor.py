@@ -157,6 +157,8 @@ class TRBert:
             said += f", and no trained head for {task}; train it first: `trbert train` takes it as model.init"
         if said:
             raise UserError(f"{self.source}: the model {said}")
+        if self.answers_questions:
+            _ = self.task  # raises if its head is of another task
 
     def engine(self, batch_size: int) -> InferenceEngine:
         """Returns the engine for batches of this many examples. Raises UserError if that is no number."""
