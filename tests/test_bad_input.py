@@ -188,7 +188,7 @@ BAD_MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "other shapes": (set_json("model/config.json", intermediate_size=32),
         ("layer.3.intermediate.dense.weight", "[24, 16]", "[32, 16]")),
     "fewer layers": (set_json("model/config.json", num_hidden_layers=5),
-        ("layer.4.output.dense.weight", "[16, 24]")),
+        ("layer.4.attention.self.query.weight [16, 16]: missing", "... and 6 more")),
     "truncated weights": (cut(WEIGHTS, 0.5), (f"{WEIGHTS}: ",)),
     "truncated header": (cut(WEIGHTS, 0.01), (f"{WEIGHTS}: ",)),
     "no bytes": (cut(WEIGHTS, 0), (f"{WEIGHTS}: ",)),
