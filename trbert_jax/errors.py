@@ -1,6 +1,10 @@
-"""Define the exceptions that are shown to users without a traceback."""
+"""Define the exceptions that are shown to users without a traceback, and check a caller's numbers."""
 
+import contextlib
+import operator
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -27,3 +31,19 @@ def first_lines(lines: Sequence[str], most: int = 10) -> list[str]:
     """Returns the first lines of a long list for a message, and how many more there are."""
     more = len(lines) - most
     return [*lines[:most], *([f"... and {more} more"] if more > 0 else [])]
+
+
+def whole_number(name: str, value: Any, least: int, most: int = sys.maxsize) -> int:
+    """Returns a whole number, Python's or NumPy's, as an int.
+
+    Raises UserError, naming the argument, for anything else and outside of `least` to `most`.
+    """
+    number = None
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):  # no whole number, NumPy's bool included
+            number = operator.index(value)
+    if number is None or not least <= number <= most:
+        shown = repr(value) if number is None else str(number)
+        upper = f"at least {least}" if most == sys.maxsize else f"from {least} to {most}"
+        raise UserError(f"{name} is {shown}; expected a whole number, {upper}")
+    return number

@@ -261,7 +261,7 @@ def test_bad_input(model: TRBert, texts: Any, options: dict[str, Any], words: st
 def test_bad_models() -> None:
     with pytest.raises(UserError, match="float16"):
         make(dtype="float16")
-    with pytest.raises(UserError, match="27 tokens"):
+    with pytest.raises(UserError, match="ids up to 26"):
         make(dataclasses.replace(tiny_models.BERT, vocab_size=20))
 
 

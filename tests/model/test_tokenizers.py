@@ -54,7 +54,10 @@ def test_cls_comes_first(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "vocab.txt").write_text("<s>\n</s>\na\n")
-    with pytest.raises(UserError, match=r"vocab.txt.*\[CLS\]"):
+    with pytest.raises(UserError, match=r"PreTrainedTokenizerFast.*vocab.txt"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"no token \[CLS\].*\[SEP\].*\[PAD\].*\[UNK\]"):
         load_tokenizer(tmp_path)
 
 

@@ -30,6 +30,9 @@ AfterBatch = Callable[[Examples, np.ndarray, Logits], None]
 # Name of the logits ("" where there is one array) and shape -> zeros, float32.
 Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
 
+# Sizes of batches of fewer examples than the batch size, so that memory follows the examples. Few and far
+# between: each is compiled.
+FEWER = tuple(2**k for k in range(5, 31, 2))
 MANY_PROGRAMS = 24  # more than a few rules and batch sizes need; compiling this many gets a warning
 
 
@@ -37,6 +40,11 @@ def bucket_widths(backend: str, max_length: int) -> tuple[int, ...]:
     """Padded lengths of batches, ascending; the last one is `max_length`."""
     # The packed backend does not compute padding: one narrow shape is enough.
     return width_buckets(max_length, (0.25,)) if backend == "packed" else width_buckets(max_length)
+
+
+def fitting_size(num_examples: int, batch_size: int) -> int:
+    """Returns the size of batches of this many examples: `batch_size`, or the smallest of `FEWER` for all."""
+    return min([size for size in FEWER if size >= num_examples] + [batch_size])
 
 
 def check_backend(backend: str) -> None:
@@ -157,8 +165,9 @@ class Outputs:
 class InferenceEngine:
     """Runs a model over examples; compiles once for each rule, backend and batch shape.
 
-    `batch_size` examples a pass, rounded up to a multiple of the devices; `programs` may be shared with other
-    engines; `after_batch` is called with all examples, the batch's positions, int [b], and its logits.
+    `batch_size` examples a pass (see `fitting_size`), rounded up to a multiple of the devices; `programs` may
+    be shared with other engines; `after_batch` is called with all examples, the batch's positions, int [b],
+    and its logits.
     """
 
     def __init__(
@@ -244,7 +253,7 @@ class InferenceEngine:
             seconds += time.perf_counter() - begun
             if self._after_batch:
                 self._after_batch(examples, index, output)
-            rows = batch_rows(examples, index, self.batch_size)
+            rows = batch_rows(examples, index, len(batch["input_ids"]) // examples.group)
             valid = np.flatnonzero(rows >= 0)
             store = store or LogitStore(self.model.config, examples, output, allocate)
             store.put(index, rows, output)
@@ -265,8 +274,19 @@ class InferenceEngine:
         self, examples: Examples, index: np.ndarray, width: int, inputs: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """Pads the examples at positions `index`, int [b], and adds the rule's inputs, arrays [R, ...]."""
-        batch = pad_batch(examples, index, self.batch_size, width)
-        rows = np.maximum(batch_rows(examples, index, self.batch_size), 0)
+        size = self.programs.devices.rounded(fitting_size(len(examples), self.batch_size))
+        return self._batch(examples, index, width, inputs, size)
+
+    def _batch(
+        self,
+        examples: Examples,
+        index: np.ndarray,
+        width: int,
+        inputs: Mapping[str, np.ndarray],
+        size: int,
+    ) -> dict[str, np.ndarray]:
+        batch = pad_batch(examples, index, size, width)
+        rows = np.maximum(batch_rows(examples, index, size), 0)
         return batch | {name: values[rows] for name, values in inputs.items()}
 
     def compile(
@@ -280,7 +300,8 @@ class InferenceEngine:
         check_rule(rule)
         check_backend(backend)
         for width in bucket_widths(backend, self.model.config.max_length):
-            batch = self.batch(example, np.zeros(1, np.int64), width, self.rule_inputs(example))
+            inputs = self.rule_inputs(example)
+            batch = self._batch(example, np.zeros(1, np.int64), width, inputs, self.batch_size)
             self.programs.get(params, batch, rule, backend)
             rows = len(batch["input_ids"])
             seconds = self.programs.compile_seconds[rule, backend, rows, width]

@@ -14,7 +14,7 @@ on its own text or question only, not on the batch or the order.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.datasets import BadRecords
-from trbert_jax.errors import UserError
-from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Outputs, check_backend
+from trbert_jax.errors import UserError, whole_number
+from trbert_jax.inference.engine import (
+    FEWER,
+    CompiledForward,
+    InferenceEngine,
+    Outputs,
+    check_backend,
+    fitting_size,
+)
 from trbert_jax.io import check_unicode
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
-from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary
+from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, copy_tokenizer
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
 from trbert_jax.tasks import Task, encode_usable, saved_task
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples, Ragged
+from trbert_jax.tasks.text_encoder import TextEncoder
 
 WINDOW = 32  # batches within which inputs are sorted by length
+MOST = 2**24  # largest batch size
 SMALL = (1, 4)  # rows of small batches, for requests of a few texts
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -59,12 +68,12 @@ class Prediction:
     truncated: bool  # whether the text was longer than `TRBert.config.max_length` tokens and was cut
     text: str = dataclasses.field(repr=False)
     input_ids: np.ndarray  # int32 [num_tokens]
-    _tokenizer: Tokenizer = dataclasses.field(repr=False)
+    _encoder: TextEncoder = dataclasses.field(repr=False)
 
     @property
     def tokens(self) -> list[str]:
         """The tokens as text; `kept` indexes into this list."""
-        return list(self._tokenizer.convert_ids_to_tokens(self.input_ids.tolist()))
+        return self._encoder.words(self.input_ids)
 
 
 class TRBert:
@@ -73,7 +82,8 @@ class TRBert:
     Attributes:
       config: the model's shape, label names, and how inputs are made.
       params: nested dict of float32 arrays, on the default device.
-      tokenizer: a `transformers.PreTrainedTokenizerFast`, or None.
+      tokenizer: a `transformers.PreTrainedTokenizerFast`, or None. The model reads texts with a copy: nothing
+        done to this one changes an answer or a saved model.
       newly_initialized: parts that were initialized at random, see `Pretrained`.
       left_out: kind of the checkpoint's head if that was left out, see `Pretrained`.
       source: the model's name in messages.
@@ -96,7 +106,8 @@ class TRBert:
             raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
         if tokenizer is not None:
             check_vocabulary(tokenizer, config, "TRBert")
-        self.config, self.params, self.tokenizer = config, jax.device_put(params), tokenizer
+        self.config, self.params, self._tokenizer = config, jax.device_put(params), tokenizer
+        self._own_tokenizer = None if tokenizer is None else copy_tokenizer(tokenizer)
         self.newly_initialized, self.left_out, self.source = tuple(newly_initialized), left_out, source
         # The compiled passes, shared by all batch sizes.
         self.programs = CompiledForward(TokenReducingModel(config, _DTYPES[dtype]))
@@ -124,7 +135,16 @@ class TRBert:
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a model directory, see `trbert_jax.model.pretrained.save_pretrained`."""
         params = jax.device_get(self.params)
-        save_pretrained(directory, self.config, params, self.tokenizer, exclude=self.newly_initialized)
+        save_pretrained(directory, self.config, params, self._own_tokenizer, exclude=self.newly_initialized)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The caller's tokenizer, see the class."""
+        return self._tokenizer
+
+    @functools.cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.require_tokenizer())
 
     @property
     def default_rule(self) -> str:
@@ -162,9 +182,8 @@ class TRBert:
 
     def engine(self, batch_size: int) -> InferenceEngine:
         """Returns the engine for batches of this many examples. Raises UserError if that is no number."""
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"batch_size is {batch_size!r}; expected a whole number, at least 1")
-        return InferenceEngine(self.programs.model, batch_size, self.programs)
+        size = whole_number("batch_size", batch_size, 1, MOST)
+        return InferenceEngine(self.programs.model, size, self.programs)
 
     def compile(
         self, batch_size: int = 32, rule: str | None = None, backend: str = DEFAULT_BACKEND
@@ -174,21 +193,22 @@ class TRBert:
         Yields the name of each program and the seconds that compiling took. Arguments: see `predict`.
         """
         self.check_use(self.answers_questions)
-        sizes = [batch_size]
+        self.engine(batch_size)
         if self.answers_questions:
+            small = FEWER
             request = parse_requests(self.task, [("example", self.task.shortest_request)], set())
             example = self.task.encode(request, self.require_tokenizer())
         else:
-            sizes = sorted({_num_rows(count, batch_size) for count in (*SMALL, batch_size)})
+            small = (*SMALL, *FEWER)
             example = _make_examples([[0]])
-        for size in sizes:
+        for size in sorted({size for size in small if size < batch_size} | {batch_size}):
             yield from self.engine(size).compile(self.params, example, rule or self.default_rule, backend)
 
     # Texts
 
     def predict(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         batch_size: int = 32,
         rule: str | None = None,
         backend: str = DEFAULT_BACKEND,
@@ -198,7 +218,8 @@ class TRBert:
 
         Args:
           texts: any number, empty ones too; one longer than `config.max_length` tokens is cut.
-          batch_size: texts per forward pass; does not change the results.
+          batch_size: texts per forward pass; does not change the results. Memory grows with it up to the
+            number of texts.
           rule: `threshold` decides on each text by itself. `batch_max` is the published evaluation: each text
             keeps as many tokens as the text of its batch that keeps most, so results depend on the batch.
             `dense` drops nothing. None takes `default_rule`.
@@ -210,7 +231,6 @@ class TRBert:
         Returns predictions in the order of the texts. Raises UserError for something else than a list of
         strings, an invalid option, a model without tokenizer or one that answers questions.
         """
-        _check_texts(texts)
         options = {"rule": rule, "backend": backend, "threshold": threshold}
         return list(self.predict_stream(texts, batch_size, **options))
 
@@ -223,8 +243,10 @@ class TRBert:
         Arguments and errors: see `predict`; an invalid option raises at once, a bad text when its window is
         reached.
         """
+        check_iterable("predict", texts, "texts", "predict([text])")
         self.check_use(questions=False)
-        return self._predict(texts, batch_size, self._options(batch_size, **options))
+        options = self._options(batch_size, **options)
+        return self._predict(texts, int(batch_size), options)
 
     def _predict(self, texts: Iterable[str], batch_size: int, options: Any) -> Iterator[Prediction]:
         engine = None
@@ -245,7 +267,7 @@ class TRBert:
                     truncated=truncated[i],
                     text=text,
                     input_ids=examples.row(i),
-                    _tokenizer=self.tokenizer,
+                    _encoder=self._encoder,
                 )
 
     def _encode_ahead(
@@ -265,14 +287,10 @@ class TRBert:
     def _encode(self, texts: list[str], first: int) -> tuple[list[str], Examples, list[bool]]:
         """Encodes texts, whose numbers begin with `first`; tells which are cut."""
         _check_texts(texts, first)
-        tokenizer, longest = self.require_tokenizer(), self.config.max_length
-        encoded = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(texts)]
-        truncated = [len(ids) > longest for ids in encoded]
-        rows = [
-            [*ids[: longest - 1], tokenizer.sep_token_id] if cut else ids
-            for ids, cut in zip(encoded, truncated, strict=True)
-        ]
-        return texts, _make_examples(rows), truncated
+        encoder, longest = self._encoder, self.config.max_length - 2
+        encoded = encoder.encode(texts, max_tokens=longest)
+        rows = [np.concatenate([encoder.cls, ids, encoder.sep]) for ids in encoded.tokens]
+        return texts, _make_examples(rows), (encoded.num_tokens > longest).tolist()
 
     def _options(
         self,
@@ -289,13 +307,13 @@ class TRBert:
         return {"rule": rule, "backend": backend, "threshold": threshold}
 
     def require_tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer. Raises UserError if the model has none."""
-        if self.tokenizer is None:
+        """Returns the model's own copy of the tokenizer. Raises UserError if the model has none."""
+        if self._own_tokenizer is None:
             raise UserError(
-                "this model has no tokenizer; put the tokenizer files (tokenizer.json or vocab.txt) of the "
-                "model it was made of into its directory"
+                "this model has no tokenizer; put the tokenizer files of the model it was made of into its "
+                "directory (tokenizer.json and tokenizer_config.json, or vocab.txt)"
             )
-        return self.tokenizer
+        return self._own_tokenizer
 
     # Questions
 
@@ -353,25 +371,31 @@ def answer_questions(
 
     Raises UserError for a model that labels texts, a malformed question, or an invalid option.
     """
+    check_iterable("answer_questions", requests, "questions", "answer_questions(model, [question])")
     placed = ((f"{source}:{number}", request) for number, request in enumerate(requests, 1))
     return list(model.answer_stream(placed, **options))
 
 
-def _make_examples(rows: Sequence[Sequence[int]]) -> Examples:
+def _make_examples(rows: Iterable[Sequence[int] | np.ndarray]) -> Examples:
     """Returns examples of one row each, without labels."""
     tokens = Ragged.of([np.array(row, np.int32) for row in rows])
-    ids = [str(i) for i in range(len(rows))]
-    return Examples(tokens.values, tokens.offsets, None, np.zeros(len(rows), np.int32), ids, 0, "")
+    ids = [str(i) for i in range(len(tokens))]
+    return Examples(tokens.values, tokens.offsets, None, np.zeros(len(ids), np.int32), ids, 0, "")
 
 
 def _num_rows(num_texts: int, batch_size: int) -> int:
     """Returns the rows of a batch: few shapes to compile, a small one for a request of a few texts."""
-    return min([rows for rows in SMALL if rows >= num_texts] + [batch_size])
+    return min([rows for rows in SMALL if rows >= num_texts] + [fitting_size(num_texts, batch_size)])
 
 
-def _check_texts(texts: Sequence[str], first: int = 0) -> None:
-    if isinstance(texts, str):
-        raise UserError("predict takes a list of texts; put the text into one: predict([text])")
+def check_iterable(function: str, values: Any, name: str, example: str) -> None:
+    """Raises UserError for one value in place of an iterable of them, or for no iterable at all."""
+    if isinstance(values, str | bytes | Mapping) or not hasattr(type(values), "__iter__"):
+        found = f"got a {type(values).__name__}; put one into a list: {example}"
+        raise UserError(f"{function} takes a list of {name}, or another iterable; {found}")
+
+
+def _check_texts(texts: Sequence[str], first: int) -> None:
     for i, text in enumerate(texts, first):
         if not isinstance(text, str):
             raise UserError(f"texts[{i}] is a {type(text).__name__}; expected a string")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from trbert_jax.errors import UserError, first_lines
+from trbert_jax.errors import UserError, first_lines, whole_number
 from trbert_jax.io import read_json, write_json
 from trbert_jax.model.config import (
     ModelConfig,
@@ -45,7 +45,7 @@ from trbert_jax.outputs import atomic_directory, contents
 
 logger = logging.getLogger(__name__)
 
-_MODEL_FILES = {*SMALL_FILES, SAFETENSORS, TORCH, FLAX, "added_tokens.json"}
+_MODEL_FILES = {*SMALL_FILES, SAFETENSORS, TORCH, FLAX}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +120,13 @@ def load_pretrained(
     if labels is not None:
         config = _change_labels(config, tree, tuple(labels))
     if keep_layers is not None:
-        config = _keep_layers(config, tree, list(keep_layers))
+        layers = [whole_number("keep_layers", layer, 0) for layer in keep_layers]
+        config = _keep_layers(config, tree, layers)
     if max_positions is not None:
-        config = _resize_positions(config, tree, max_positions)
+        config = _resize_positions(config, tree, whole_number("max_positions", max_positions, 1))
     if max_length is not None:
-        if not 2 <= max_length <= config.max_positions:
+        max_length = whole_number("max_length", max_length, 2)
+        if max_length > config.max_positions:
             expected = f"2 up to the model's {config.max_positions} positions; set max_positions to have more"
             raise UserError(f"max_length is {max_length}; expected {expected}")
         config = dataclasses.replace(config, max_length=max_length)

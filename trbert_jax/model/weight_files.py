@@ -31,6 +31,7 @@ SMALL_FILES = (
     "vocab.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
 )
 # Downloaded from the hub: the first of these that the model has.
 _HUB_FILES = (

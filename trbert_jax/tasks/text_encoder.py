@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,13 @@ from trbert_jax.errors import UserError
 from trbert_jax.tasks.examples import Ragged
 
 _CHUNK = 1000  # texts handed to the tokenizer's threads at a time
+_CHARACTERS = 8  # of a long text read for each piece that is kept, before more are read
 _MARKS = ("Mn", "Me")  # combining characters, such as accents
+
+
+# A forked process has none of the library's threads, and would wait for them.
+_THREADS = "TOKENIZERS_PARALLELISM"
+os.register_at_fork(after_in_child=lambda: os.environ.update({_THREADS: "false"}))
 
 
 def prepare_tokenizer(tokenizer: Any) -> tuple[Any, tuple[int, int]]:
@@ -27,8 +33,8 @@ def prepare_tokenizer(tokenizer: Any) -> tuple[Any, tuple[int, int]]:
     """
     import tokenizers
 
-    # If unset, the library warns and turns its threads off once the process has forked.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # If unset, the library warns once the process has forked.
+    os.environ.setdefault(_THREADS, "true")
     ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     if None in ends:
         raise UserError("the tokenizer has no [CLS] or no [SEP] token; choose one made for BERT")
@@ -45,7 +51,8 @@ class EncodedTexts:
     tokens: Ragged  # int32, the pieces of each text
     # int32 [pieces, 2], the characters `[start, end)` that a piece stands for; empty unless asked for
     chars: Ragged
-    num_tokens: np.ndarray  # int64 [n], pieces of each text before it was cut
+    # int64 [n], pieces of each text before it was cut; of a text read in part, only more than are kept.
+    num_tokens: np.ndarray
 
 
 class TextEncoder:
@@ -71,6 +78,9 @@ class TextEncoder:
             entry_id = self._backend.token_to_id(entry)
             self._backend.add_special_tokens([AddedToken(marker, normalized=False, single_word=True)])
             self._replaced[self._backend.token_to_id(marker)] = (marker, entry, entry_id)
+        # A text that ends inside an added token or one of structure, such as `<br>`, has other last pieces.
+        added = (token.content for token in self._backend.get_added_tokens_decoder().values())
+        self._margin = 16 + 2 * max(map(len, added), default=0)
 
     def id_of(self, entry: str) -> int:
         """Returns the id of a vocabulary entry. Raises `UserError` if there is none."""
@@ -81,6 +91,10 @@ class TextEncoder:
                 "choose one that has, such as that of bert-base-uncased"
             )
         return int(found)
+
+    def words(self, ids: Iterable[int]) -> list[str]:
+        """Returns the vocabulary entries of ids."""
+        return [self._backend.id_to_token(int(i)) for i in ids]
 
     @functools.cached_property
     def continues(self) -> np.ndarray:
@@ -95,18 +109,18 @@ class TextEncoder:
     ) -> EncodedTexts:
         """Tokenizes texts, in parallel; one without word pieces becomes an empty array.
 
-        `chars` keeps the characters of each piece; `max_tokens` limits the pieces of a text that are kept.
-        Raises `UserError` if a text holds a marker whose entry the vocabulary lacks.
+        `chars` keeps the characters of each piece; `max_tokens` limits the pieces of a text that are kept,
+        and with them how much of a long text is read. Raises `UserError` if a text holds a marker whose entry
+        the vocabulary lacks.
         """
         from tqdm import tqdm
 
-        encode_batch = self._backend.encode_batch if chars else self._backend.encode_batch_fast
         tokens, spans, num_tokens = [], [], []
         # disable=None: no bar unless stderr is a terminal; delay: none for what takes a moment.
         with tqdm(total=len(texts), desc="tokenizing", unit="text", disable=None, delay=2) as bar:
             for start in range(0, len(texts), _CHUNK):
                 chunk = list(texts[start : start + _CHUNK])
-                for encoding in encode_batch(chunk, add_special_tokens=False):
+                for encoding in self._encodings(chunk, chars, max_tokens):
                     ids = np.array(encoding.ids, np.int32)
                     num_tokens.append(len(ids))
                     tokens.append(ids[:max_tokens])
@@ -123,6 +137,24 @@ class TextEncoder:
                 )
             ragged.values[found] = -1 if entry_id is None else entry_id
         return EncodedTexts(ragged, Ragged.of(spans, width=2), np.array(num_tokens, np.int64))
+
+    def _encodings(self, texts: list[str], chars: bool, max_tokens: int | None) -> list[Any]:
+        """Returns the library's encodings; of long texts, of as many characters as `max_tokens` need."""
+        run = self._backend.encode_batch if chars else self._backend.encode_batch_fast
+        encode = functools.partial(run, add_special_tokens=False)
+        if max_tokens is None:
+            return encode(texts)
+        wanted = max_tokens + self._margin
+        length = _CHARACTERS * wanted
+        encodings = encode([text[:length] for text in texts])
+        while True:
+            longer = (i for i, text in enumerate(texts) if len(text) > length)
+            short = [i for i in longer if _num_whole(encodings[i]) < wanted]
+            if not short:
+                return encodings
+            length *= 4
+            for i, encoding in zip(short, encode([texts[i][:length] for i in short]), strict=True):
+                encodings[i] = encoding
 
     def encode_distinct(
         self, texts: Sequence[str], *, chars: bool = False, max_tokens: int | None = None
@@ -143,6 +175,12 @@ def cut_lengths(lengths: Sequence[int], room: int) -> list[int]:
     shorter = min(lengths)
     kept = (shorter, room - shorter) if 2 * shorter <= room else (room // 2, room - room // 2)
     return [*kept] if lengths[0] <= lengths[1] else [*reversed(kept)]
+
+
+def _num_whole(encoding: Any) -> int:
+    """Returns the number of pieces before the last word, which more text may continue."""
+    words = encoding.word_ids
+    return words.index(words[-1]) if words else 0
 
 
 def locate(chars: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
