@@ -389,7 +389,8 @@ def _predict(args: Arguments) -> None:
     Texts are arguments, or lines of --file or standard input. Prints one JSON object per text, in order:
     "label", "label_id", "scores" (a probability per label), "kept" (for each reduction the positions of the
     tokens that remained; 0 is [CLS]), "num_tokens" (special tokens included), "truncated" (the text was too
-    long). A .jsonl file holds an object with "text" in each line; blank lines are skipped.
+    long). A model with one output gives "score" and "logit", and no label. A .jsonl file holds an object with
+    "text" in each line; blank lines are skipped.
 
     A model that answers questions takes a JSON object per line ("question" and "context", say; see
     docs/question_answering.md) and prints "id", "answer", "num_tokens" and "num_kept".

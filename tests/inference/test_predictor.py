@@ -5,6 +5,7 @@ import dataclasses
 import json
 import operator
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import pytest
 import tiny_models
 
 from trbert_jax import TRBert
+from trbert_jax.cli import main
 from trbert_jax.errors import UserError
 from trbert_jax.inference.predictor import WINDOW, Prediction
 from trbert_jax.model.model import TokenReducingModel
@@ -88,6 +90,32 @@ def test_long_text_is_cut(model: TRBert) -> None:
     assert (long.truncated, long.num_tokens) == (True, 18)
     assert longest.tokens == ["[CLS]", *["dull"] * 16, "[SEP]"]
     np.testing.assert_allclose(exact.scores, longest.scores, atol=1e-6)
+
+
+def test_one_output_is_a_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sigmoid of the output, the softmax beside an output of 0; or of a regression the output itself."""
+    config = dataclasses.replace(tiny_models.BERT, num_layers=2)
+    two = tiny_models.tiny_model(tmp_path / "two", config)
+    tiny_models.edit_weights(two, lambda w: {k: w[k] - w[k][:1] if "classifier" in k else w[k] for k in w})
+    one = shutil.copytree(two, tmp_path / "one")
+    tiny_models.edit_weights(one, lambda w: {k: w[k][1:] if "classifier" in k else w[k] for k in w})
+    tiny_models.edit_json(one / "config.json", remove=("id2label", "label2id"))
+    raw, texts = shutil.copytree(one, tmp_path / "raw"), some_texts(3)
+    identity = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    tiny_models.edit_json(raw / "config.json", sentence_transformers=identity)
+    expected = [p.scores[1] for p in TRBert.from_pretrained(two).predict(texts)]
+    model = TRBert.from_pretrained(one)
+    scored = model.predict(texts)
+    assert [(p.label, p.label_id, p.scores.shape) for p in scored] == [(None, None, (1,))] * 3
+    np.testing.assert_allclose([p.scores[0] for p in scored], expected, atol=1e-5)
+    assert len({round(float(x), 3) for x in expected}) == 3
+    TRBert.from_pretrained(raw).save_pretrained(tmp_path / "saved")
+    main(["predict", "--model", str(tmp_path / "saved"), *texts])
+    for line, p in zip(capsys.readouterr().out.splitlines(), scored, strict=True):
+        found = json.loads(line)
+        assert (found["label"], found["label_id"], found["scores"]) == (None, None, {"0": found["score"]})
+        np.testing.assert_allclose([found["score"], found["logit"]], p.logits[0], atol=1e-5)
+        np.testing.assert_allclose(1 / (1 + np.exp(-found["score"])), p.scores[0], atol=1e-5)
 
 
 # Batches ------------------------------------------------------------------------------------------
