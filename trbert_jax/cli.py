@@ -325,6 +325,7 @@ def _train(args: Arguments) -> None:
     THRESHOLD,
     _path("outputs", "--json", "FILE", "write the numbers to this file"),
     _path("outputs", "--predictions", "FILE", PREDICTIONS_HELP, beside=(".null_odds.json",)),
+    _path("outputs", "--plot", "FILE", "draw the confusion matrix to this PNG file"),
     _switch("--baselines", lambda: f"also {', '.join(rule_names('baseline'))}, at the same kept counts"),
     SKIP,
     _path("inputs", "--config", "FILE", "settings, for --all-checkpoints"),
@@ -334,7 +335,8 @@ def _train(args: Arguments) -> None:
 def _evaluate(args: Arguments) -> None:
     """Evaluate a model on labeled texts or questions.
 
-    Prints accuracy, tokens kept at each reduction, FLOPs and speed.
+    Prints the metrics, tokens kept at each reduction, FLOPs and speed; of texts also the scores of each class
+    and the confusion matrix.
 
     Examples:
       trbert evaluate --model work/imdb/model --data test.jsonl --json result.json
@@ -344,7 +346,7 @@ def _evaluate(args: Arguments) -> None:
     if args.all_checkpoints:
         if not args.config:
             raise UserError("--all-checkpoints needs --config, the settings the model was trained with")
-        others = args.model or args.data or args.predictions or args.baselines
+        others = args.model or args.data or args.predictions or args.plot or args.baselines
         if others or args.threshold != DEFAULT_THRESHOLD:
             raise UserError("--all-checkpoints takes model, data and settings from --config alone")
     elif args.config or args.overrides:
@@ -364,12 +366,16 @@ def _evaluate(args: Arguments) -> None:
         from trbert_jax.inference.evaluate import evaluate_file
 
         baselines = rule_names("baseline") if args.baselines else ()
-        options = _chosen(args, "batch_size rule backend threshold predictions skip_bad_records")
+        options = _chosen(args, "batch_size rule backend threshold predictions plot skip_bad_records")
         result = evaluate_file(args.model, args.data, baselines=baselines, **options)
     if args.json:
         io.write_json(args.json, result)
-    shown = {name: value for name, value in result.items() if name != "data"}  # logged while it was read
-    print("\n".join(_table(shown)))
+    from trbert_jax.inference.class_report import class_table
+
+    hidden = ("data", "classes", "confusion_matrix")  # what was skipped has been logged
+    print("\n".join(_table({name: value for name, value in result.items() if name not in hidden})))
+    if lines := [*class_table(result)]:
+        print("\n".join(["", *lines]))
 
 
 @_command(

@@ -94,6 +94,8 @@ class DataConfig(Section):
     label_field: Text = "label"  # field of the label
     labels: Labels | None = None  # names of the classes in order, text and hf only; null for those of train
     dev_share: Share = 0.1  # share of the training examples for dev, without a dev set; text and hf only
+    # balanced: weight the loss of an example by the inverse share of its class, 1 on average; texts only
+    class_weights: Literal["balanced"] | None = None
     max_train_examples: Count | None = None  # largest number of training examples; null for all
     max_eval_examples: Count | None = None  # the same for the dev split and for the test split
     cache_dir: FilePath | None = None  # folder for tokenized examples; null for WORKDIR/cache

@@ -17,6 +17,16 @@ def test_accuracy() -> None:
             scorers.accuracy(predictions, labels)
 
 
+def test_scores_of_classes() -> None:
+    metrics, details = scorers.class_scores([0, 1, 1, 2, 2], [0, 1, 2, 2, 2], ["a", "b", "c", "d"])
+    assert details["confusion_matrix"] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 2, 0], [0, 0, 0, 0]]
+    found = {name: [*row.values()] for name, row in details["classes"].items()}
+    third = pytest.approx(2 / 3)
+    assert found == {"a": [1, 1, 1, 1], "b": [0.5, 1, third, 1], "c": [1, third, 0.8, 3], "d": [0, 0, 0, 0]}
+    # As in scikit-learn, a class that is neither a label nor a prediction does not count.
+    assert metrics == {"accuracy": 0.8, "macro_f1": pytest.approx((1 + 2 / 3 + 0.8) / 3)}
+
+
 @pytest.mark.parametrize(
     ("text", "expected", "triviaqa"),
     [

@@ -189,8 +189,10 @@ def test_scores_and_teacher_logits(finished: Finished) -> None:
 def test_curves_table_and_compilation(finished: Finished) -> None:
     """Batches that are not full, epochs and evaluations change no shape: a step is compiled once."""
     assert finished.traces == dict.fromkeys(TRAINED, 1)
-    assert (finished.work / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("curves.png", "confusion.png"):
+        assert (finished.work / name).read_bytes().startswith(b"\x89PNG")
     words = ["dense", "after policy", "reduced", "random tokens", "first_k tokens", "seconds a stage"]
+    words += ["reduced: macro F1", "precision", "predicted"]
     for word in [*words, *map(str, (finished.work / name for name in ("results.json", "model")))]:
         assert word in finished.out
     assert [path for path in finished.work.rglob("*") if ".partial-" in path.name] == []

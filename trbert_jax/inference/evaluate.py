@@ -9,6 +9,7 @@ from trbert_jax.datasets import BadRecords, find_dataset
 from trbert_jax.datasets.own_texts import read_labeled
 from trbert_jax.datasets.tables import Fields
 from trbert_jax.errors import UserError
+from trbert_jax.inference.class_report import plot_confusion
 from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.io import atomic_file, write_json
@@ -33,6 +34,7 @@ def evaluate_file(
     backend: str = DEFAULT_BACKEND,
     threshold: float = DEFAULT_THRESHOLD,
     predictions: Path | None = None,
+    plot: Path | None = None,
     baselines: Sequence[str] = (),
     seed: int = 0,
     skip_bad_records: bool = False,
@@ -46,6 +48,7 @@ def evaluate_file(
       batch_size, rule, backend, threshold: see `TRBert.predict`.
       predictions: output file, one JSON line per text; of questions the JSON that the official scorer reads,
         with `NAME.null_odds.json` beside `NAME.json` if questions may have no answer.
+      plot: output file, a PNG image of the confusion matrix of texts.
       baselines: of `random`, `first_k`: untrained selections with the same kept counts.
       seed: of the random baseline.
       skip_bad_records: skip malformed questions, instead of raising an error.
@@ -56,9 +59,11 @@ def evaluate_file(
 
     Raises `UserError` for a model or file that cannot be read, or a label the model does not have.
     """
-    check_outputs([predictions], inputs=[data_file], models=[model_dir])
+    check_outputs([predictions, plot], inputs=[data_file], models=[model_dir])
     model, bad = TRBert.from_pretrained(model_dir), BadRecords(skip=skip_bad_records)
     rule = rule or model.default_rule
+    if plot is not None and model.answers_questions:
+        raise UserError(f"--plot draws the confusion matrix of classes; {model_dir} answers questions")
     examples = read_examples(model, Path(data_file), bad)
     engine = model.engine(batch_size)
     outputs = engine.run(model.params, examples, rule=rule, backend=backend, threshold=threshold)
@@ -72,7 +77,9 @@ def evaluate_file(
         ):  # the official scorer of SQuAD 2.0 reads both
             write_json(predictions.with_suffix(".null_odds.json"), score.files["null_odds.json"])
     settings = {"rule": rule, "backend": backend, "batch_size": batch_size, "threshold": threshold}
-    result = {**settings, **summarize(outputs, model.config, score.metrics)}
+    result = {**settings, **summarize(outputs, model.config, score.metrics), **score.details}
+    if plot is not None:
+        plot_confusion({rule: result}, plot)
     if model.answers_questions:
         result["data"] = notes_of(examples, bad)
         if skip_bad_records:

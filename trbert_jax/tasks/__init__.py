@@ -45,6 +45,7 @@ class Splits:
         self.notes: dict[str, dict[str, Any]] = {}  # split -> what was cut, left out or skipped
         self._records: dict[str, Sequence[Any]] = {}
         self._bad: dict[str, BadRecords] = {}
+        self._warned = set[str]()
         of_tasks = frozenset[str]().union(*(task.settings for task in TASKS.values()))
         for key in sorted(of_tasks - self._kind.settings_of(config.data.name)):
             name, _, field = key.partition(".")
@@ -98,6 +99,11 @@ class Splits:
         """Tokenizes a split, `train` for training, as `encode_usable` does."""
         records = self.records(split)
         options = {"training": split == "train", "seed": self._config.seed, "cache_dir": cache_dir}
+        if split not in self._warned:
+            others = {name: records for name, records in self._records.items() if name != split}
+            for warning in self.task.warnings(split, records, others):
+                logger.warning("%s: %s", split, warning)
+            self._warned.add(split)
         examples = encode_usable(self.task, records, tokenizer, self._bad[split], split, **options)
         if len(examples.records) < len(records):
             self._records[split] = examples.records

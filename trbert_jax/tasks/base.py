@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -27,6 +27,8 @@ class Score:
     metrics: dict[str, float]
     files: dict[str, Any]  # file name -> JSON value, in the form that the official scorer reads
     null_threshold: float | None = None  # the one with the best metrics; None if the task has none
+    # What a report has besides the metrics, as JSON: `classes` and `confusion_matrix`, see `class_scores`.
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Task(abc.ABC):
@@ -66,6 +68,12 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def texts(self, records: Sequence[Any]) -> list[str]:
         """Returns all texts that a tokenizer may be trained on."""
+
+    def warnings(
+        self, split: str, records: Sequence[Any], others: Mapping[str, Sequence[Any]]
+    ) -> Iterator[str]:
+        """Yields what a user should know of the records of a split; `others` are the splits read before."""
+        return iter(())
 
     @abc.abstractmethod
     def encode(

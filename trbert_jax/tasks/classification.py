@@ -1,28 +1,31 @@
 """Classify texts: IMDB and the like."""
 
+import collections
 import dataclasses
 import hashlib
 import itertools
 import logging
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from trbert_jax.datasets import reading
+from trbert_jax.datasets.reading import shorten
 from trbert_jax.datasets.records import Example
 from trbert_jax.io import atomic_file
 from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks.base import RecordErrors, Score, Task, register_task
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.scorers import accuracy
+from trbert_jax.tasks.scorers import class_scores
 from trbert_jax.tasks.text_encoder import TextEncoder, cut_lengths
 
 logger = logging.getLogger(__name__)
 
+_IMBALANCE = 10  # examples of the largest class for one of the smallest, from which on a warning is due
 _FORMAT = "trbert_jax features 1"  # a new number invalidates old caches
 
 
@@ -32,7 +35,7 @@ class ClassificationTask(Task):
 
     name = "classification"
     metric = "accuracy"
-    settings = frozenset({"data.skip_bad_records"})
+    settings = frozenset({"data.skip_bad_records", "data.class_weights"})
     shortest_request: ClassVar[dict[str, Any]] = {"text": "a"}
 
     @classmethod
@@ -43,6 +46,23 @@ class ClassificationTask(Task):
     def texts(self, records: Sequence[Example]) -> list[str]:
         return [text for record in records for text in (record.text, record.pair) if text is not None]
 
+    def warnings(
+        self, split: str, records: Sequence[Example], others: Mapping[str, Sequence[Example]]
+    ) -> Iterator[str]:
+        found = collections.Counter(record.label for record in records if record.label >= 0).most_common()
+        if len(found) == 1 and len(self.labels) > 1:
+            yield f"all {found[0][1]} examples are {self.labels[found[0][0]]!r}; accuracy shows nothing"
+        elif split == "train" and len(found) < len(self.labels):
+            absent = ", ".join(repr(self.labels[i]) for i in {*range(len(self.labels))} - {*dict(found)})
+            yield f"no example is {shorten(absent)}; the model learns only the other classes"
+        elif split == "train" and found[0][1] >= _IMBALANCE * found[-1][1]:
+            sizes = " and ".join(f"{count} are {self.labels[i]!r}" for i, count in (found[0], found[-1]))
+            yield f"of {len(records)} examples {sizes}; judge by macro F1, try data.class_weights: balanced"
+        for other, theirs in others.items():
+            known = {(record.text, record.pair) for record in theirs}
+            if common := sum((record.text, record.pair) in known for record in records):
+                yield f"{common} of {len(records)} texts are in {other} too, which makes scores too good"
+
     def encode(
         self, records: Sequence[Example], tokenizer: Any, *, cache_dir: Path | None = None, **_: Any
     ) -> Examples:
@@ -50,9 +70,12 @@ class ClassificationTask(Task):
 
     def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
         predicted, known = logits.argmax(-1), examples.labels >= 0
-        metrics = {"accuracy": accuracy(predicted[known], examples.labels[known])} if known.any() else {}
+        metrics, details = dict[str, float](), dict[str, Any]()
+        if known.any():
+            metrics, details = class_scores(predicted[known], examples.labels[known], self.labels)
         answers = {id: self.labels[k] for id, k in zip(examples.ids, predicted, strict=True)}
-        return Score(metrics, {"predictions.json": answers} if self.inputs.data else {})
+        files = {"predictions.json": answers} if self.inputs.data else {}
+        return Score(metrics, files, details=details)
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> Example:
         pair = self.inputs.text_pair_field

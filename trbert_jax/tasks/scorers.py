@@ -85,6 +85,33 @@ def accuracy(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     return float(np.mean(predicted == true))
 
 
+def class_scores(
+    predictions: npt.ArrayLike, labels: npt.ArrayLike, names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Compares predicted classes, int [n], with the labels, int [n].
+
+    Returns:
+      `accuracy` and `macro_f1`, 0 to 1, the mean over the classes that are a label or a prediction, as in
+      scikit-learn; and `classes`, name -> precision, recall, f1 (0 if undefined) and number of examples, with
+      `confusion_matrix`, a list per label of the counts of each prediction.
+    """
+    predicted, true, size = np.asarray(predictions), np.asarray(labels), len(names)
+    metrics = {"accuracy": accuracy(predicted, true)}
+    matrix = np.bincount(true * size + predicted, minlength=size * size).reshape(size, size)
+    right, of_label, of_prediction = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    columns = {
+        "precision": right / np.maximum(of_prediction, 1),
+        "recall": right / np.maximum(of_label, 1),
+        "f1": 2 * right / np.maximum(of_label + of_prediction, 1),
+    }
+    metrics["macro_f1"] = float(columns["f1"][of_label + of_prediction > 0].mean())
+    classes = {
+        name: {**{key: float(x[i]) for key, x in columns.items()}, "examples": int(of_label[i])}
+        for i, name in enumerate(names)
+    }
+    return metrics, {"classes": classes, "confusion_matrix": matrix.tolist()}
+
+
 # SQuAD -----------------------------------------------------------------------------------------------
 
 

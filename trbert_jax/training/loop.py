@@ -28,7 +28,7 @@ from trbert_jax.training.checkpoints import CheckpointStore, DamagedCheckpointEr
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Profile, StageReport, StepClock
 from trbert_jax.training.prepared import PreparedFeatures
-from trbert_jax.training.stage_inputs import StageInputs
+from trbert_jax.training.stage_inputs import StageInputs, class_weights
 from trbert_jax.training.stages import Stage, objective_of
 from trbert_jax.training.step import TrainState, init_state, merge_params
 
@@ -96,6 +96,8 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
     examples = experiment.features("train", start)
     read = stage.inputs(settings)
     inputs = read(experiment, stage.name, examples, model.task) if read else {}
+    if experiment.config.data.class_weights == "balanced":
+        inputs["class_weight"] = class_weights(examples.labels)
     experiment.features("dev", start)  # read now: mistakes in it show before the training
 
     # Outputs of earlier stages are about the inputs of epoch 0.

@@ -17,6 +17,7 @@ import numpy as np
 
 from trbert_jax.config import RunConfig, to_dict
 from trbert_jax.errors import UserError
+from trbert_jax.inference.class_report import class_table, plot_confusion
 from trbert_jax.inference.engine import Outputs
 from trbert_jax.inference.evaluate import baseline_runs, evaluate_runs, summarize, write_predictions
 from trbert_jax.io import atomic_directory, make_directory, write_json
@@ -73,6 +74,9 @@ def train(
         trained = [experiment.workdir / name for name in results["stages"] if STAGES[name].trains]
         if trained:
             devices.on_main(functools.partial(plot_metrics, trained, experiment.workdir / "curves.png"))
+        if evaluated := _with_classes(results):
+            picture = experiment.workdir / "confusion.png"
+            devices.on_main(functools.partial(plot_confusion, evaluated, picture))
     return results
 
 
@@ -125,7 +129,8 @@ def evaluate_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         if first or last:
             threshold = _tune_null_threshold(experiment, model, run, outputs, score)
         name = "dense" if first else "reduced" if last else trained.name
-        result[name] = summarize(outputs, model.config, score.metrics) | (threshold if first else {})
+        result[name] = summarize(outputs, model.config, score.metrics) | score.details
+        result[name] |= threshold if first else {}
         write = functools.partial(_write_answers, outputs, examples, model, score)
         devices.on_main(functools.partial(write, experiment.workdir / stage.name, f"_{trained.name}"))
     devices.on_main(functools.partial(write, experiment.workdir, ""))
@@ -294,6 +299,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _with_classes(results: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: results.get(name) for name in ("dense", "reduced")}
+    return {name: summary for name, summary in found.items() if summary and "classes" in summary}
+
+
 def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
     """Yields lines of text: metric, tokens and FLOPs of each model, seconds of each stage, written files.
 
@@ -320,10 +330,17 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
             flops = f"{summary['flops'] / 1e6:.1f}"
             yield f"{name:<16} {value:>9} {kept:>22} {flops:>9} {speedup:>9}"
     yield ""
+    evaluated = _with_classes(results)
+    for name, summary in [*evaluated.items()][-1:]:
+        yield f"{name}: macro F1 {summary['macro_f1']:.3f}"
+        yield from class_table(summary)
+        yield ""
     yield "seconds a stage:  " + ", ".join(f"{k} {v['seconds']:.0f}" for k, v in results["stages"].items())
     yield f"numbers           {workdir / 'results.json'}"
     if (workdir / "curves.png").exists():
         yield f"training curves   {workdir / 'curves.png'}"
+    if evaluated:
+        yield f"confusion matrix  {workdir / 'confusion.png'}"
     if (workdir / "model").is_dir():
         yield f"model             {workdir / 'model'}"
         request = "--file questions.jsonl" if task.inputs.data else '"some text"'

@@ -85,6 +85,16 @@ def ranks(experiment: Experiment, stage: str, examples: Examples, task: str) -> 
     return {"rank": StageInput(read, by_row=True, by_token=True)}
 
 
+def class_weights(labels: np.ndarray) -> StageInput:
+    """Returns the weight of each example's class, n / (classes * examples of the class), 1 on average.
+
+    Classes without an example do not count.
+    """
+    counts = np.bincount(labels)
+    weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return StageInput(weights.astype(np.float32)[labels].__getitem__)
+
+
 def teacher_logits(experiment: Experiment, stage: str, examples: Examples, task: str) -> StageInputs:
     """Returns the logits of the fine-tuned model."""
     head = TASKS[task]

@@ -158,7 +158,10 @@ def objective_of(stage: Stage, config: RunConfig, model: TokenReducingModel, tot
             "dropout_rng": _dropout_rng(rng, batch) if section.dropout else None,
             "execute": BACKENDS[section.backend],
         }
-        return compute(Update(config, batch, rng, step, total_steps, forward))
+        result = compute(Update(config, batch, rng, step, total_steps, forward))
+        if "class_weight" in batch:
+            result = dataclasses.replace(result, total=result.total * batch["class_weight"])
+        return result
 
     return objective
 
