@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _ONLY_VALUES = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 # Classes that train an encoder alone: whatever head is in their checkpoint, it is not theirs.
 _PRETRAINING = ("PreTraining", "MaskedLM", "NextSentencePrediction")
+_PROBLEMS = ("regression", "multi_label_classification")  # of one output: a score
 # What a cross-encoder makes of its one output, by the name of the function in config.json.
 _OF_ONE_OUTPUT = {"Sigmoid": False, "Identity": True}
 _OWN_KEYS = ("task", "selector_hidden", "max_length", "inputs")
@@ -206,7 +207,7 @@ def foreign_head(values: Mapping[str, Any]) -> str | None:
         if kind and kind not in known:
             return name
     problem, count = values.get("problem_type"), len(labels_from_dict(values) or ModelConfig.labels)
-    if problem in ("multi_label_classification", "regression") and count > 1:
+    if problem not in (None, "single_label_classification") and (count > 1 or problem not in _PROBLEMS):
         return f"{problem} with {count} outputs"
     return None
 

@@ -3,6 +3,7 @@
 Arrays are named as on disk in PyTorch; `weights` translates these names to the parameter tree.
 """
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,12 +34,8 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# Downloaded from the hub: the first of these that the model has.
-_HUB_FILES = (
-    (SAFETENSORS, SAFETENSORS + _INDEX_SUFFIX, "model-*.safetensors"),
-    (TORCH, TORCH + _INDEX_SUFFIX, "pytorch_model-*.bin"),
-    (FLAX, FLAX + _INDEX_SUFFIX, "flax_model-*.msgpack"),
-)
+# File of the weights -> its pieces, in order of preference.
+_FORMS = {SAFETENSORS: "model-*.safetensors", TORCH: "pytorch_model-*.bin", FLAX: "flax_model-*.msgpack"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Entries of a PyTorch file that hold the weights beside the state of a training.
 _STATE_DICTS = ("state_dict", "model_state_dict", "model")
@@ -57,11 +54,18 @@ def local_directory(path_or_id: str | Path) -> Path:
         raise UserError(f"{path}: is a file; expected a model's directory")
     if not _HUB_ID.fullmatch(name := str(path_or_id)):
         raise UserError(f"{name}: no such directory; expected a model's directory or its name on the hub")
-    for patterns in _HUB_FILES:
+    for form in _forms():
+        patterns = (form, form + _INDEX_SUFFIX, _FORMS[form])
         directory = _download(name, (*SMALL_FILES, *patterns))
         if any(any(directory.glob(pattern)) for pattern in patterns):
             break
     return directory
+
+
+def _forms() -> list[str]:
+    """Returns the files that weights may be in; PyTorch's last if it is not installed."""
+    readable = importlib.util.find_spec("torch") is not None
+    return sorted(_FORMS, key=lambda name: name == TORCH and not readable)
 
 
 def _download(name: str, patterns: tuple[str, ...]) -> Path:
@@ -100,7 +104,7 @@ def write_weights(path: Path, weights: Mapping[str, Any]) -> None:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    for name in (SAFETENSORS, TORCH, FLAX):
+    for name in _forms():
         if (file := directory / name).is_file():
             return [file]
         if (index := directory / (name + _INDEX_SUFFIX)).is_file():
