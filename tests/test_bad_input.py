@@ -217,7 +217,7 @@ MISFITS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "token classification": (of_transformers(num_labels=5, architectures=[TAGS]), ("model: ", TAGS)),
     "several labels": (of_transformers(num_labels=3, problem_type="multi_label_classification"),
         ("model: ", "multi_label_classification")),
-    "no head": (headless, ("model: ", "lacks classifier", "model.init")),
+    "no head": (headless, ("model: ", "no classifier", "model.init")),
     "inputs of another head": (lambda: (of_transformers("multiple_choice")(),
         set_json("model/config.json", trbert={"inputs": {"data": "race"}})()),
         ("trbert.inputs", "'race'", "multiple_choice")),

@@ -180,9 +180,7 @@ def test_convert_then_predict(tmp_path: Path, capsys: Capture) -> None:
 class FakeModel:
     """Finds every text positive and keeps as many tokens as it has letters."""
 
-    config = types.SimpleNamespace(
-        labels=("bad", "gut"), inputs=InputConfig(), max_length=99, gives_score=False
-    )
+    config = types.SimpleNamespace(labels=("bad", "gut"), inputs=InputConfig(), max_length=99)
     asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
 
     @classmethod

@@ -524,7 +524,8 @@ def _convert(args: Arguments) -> None:
     save_pretrained(output, model.config, model.params, model.tokenizer, exclude=model.newly_initialized)
     shape = model.config
     layers = f"{shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size}"
-    print(f"{output}: {layers}, {shape.max_positions} positions, {shape.num_labels} labels")
+    head = f"{shape.num_labels} labels" if shape.task == "classification" else f"head for {shape.task}"
+    print(f"{output}: {layers}, {shape.max_positions} positions, {'a score' if shape.score else head}")
 
 
 @_command(

@@ -1,5 +1,6 @@
 """Checkpoints as people have them: each loads as the one that this project saves."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -117,6 +118,24 @@ def test_odd_checkpoint(
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * len(named)
     for word in named:
         assert word in caplog.messages[0]
+
+
+def test_the_head_follows_from_the_weights(tmp_path: Path) -> None:
+    """Without a class in config.json."""
+    questions = tiny_model(tmp_path / "questions", dataclasses.replace(BERT, task="span"))
+    configured(*OLD)(questions)
+    loaded = load_pretrained(questions)
+    assert (loaded.config.task, loaded.config.inputs.data) == ("span", "squad")
+    score = tiny_model(tmp_path / "score", dataclasses.replace(BERT, labels=("x",), score="sigmoid"))
+    assert load_pretrained(score).config.score == "sigmoid"
+    configured(*OLD, "problem_type", "id2label", "label2id")(score)
+    assert load_pretrained(score).config.score == "sigmoid"
+    configured(problem_type="regression")(score)
+    assert load_pretrained(score).config.score == "identity"
+    assert load_pretrained(score, labels=["relevance"]).config.score == "identity"
+    assert load_pretrained(score, labels=["no", "yes"]).config.score == ""
+    # A classifier that was trained here on one class labels texts.
+    assert load_pretrained(tiny_model(score, dataclasses.replace(BERT, labels=("x",)))).config.score == ""
 
 
 def only(tensor: str) -> Edit:

@@ -142,9 +142,7 @@ class Outputs:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """float32 [n, C], the softmax of a classifier's logits; the sigmoid if there is only one."""
-        if self.logits.shape[-1] == 1:
-            return 1 / (1 + np.exp(-np.maximum(self.logits, -80)))
+        """float32 [n, C], the softmax of a classifier's logits."""
         scores = np.exp(self.logits - self.logits.max(-1, keepdims=True))
         return scores / scores.sum(-1, keepdims=True)
 

@@ -101,7 +101,7 @@ def read_examples(model: TRBert, path: Path, bad: BadRecords) -> Examples:
     model without tokenizer.
     """
     model.check_use(model.answers_questions)
-    if model.config.gives_score:
+    if model.config.score:
         advice = "`trbert predict` gives the scores"
         raise UserError(f"{model.source}: the model has one output, a score, and no labels; {advice}")
     tokenizer = model.require_tokenizer()

@@ -55,7 +55,7 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Prediction:
     """The prediction for one text."""
 
-    label: str | None  # name of the most probable class; None if the model gives a score
+    label: str | None  # name of the most probable class; None if it gives a score
     label_id: int | None  # its index
     # float32 [C], probabilities in the order of `TRBert.config.labels`. Of a model with one output, such as a
     # cross-encoder, the score: the sigmoid of the output, or for a regression the output itself.
@@ -173,8 +173,8 @@ class TRBert:
             said = "labels texts, or its config.json lacks trbert.inputs, which say how questions become its "
             said += "inputs; `trbert train` writes them for a data set of questions"
         elif trained and (parts := [part for part in self.newly_initialized if part != "selectors"]):
-            said = f"has the head of {self.left_out}" if self.left_out else f"lacks {', '.join(parts)}"
-            said += f", and no trained head for {task}; train it first: `trbert train` takes it as model.init"
+            said = f"has a head of {self.left_out}" if self.left_out else f"has no {', '.join(parts)}"
+            said += f", so no trained head for {task}; train it first: `trbert train` takes it as model.init"
         if said:
             raise UserError(f"{self.source}: the model {said}")
         if self.answers_questions:
@@ -253,8 +253,10 @@ class TRBert:
         for window, examples, truncated in self._encode_ahead(texts, WINDOW * batch_size):
             engine = engine or self.engine(_num_rows(len(window), batch_size))
             outputs = engine.run(self.params, examples, **options)
-            scores = outputs.logits if self.config.regression else outputs.probabilities
-            winners = [None if self.config.gives_score else int(i) for i in outputs.logits.argmax(-1)]
+            scores = outputs.probabilities
+            if self.config.score:
+                scores = outputs.logits if self.config.score == "identity" else _sigmoid(outputs.logits)
+            winners = [None if self.config.score else int(i) for i in outputs.logits.argmax(-1)]
             for i, text in enumerate(window):
                 winner = winners[i]
                 yield Prediction(
@@ -381,6 +383,10 @@ def _make_examples(rows: Iterable[Sequence[int] | np.ndarray]) -> Examples:
     tokens = Ragged.of([np.array(row, np.int32) for row in rows])
     ids = [str(i) for i in range(len(tokens))]
     return Examples(tokens.values, tokens.offsets, None, np.zeros(len(ids), np.int32), ids, 0, "")
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.maximum(logits, -80)))  # below, float32 overflows
 
 
 def _num_rows(num_texts: int, batch_size: int) -> int:

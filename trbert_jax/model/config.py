@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 _ONLY_VALUES = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 # Classes that train an encoder alone: whatever head is in their checkpoint, it is not theirs.
 _PRETRAINING = ("PreTraining", "MaskedLM", "NextSentencePrediction")
-_PROBLEMS = ("regression", "multi_label_classification")  # of one output: a score
-# What a cross-encoder makes of its one output, by the name of the function in config.json.
-_OF_ONE_OUTPUT = {"Sigmoid": False, "Identity": True}
+# How one output becomes a score -> `problem_type` in config.json.
+_SCORES = {"sigmoid": "multi_label_classification", "identity": "regression"}
+_LABELS = "single_label_classification"
 _OWN_KEYS = ("task", "selector_hidden", "max_length", "inputs")
 
 
@@ -68,9 +68,9 @@ class ModelConfig:
     classifier_dropout: float = 0.1  # before the last linear layer of the classification head
     initializer_range: float = 0.02
     pad_token_id: int = 0
-    # Label names in the order of their ids, one per class. A classifier with a single one gives a score.
-    labels: tuple[str, ...] = ("0", "1")
-    regression: bool = False  # whether a score is the output itself, and not its sigmoid
+    labels: tuple[str, ...] = ("0", "1")  # label names in the order of their ids, one per class
+    # What makes a score, and no label, of a classifier's one output: `sigmoid` or `identity`; else empty.
+    score: str = ""
     selector_hidden: int = 32  # width of a selector's hidden layer
     max_length: int = 512  # padded length the selectors were trained with, the unit of the length penalty
     inputs: InputConfig = InputConfig()  # how records become inputs
@@ -95,11 +95,6 @@ class ModelConfig:
     def num_outputs(self) -> int:
         """Outputs of the head's last layer, per token or per `[CLS]`."""
         return self.head.num_outputs or self.num_labels
-
-    @property
-    def gives_score(self) -> bool:
-        """Whether the model gives a text a score, as a cross-encoder does, and no label."""
-        return self.task == "classification" and self.num_labels == 1
 
     @property
     def reads_all_tokens(self) -> bool:
@@ -140,8 +135,9 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
         fields.setdefault("classifier_dropout", fields["hidden_dropout"])
     fields["activation"] = _activation(values, backbone.activation_key, source)
     fields["labels"] = labels_from_dict(values, source) or ModelConfig.labels
-    fields["regression"] = len(fields["labels"]) == 1 and _is_regression(values, source)
     fields["task"] = _task_of(values)
+    if fields["task"] == "classification" and len(fields["labels"]) == 1:
+        fields["score"] = _score(values, source)
     fields["max_length"] = min(ModelConfig.max_length, fields.get("max_positions", ModelConfig.max_positions))
     config = ModelConfig(**{**fields, **_own_section(values.get("trbert", {}), source)})
     if "trbert" not in values:
@@ -170,7 +166,7 @@ def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
         backbone.activation_key: config.activation,
         "id2label": {str(i): label for i, label in enumerate(config.labels)},
         "label2id": {label: i for i, label in enumerate(config.labels)},
-        **({"problem_type": "regression"} if config.regression else {}),
+        **({"problem_type": _SCORES.get(config.score, _LABELS)} if config.num_labels == 1 else {}),
         "trbert": own,
     }
 
@@ -207,7 +203,7 @@ def foreign_head(values: Mapping[str, Any]) -> str | None:
         if kind and kind not in known:
             return name
     problem, count = values.get("problem_type"), len(labels_from_dict(values) or ModelConfig.labels)
-    if problem not in (None, "single_label_classification") and (count > 1 or problem not in _PROBLEMS):
+    if problem not in (None, _LABELS) and (count > 1 or problem not in _SCORES.values()):
         return f"{problem} with {count} outputs"
     return None
 
@@ -236,17 +232,19 @@ def _activation(values: Mapping[str, Any], key: str, source: str) -> str:
     return str(name)
 
 
-def _is_regression(values: Mapping[str, Any], source: str) -> bool:
-    """Returns whether the one output of a head is a value, and not the logit of a probability."""
-    section = values.get("sentence_transformers")
+def _score(values: Mapping[str, Any], source: str) -> str:
+    """Returns what makes a score of a classifier's one output."""
+    problem, section = values.get("problem_type"), values.get("sentence_transformers")
+    if problem == _LABELS and "trbert" in values:  # trained here on one class
+        return ""
     function = section.get("activation_fn") if isinstance(section, Mapping) else None
     function = function or values.get("sbert_ce_default_activation_function")
     if function is None:
-        return values.get("problem_type") == "regression"
-    if (name := str(function).rpartition(".")[2]) not in _OF_ONE_OUTPUT:
-        expected = ", ".join(_OF_ONE_OUTPUT)
+        return "identity" if problem == _SCORES["identity"] else "sigmoid"
+    if (name := str(function).rpartition(".")[2].lower()) not in _SCORES:
+        expected = ", ".join(_SCORES)
         raise UserError(f"{source}: the activation of the score is {function!r}; expected one of {expected}")
-    return _OF_ONE_OUTPUT[name]
+    return name
 
 
 def _task_of(values: Mapping[str, Any]) -> str:

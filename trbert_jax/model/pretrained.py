@@ -9,6 +9,7 @@ import logging
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -100,9 +101,8 @@ def load_pretrained(
     source = str(directory / "config.json")
     config, weights = model_config_from_dict(values, source), read_weights(directory)
     names = original_names(weights, config)
-    classifier = next((weights[name] for name, full in names.items() if full == "classifier.weight"), None)
-    if config.task == "classification" and classifier is not None and labels_from_dict(values) is None:
-        values = {**values, "num_labels": len(classifier)}
+    if known := _known_from(weights, names, config, values):
+        values = {**values, **known}
         config = model_config_from_dict(values, source)
     left_out = foreign_head(values) or ""
     if left_out or task not in (None, config.task):
@@ -182,6 +182,24 @@ def check_replaceable(directory: Path) -> None:
         raise UserError(f"{directory}: holds {files}; choose another directory, or move them away")
 
 
+def _known_from(
+    weights: Mapping[str, np.ndarray],
+    names: Mapping[str, str | None],
+    config: ModelConfig,
+    values: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what config.json leaves out and the weights decide: the class, or the number of labels."""
+    heads = {full: weights[name] for name, full in names.items() if full}
+    classifier, span = heads.get("classifier.weight"), heads.get("qa_outputs.weight")
+    if config.task != "classification":
+        return {}
+    if classifier is not None:
+        return {} if labels_from_dict(values) else {"num_labels": len(classifier)}
+    if span is None or len(span) != 2 or values.get("architectures") or "trbert" in values:
+        return {}
+    return {"architectures": [config.backbone.class_name + HEADS["span"].class_suffix]}
+
+
 def _leave_out_head(
     config: ModelConfig, weights: dict[str, np.ndarray], names: Mapping[str, str | None], kind: str, task: str
 ) -> ModelConfig:
@@ -196,7 +214,7 @@ def _leave_out_head(
     if removed:
         logger.info("left out the head, which is that of %s: %s", kind, ", ".join(removed))
     return dataclasses.replace(
-        config, task=task, labels=ModelConfig.labels, regression=False, inputs=ModelConfig.inputs
+        config, task=task, labels=ModelConfig.labels, score="", inputs=ModelConfig.inputs
     )
 
 
@@ -212,8 +230,8 @@ def _check_finite(config: ModelConfig, tree: Tree, directory: Path) -> None:
 def _change_labels(config: ModelConfig, tree: Tree, labels: tuple[str, ...]) -> ModelConfig:
     if len(set(labels)) < len(labels) or not labels:
         raise UserError(f"label names must be given and differ: {', '.join(labels) or 'none given'}")
-    old, regression = config.labels, config.regression and len(labels) == 1
-    new = dataclasses.replace(config, labels=labels, regression=regression)
+    old, score = config.labels, config.score if len(labels) == 1 else ""
+    new = dataclasses.replace(config, labels=labels, score=score)
     classifier = tree.get("head", {}).get("classifier")
     # The classifier of a multiple choice has one output, whatever the options are called.
     if classifier is None or old == labels or config.task != "classification":
