@@ -40,6 +40,12 @@ TIMEOUT = 300  # seconds to wait for other processes
 # numbers must rise through all stages, and no yes may be ignored.
 _ASKED = itertools.count(1)
 
+FORKED = (
+    "this process was forked after JAX had started, which JAX does not survive; start workers with "
+    'multiprocessing.get_context("spawn"), or load the model in each worker only'
+)
+_started_in: int | None = None  # id of the process in which JAX's devices were first asked for
+
 Tree = Any
 T = TypeVar("T")
 ROWS = PartitionSpec(AXES)  # the first axis is rows
@@ -263,9 +269,29 @@ def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
         raise UserError(f"{cannot}; set it to a multiple of {num_devices} {product}")
 
 
+def find_devices() -> list[jax.Device]:
+    """Returns the devices of all processes.
+
+    Raises `UserError` if JAX finds none, or in a process that was forked after JAX had started.
+    """
+    global _started_in
+    if _started_in not in (None, os.getpid()):
+        raise UserError(FORKED)
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # a bare AssertionError for cuda without its plugin
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        asked = getattr(jax.config, "jax_platforms", None)
+        wanted = f"of JAX_PLATFORMS={asked}" if asked else "at all"
+        advice = "unset JAX_PLATFORMS, or install JAX for the device, such as trbert-jax[cuda]"
+        raise UserError(f"JAX finds no device {wanted}{reason}; {advice}") from error
+    _started_in = os.getpid()
+    return devices
+
+
 def make_mesh(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | None = None) -> DeviceMesh:
     """Builds the mesh of all devices; `fsdp` of them share one copy of the state. See `check_mesh`."""
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     check_mesh(strategy, fsdp, len(devices))
     # JAX does not promise to list a process's devices together; `own_rows` needs that.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -275,6 +301,7 @@ def make_mesh(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | 
 
 def single_device() -> DeviceMesh:
     """Builds a mesh of this process's first device."""
+    find_devices()
     return make_mesh(devices=jax.local_devices()[:1])
 
 

@@ -14,6 +14,7 @@ on its own text or question only, not on the batch or the order.
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,7 @@ from trbert_jax.inference.engine import (
     check_backend,
     fitting_size,
 )
+from trbert_jax.inference.forked import ForkedEngine, Helper
 from trbert_jax.io import check_unicode
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
@@ -87,8 +89,11 @@ class TRBert:
       newly_initialized: parts that were initialized at random, see `Pretrained`.
       left_out: kind of the checkpoint's head if that was left out, see `Pretrained`.
       source: the model's name in messages.
+      dtype: of the computation.
 
-    Raises UserError for an unknown dtype, or a tokenizer with more tokens than the model.
+    Can be pickled, without its compiled programs. In a process forked from the model's own a helper process
+    computes, see `trbert_jax.inference.forked`. Raises UserError for an unknown dtype, a tokenizer with more
+    tokens than the model, or no device.
     """
 
     def __init__(
@@ -106,11 +111,19 @@ class TRBert:
             raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
         if tokenizer is not None:
             check_vocabulary(tokenizer, config, "TRBert")
+        # The compiled passes, shared by all batch sizes; made first, since that looks for a device.
+        self.programs = CompiledForward(TokenReducingModel(config, _DTYPES[dtype]))
         self.config, self.params, self._tokenizer = config, jax.device_put(params), tokenizer
+        self.dtype, self._process = dtype, os.getpid()
+        self._helper: Helper | None = None
         self._own_tokenizer = None if tokenizer is None else copy_tokenizer(tokenizer)
         self.newly_initialized, self.left_out, self.source = tuple(newly_initialized), left_out, source
-        # The compiled passes, shared by all batch sizes.
-        self.programs = CompiledForward(TokenReducingModel(config, _DTYPES[dtype]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Compiled programs cannot be pickled; the copy compiles its own.
+        names = ("dtype", "newly_initialized", "left_out", "source")
+        make = functools.partial(type(self), **{name: getattr(self, name) for name in names})
+        return make, (self.config, jax.tree.map(np.asarray, self.params), self._own_tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -183,7 +196,11 @@ class TRBert:
     def engine(self, batch_size: int) -> InferenceEngine:
         """Returns the engine for batches of this many examples. Raises UserError if that is no number."""
         size = whole_number("batch_size", batch_size, 1, MOST)
-        return InferenceEngine(self.programs.model, size, self.programs)
+        if os.getpid() == self._process:
+            return InferenceEngine(self.programs.model, size, self.programs)
+        if self._helper is None or self._helper.process != os.getpid():
+            self._helper = Helper(self.config, self.params, self.dtype)
+        return ForkedEngine(self._helper, size, self.programs)
 
     def compile(
         self, batch_size: int = 32, rule: str | None = None, backend: str = DEFAULT_BACKEND
