@@ -79,8 +79,6 @@ def _run(args: Arguments) -> int:
         return streams.USER_ERROR
     except OSError as error:
         if error.filename is None:
-            if code := streams.finish(0):  # of standard output
-                return code
             raise
         streams.say(f"error: {error.filename}: {error.strerror}")
         return streams.USER_ERROR
@@ -90,6 +88,17 @@ def _run(args: Arguments) -> int:
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def _print_message(self, message: str, file: Any = None) -> None:  # argparse's own ignores errors
+        if file is not sys.stdout:
+            streams.write_message(message)
+            return
+        try:
+            streams.StandardOutput().write(message)
+        except UserError as error:
+            self.exit(streams.USER_ERROR, f"{PROGRAM}: error: {error}\n")
+        except BrokenPipeError:
+            self.exit(streams.BROKEN_PIPE)
 
     def error(self, message: str) -> NoReturn:
         self.exit(streams.USER_ERROR, f"{PROGRAM}: error: {message} (see `{self.prog} --help`)\n")
@@ -303,7 +312,7 @@ def _train(args: Arguments) -> None:
         from trbert_jax.training import dry_run
         from trbert_jax.training.experiment import Experiment
 
-        print("\n".join(dry_run.lines(Experiment(config), args.devices or 1, args.processes or 1)))
+        streams.show(*dry_run.lines(Experiment(config), args.devices or 1, args.processes or 1))
         return
     io.enable_compilation_cache()
     if args.distributed or args.coordinator is not None:
@@ -313,7 +322,7 @@ def _train(args: Arguments) -> None:
     from trbert_jax.training.run import results_table, train
 
     results = train(config, args.stages, profile_steps=args.profile_steps)
-    print("\n".join(results_table(config, results)))
+    streams.show(*results_table(config, results))
 
 
 @_command(
@@ -373,9 +382,9 @@ def _evaluate(args: Arguments) -> None:
     from trbert_jax.inference.class_report import class_table
 
     hidden = ("data", "classes", "confusion_matrix")  # what was skipped has been logged
-    print("\n".join(_table({name: value for name, value in result.items() if name not in hidden})))
+    streams.show(*_table({name: value for name, value in result.items() if name not in hidden}))
     if lines := [*class_table(result)]:
-        print("\n".join(["", *lines]))
+        streams.show("", *lines)
 
 
 @_command(
@@ -421,7 +430,8 @@ def _predict(args: Arguments) -> None:
     model = TRBert.from_pretrained(args.model)
     options = _chosen(args, "batch_size rule backend threshold")
     lines = output_lines(model, lines_in, args.file, args.with_text, **options)
-    with atomic_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as stream:
+    printed = contextlib.nullcontext(streams.StandardOutput())
+    with atomic_file(args.output) if args.output else printed as stream:
         for line in lines:
             stream.write(line + "\n")
             stream.flush()
@@ -446,8 +456,8 @@ def _compile(args: Arguments) -> None:
     total = 0.0
     for program, seconds in model.compile(args.batch_size, args.rule, args.backend):
         total += seconds
-        print(f"{program}  {seconds:.1f} s", flush=True)
-    print(f"{folder}: programs ready, {total:.1f} s")
+        streams.show(f"{program}  {seconds:.1f} s")
+    streams.show(f"{folder}: programs ready, {total:.1f} s")
 
 
 @_command(
@@ -489,7 +499,7 @@ def _benchmark(args: Arguments) -> None:
     names = "random batch_sizes variants max_texts max_length repeats dtype skip_bad_records"
     options = _chosen(args, names) | {"model_dir": args.model, "replay_dir": args.replay}
     records = benchmark_file(args.data, command=args.command_line, **options)
-    print("\n".join(table(records)))
+    streams.show(*table(records))
     if args.json:
         io.write_json(args.json, records)
     if args.plot:
@@ -525,7 +535,7 @@ def _convert(args: Arguments) -> None:
     shape = model.config
     layers = f"{shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size}"
     head = f"{shape.num_labels} labels" if shape.task == "classification" else f"head for {shape.task}"
-    print(f"{output}: {layers}, {shape.max_positions} positions, {'a score' if shape.score else head}")
+    streams.show(f"{output}: {layers}, {shape.max_positions} positions, {'a score' if shape.score else head}")
 
 
 @_command(
@@ -568,7 +578,7 @@ def _split_hyperpartisan(args: Arguments) -> None:
     from trbert_jax.datasets.hyperpartisan import split_hyperpartisan
 
     for name, count in split_hyperpartisan(args.input, args.output).items():
-        print(f"{args.output}/{name}.jsonl: {count} articles")
+        streams.show(f"{args.output}/{name}.jsonl: {count} articles")
 
 
 def _table(result: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trbert_jax.errors import PreemptedError, UserError
-from trbert_jax.outputs import ESCAPE
+from trbert_jax.outputs import ESCAPE, explain_writing
 
 # Exit codes; 128 + the signal as shells report it. Launchers restart a job that SIGTERM has ended.
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -39,6 +39,24 @@ def prepare() -> None:
         reconfigure(errors=ESCAPE)
 
 
+class StandardOutput:
+    """Writes text to standard output at once. Raises `UserError` where that fails: its disk is full, say."""
+
+    def write(self, text: str) -> None:
+        """Writes; raises `BrokenPipeError` if the reader has left."""
+        with explain_writing("standard output"):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def flush(self) -> None:
+        """Does nothing: all is flushed."""
+
+
+def show(*lines: str) -> None:
+    """Writes lines to standard output, like `StandardOutput`."""
+    StandardOutput().write("".join(f"{line}\n" for line in lines))
+
+
 def check_output_is_read(option: str) -> None:
     """Raises `UserError` if standard output is closed; for commands that print their result."""
     if sys.stdout in _closed:
@@ -52,20 +70,28 @@ def finish(code: int) -> int:
     except BrokenPipeError:
         code = code or BROKEN_PIPE
     except OSError as error:
-        say(f"error: standard output: cannot be written, {error.strerror}")
+        if not code:
+            say(f"error: standard output: cannot be written, {error.strerror}")
         code = code or USER_ERROR
     else:
         return code
-    with contextlib.suppress(OSError):  # the interpreter flushes again at exit; send that nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _abandon(sys.stdout)
     return code
 
 
 def write_message(text: str) -> None:
     """Writes to standard error. A message that cannot be shown ends no command."""
-    with contextlib.suppress(OSError):
+    try:
         sys.stderr.write(text)
         sys.stderr.flush()
+    except OSError:
+        _abandon(sys.stderr)
+
+
+def _abandon(stream: Any) -> None:
+    """Sends to nothing what a stream holds: the interpreter writes it again at exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(message: str) -> None:
