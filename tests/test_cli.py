@@ -184,7 +184,7 @@ class FakeModel:
     asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
 
     @classmethod
-    def from_pretrained(cls, path: str) -> "FakeModel":
+    def from_pretrained(cls, path: str, max_length: int | None = None) -> "FakeModel":
         return cls()
 
     def predict_stream(self, texts: Iterable[str], **options: Any) -> Iterator[Any]:
@@ -262,16 +262,23 @@ def test_predict_jsonl_to_a_file(predict: Predict, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "place"), [(b"", "standard input: "), (b"ok\ncaf\xe9", "standard input:2: ")]
+    ("content", "place", "kept"), [(b"", "standard input: ", 0), (b"ok\ncaf\xe9", "standard input:2: ", 1)]
 )
 def test_predict_refuses_bad_standard_input(
-    content: bytes, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Fake, capsys: Capture
+    content: bytes,
+    place: str,
+    kept: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fake: Fake,
+    capsys: Capture,
 ) -> None:
     fake("inference.predictor", TRBert=FakeModel)
     type_in(monkeypatch, content)
     assert main(["predict", "--model", "m", "--output", str(tmp_path / "out.jsonl")]) == 2
     assert capsys.readouterr().err.startswith(f"trbert: error: {place}")
-    assert list(tmp_path.iterdir()) == []
+    # What was predicted before the mistake is not lost.
+    assert [len(lines_of(path.read_text())) for path in tmp_path.iterdir()] == [kept] * bool(kept)
 
 
 def test_closed_pipe(tmp_path: Path) -> None:

@@ -196,6 +196,21 @@ def _rules_help() -> str:
     return f"how tokens are selected. {rules}. Default threshold, or dense if the selectors are untrained"
 
 
+def _formats() -> tuple[str, ...]:
+    from trbert_jax.datasets.tables import FORMATS  # takes time to load
+
+    return FORMATS
+
+
+def _file_help() -> str:
+    rows = ", ".join(f".{name}" for name in _formats())
+    return f".txt: one text per line; {rows}: rows with a text; each also in .gz"
+
+
+def _data_help() -> str:
+    return f"{_file_help()}, and for evaluate a label; or questions as published"
+
+
 def _type(expected: str, convert: Type, accepts: Callable[[Any], bool]) -> Type:
     """Builds the type of an argument, which names what is expected if a text is anything else."""
 
@@ -249,7 +264,7 @@ THRESHOLD_HELP = "keep tokens whose keep probability is at least P (default 0.5,
 PREDICTIONS_HELP = "write a JSON line per text, or the official scorer's input"
 CONFIG = _path("inputs", "--config", "FILE", "YAML file with the settings of the run", required=True)
 OVERRIDES = _option("overrides", "key=value", str, "settings that replace those of the file", nargs="*")
-SKIP = _switch("--skip-bad-records", "skip, count and list invalid records of questions, rather than stop")
+SKIP = _switch("--skip-bad-records", "skip, count and list invalid records, rather than stop")
 MODEL = _path("models", "--model", "DIR", "folder of a trained model", required=True)
 BATCH_SIZE = _option("--batch-size", "N", _count, "texts per batch (default 32)", default=32)
 RULE = (
@@ -258,7 +273,11 @@ RULE = (
     _former("--execution", "--rule and --backend"),
 )
 THRESHOLD = _option("--threshold", "P", _probability, THRESHOLD_HELP, default=DEFAULT_THRESHOLD)
-TEXT_FILE = 'one text per line; .jsonl: objects with "text"'
+FIELDS = (
+    _option("--text-field", "NAME", str, "field of the text (default that of the training data, or text)"),
+    _option("--text-pair-field", "NAME", str, "field of a second text"),
+)
+MAX_LENGTH = _option("--max-length", "N", _count, "tokens after which texts are cut (default the model's)")
 
 
 def _chosen(args: Arguments, names: str) -> dict[str, Any]:
@@ -328,7 +347,10 @@ def _train(args: Arguments) -> None:
 @_command(
     "evaluate",
     _path("models", "--model", "DIR", "folder of a trained model"),
-    _path("inputs", "--data", "FILE", ".jsonl (text, label), .csv (label, text), or questions as published"),
+    _path("inputs", "--data", "FILE", _data_help),
+    *FIELDS,
+    _option("--label-field", "NAME", str, "field of the label (default that of the training data, or label)"),
+    MAX_LENGTH,
     BATCH_SIZE,
     *RULE,
     THRESHOLD,
@@ -375,7 +397,8 @@ def _evaluate(args: Arguments) -> None:
         from trbert_jax.inference.evaluate import evaluate_file
 
         baselines = rule_names("baseline") if args.baselines else ()
-        options = _chosen(args, "batch_size rule backend threshold predictions plot skip_bad_records")
+        names = "batch_size rule backend threshold predictions plot skip_bad_records max_length"
+        options = _chosen(args, f"{names} text_field text_pair_field label_field")
         result = evaluate_file(args.model, args.data, baselines=baselines, **options)
     if args.json:
         io.write_json(args.json, result)
@@ -391,21 +414,31 @@ def _evaluate(args: Arguments) -> None:
     "predict",
     MODEL,
     _option("texts", "TEXT", str, "texts (after `--` if one begins with a dash)", nargs="*"),
-    _path("inputs", "--file", "FILE", TEXT_FILE),
-    _path("outputs", "--output", "FILE", "write to this file instead of printing"),
+    _path("inputs", "--file", "FILE", _file_help),
+    _option(
+        "--format",
+        None,
+        str,
+        "format of --file, if its name has no ending",
+        choices=lambda: ("txt", *_formats()),
+    ),
+    _path("outputs", "--output", "FILE", "write to this file; .csv, .tsv: a table; else JSON lines"),
+    *FIELDS,
+    MAX_LENGTH,
     BATCH_SIZE,
     *RULE,
     THRESHOLD,
     _switch("--with-text", "repeat the text, or the question, in each line"),
+    SKIP,
 )
 def _predict(args: Arguments) -> None:
     """Label texts or answer questions.
 
-    Texts are arguments, or lines of --file or standard input. Prints one JSON object per text, in order:
-    "label", "label_id", "scores" (a probability per label), "kept" (for each reduction the positions of the
-    tokens that remained; 0 is [CLS]), "num_tokens" (special tokens included), "truncated" (the text was too
-    long). A model with one output gives "score" and "logit", and no label. A .jsonl file holds an object with
-    "text" in each line; blank lines are skipped.
+    Texts are arguments, or those of --file or standard input (--file -). Prints one JSON object per text, in
+    order: "id" (if the row has one), "label", "label_id", "scores" (a probability per label), "kept" (for
+    each reduction the positions of the tokens that remained; 0 is [CLS]), "num_tokens" (special tokens
+    included), "truncated" (the text was too long). A model with one output gives "score" and "logit", and no
+    label. The ending of --file decides its format.
 
     A model that answers questions takes a JSON object per line ("question" and "context", say; see
     docs/question_answering.md) and prints "id", "answer", "num_tokens" and "num_kept".
@@ -415,26 +448,42 @@ def _predict(args: Arguments) -> None:
       cat reviews.txt | trbert predict --model work/imdb/model
       trbert predict --model work/squad/model '{"question": "Who wrote it?", "context": "Ada wrote it."}'
     """
-    from trbert_jax.inference.lines import input_lines, output_lines
+    from trbert_jax.datasets import BadRecords
+    from trbert_jax.inference.lines import Source, check_kind, output_records, write_record
 
-    if args.texts and args.file:
-        raise UserError("texts are given both as arguments and by --file; give one of the two")
-    if not args.texts and not args.file and sys.stdin.isatty():
+    if args.texts and (args.file or args.format):
+        raise UserError("texts are given as arguments; --file and --format are for other texts")
+    if not args.texts and str(args.file or "-") == "-" and sys.stdin.isatty():
         streams.say("reading texts from the keyboard, one per line; Ctrl-D ends")
-    lines_in = input_lines(args.texts, args.file)
+    check_kind(args.output)
+    source = Source(args.texts, args.file, args.format)
     if not args.output:
         streams.check_output_is_read("--output")
     io.enable_compilation_cache()
     from trbert_jax.inference.predictor import TRBert
 
-    model = TRBert.from_pretrained(args.model)
+    model = TRBert.from_pretrained(args.model, max_length=args.max_length)
+    fields, bad = (
+        model.config.inputs.fields(args.text_field, args.text_pair_field),
+        BadRecords(args.skip_bad_records),
+    )
     options = _chosen(args, "batch_size rule backend threshold")
-    lines = output_lines(model, lines_in, args.file, args.with_text, **options)
+    records, count = output_records(model, source, fields, bad, args.with_text, **options), 0
     printed = contextlib.nullcontext(streams.StandardOutput())
     with atomic_file(args.output) if args.output else printed as stream:
-        for line in lines:
-            stream.write(line + "\n")
-            stream.flush()
+        failed = None
+        try:
+            for record in records:
+                write_record(stream, record, args.output, first=count == 0)
+                stream.flush()
+                count += 1
+        except UserError as error:
+            if not count:  # else what was predicted before it is kept
+                raise
+            failed = error
+    if failed:
+        kept = f"; {args.output} has the {count} predictions before it" if args.output else ""
+        raise UserError(f"{failed}{kept}") from failed
 
 
 @_command("compile", MODEL, BATCH_SIZE, *RULE)
@@ -464,14 +513,14 @@ def _compile(args: Arguments) -> None:
     "benchmark",
     _path("models", "--model", "DIR", "folder of a trained model"),
     _option("--random", "SIZE", str, "bert-base, minilm or tiny: random weights, the tokenizer of --replay"),
-    _path("inputs", "--data", "FILE", f"{TEXT_FILE}; or questions as published", required=True),
+    _path("inputs", "--data", "FILE", _data_help, required=True),
     _path("models", "--replay", "DIR", "keep the tokens that this model keeps, instead of the model's own"),
     _option("--batch-sizes", "N,N", _list_of(_count), "default 1,8,32,128, up to the number of texts"),
     _option("--variants", "A,B", _list_of(_name), "variants to time (default all)"),
     _former("--executions", "--variants"),
     _option("--max-texts", "N", _count, "use only the first N texts of the file"),
     SKIP,
-    _option("--max-length", "N", _count, "tokens after which texts are cut (default the model's)"),
+    MAX_LENGTH,
     _option("--repeats", "N", _count, "time everything N times (default 5)", default=5),
     _option("--dtype", None, str, "of activations", choices=("float32", "bfloat16"), default="float32"),
     _path("outputs", "--json", "FILE", "write a list of records to this file"),

@@ -347,7 +347,6 @@ def test_a_model_of_texts_refuses_questions(models: dict[str, Path], tmp_path: P
         ("hotpotqa", "model.max_segments", 2),
         ("wikihop", "model.max_question_length", 9),
         ("squad", "data.choices", "shared"),
-        ("imdb", "data.skip_bad_records", True),
     ],
 )
 def test_settings_that_a_data_set_does_not_read(name: str, key: str, value: Any) -> None:

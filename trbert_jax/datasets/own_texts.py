@@ -22,7 +22,7 @@ from trbert_jax.datasets.labels import class_index, class_name, class_names
 from trbert_jax.datasets.reading import BadRecord, BadRecords
 from trbert_jax.datasets.records import Example
 from trbert_jax.datasets.registry import OWN_KEYS, DataSet, Options, PathLike, register_dataset, sample
-from trbert_jax.datasets.tables import FORMATS, Fields, Table, find_field
+from trbert_jax.datasets.tables import FORMATS, Fields, Table
 from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.io import find_path
 
@@ -61,12 +61,13 @@ def fields_of(options: Options) -> Fields:
     return Fields(text, options.get("text_pair_field"), label)
 
 
-def make_row(item: Any, id: str, where: str, fields: Fields, first: int = 0) -> Row:
-    """Returns the texts and the label of a row. Raises `ValueError` for a missing or empty text."""
-    text = reading.text(item, find_field(item, fields.text))
-    pair = None if fields.pair is None else reading.text(item, find_field(item, fields.pair))
-    example = Example(id, text, -1, pair, item.get("id"))
-    return Row(example, item.get(find_field(item, fields.label)), where, first)
+def make_example(item: Any, id: str, fields: Fields, *, may_be_empty: bool = False) -> Example:
+    """Returns the texts of a row, without its class. Raises `ValueError` for a missing or empty text."""
+    text = reading.text(item, fields.find(item, "text"), may_be_empty=may_be_empty)
+    pair = None
+    if fields.pair is not None:
+        pair = reading.text(item, fields.find(item, "pair"), may_be_empty=may_be_empty)
+    return Example(id, text, -1, pair, item.get("id"))
 
 
 def read_file(path: Path, fields: Fields, skip: bool = False) -> Rows:
@@ -76,7 +77,8 @@ def read_file(path: Path, fields: Fields, skip: bool = False) -> Rows:
     for where, item in table:
         with bad.record(where):
             id = path.name + where.removeprefix(str(path))
-            rows.append(make_row(item, id, where, fields, table.first_label))
+            label = item.get(fields.find(item, "label"))
+            rows.append(Row(make_example(item, id, fields), label, where, table.first_label))
     return Rows(str(path), rows, bad.skipped)
 
 

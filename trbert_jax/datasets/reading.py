@@ -49,12 +49,16 @@ def decode_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, str]
     """Yields the lines of an open file like `read_lines`; messages call it `name`."""
     with readable(name):
         for number, line in enumerate(stream, 1):
-            try:
-                text = line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode("utf-8")
-            except UnicodeDecodeError as error:
-                problem = f"not UTF-8 (byte {error.start} of the line)"
-                raise UserError(f"{name}:{number}: {problem}; convert it to UTF-8 first") from error
-            yield number, text
+            yield number, decode_line(line, number, name)
+
+
+def decode_line(line: bytes, number: int, name: str) -> str:
+    """Returns the text of a line of the file `name`. Raises `UserError` unless it is UTF-8."""
+    try:
+        return line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 (byte {error.start} of the line)"
+        raise UserError(f"{name}:{number}: {problem}; convert it to UTF-8 first") from error
 
 
 def load_json(path: Path) -> Any:

@@ -12,7 +12,7 @@ import itertools
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from trbert_jax.io import parse_json, readable
 
 FORMATS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet")
 NUMBER = re.compile(r"[-+]?\d+", re.ASCII)
+_DEFAULTS = {"text": "text", "pair": "text_pair", "label": "label"}
 _DELIMITERS = {"csv": ",;\t", "tsv": "\t"}
 
 
@@ -33,6 +34,14 @@ class Fields:
     text: str = "text"
     pair: str | None = None  # of a second text; None for single texts
     label: str = "label"
+    # Those that a row may have under the default name instead, as a model's own predictions do.
+    or_default: tuple[str, ...] = ()
+
+    def find(self, row: Collection[Any], field: str) -> str:
+        """Returns the name that the field `text`, `pair` or `label` has in a row."""
+        name = getattr(self, field)
+        found, default = find_field(row, name), find_field(row, _DEFAULTS[field])
+        return default if field in self.or_default and found not in row and default in row else found
 
     def numbered(self) -> bool:
         """Whether the text is a numbered column."""
@@ -51,11 +60,12 @@ def format_of(path: str | Path, others: Sequence[str] = ()) -> str:
     raise UserError(f"{path}: unknown kind of file; expected a name that ends in {known} (each also in .gz)")
 
 
-def find_field(row: Iterable[Any], name: str) -> str:
+def find_field(row: Collection[Any], name: str) -> str:
     """Returns the name in a row of a field: `name`, else the one that differs in case or spaces only."""
-    names = [key for key in row if isinstance(key, str)]
-    same = [key for key in names if key.strip().lower() == name.lower()]
-    return same[0] if name not in names and len(same) == 1 else name
+    if name in row:
+        return name
+    same = [key for key in row if isinstance(key, str) and key.strip().lower() == name.lower()]
+    return same[0] if len(same) == 1 else name
 
 
 class Table:
@@ -182,14 +192,14 @@ class Table:
         for delimiter in _DELIMITERS[self._format]:
             with contextlib.suppress(csv.Error):
                 cells = next(csv.reader([line], delimiter=delimiter), [])
-                if find_field(cells, self._fields.text) in cells:
+                if self._fields.find(cells, "text") in cells:
                     return delimiter
         return _DELIMITERS[self._format][0]
 
     def _header(self, number: int, row: list[str]) -> tuple[list[str], bool]:
         """Returns the names of the columns, and whether this first row has them."""
         fields, where = self._fields, f"{self.name}:{number}"
-        if find_field(row, fields.text) in row:
+        if fields.find(row, "text") in row:
             names = [cell.strip() for cell in row]
             if twice := sorted({name for name in names if name and names.count(name) > 1}):
                 raise UserError(f"{where}: column {twice[0]!r} occurs twice; give each a name of its own")

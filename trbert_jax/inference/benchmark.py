@@ -22,7 +22,7 @@ from trbert_jax.inference import benchmark_report as report
 from trbert_jax.inference.benchmark_report import VARIANTS, PreparedRun, Record
 from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Inputs, bucket_widths
 from trbert_jax.inference.evaluate import read_examples
-from trbert_jax.inference.lines import input_lines, read_texts
+from trbert_jax.inference.lines import PAUSE, Source, Text
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
@@ -225,8 +225,8 @@ def benchmark_file(
     """Times the variants of running a model on the same texts, in the order of the file.
 
     Args:
-      data: `.jsonl` with `text`, or one text per line; for a model that answers questions a file in the
-        published format of its data set.
+      data: texts in any format of `datasets.tables`, or one text per line; for a model that answers
+        questions a file in the published format of its data set.
       model_dir, max_length, dtype: see `TRBert.from_pretrained`.
       random: in place of a model, a key of `SIZES`: random weights, tokenizer and labels of `replay_dir`.
       replay_dir: a model whose kept tokens the model under test keeps.
@@ -235,7 +235,7 @@ def benchmark_file(
       max_texts: number of texts (of questions: inputs) to read; None reads all.
       repeats: passes over all variants.
       command: what the user typed, for the records.
-      skip_bad_records: skip malformed questions, instead of raising an error.
+      skip_bad_records: skip malformed records, instead of raising an error.
 
     Returns:
       The records of `make_records`, with what describes the run, the data and the machine, `tokens` (mean of
@@ -262,7 +262,9 @@ def benchmark_file(
         examples = examples.take(range(len(examples))[:max_texts])
     else:
         model.check_use(questions=False, trained=False)
-        texts = list(itertools.islice(read_texts(input_lines([], Path(data)), Path(data)), max_texts))
+        bad = BadRecords(skip=skip_bad_records)
+        found = Source(path=Path(data)).texts(model.config.inputs.fields(), bad)
+        texts = list(itertools.islice((text for text in found if text is not PAUSE), max_texts))
         examples = _encode(texts, model, str(data))
         if replayed is not None:
             logger.info("computing the tokens that %s keeps", replay_dir)
@@ -325,13 +327,13 @@ def _random_model(size: str, replayed: TRBert | None, dtype: str) -> TRBert:
     return TRBert(config, init_params(config, random_key(0)), replayed.tokenizer, dtype=dtype)
 
 
-def _encode(texts: Sequence[str], model: TRBert, source: str) -> Examples:
-    records = [Example(f"{source}: text {number}", text, 0) for number, text in enumerate(texts, 1)]
+def _encode(texts: Sequence[Text], model: TRBert, source: str) -> Examples:
+    records = [Example(f"{source}: text {i}", x.text, 0, x.pair) for i, x in enumerate(texts, 1)]
     return encode_texts(records, model.require_tokenizer(), model.config.max_length)
 
 
 def _actions_of(
-    replayed: TRBert, name: str, texts: Sequence[str], model: TRBert, examples: Examples
+    replayed: TRBert, name: str, texts: Sequence[Text], model: TRBert, examples: Examples
 ) -> np.ndarray:
     """Returns what the replayed model keeps, bool [n, stages, max_length]."""
     for field in ("num_reductions", "max_length"):

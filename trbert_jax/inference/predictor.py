@@ -13,7 +13,6 @@ on its own text or question only, not on the batch or the order.
 
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from trbert_jax.inference.engine import (
     fitting_size,
 )
 from trbert_jax.inference.forked import ForkedEngine, Helper
+from trbert_jax.inference.lines import PAUSE
 from trbert_jax.io import check_unicode
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
@@ -266,9 +266,10 @@ class TRBert:
         return self._predict(texts, int(batch_size), options)
 
     def _predict(self, texts: Iterable[str], batch_size: int, options: Any) -> Iterator[Prediction]:
-        engine = None
+        rows = 0
         for window, examples, truncated in self._encode_ahead(texts, WINDOW * batch_size):
-            engine = engine or self.engine(_num_rows(len(window), batch_size))
+            if (needed := _num_rows(len(window), batch_size)) > rows:  # windows of a pipe are small at first
+                engine, rows = self.engine(needed), needed
             outputs = engine.run(self.params, examples, **options)
             scores = outputs.probabilities
             if self.config.score:
@@ -295,8 +296,8 @@ class TRBert:
         """Encodes `size` texts at a time, the next ones while these are in use."""
         source, first, pending = iter(texts), 0, None
         with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without Python's lock
-            while window := list(itertools.islice(source, size)):
-                following = pool.submit(self._encode, window, first)
+            for window in _windows(source, size):
+                following = pool.submit(self._encode, window, first) if window else None
                 if pending:
                     yield pending.result()
                 pending, first = following, first + len(window)
@@ -346,7 +347,9 @@ class TRBert:
         """
         options = self._options(batch_size, **options)
         source, ids = iter(requests), set[str]()
-        while window := list(itertools.islice(source, WINDOW * batch_size)):
+        for window in _windows(source, WINDOW * batch_size):
+            if not window:
+                continue
             self.check_use(questions=True)
             records = parse_requests(self.task, window, ids)
             examples = encode_usable(self.task, records, self.require_tokenizer(), BadRecords(), "questions")
@@ -393,6 +396,21 @@ def answer_questions(
     check_iterable("answer_questions", requests, "questions", "answer_questions(model, [question])")
     placed = ((f"{source}:{number}", request) for number, request in enumerate(requests, 1))
     return list(model.answer_stream(placed, **options))
+
+
+def _windows(source: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Divides inputs into lists of `size`; at a `PAUSE` yields those before it, and an empty list."""
+    window: list[Any] = []
+    for item in source:
+        if item is not PAUSE:
+            window.append(item)
+        if window and (item is PAUSE or len(window) == size):
+            yield window
+            window = []
+        if item is PAUSE:
+            yield []
+    if window:
+        yield window
 
 
 def _make_examples(rows: Iterable[Sequence[int] | np.ndarray]) -> Examples:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from trbert_jax.datasets.tables import Fields
 from trbert_jax.errors import UserError
 from trbert_jax.model.backbones import BACKBONES, Backbone, find_backbone
 
@@ -43,6 +44,16 @@ class InputConfig:
     text_field: str = "text"
     text_pair_field: str = ""
     label_field: str = "label"
+
+    def fields(self, text: str | None = None, pair: str | None = None, label: str | None = None) -> Fields:
+        """Returns the fields to read: the given names, else those of training, else the default ones."""
+        given = {"text": text, "pair": pair, "label": label}
+        return Fields(
+            text or self.text_field,
+            pair or self.text_pair_field or None,
+            label or self.label_field,
+            or_default=tuple(name for name, value in given.items() if value is None),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
