@@ -336,7 +336,7 @@ def test_a_model_of_texts_refuses_questions(models: dict[str, Path], tmp_path: P
     with pytest.raises(UserError, match=r"model: the model labels texts"):
         answer_questions(model, [SPAN])
     assert answer_questions(model, []) == []
-    with pytest.raises(UserError, match=r"this model answers questions; ask it with"):
+    with pytest.raises(UserError, match=r"the model answers questions; ask it with"):
         TRBert.from_pretrained(models["span"]).predict(["a text"])
 
 
