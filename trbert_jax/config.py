@@ -293,7 +293,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_stored(path: str | Path) -> RunConfig:
     """Reads the settings that a run stored as JSON. Raises `UserError` as `load_config` does."""
-    values = read_json(path)
+    return build_stored(read_json(path), path)
+
+
+def build_stored(values: Any, path: str | Path) -> RunConfig:
+    """Returns the settings that a result of `to_dict` holds. Raises like `load_config`, naming `path`."""
     return _build(upgrade(values) if isinstance(values, dict) else {}, str(path))
 
 
@@ -312,17 +316,29 @@ def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def with_defaults(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fingerprint of a stage's checkpoint; keys that are newer than it have their defaults."""
+    result = upgrade(fingerprint)
+    section = STAGES.get(str(result.get("stage")))
+    defaults = {"settings": section and section(), "model": BackboneConfig(init="")}
+    for part in defaults.keys() & result.keys():
+        default = TypeAdapter(type(defaults[part])).dump_python(defaults[part], mode="json") or {}
+        result[part] = {**default, **result[part]}
+    return result
+
+
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Compares two results of `to_dict`; returns a line `key: old -> new` for each difference."""
-    before, after, absent = _flat(old), _flat(new), "(absent)"
+    before, after, absent = flat(old), flat(new), "(absent)"
     values = ((key, before.get(key, absent), after.get(key, absent)) for key in before | after)
     return [f"{key}: {was} -> {now}" for key, was, now in values if was != now]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings by dotted keys."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return result
 
 
@@ -346,7 +362,7 @@ def path_keys(cls: type | None = None, prefix: str = "") -> list[str]:
 
 def dotted_keys(cls: type) -> list[str]:
     """Lists the keys of a section and of the sections in it: `policy.alpha`, ..."""
-    return list(_flat(_tree(cls)))
+    return list(flat(_tree(cls)))
 
 
 def _build(values: Mapping[str, Any], path: str) -> RunConfig:

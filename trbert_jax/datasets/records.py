@@ -5,6 +5,9 @@ file, in messages.
 """
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 
@@ -125,6 +128,22 @@ class GraphQuestion:
     answer: str  # `yes`, `no` or a text
     paragraphs: tuple[GraphParagraph, ...]  # in a training file the first two are the gold ones
     where: str = dataclasses.field(compare=False)
+
+
+def content_digest(records: Iterable[Any]) -> str:
+    """Hashes what records say, wherever they are stored: without `id` and `where`.
+
+    Fields with their default are left out, so that a new field does not change the hash of what lacks it.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+
+    def plain(value: Any) -> dict[str, Any]:
+        values = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: x for f, x in values if f.name not in ("id", "where") and x != f.default}
+
+    for record in records:
+        digest.update(json.dumps(record, default=plain).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def trim_span(context: str, start: int, end: int) -> Span | None:

@@ -103,6 +103,16 @@ def write_weights(path: Path, weights: Mapping[str, Any]) -> None:
     save_file(arrays, path, metadata={"format": "pt"})
 
 
+def model_files(directory: Path) -> list[Path]:
+    """Returns the files of a model that are read: settings, weights and tokenizer, as far as it has them."""
+    small = [directory / name for name in (*SMALL_FILES, "added_tokens.json")]
+    try:
+        weights = _weight_files(directory)
+    except UserError:
+        weights = []  # a folder with a tokenizer only
+    return [file for file in (*small, *weights) if file.is_file()]
+
+
 def _weight_files(directory: Path) -> list[Path]:
     for name in _forms():
         if (file := directory / name).is_file():

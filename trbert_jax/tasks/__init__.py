@@ -5,14 +5,16 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from trbert_jax.config import RunConfig
 from trbert_jax.datasets import BadRecords, find_dataset
 from trbert_jax.datasets.reading import BadRecord, UnusableRecords
+from trbert_jax.datasets.records import content_digest
 from trbert_jax.datasets.registry import OWN_KEYS, Options
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import InputConfig, ModelConfig
@@ -26,21 +28,41 @@ from trbert_jax.tasks import (  # noqa: F401 - each registers its task
 from trbert_jax.tasks.base import TASKS, Score, Task, register_task
 from trbert_jax.tasks.examples import Examples
 
-__all__ = ["TASKS", "Score", "Splits", "Task", "encode_usable", "notes_of", "register_task", "saved_task"]
+__all__ = [
+    "TASKS",
+    "Score",
+    "Splits",
+    "Task",
+    "Trained",
+    "encode_usable",
+    "notes_of",
+    "register_task",
+    "saved_task",
+]
 
 logger = logging.getLogger(__name__)
 
 _LISTED = 100  # skipped records in the notes
 
 
+Trained = tuple[InputConfig, Sequence[str]]  # inputs and class names
+
+
 class Splits:
     """The examples of a run, one split at a time.
 
-    Raises `UserError` for an unknown data set, or a setting that its task does not read.
+    `trained` returns inputs and labels of a model trained on this data, None if there is none yet: then the
+    training set decides them. Raises `UserError` for an unknown data set, or a setting that its task does not
+    read.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        trained: Callable[[], Trained | None] = lambda: None,
+    ) -> None:
         self._config, self._source = config, find_dataset(config.data.name)
+        self._trained, self._digests = trained, dict[str, str]()
         self._kind = TASKS[self._source.task]
         self.notes: dict[str, dict[str, Any]] = {}  # split -> what was cut, left out or skipped
         self._records: dict[str, Sequence[Any]] = {}
@@ -68,23 +90,44 @@ class Splits:
             text_pair_field=data.text_pair_field or "",
             label_field=data.label_field,
         )
-        bad = BadRecords(skip=data.skip_bad_records)
-        labels = self._source.read_labels(data.path, bad, **self._options("train"))
-        inputs = self._kind.complete(inputs, lambda: self.records("train"))
-        return self._kind(inputs, model.max_length, labels)
+        known, labels = self._trained(), None
+        if known is not None and known[0].data == data.name:
+            inputs = known[0]
+        else:
+            inputs = self._kind.complete(inputs, lambda: self.records("train"))
+        if known is not None and issubclass(self._kind, classification.ClassificationTask):
+            labels = tuple(known[1])
+        return self._kind(inputs, model.max_length, self.labels() if labels is None else labels)
+
+    def labels(self) -> tuple[str, ...]:
+        """Returns the class names that the data set has; () for questions."""
+        bad = BadRecords(skip=self._config.data.skip_bad_records)
+        return self._source.read_labels(self._config.data.path, bad, **self._options("train"))
+
+    def digest(self, key: str) -> Any:
+        """Returns a hash of the records of a split (`train`), of their ids (`train.ids`), or the `labels`."""
+        if key == "labels":
+            return list(self.labels())
+        self.records(key.partition(".")[0])
+        return self._digests[key]
 
     def records(self, split: str) -> Sequence[Any]:
         """Returns the records of a split, limited in number as configured."""
         if split not in self._records:
             data = self._config.data
             bad = self._bad[split] = BadRecords(skip=data.skip_bad_records)
-            self._records[split] = self._source.read_split(data.path, split, bad, **self._options(split))
+            records = self._source.read_split(data.path, split, bad, **self._options(split))
+            ids = hashlib.blake2b("\n".join(record.id for record in records).encode(), digest_size=16)
+            self._digests |= {split: content_digest(records), f"{split}.ids": ids.hexdigest()}
+            self._records[split] = records
         return self._records[split]
 
     def _options(self, split: str) -> Options:
         data = self._config.data
         limit = data.max_train_examples if split == "train" else data.max_eval_examples
         own = {key: getattr(data, key) for key in OWN_KEYS}
+        if split != "train" and "labels" in self._source.reads and (known := self._trained()) is not None:
+            own["labels"] = known[1]  # else they are those of the training set
         return cast(Options, {"limit": limit, "seed": self._config.seed, **own})
 
     def texts(self, split: str) -> list[str]:

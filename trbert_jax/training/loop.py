@@ -27,6 +27,7 @@ from trbert_jax.training import step as updates
 from trbert_jax.training.checkpoints import CheckpointStore, DamagedCheckpointError
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Profile, StageReport, StepClock
+from trbert_jax.training.made_from import FREE_IN_CHECKPOINT
 from trbert_jax.training.prepared import PreparedFeatures
 from trbert_jax.training.stage_inputs import StageInputs, class_weights
 from trbert_jax.training.stages import Stage, objective_of
@@ -94,8 +95,8 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
         expected = f"{model.num_reductions}: one for each point of reduction of this model"
         raise UserError(f"init.keep: {list(shares)} are {len(shares)} shares, expected {expected}")
     examples = experiment.features("train", start)
-    read = stage.inputs(settings)
-    inputs = read(experiment, stage.name, examples, model.task) if read else {}
+    source = stage.inputs(settings)
+    inputs = source[1](experiment, stage.name, examples, model.task) if source else {}
     if experiment.config.data.class_weights == "balanced":
         inputs["class_weight"] = class_weights(examples.labels)
     experiment.features("dev", start)  # read now: mistakes in it show before the training
@@ -133,7 +134,9 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
         optimizer=updates.adamw(
             schedule, model, weight_decay=settings.weight_decay, clip_norm=clip, epsilon=epsilon
         ),
-        checkpoints=CheckpointStore(folder / "checkpoints", settings.keep_checkpoints, fingerprint),
+        checkpoints=CheckpointStore(
+            folder / "checkpoints", settings.keep_checkpoints, fingerprint, FREE_IN_CHECKPOINT
+        ),
     )
 
 

@@ -27,6 +27,7 @@ from trbert_jax.model.pretrained import Pretrained, check_replaceable
 from trbert_jax.parallel import check_batch
 from trbert_jax.tasks import Score
 from trbert_jax.tasks.examples import Examples
+from trbert_jax.training import made_from
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Progress, plot_metrics
 from trbert_jax.training.loop import prepare, restore_state, train_stage
@@ -67,8 +68,8 @@ def train(
     if config.data.prepared and any(experiment.finished(name) is None for name in reads_train):
         read_provenance(config.data.prepared, "train")  # before any long computation
     with experiment.claim([stage.name for stage in chosen]):
-        for stage in chosen:
-            _run_stage(experiment, stage)
+        for number, stage in enumerate(chosen):
+            _run_stage(experiment, stage, [before.name for before in chosen[:number]])
         results = collect_results(experiment)
         devices.on_main(functools.partial(write_json, experiment.workdir / "results.json", results))
         trained = [experiment.workdir / name for name in results["stages"] if STAGES[name].trains]
@@ -90,10 +91,21 @@ def _chosen_stages(config: RunConfig, only: Sequence[str] | None) -> list[Stage]
     return [stage for stage in configured(config) if only is None or stage.name in only]
 
 
-def _run_stage(experiment: Experiment, stage: Stage) -> None:
-    """Runs a stage unless it is finished, and records its summary in `done.json`."""
-    devices, directory = experiment.devices, experiment.workdir / stage.name
-    if experiment.finished(stage.name) is not None:
+def _run_stage(experiment: Experiment, stage: Stage, done: Sequence[str]) -> None:
+    """Runs a stage unless it is finished and not stale, and records its summary in `done.json`.
+
+    `done` are the stages before it that are not stale.
+    """
+    devices, directory, finished = experiment.devices, experiment.workdir / stage.name, list[bool]()
+
+    def settle() -> None:
+        made_from.check_upstream(experiment, stage, STAGES, done, stage.name)
+        finished.append(made_from.settle(experiment, stage, STAGES))
+
+    experiment.is_settled = not stage.trains or bool(stage.starts_from)
+    devices.on_main(settle)
+    experiment.is_settled = True
+    if devices.broadcast(str(finished)) == str([True]):
         logger.info("%s: finished before, skipped (delete %s to run it again)", stage.name, directory)
         return
     logger.info("%s: starting, files in %s", stage.name, directory)
@@ -104,7 +116,12 @@ def _run_stage(experiment: Experiment, stage: Stage) -> None:
     seconds = time.perf_counter() - start
     notes = {"data": experiment.data.notes} if experiment.data.notes else {}
     summary = {**summary, **notes, "seconds": seconds}
-    devices.on_main(functools.partial(write_json, directory / "done.json", summary))
+
+    def record() -> None:
+        made_from.finish(experiment, stage)
+        write_json(directory / "done.json", summary)
+
+    devices.on_main(record)
     logger.info("%s: done in %.1f s", stage.name, seconds)
 
 
@@ -265,11 +282,15 @@ def evaluate_all_checkpoints(config: RunConfig, output: Path | None = None) -> d
 
 
 def collect_results(experiment: Experiment) -> dict[str, Any]:
-    """Collects the results of all finished stages, with settings, versions and machine."""
+    """Collects the results of all finished stages that are not stale, with settings, versions and machine."""
     evaluated, notes, stages = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     for stage in configured(experiment.config):
         summary = experiment.finished(stage.name)
         if summary is None:
+            continue
+        if reasons := made_from.stale(experiment, stage, STAGES):
+            left_out = "left out of results.json; leave --stages out to make it again"
+            logger.warning("%s: stale (%s), %s", stage.name, "; ".join(reasons), left_out)
             continue
         notes |= summary.pop("data", {})
         if stage.evaluates:
@@ -312,6 +333,7 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
     if jax.process_index() != 0:
         return
     experiment = Experiment(config)
+    experiment.is_settled = True
     task, workdir = experiment.data.task, experiment.workdir
     rows = {"dense": results.get("dense")}
     rows |= {f"after {stage.name}": results.get(stage.name) for stage in compared_models(config)}
@@ -341,7 +363,7 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
         yield f"training curves   {workdir / 'curves.png'}"
     if evaluated:
         yield f"confusion matrix  {workdir / 'confusion.png'}"
-    if (workdir / "model").is_dir():
+    if any(STAGES[name].evaluates for name in results["stages"]) and (workdir / "model").is_dir():
         yield f"model             {workdir / 'model'}"
         request = "--file questions.jsonl" if task.inputs.data else '"some text"'
         yield f"next              trbert predict --model {workdir / 'model'} {request}"
