@@ -60,7 +60,7 @@ class Experiment:
         self.config, self.profile_steps = config, profile_steps
         self.workdir, self.data = Path(config.workdir), Splits(config, self._trained)
         self._cache = Path(config.data.cache_dir or self.workdir / "cache")
-        # Whether a finished fine-tuned model is known to fit the data, so that it can stand for the training set.
+        # Whether the fine-tuned model is not stale, so that it can stand for the training set.
         self.is_settled = False
         self._features: dict[tuple[str, Any], Examples] = {}
         self._programs: dict[ModelConfig, CompiledForward] = {}

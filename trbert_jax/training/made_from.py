@@ -76,7 +76,7 @@ def read_made(directory: Path) -> dict[str, Any]:
 
 
 def _begun(directory: Path) -> bool:
-    """Whether a stage has written anything: a try that failed before that, because of a wrong path, has not."""
+    """Whether a stage has written anything; a try that failed because of a wrong path has not."""
     return any(path.name != NAME for path in directory.glob("*"))
 
 
