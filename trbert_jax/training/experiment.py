@@ -283,7 +283,7 @@ class Experiment:
                     raise
                 logger.info("%s: skipped, %s", split, error)
         made_from: dict[str, Any] = {key: self.data.digest(key) for key in ("train", "labels")}
-        made_from["inputs"] = dataclasses.asdict(model.config.inputs)
+        made_from["inputs"] = dataclasses.asdict(self.data.task.inputs)
         sizes = {"shard_size": shard_size, "workers": workers}
         return write_prepared(directory, splits, self.preparation(model.tokenizer), made_from, **sizes)
 
