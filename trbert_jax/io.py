@@ -73,7 +73,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Reads a JSON file. Raises `UserError` if it is missing, unreadable or malformed."""
     try:
-        return parse_json(read_text(path))
+        return parse_json(read_text(path).removeprefix("\ufeff"))  # a byte order mark
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 

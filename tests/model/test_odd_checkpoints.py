@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,20 @@ ODD: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "NaN in an unused head": (added(cls__predictions__bias=NAN, qa_outputs__weight=NAN), ("qa_outputs.",)),
     "no model_type": (configured("model_type"), ()),
     "a config of 2019": (configured(*OLD, num_labels=2), ()),
+    "a byte order mark": (
+        lambda path: (path / "config.json").write_bytes(BOM_UTF8 + (path / "config.json").read_bytes()),
+        (),
+    ),
+    "a Flax class": (
+        lambda path: edit_json(
+            path / "config.json",
+            remove=("model_type", "trbert"),
+            architectures=["FlaxDistilBertForSequenceClassification"]
+            if "distil" in (path / "config.json").read_text()
+            else ["FlaxBertForSequenceClassification"],
+        ),
+        (),
+    ),
     "Flax": (to_flax, ()),
     "Flax, with params": (nested, ()),
     "Flax, in pieces": (in_pieces, ()),

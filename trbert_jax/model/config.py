@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trbert_jax.datasets.tables import Fields
-from trbert_jax.errors import UserError
+from trbert_jax.errors import UserError, first_lines
 from trbert_jax.model.backbones import BACKBONES, Backbone, find_backbone
 
 if TYPE_CHECKING:
@@ -194,9 +196,9 @@ def labels_from_dict(values: Mapping[str, Any], source: str = "config.json") -> 
         labels = tuple(by_id[i] for i in range(len(names)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         expected = "an object from the ids 0, 1, ... to label names"
-        raise UserError(f"{source}: id2label is {names!r}; expected {expected}") from error
-    if len(set(labels)) < len(labels):
-        raise UserError(f"{source}: id2label names a label twice: {', '.join(labels)}")
+        raise UserError(f"{source}: id2label is {reprlib.repr(names)}; expected {expected}") from error
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise UserError(f"{source}: id2label names a label twice: {', '.join(first_lines(twice))}")
     if count not in (None, len(labels)):
         raise UserError(f"{source}: num_labels is {count}, but id2label has {len(labels)} labels")
     return labels
@@ -268,8 +270,9 @@ def _task_of(values: Mapping[str, Any]) -> str:
 
 
 def _classes(values: Mapping[str, Any]) -> list[str]:
-    names = values.get("architectures")
-    return [names] if isinstance(names, str) else [*map(str, names)] if isinstance(names, list) else []
+    names = values.get("architectures") or []
+    names = [names] if isinstance(names, str) else [*map(str, names)] if isinstance(names, list) else []
+    return [name.removeprefix("Flax").removeprefix("TF") for name in names]
 
 
 def _own_section(section: Any, source: str) -> dict[str, Any]:

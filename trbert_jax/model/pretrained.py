@@ -240,13 +240,14 @@ def _change_labels(config: ModelConfig, tree: Tree, labels: tuple[str, ...]) -> 
         logger.info("left out the classifier, which has %d labels instead of %d", len(old), len(labels))
         del tree["head"]["classifier"]
     elif set(old) == set(labels):
-        logger.info("reordered the classifier's labels: %s", ", ".join(labels))
+        logger.info("reordered the classifier's labels: %s", ", ".join(first_lines(labels)))
         order = [old.index(label) for label in labels]
         kernel = np.ascontiguousarray(classifier["kernel"][:, order])
         tree["head"]["classifier"] = {"kernel": kernel, "bias": classifier["bias"][order]}
     elif any(label not in (str(i), f"LABEL_{i}") for i, label in enumerate(old)):
         # The frameworks write LABEL_0, ... for labels without a name.
-        logger.warning("renamed the classifier's labels, %s, to %s", ", ".join(old), ", ".join(labels))
+        before, now = (", ".join(first_lines(names)) for names in (old, labels))
+        logger.warning("renamed the classifier's labels, %s, to %s", before, now)
     return new
 
 
