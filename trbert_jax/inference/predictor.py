@@ -167,7 +167,10 @@ class TRBert:
     @functools.cached_property
     def task(self) -> Task:
         """The task that the model was trained for."""
-        return saved_task(self.config)
+        try:
+            return saved_task(self.config)
+        except UserError as error:
+            raise UserError(f"{self.source}: {error}") from error
 
     @property
     def answers_questions(self) -> bool:
@@ -182,6 +185,8 @@ class TRBert:
         elif task != "classification" and not self.answers_questions:
             said = f"has a head for {task}, which labels no texts, and no trbert.inputs in its config.json, "
             said += "which say how questions become its inputs; `trbert train` writes both"
+            if task == "multiple_choice":
+                said += ', or add {"trbert": {"inputs": {"data": "race", "choices": "independent"}}}'
         elif questions and not self.answers_questions:
             said = "labels texts, or its config.json lacks trbert.inputs, which say how questions become its "
             said += "inputs; `trbert train` writes them for a data set of questions"
