@@ -5,6 +5,7 @@ import dataclasses
 import json
 import operator
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -204,6 +205,15 @@ def test_nothing_is_compiled_after_the_warm_up(
     assert run.total() >= 200
 
 
+def test_batches_are_no_larger_than_the_texts_need(model: TRBert, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list[int]()
+    monkeypatch.setattr(model.programs, "get", lambda params, batch, *_: rows.append(len(batch["mask"])))
+    for count in (1, 3, 5, 33):
+        with pytest.raises(TypeError):  # the program is None
+            model.predict(["a film"] * count, batch_size=1024)
+    assert rows == [1, 4, 32, 128]
+
+
 _CACHED = """
 import sys
 from trbert_jax.io import enable_compilation_cache
@@ -264,6 +274,64 @@ def test_bfloat16_is_close(model: TRBert) -> None:
     assert 0 < np.abs(exact - rough).max() < 0.1
 
 
+# A program of others around the model ---------------------------------------------------------------
+
+
+def test_the_callers_tokenizer_is_not_the_models(tmp_path: Path) -> None:
+    model, texts = make(), some_texts(4)
+    before = model.predict(texts)
+    tokenizer: Any = model.tokenizer
+    tokenizer(texts, padding=True, truncation=True, max_length=4)
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.add_tokens(["film was"])
+    assert_same(model.predict(texts), before)
+    model.save_pretrained(tmp_path)
+    assert_same(TRBert.from_pretrained(tmp_path).predict(texts), before)
+
+
+def test_iterables_and_numbers_of_numpy(model: TRBert) -> None:
+    texts = some_texts(5)
+    expected = model.predict(texts, batch_size=4, threshold=0.25)
+    numbers: dict[str, Any] = {"batch_size": np.int64(4), "threshold": np.float32(0.25)}
+    for given in ((text for text in texts), tuple(texts), np.array(texts), dict.fromkeys(texts).keys()):
+        assert_same(model.predict(given, **numbers), expected)
+
+
+def test_a_copy_by_pickle_answers_alike(model: TRBert) -> None:
+    copy, texts = pickle.loads(pickle.dumps(model)), some_texts(3)
+    predictions = pickle.loads(pickle.dumps(copy.predict(texts)))
+    assert_same(predictions, model.predict(texts))
+    assert predictions[0].tokens == model.predict(texts)[0].tokens
+
+
+_FORKED = """
+import os, sys
+from trbert_jax import TRBert, UserError
+model = TRBert.from_pretrained(sys.argv[1])
+labels = [p.label for p in model.predict(["the film was good", "dull"])]
+def answer():
+    assert [p.label for p in model.predict(["the film was good", "dull"])] == labels
+    for bad in (lambda: TRBert.from_pretrained(sys.argv[1]), lambda: model.predict(["a"], batch_size=0)):
+        try: bad()
+        except UserError as error: print(error)
+if not (child := os.fork()):
+    try: answer()
+    finally: sys.stdout.flush(); os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_process_answers(model: TRBert, tmp_path: Path) -> None:
+    """Also, a program that loads a model hears nothing from the libraries."""
+    model.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", _FORKED, str(tmp_path / "model")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    forked, batch_size = run.stdout.splitlines()
+    assert "spawn" in forked
+    assert batch_size == "batch_size is 0; expected a whole number, from 1 to 16777216"
+    assert run.stderr == ""
+
+
 # Bad input ----------------------------------------------------------------------------------------
 
 
@@ -271,9 +339,17 @@ def test_bfloat16_is_close(model: TRBert) -> None:
     ("texts", "options", "words"),
     [
         ("one text", {}, "list of texts"),
+        (b"one text", {}, "list of texts"),
+        ({"text": "a"}, {}, r"list of texts.*\[text\]"),
+        (3, {}, "list of texts"),
         (["a", 3], {}, r"texts\[1\] is a int"),
         (["a \ud800"], {}, "Unicode"),
         (["a"], {"batch_size": 0}, "batch_size"),
+        (["a"], {"batch_size": np.int64(-3)}, "batch_size is -3; expected a whole number"),
+        (["a"], {"batch_size": 4.0}, "batch_size is 4.0"),
+        (["a"], {"batch_size": True}, "batch_size is True"),
+        (["a"], {"batch_size": 10**12}, "batch_size is 1000000000000; .* to 16777216"),
+        (["a"], {"threshold": "0.5"}, "threshold is '0.5'"),
         (["a"], {"rule": "fast"}, "threshold, batch_max, dense"),
         (["a"], {"threshold": 1}, "threshold is 1; expected a probability"),
         (["a"], {"threshold": float("nan")}, "threshold is nan"),
@@ -284,6 +360,8 @@ def test_bfloat16_is_close(model: TRBert) -> None:
 def test_bad_input(model: TRBert, texts: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         model.predict(texts, **options)
+    with pytest.raises(UserError, match=words):
+        list(model.predict_stream(texts, **options))
 
 
 def test_bad_models() -> None:

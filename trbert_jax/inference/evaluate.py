@@ -84,7 +84,12 @@ def evaluate_file(
             predictions
         ):  # the official scorer of SQuAD 2.0 reads both
             write_json(predictions.with_suffix(".null_odds.json"), score.files["null_odds.json"])
-    settings = {"rule": rule, "backend": backend, "batch_size": batch_size, "threshold": threshold}
+    settings = {
+        "rule": rule,
+        "backend": backend,
+        "batch_size": engine.batch_size,
+        "threshold": float(threshold),
+    }
     result = {**settings, **summarize(outputs, model.config, score.metrics), **score.details}
     if plot is not None:
         plot_confusion({rule: result}, plot)

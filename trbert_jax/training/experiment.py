@@ -35,7 +35,7 @@ from trbert_jax.model.config import InputConfig, ModelConfig, model_config_from_
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.pretrained import Pretrained, load_pretrained
 from trbert_jax.model.tokenizers import load_tokenizer, read_line_breaks_as_spaces, train_wordpiece
-from trbert_jax.parallel import DeviceMesh, make_mesh
+from trbert_jax.parallel import DeviceMesh, find_devices, make_mesh
 from trbert_jax.reduction.selection import random_key
 from trbert_jax.tasks import Splits, Trained
 from trbert_jax.tasks.examples import Examples
@@ -172,6 +172,7 @@ class Experiment:
 
     def base_model(self) -> Pretrained:
         """Makes the model before any training, with a new head for the labels of the data."""
+        find_devices()  # before anything else asks JAX
         model, task = self.config.model, self.data.task
         tokenizer = load_tokenizer(model.tokenizer) if model.tokenizer else None
         if model.init == "scratch":

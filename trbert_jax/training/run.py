@@ -24,7 +24,7 @@ from trbert_jax.io import atomic_directory, make_directory, write_json
 from trbert_jax.model.config import model_config_to_dict
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.pretrained import Pretrained, check_replaceable
-from trbert_jax.parallel import check_batch
+from trbert_jax.parallel import check_batch, find_devices
 from trbert_jax.tasks import Score
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import made_from
@@ -55,6 +55,7 @@ def train(
     processes that do not agree.
     """
     chosen = _chosen_stages(config, only)
+    find_devices()  # before anything else asks JAX
     if jax.process_index() != 0:
         logging.getLogger("trbert_jax").setLevel(logging.ERROR)
     experiment = Experiment(config, profile_steps)
