@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,17 @@ def test_questions_are_read_as_they_are_answered(
     assert found == answer_questions(model, requests, batch_size=2, backend="masked")
     with pytest.raises(UserError, match="line 8: the id '1'"):
         next(stream)
+
+
+def test_a_checkpoint_of_transformers_is_asked_like_squad(models: dict[str, Path], tmp_path: Path) -> None:
+    theirs = shutil.copytree(models["no null"], tmp_path / "theirs")
+    tiny_models.edit_json(theirs / "config.json", remove=("trbert",))
+    model = TRBert.from_pretrained(theirs)
+    assert model.config.inputs == InputConfig(data="squad")
+    requests = [SPAN, longer("span")]
+    answers = answer_questions(model, requests, batch_size=2)
+    assert answers == answer_questions(TRBert.from_pretrained(models["no null"]), requests, batch_size=2)
+    assert all(answer["answer"] in SPAN["context"] for answer in answers)
 
 
 def test_a_model_of_texts_refuses_questions(models: dict[str, Path], tmp_path: Path) -> None:
