@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_runs
 from tiny_models import tiny_model
 
 from trbert_jax import __version__
@@ -279,6 +280,35 @@ def test_predict_refuses_bad_standard_input(
     assert capsys.readouterr().err.startswith(f"trbert: error: {place}")
     # What was predicted before the mistake is not lost.
     assert [len(lines_of(path.read_text())) for path in tmp_path.iterdir()] == [kept] * bool(kept)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_missing_device_is_one_line(tmp_path: Path, platform: str) -> None:
+    tiny_runs.write_dataset(tmp_path / "data")
+    model, config = str(tiny_model(tmp_path / "model")), str(tiny_runs.write_config(tmp_path))
+    data = str(tmp_path / "data/test.jsonl")
+    commands = [
+        ["predict", "--model", model, "a film"],
+        ["evaluate", "--model", model, "--data", data],
+        ["compile", "--model", model],
+        ["train", "--config", config],
+        ["prepare-data", "--config", config, "--output", str(tmp_path / "prepared")],
+    ]
+    code = "import sys; from trbert_jax.cli import main; print([main(c) for c in eval(sys.argv[1])])"
+    run = subprocess.run(
+        [sys.executable, "-c", code, repr(commands)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": platform},
+    )
+    assert json.loads(run.stdout) == [2] * len(commands)
+    errors = [line for line in run.stderr.splitlines() if "error" in line]
+    assert len(errors) == len(commands)
+    assert all(f"no device of JAX_PLATFORMS={platform}" in line for line in errors)
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_closed_pipe(tmp_path: Path) -> None:
