@@ -149,12 +149,12 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
     fields["activation"] = _activation(values, backbone.activation_key, source)
     fields["labels"] = labels_from_dict(values, source) or ModelConfig.labels
     fields["task"] = _task_of(values)
-    if fields["task"] == "classification" and len(fields["labels"]) == 1:
-        fields["score"] = _score(values, source)
     fields["max_length"] = min(ModelConfig.max_length, fields.get("max_positions", ModelConfig.max_positions))
     config = ModelConfig(**{**fields, **_own_section(values.get("trbert", {}), source)})
-    if "trbert" not in values:
-        config = dataclasses.replace(config, inputs=InputConfig(data=config.head.data))
+    if config.task == "classification" and config.num_labels == 1:
+        config = dataclasses.replace(config, score=_score(values, source))
+    if config.head.data and not config.inputs.data:
+        config = dataclasses.replace(config, inputs=dataclasses.replace(config.inputs, data=config.head.data))
     if config.hidden_size % config.num_heads:
         sizes = (
             f"hidden size, {config.hidden_size}, is not a multiple of the attention heads, {config.num_heads}"
