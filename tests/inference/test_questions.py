@@ -195,7 +195,7 @@ BAD_REQUESTS = [
     ("span", {**SPAN, "question": 3}, "questions.jsonl:1: question: is a number (3)"),
     ("no null", {**SPAN, "context": "\u200b"}, "has no tokens"),
     ("span", {**SPAN, "context": "\ud83d the king"}, "questions.jsonl:1: context: is not valid Unicode"),
-    ("choice", {**CHOICE, "options": ["a", "b", "c"]}, "questions.jsonl:1: options: has 3 items"),
+    ("choice", {**CHOICE, "options": ["a"]}, "questions.jsonl:1: options: has 1 items; expected 2 to 26"),
     ("candidates", {**CANDIDATES, "candidates": []}, "questions.jsonl:1: candidates: has 0 items"),
     ("multi_hop", {**MULTI_HOP, "paragraphs": {}}, "questions.jsonl:1: paragraphs: is an object"),
     ("multi_hop", {**MULTI_HOP, "paragraphs": [{"title": "x"}]}, "paragraphs[0]: sentences: missing"),

@@ -112,7 +112,11 @@ OPTIONS, WIDTH, SHARED = 4, 7, [4, 5]  # two questions
 def read(path: Path, row_targets: dict[str, Any], name: str = "guide") -> Callable[[np.ndarray], np.ndarray]:
     rows = 2 * OPTIONS
     experiment: Any = types.SimpleNamespace(output_of=lambda *_, **__: path, finished=lambda stage: {})
-    shape = {"group": OPTIONS, "num_rows": rows, "row_lengths": np.arange(1, 9) % WIDTH}
+    shape = {
+        "first_row": np.arange(0, rows + 1, OPTIONS),
+        "num_rows": rows,
+        "row_lengths": np.arange(1, 9) % WIDTH,
+    }
     examples: Any = types.SimpleNamespace(row_targets=row_targets, digest="", **shape)
     reader = stage_inputs.guide if name == "guide" else stage_inputs.ranks
     stage_input = reader(experiment, "policy", examples, "classification")[name]

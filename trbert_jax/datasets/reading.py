@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trbert_jax.datasets.records import Identified
+from trbert_jax.datasets.records import Identified, trim
 from trbert_jax.errors import UserError
 from trbert_jax.io import check_unicode, parse_json, readable
 
@@ -117,7 +117,7 @@ def record(where: str, item: Any = None) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
-        given = (item[field] for field in _ID_FIELDS if has(item, field) and isinstance(item[field], str))
+        given = (item[k] for k in _ID_FIELDS if has(item, k) and isinstance(item[k], str | int))
         name = "".join(f": question {id!r}" for id in [*given][:1])
         reason = f"no field {error}" if isinstance(error, KeyError) else error
         raise BadRecord(f"{where}{name}: {reason}") from error
@@ -229,6 +229,18 @@ def texts(
     return tuple(values)
 
 
+def identifier(item: Any, key: str) -> str:
+    """Returns an id: a text, or a whole number as a text."""
+    value = field(item, key)
+    return str(value) if type(value) is int else text(item, key)
+
+
+def answer(item: Any, key: str | int, *, may_be_empty: bool = False) -> str:
+    """Returns an answer: a text as `text` returns it, trimmed unless that leaves nothing."""
+    value = text(item, key, may_be_empty=may_be_empty)
+    return trim(value) or value
+
+
 def one_of(item: Any, key: str | int, allowed: Sequence[str]) -> int:
     """Returns the index of a string among those allowed."""
     value = text(item, key)
@@ -280,8 +292,13 @@ def has(item: Any, key: str) -> bool:
     return isinstance(item, dict) and key in item
 
 
+def any_given(values: Sequence[Any], key: str) -> bool:
+    """Returns whether a record has something in a field. Test sets withhold answers: no record has any."""
+    return any(has(value, key) and value[key] not in (None, "", []) for value in values)
+
+
 def any_has(values: Sequence[Any], key: str) -> bool:
-    """Returns whether a record has a field. Test sets withhold answers by leaving the field out."""
+    """Returns whether a record has a field."""
     return any(has(value, key) for value in values)
 
 

@@ -7,8 +7,13 @@ file, in messages.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, Protocol
+
+# White space and characters without width: control characters, soft hyphens, joiners, direction marks.
+UNSEEN = r"[\s\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]+"
+_AT_ENDS = re.compile(rf"\A{UNSEEN}|{UNSEEN}\Z")
 
 
 class Identified(Protocol):
@@ -64,7 +69,7 @@ class SpanQuestion:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChoiceQuestion:
-    """A question about an article with four options, one of which is right: RACE."""
+    """A question about an article with options, one of which is right: RACE."""
 
     id: str  # file and number of the question, `high/1.txt:0`
     article: str  # never empty
@@ -125,7 +130,7 @@ class GraphQuestion:
 
     id: str  # `qid`, or file and line (`hotpot_train_graph.json:17`) without one
     question: str  # never empty
-    answer: str  # `yes`, `no` or a text
+    answer: str | None  # `yes`, `no` or a text; None if the source withholds it
     paragraphs: tuple[GraphParagraph, ...]  # in a training file the first two are the gold ones
     where: str = dataclasses.field(compare=False)
 
@@ -146,8 +151,17 @@ def content_digest(records: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
+def trim(text: str) -> str:
+    """Returns an answer without white space and characters of no width at its ends.
+
+    No tokenizer keeps them, so no prediction could equal an answer that has some.
+    """
+    return _AT_ENDS.sub("", text)
+
+
 def trim_span(context: str, start: int, end: int) -> Span | None:
-    """Returns the span without white space at its ends; None if nothing remains."""
+    """Returns the span that `trim` leaves; None if nothing remains."""
     text = context[start:end]
-    left, right = len(text) - len(text.lstrip()), len(text) - len(text.rstrip())
-    return Span(start + left, end - right) if left < len(text) else None
+    left = _AT_ENDS.match(text)
+    begin = start + (left.end() if left else 0)
+    return Span(begin, begin + len(trim(text))) if begin < end else None

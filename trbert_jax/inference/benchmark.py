@@ -99,6 +99,7 @@ def prepare(
 
     batches = [batch for _, batch in numbered]
     compiled = [programs.get(params, batch, rule, variant.backend) for batch in batches]
+    keys = {programs.key(batch, rule, variant.backend) for batch in batches}
     shapes = [batch["input_ids"].shape for batch in batches]
     lengths, kept = examples.row_lengths, outputs.num_kept
     if variant.backend == "masked":  # computes padding too, and dropped tokens to the end
@@ -113,7 +114,7 @@ def prepare(
         flops=float(flops.sum() / len(examples)),
         logits=outputs.logits,
         keep=outputs.kept_masks(longest) if rule.drops else None,
-        compile_seconds=sum(programs.compile_seconds[rule.name, variant.backend, *x] for x in set(shapes)),
+        compile_seconds=sum(programs.compile_seconds[key] for key in keys),
         peak_memory_bytes=max(memory_bytes(program) for program in compiled),
     )
 

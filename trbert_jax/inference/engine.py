@@ -26,6 +26,7 @@ from trbert_jax.tasks.scorers import accuracy
 
 Inputs = Mapping[str, Any]  # arrays [B, ...]
 Program = Callable[[Params, Inputs], tuple[Logits, jax.Array]]
+Key = tuple[str, str, tuple[tuple[str, tuple[int, ...], str], ...]]
 AfterBatch = Callable[[Examples, np.ndarray, Logits], None]
 # Name of the logits ("" where there is one array) and shape -> zeros, float32.
 Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
@@ -62,9 +63,17 @@ class CompiledForward:
 
     def __init__(self, model: TokenReducingModel, devices: DeviceMesh | None = None) -> None:
         self.model, self.devices = model, devices or single_device()
-        # (rule, backend, rows, width) -> seconds that compiling took
-        self.compile_seconds: dict[tuple[str, str, int, int], float] = {}
-        self._compiled: dict[tuple[str, str, int, int], Program] = {}
+        self.compile_seconds: dict[Key, float] = {}  # seconds that compiling each program took
+        self._compiled: dict[Key, Program] = {}
+
+    @staticmethod
+    def key(batch: Inputs, rule: str | RuleSpec = DEFAULT_RULE, backend: str = DEFAULT_BACKEND) -> Key:
+        """Returns all that a program is compiled for: rule, backend, and name, shape and dtype of each input.
+
+        Splits differ in their inputs: one has no labels, or other numbers of answers or options.
+        """
+        name = rule if isinstance(rule, str) else rule.name
+        return name, backend, tuple(sorted((k, (*x.shape,), str(x.dtype)) for k, x in batch.items()))
 
     def get(
         self,
@@ -73,17 +82,18 @@ class CompiledForward:
         rule: str | RuleSpec = DEFAULT_RULE,
         backend: str = DEFAULT_BACKEND,
     ) -> Program:
-        """Compiles the program for batches of this shape, unless it is compiled already.
+        """Compiles the program for batches like this one (`key`), unless it is compiled already.
 
         Takes arrays, those of the batch [B * G, ...] with the rule's inputs, or their shapes. Returns
         `(params, batch) -> (logits, keep bool [stages, B * G, S])`: the logits that answers are read from
         (`Task.example_logits`); keep is bool [0, 1] for a rule that drops nothing.
         """
         spec = RULES[rule] if isinstance(rule, str) else rule
-        key = (spec.name, backend, *batch["input_ids"].shape)
+        key = self.key(batch, spec, backend)
         if key not in self._compiled:
             if len(self._compiled) + 1 == MANY_PROGRAMS:
-                shapes = ", ".join(f"{rows} x {width}" for *_, rows, width in self._compiled)
+                inputs = [{name: shape for name, shape, _ in key[2]} for key in self._compiled]
+                shapes = ", ".join("{} x {}".format(*shape["input_ids"]) for shape in inputs)
                 warnings.warn(
                     f"{MANY_PROGRAMS} programs have been compiled for one model, for batches of {shapes} and "
                     "now one more; each batch size compiles its own, so always ask for the same few",
@@ -301,9 +311,8 @@ class InferenceEngine:
             inputs = self.rule_inputs(example)
             batch = self._batch(example, np.zeros(1, np.int64), width, inputs, self.batch_size)
             self.programs.get(params, batch, rule, backend)
-            rows = len(batch["input_ids"])
-            seconds = self.programs.compile_seconds[rule, backend, rows, width]
-            yield f"{rule}, {backend}, {rows} x {width} tokens", seconds
+            seconds = self.programs.compile_seconds[self.programs.key(batch, rule, backend)]
+            yield f"{rule}, {backend}, {len(batch['input_ids'])} x {width} tokens", seconds
 
 
 class LogitStore:

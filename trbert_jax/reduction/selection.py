@@ -46,13 +46,14 @@ class SharedPassage:
     must treat rows with the same logits alike, and draw the same random numbers for them.
     """
 
-    shared: jax.Array  # bool [B, S], the same in all rows of a group
+    shared: jax.Array  # bool [B, S], the same in all rows of a group; False in rows that fill a group up
     group: int = struct.field(pytree_node=False)  # rows of a group
 
     def mean(self, logits: jax.Array) -> jax.Array:
         """Averages over each group: [B, S] -> [B, S], the same in all rows of a group."""
-        groups = logits.reshape(-1, self.group, logits.shape[-1])
-        return jnp.repeat(groups.mean(1), self.group, axis=0)
+        real = self.shared.any(-1).reshape(-1, self.group, 1)
+        groups = jnp.where(real, logits.reshape(-1, self.group, logits.shape[-1]), 0)
+        return jnp.repeat(groups.sum(1) / jnp.maximum(real.sum(1), 1), self.group, axis=0)
 
     def repeat(self, num_copies: int) -> "SharedPassage":
         """Repeats the rows like `TokenSet.repeat`."""

@@ -191,6 +191,9 @@ def encode_usable(
             raise UserError(f"{source}: has no usable record; {summary}")
         logger.warning("%s: %s", source, summary)
         examples = task.encode(usable, tokenizer, **options)
+    if not len(examples):
+        lost = examples.counts.describe() if examples.counts else "it is empty"
+        raise UserError(f"{source}: nothing is left of the data; {lost}")
     if examples.counts is not None:
         level = logging.WARNING if examples.counts.is_lossy else logging.INFO
         logger.log(level, "%s: %s", source, examples.counts.describe())

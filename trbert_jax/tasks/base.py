@@ -36,6 +36,7 @@ class Task(abc.ABC):
 
     name: ClassVar[str]  # key of `TASKS`, and of `HEADS` unless `head` says otherwise
     metric: ClassVar[str]  # the metric that selects the best checkpoint; higher is better
+    full_score: ClassVar[float] = 1.0  # the largest value of this metric; some official scorers count to 100
     settings: ClassVar[frozenset[str]] = frozenset()  # keys that only some tasks read and this one does
     markers: ClassVar[tuple[str, ...]] = ()  # vocabulary entries besides word pieces that inputs may have
     shortest_request: ClassVar[dict[str, Any]]  # a request as short as possible

@@ -46,7 +46,7 @@ class SpanTask(Task):
     """Finds the start and end of an answer; settings and scorer depend on the style of the data set."""
 
     name = "span"
-    metric = "f1"
+    metric, full_score = "f1", 100.0
     settings = frozenset({"data.skip_bad_records", "model.max_question_length", "model.window_step"})
     markers = ("[unused1]", "[unused2]", "[unused3]")
     shortest_request: ClassVar[dict[str, Any]] = {"question": "a", "context": "a"}

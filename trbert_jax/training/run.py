@@ -348,8 +348,8 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
         if summary:
             kept = " -> ".join(f"{x:.1f}" for x in [summary["tokens"], *summary.get("kept", [])])
             speedup = f"{summary.get('flops_speedup', 1.0):.2f}x"
-            score = summary[task.metric]  # some official scorers count from 0 to 1, others to 100
-            value = f"{score:.1%}" if score <= 1 else f"{score:.1f}%"
+            score = summary.get(task.metric)  # no question of the split has a known answer
+            value = "-" if score is None else f"{score / task.full_score:.1%}"
             flops = f"{summary['flops'] / 1e6:.1f}"
             yield f"{name:<16} {value:>9} {kept:>22} {flops:>9} {speedup:>9}"
     yield ""

@@ -115,10 +115,11 @@ def residual_scores(
     path = experiment.output_of("score", SCORES, stage)
     scores = _load(experiment, path, examples, examples.num_rows)
 
+    first_row = np.asarray(examples.first_row)
+
     def sums(rows: np.ndarray) -> np.ndarray:
-        groups, which = np.unique(np.asarray(rows) // examples.group, return_inverse=True)
-        members = groups[:, None] * examples.group + np.arange(examples.group)
-        return np.asarray(scores[members].sum(1)[which])
+        owners, which = np.unique(np.searchsorted(first_row, rows, side="right") - 1, return_inverse=True)
+        return np.stack([scores[first_row[i] : first_row[i + 1]].sum(0) for i in owners])[which]
 
     return sums if "shared_length" in examples.row_targets else scores.__getitem__
 
