@@ -83,7 +83,7 @@ class Source:
 
     def texts(self, fields: Fields, bad: BadRecords | None = None) -> Iterator[Any]:
         """Yields the `Text`s of rows or lines, and `PAUSE`. Malformed rows go to `bad`."""
-        bad = bad or BadRecords()
+        bad, announced = bad or BadRecords(), False
         if self._texts:
             yield from map(Text, self._texts)
             return
@@ -97,6 +97,9 @@ class Source:
                     self._check_first(row, fields)
                 yield Text(row.removesuffix("\n"))
                 continue
+            if not announced:
+                found, announced = fields.find(row, "text"), True
+                logger.info("%s: read as %s, the texts from %r", self.name, self.format, found)
             with bad.record(place):
                 example = make_example(row, "", fields, may_be_empty=True)
                 yield Text(example.text, example.pair, example.given_id)
@@ -212,9 +215,11 @@ def _predictions(
 
     def asked() -> Iterator[Any]:
         for text in texts:
-            if text is not PAUSE:
+            if text is PAUSE:
+                yield PAUSE
+            else:
                 waiting.append(text)
-            yield text if text is PAUSE or text.pair is not None else text.text
+                yield text.text if text.pair is None else (text.text, text.pair)
 
     count = cut = 0
     for prediction in model.predict_stream(asked(), **options):

@@ -47,6 +47,7 @@ from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples, Ragged
 from trbert_jax.tasks.text_encoder import TextEncoder
 
+TextOrPair = str | Sequence[str]  # a text, or a text and a second text
 WINDOW = 32  # batches within which inputs are sorted by length
 MOST = 2**24  # largest batch size
 SMALL = (1, 4)  # rows of small batches, for requests of a few texts
@@ -68,7 +69,7 @@ class Prediction:
     kept: tuple[np.ndarray, ...]
     num_tokens: int  # tokens that the model read, [CLS] and [SEP] included
     truncated: bool  # whether the text was longer than `TRBert.config.max_length` tokens and was cut
-    text: str = dataclasses.field(repr=False)
+    text: TextOrPair = dataclasses.field(repr=False)  # as given
     input_ids: np.ndarray  # int32 [num_tokens]
     _encoder: TextEncoder = dataclasses.field(repr=False)
 
@@ -222,7 +223,8 @@ class TRBert:
             example = self.task.encode(request, self.require_tokenizer())
         else:
             small = (*SMALL, *FEWER)
-            example = _make_examples([[0]])
+            types = np.zeros(1, np.int8) if self.config.inputs.text_pair_field else None
+            example = _make_examples(Ragged.of([np.zeros(1, np.int32)]), types)
         for size in sorted({size for size in small if size < batch_size} | {batch_size}):
             yield from self.engine(size).compile(self.params, example, rule or self.default_rule, backend)
 
@@ -230,7 +232,7 @@ class TRBert:
 
     def predict(
         self,
-        texts: Iterable[str],
+        texts: Iterable[TextOrPair],
         batch_size: int = 32,
         rule: str | None = None,
         backend: str = DEFAULT_BACKEND,
@@ -239,7 +241,8 @@ class TRBert:
         """Classifies texts.
 
         Args:
-          texts: any number, empty ones too; one longer than `config.max_length` tokens is cut.
+          texts: any number, empty ones too, or pairs `(text, second text)`; one longer than
+            `config.max_length` tokens is cut.
           batch_size: texts per forward pass; does not change the results. Memory grows with it up to the
             number of texts.
           rule: `threshold` decides on each text by itself. `batch_max` is the published evaluation: each text
@@ -257,7 +260,7 @@ class TRBert:
         return list(self.predict_stream(texts, batch_size, **options))
 
     def predict_stream(
-        self, texts: Iterable[str], batch_size: int = 32, **options: Any
+        self, texts: Iterable[TextOrPair], batch_size: int = 32, **options: Any
     ) -> Iterator[Prediction]:
         """Classifies any number of texts, with a few windows of `WINDOW` batches in memory at a time.
 
@@ -270,7 +273,7 @@ class TRBert:
         options = self._options(batch_size, **options)
         return self._predict(texts, int(batch_size), options)
 
-    def _predict(self, texts: Iterable[str], batch_size: int, options: Any) -> Iterator[Prediction]:
+    def _predict(self, texts: Iterable[TextOrPair], batch_size: int, options: Any) -> Iterator[Prediction]:
         rows = 0
         for window, examples, truncated in self._encode_ahead(texts, WINDOW * batch_size):
             if (needed := _num_rows(len(window), batch_size)) > rows:  # windows of a pipe are small at first
@@ -296,8 +299,8 @@ class TRBert:
                 )
 
     def _encode_ahead(
-        self, texts: Iterable[str], size: int
-    ) -> Iterator[tuple[list[str], Examples, list[bool]]]:
+        self, texts: Iterable[TextOrPair], size: int
+    ) -> Iterator[tuple[list[TextOrPair], Examples, list[bool]]]:
         """Encodes `size` texts at a time, the next ones while these are in use."""
         source, first, pending = iter(texts), 0, None
         with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without Python's lock
@@ -309,13 +312,12 @@ class TRBert:
             if pending:
                 yield pending.result()
 
-    def _encode(self, texts: list[str], first: int) -> tuple[list[str], Examples, list[bool]]:
+    def _encode(self, texts: list[TextOrPair], first: int) -> tuple[list[TextOrPair], Examples, list[bool]]:
         """Encodes texts, whose numbers begin with `first`; tells which are cut."""
-        _check_texts(texts, first)
-        encoder, longest = self._encoder, self.config.max_length - 2
-        encoded = encoder.encode(texts, max_tokens=longest)
-        rows = [np.concatenate([encoder.cls, ids, encoder.sep]) for ids in encoded.tokens]
-        return texts, _make_examples(rows), (encoded.num_tokens > longest).tolist()
+        _check_texts(texts, first, pairs=bool(self.config.inputs.text_pair_field))
+        pairs = [(text,) if isinstance(text, str) else text for text in texts]
+        rows = self._encoder.rows(pairs, self.config.max_length)
+        return texts, _make_examples(rows.tokens, rows.token_types), rows.cut.tolist()
 
     def _options(
         self,
@@ -418,11 +420,10 @@ def _windows(source: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield window
 
 
-def _make_examples(rows: Iterable[Sequence[int] | np.ndarray]) -> Examples:
+def _make_examples(tokens: Ragged, token_types: np.ndarray | None) -> Examples:
     """Returns examples of one row each, without labels."""
-    tokens = Ragged.of([np.array(row, np.int32) for row in rows])
     ids = [str(i) for i in range(len(tokens))]
-    return Examples(tokens.values, tokens.offsets, None, np.zeros(len(ids), np.int32), ids, 0, "")
+    return Examples(tokens.values, tokens.offsets, token_types, np.zeros(len(ids), np.int32), ids, 0, "")
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -441,11 +442,16 @@ def check_iterable(function: str, values: Any, name: str, example: str) -> None:
         raise UserError(f"{function} takes a list of {name}, or another iterable; {found}")
 
 
-def _check_texts(texts: Sequence[str], first: int) -> None:
+def _check_texts(texts: Sequence[TextOrPair], first: int, *, pairs: bool) -> None:
+    """Raises UserError for something else than texts, or pairs of texts, which a model of pairs needs."""
     for i, text in enumerate(texts, first):
-        if not isinstance(text, str):
-            raise UserError(f"texts[{i}] is a {type(text).__name__}; expected a string")
+        is_pair = isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(x, str) for x in text)
+        if not (is_pair or (isinstance(text, str) and not pairs)):
+            expected = "a pair of strings, (text, second text): the model was trained on pairs"
+            expected = expected if pairs else "a string, or a pair of strings"
+            raise UserError(f"texts[{i}] is a {type(text).__name__}; expected {expected}")
         try:
-            check_unicode(text)
+            for part in [text] if isinstance(text, str) else text:
+                check_unicode(part)
         except ValueError as error:
             raise UserError(f"texts[{i}] {error}") from error

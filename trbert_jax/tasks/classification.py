@@ -21,7 +21,7 @@ from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks.base import RecordErrors, Score, Task, register_task
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.scorers import class_scores
-from trbert_jax.tasks.text_encoder import TextEncoder, cut_lengths
+from trbert_jax.tasks.text_encoder import TextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +88,10 @@ def encode_texts(
 ) -> Examples:
     """Encodes texts as `[CLS] tokens [SEP]`, cut to the maximum length, or reads them from the cache.
 
-    Pairs become `[CLS] tokens [SEP] tokens [SEP]` with the token types 0 and 1; the longer text is cut first.
-    The name of a file in `cache_dir` is a hash of everything that decides its contents, so another data set,
-    tokenizer or length never reads it; None for no cache. Raises `UnusableRecords` for texts without tokens,
-    `UserError` for a cache folder that cannot be written. Source: docs/data.md, "Tokenized examples".
+    Pairs become rows with token types, see `TextEncoder.rows`. The name of a file in `cache_dir` is a hash of
+    everything that decides its contents, so another data set, tokenizer or length never reads it; None for no
+    cache. Raises `UnusableRecords` for texts without tokens, `UserError` for a cache folder that cannot be
+    written. Source: docs/data.md, "Tokenized examples".
     """
     if max_length < 3:
         raise ValueError(f"max_length is {max_length}; [CLS], one token and [SEP] need 3")
@@ -134,34 +134,20 @@ def _digest(records: Sequence[Example], encoder: TextEncoder, max_length: int) -
 
 
 def _tokenize(records: Sequence[Example], encoder: TextEncoder, max_length: int) -> dict[str, np.ndarray]:
-    texts, errors = [[record.text for record in records]], RecordErrors()
-    with_pairs = any(record.pair is not None for record in records)
-    if with_pairs:
-        texts.append([record.pair or "" for record in records])
-    encoded = [encoder.encode(part, max_tokens=max_length) for part in texts]
-    rows, lengths, types, cut = list[np.ndarray](), [0], list[int](), 0
-    for i, record in enumerate(records):
-        segments = [part.tokens[i] for part in encoded[: 1 if record.pair is None else 2]]
-        for segment, field in zip(segments, ("text", "second text"), strict=False):
-            if not len(segment):
-                errors.add(record, field, "has no tokens; remove the example")
-        counts = [int(part.num_tokens[i]) for part in encoded[: len(segments)]]
-        kept = cut_lengths(counts, max_length - 1 - len(segments))
-        cut += kept != counts
-        row = [encoder.cls, *(x for n, s in zip(kept, segments, strict=True) for x in (s[:n], encoder.sep))]
-        rows += row
-        lengths.append(sum(map(len, row)))
-        types += [kept[0] + 2, lengths[-1] - kept[0] - 2]
+    texts = [(r.text,) if r.pair is None else (r.text, r.pair) for r in records]
+    rows, errors = encoder.rows(texts, max_length), RecordErrors()
+    for i, text in enumerate(texts):
+        for name, is_empty in zip(("text", "second text")[: len(text)], rows.empty[:, i], strict=False):
+            if is_empty:
+                errors.add(records[i], name, "has no tokens; remove the example")
     errors.raise_if_any()
+    types = {} if rows.token_types is None else {"token_types": rows.token_types}
+    num_truncated = np.array(rows.cut.sum(), np.int64)
     return {
-        "tokens": np.concatenate(rows),
-        "offsets": np.cumsum(lengths, dtype=np.int64),
-        "num_truncated": np.array(cut, np.int64),
-        **(
-            {"token_types": np.repeat(np.tile([0, 1], len(records)), types).astype(np.int8)}
-            if with_pairs
-            else {}
-        ),
+        "tokens": rows.tokens.values,
+        "offsets": rows.tokens.offsets,
+        "num_truncated": num_truncated,
+        **types,
     }
 
 

@@ -55,6 +55,16 @@ class EncodedTexts:
     num_tokens: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextRows:
+    """n texts or pairs of texts with special tokens."""
+
+    tokens: Ragged  # int32, the pieces of each row
+    token_types: np.ndarray | None  # int8 [total], 0 and 1; None if no row is a pair
+    cut: np.ndarray  # bool [n], whether the row lacks pieces
+    empty: np.ndarray  # bool [1 or 2, n], whether the text or second text has no pieces
+
+
 class TextEncoder:
     """A tokenizer that neither cuts nor pads nor adds special tokens.
 
@@ -155,6 +165,32 @@ class TextEncoder:
             length *= 4
             for i, encoding in zip(short, encode([texts[i][:length] for i in short]), strict=True):
                 encodings[i] = encoding
+
+    def rows(self, texts: Sequence[Sequence[str]], max_length: int) -> "TextRows":
+        """Encodes texts, alone or in pairs, as `[CLS] text [SEP]` and `[CLS] text [SEP] second text [SEP]`.
+
+        Cuts them to `max_length` tokens, of a pair first the longer text, as Hugging Face does.
+        """
+        num_texts = max(map(len, texts), default=1)
+        columns = [[text[k] if k < len(text) else "" for text in texts] for k in range(num_texts)]
+        parts = [self.encode(column, max_tokens=max_length) for column in columns]
+        pieces, lengths, cut = list[np.ndarray](), list[int](), list[bool]()
+        for i, text in enumerate(texts):
+            counts = [int(part.num_tokens[i]) for part in parts[: len(text)]]
+            if len(text) == 2 and min(counts) > max_length:  # both may be read in part: which is longer?
+                counts = self.encode(text).num_tokens.tolist()
+            kept = cut_lengths(counts, max_length - 1 - len(text))
+            cut.append(kept != counts)
+            for k, part in enumerate(parts):
+                segment = [part.tokens[i][: kept[k]], self.sep] if k < len(text) else []
+                segment = [self.cls, *segment] if k == 0 else segment
+                pieces += segment
+                lengths.append(sum(map(len, segment)))
+        offsets = np.cumsum([0, *lengths], dtype=np.int64)[::num_texts]
+        types = np.repeat(np.tile(np.arange(num_texts, dtype=np.int8), len(texts)), lengths)
+        tokens = Ragged(np.concatenate([np.zeros(0, np.int32), *pieces]), offsets)
+        empty = np.array([part.num_tokens == 0 for part in parts]).reshape(num_texts, -1)
+        return TextRows(tokens, types if num_texts > 1 else None, np.array(cut, bool), empty)
 
     def encode_distinct(
         self, texts: Sequence[str], *, chars: bool = False, max_tokens: int | None = None
