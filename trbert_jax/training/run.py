@@ -366,5 +366,6 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
         yield f"confusion matrix  {workdir / 'confusion.png'}"
     if any(STAGES[name].evaluates for name in results["stages"]) and (workdir / "model").is_dir():
         yield f"model             {workdir / 'model'}"
-        request = "--file questions.jsonl" if task.inputs.data else '"some text"'
+        request = "--file pairs.csv" if task.inputs.text_pair_field else '"some text"'
+        request = "--file questions.jsonl" if task.inputs.data else request
         yield f"next              trbert predict --model {workdir / 'model'} {request}"
