@@ -280,6 +280,11 @@ def add_section(name: str, settings: type[StageConfig]) -> None:
 RENAMED = {"execution": {"packed": "backend", "masked": "backend", "batch_max": "rule", "dense": "rule"}}
 
 
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)  # takes time to make
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, which wins over its `base` files; `section.key=value` overrides win over both.
 
@@ -303,7 +308,7 @@ def build_stored(values: Any, path: str | Path) -> RunConfig:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns the settings as nested dicts and lists, for JSON and YAML; `load_config` reads them back."""
-    return dict(TypeAdapter(type(config)).dump_python(config, mode="json"))
+    return dict(_adapter(type(config)).dump_python(config, mode="json"))
 
 
 def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +327,7 @@ def with_defaults(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     section = STAGES.get(str(result.get("stage")))
     defaults = {"settings": section and section(), "model": BackboneConfig(init="")}
     for part in defaults.keys() & result.keys():
-        default = TypeAdapter(type(defaults[part])).dump_python(defaults[part], mode="json") or {}
+        default = _adapter(type(defaults[part])).dump_python(defaults[part], mode="json") or {}
         result[part] = {**default, **result[part]}
     return result
 
@@ -388,7 +393,7 @@ def _build(values: Mapping[str, Any], path: str) -> RunConfig:
     tree = _tree(_run_class)
     given = {key: value for key, value in values.items() if value is not None or not tree.get(key)}
     try:
-        config = TypeAdapter(_run_class).validate_python(given)
+        config = _adapter(_run_class).validate_python(given)
     except ValidationError as error:
         # An unknown key first: a misspelled one is the reason why another is missing.
         first = min(error.errors(), key=lambda e: e["type"] != _UNKNOWN)

@@ -208,12 +208,12 @@ def test_finished_stages_are_skipped(
     assert (copy.parent / "work" / "joint" / "done.json").stat().st_mtime_ns == before
 
 
-def test_evaluation_settings_may_change_before_evaluate(copy: Path, finished: Finished) -> None:
-    changed = "evaluate.thresholds=[0.6]"
-    with pytest.raises(RuntimeError, match="ended with 2"):
-        tiny_runs.train(copy, changed)
-    shutil.rmtree(copy.parent / "work" / "evaluate")
-    assert list(tiny_runs.train(copy, changed)["thresholds"]) == ["0.6"]
+def test_evaluation_settings_may_change(copy: Path, finished: Finished) -> None:
+    results = tiny_runs.train(copy, "evaluate.thresholds=[0.6]", "evaluate.batch_size=5")
+    assert list(results["thresholds"]) == ["0.6"]
+    for name in ("dense", "policy", "reduced"):
+        assert results[name]["accuracy"] == finished.results[name]["accuracy"]
+        assert results[name]["flops"] == pytest.approx(finished.results[name]["flops"])
 
 
 def test_some_stages(copy: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:

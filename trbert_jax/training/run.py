@@ -284,12 +284,14 @@ def evaluate_all_checkpoints(config: RunConfig, output: Path | None = None) -> d
 
 def collect_results(experiment: Experiment) -> dict[str, Any]:
     """Collects the results of all finished stages that are not stale, with settings, versions and machine."""
-    evaluated, notes, stages = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    evaluated, notes, stages, stale = dict[str, Any](), dict[str, Any](), dict[str, Any](), set[str]()
     for stage in configured(experiment.config):
         summary = experiment.finished(stage.name)
         if summary is None:
             continue
-        if reasons := made_from.stale(experiment, stage, STAGES):
+        inherited = [f"stage {name} is stale" for name in stage.reads(experiment.config) if name in stale]
+        if reasons := made_from.stale(experiment, stage, STAGES) or inherited:
+            stale.add(stage.name)
             left_out = "left out of results.json; leave --stages out to make it again"
             logger.warning("%s: stale (%s), %s", stage.name, "; ".join(reasons), left_out)
             continue
