@@ -281,7 +281,7 @@ RENAMED = {"execution": {"packed": "backend", "masked": "backend", "batch_max": 
 
 
 @functools.cache
-def _adapter(cls: type) -> TypeAdapter[Any]:
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)  # takes time to make
 
 
