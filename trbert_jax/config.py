@@ -280,9 +280,7 @@ def add_section(name: str, settings: type[StageConfig]) -> None:
 RENAMED = {"execution": {"packed": "backend", "masked": "backend", "batch_max": "rule", "dense": "rule"}}
 
 
-@functools.cache
-def _adapter(cls: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)  # takes time to make
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)  # takes time to make
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
