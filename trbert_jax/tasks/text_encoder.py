@@ -150,12 +150,14 @@ class TextEncoder:
 
     def _encodings(self, texts: list[str], chars: bool, max_tokens: int | None) -> list[Any]:
         """Returns the library's encodings; of long texts, of as many characters as `max_tokens` need."""
-        run = self._backend.encode_batch if chars else self._backend.encode_batch_fast
-        encode = functools.partial(run, add_special_tokens=False)
-        if max_tokens is None:
-            return encode(texts)
-        wanted = max_tokens + self._margin
+        wanted = (max_tokens or 0) + self._margin
         length = _CHARACTERS * wanted
+        in_part = max_tokens is not None and any(len(text) > length for text in texts)
+        # The fast one knows neither characters nor words.
+        run = self._backend.encode_batch if chars or in_part else self._backend.encode_batch_fast
+        encode = functools.partial(run, add_special_tokens=False)
+        if not in_part:
+            return encode(texts)
         encodings = encode([text[:length] for text in texts])
         while True:
             longer = (i for i, text in enumerate(texts) if len(text) > length)
