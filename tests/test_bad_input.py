@@ -263,6 +263,8 @@ RUN_CASES = [
     Case("changed data under a checkpoint", FINETUNE,
         ("finetune: stale (data train changed)", "work/finetune.old", "finetune: done"),
         append("data/train.jsonl", LINE), start="interrupted", code=0, leaves="work/.*"),
+    Case("checkpoints without the training data", CHECKPOINTS, ("accuracy",), remove("data/train.jsonl"),
+        start="interrupted", code=0),
     Case("work directory as a model", PREDICT.replace("model model", "model work"),
         ("work: ", "work/finetune/model"), start="finetuned"),
     Case("stage as a model", EVALUATE.replace("model model", "model work/finetune"),

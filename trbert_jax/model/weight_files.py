@@ -41,11 +41,12 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _STATE_DICTS = ("state_dict", "model_state_dict", "model")
 
 
-def local_directory(path_or_id: str | Path) -> Path:
+def local_directory(path_or_id: str | Path, *, download: bool = True) -> Path:
     """Resolves a local path or a Hugging Face Hub id to a local model directory.
 
-    Downloads a model to the cache that all Hugging Face tools share; a cached one needs no network. Raises
-    `UserError` if there is no such directory or model, or the hub cannot be reached.
+    Downloads a model to the cache that all Hugging Face tools share; a cached one needs no network, nor does
+    any without `download`. Raises `UserError` if there is no such directory or model, or the hub cannot be
+    reached.
     """
     path = find_path(path_or_id)
     if path.is_dir():
@@ -56,7 +57,9 @@ def local_directory(path_or_id: str | Path) -> Path:
         raise UserError(f"{name}: no such directory; expected a model's directory or its name on the hub")
     for form in _forms():
         patterns = (form, form + _INDEX_SUFFIX, _FORMS[form])
-        directory = _download(name, (*SMALL_FILES, *patterns))
+        directory = _download(
+            name, (*SMALL_FILES, *patterns), **({} if download else {"local_files_only": True})
+        )
         if any(any(directory.glob(pattern)) for pattern in patterns):
             break
     return directory
@@ -68,12 +71,12 @@ def _forms() -> list[str]:
     return sorted(_FORMS, key=lambda name: name == TORCH and not readable)
 
 
-def _download(name: str, patterns: tuple[str, ...]) -> Path:
+def _download(name: str, patterns: tuple[str, ...], **options: Any) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         problem = "no such directory, and no model of that name on the Hugging Face hub"
         raise UserError(f"{name}: {problem} (a private or gated one needs `hf auth login`)") from error

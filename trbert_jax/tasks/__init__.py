@@ -117,7 +117,9 @@ class Splits:
             data = self._config.data
             bad = self._bad[split] = BadRecords(skip=data.skip_bad_records)
             records = self._source.read_split(data.path, split, bad, **self._options(split))
-            ids = hashlib.blake2b("\n".join(record.id for record in records).encode(), digest_size=16)
+            ids = hashlib.blake2b(
+                "\n".join(record.id for record in records).encode("utf-8", "surrogatepass"), digest_size=16
+            )
             self._digests |= {split: content_digest(records), f"{split}.ids": ids.hexdigest()}
             self._records[split] = records
         return self._records[split]

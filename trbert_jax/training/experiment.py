@@ -149,11 +149,12 @@ class Experiment:
         """Raises a UserError if a stage in the work directory was begun with another configuration."""
         check_settings(self)
 
-    def fingerprint(self, stage: str, examples: Examples) -> dict[str, Any]:
+    def fingerprint(self, stage: str, examples: Examples | None = None) -> dict[str, Any]:
         """Returns the settings and data that a stage's checkpoints depend on."""
         settings = to_dict(self.config)
         trained = {"seed": self.config.seed, "model": settings["model"], "settings": settings[stage]}
-        return {"stage": stage, **trained, "examples": len(examples), "data": examples.digest}
+        data = {} if examples is None else {"examples": len(examples), "data": examples.digest}
+        return {"stage": stage, **trained, **data}
 
     def check_inputs(self, stage: str, model: Pretrained, splits: Sequence[str]) -> None:
         """Raises a UserError in every process unless all have the same parameters and data for a stage."""

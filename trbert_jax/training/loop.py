@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 
 from trbert_jax.config import TrainingConfig
 from trbert_jax.errors import PreemptedError, UserError
+from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
 from trbert_jax.model.pretrained import Pretrained, save_pretrained
 from trbert_jax.parallel import stop_request
@@ -114,7 +115,6 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
     # On the host: a device may be too small for all of them.
     params = jax.tree.map(np.asarray, start.params)
     trained, frozen = updates.split_params(params, stage.trained(model))
-    clip, epsilon = settings.clip_norm, settings.adam_epsilon
     fingerprint, folder = experiment.fingerprint(stage.name, examples), experiment.workdir / stage.name
     return Training(
         experiment=experiment,
@@ -131,13 +131,33 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
         schedule=schedule,
-        optimizer=updates.adamw(
-            schedule, model, weight_decay=settings.weight_decay, clip_norm=clip, epsilon=epsilon
-        ),
+        optimizer=_optimizer(settings, schedule, model),
         checkpoints=CheckpointStore(
             folder / "checkpoints", settings.keep_checkpoints, fingerprint, FREE_IN_CHECKPOINT
         ),
     )
+
+
+def _optimizer(settings: TrainingConfig, schedule: Any, model: ModelConfig) -> Any:
+    options = {"weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
+    return updates.adamw(schedule, model, epsilon=settings.adam_epsilon, **options)
+
+
+def saved_params(
+    experiment: Experiment, stage: Stage
+) -> tuple[Pretrained, CheckpointStore, Callable[[int], Params]]:
+    """Returns the model that a stage starts from, its checkpoints, and what reads all parameters at a step.
+
+    Needs no training data, unless the tokenizer was trained on it.
+    """
+    settings, start = getattr(experiment.config, stage.name), stage.start(experiment)
+    params = jax.tree.map(np.asarray, start.params)
+    trained, frozen = updates.split_params(params, stage.trained(start.config))
+    schedule = updates.linear_schedule(settings.learning_rate, 1, 0)  # its form alone counts
+    like = init_state(trained, _optimizer(settings, schedule, start.config))
+    folder, free = experiment.workdir / stage.name / "checkpoints", {*FREE_IN_CHECKPOINT, "examples", "data"}
+    store = CheckpointStore(folder, settings.keep_checkpoints, experiment.fingerprint(stage.name), free)
+    return start, store, lambda step: merge_params(restore_state(store, step, like).trained, frozen)
 
 
 # Batches ------------------------------------------------------------------------------------------

@@ -144,9 +144,9 @@ def _models(config: RunConfig) -> dict[str, str | None]:
 
 
 def folder_digest(path: str | Path | None) -> str | None:
-    """Hashes the files of a model or tokenizer, by folder or hub id; None if it is not there."""
+    """Hashes the files of a model or tokenizer, by folder or hub id; None if it is not on this machine."""
     try:
-        files = model_files(local_directory(str(path)))
+        files = model_files(local_directory(str(path), download=False))
     except UserError:
         return None
     hashes = {file.name: _hash(file, os.stat(file).st_mtime_ns)["blake2b"] for file in files}
@@ -298,4 +298,7 @@ def _swap(directory: Path, old: Path, *, back: bool) -> None:
 def finish(experiment: Experiment, stage: Stage) -> None:
     """Records the hash of a stage's outputs."""
     directory = experiment.workdir / stage.name
-    write_json(directory / NAME, {**read_made(directory), "output": output_digest(experiment, stage)})
+    made = read_made(directory)
+    if made["models"]:  # which may have been downloaded by now
+        made["models"] = _models(experiment.config)
+    write_json(directory / NAME, {**made, "output": output_digest(experiment, stage)})

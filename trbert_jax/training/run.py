@@ -30,10 +30,9 @@ from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import made_from
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Progress, plot_metrics
-from trbert_jax.training.loop import prepare, restore_state, train_stage
+from trbert_jax.training.loop import saved_params, train_stage
 from trbert_jax.training.prepared import read_provenance
 from trbert_jax.training.stages import STAGES, Stage, compared_models, configured
-from trbert_jax.training.step import init_state, merge_params
 
 logger = logging.getLogger(__name__)
 
@@ -261,16 +260,13 @@ def evaluate_all_checkpoints(config: RunConfig, output: Path | None = None) -> d
     for stage in configured(config):
         if not (experiment.workdir / stage.name / "checkpoints").is_dir():
             continue
-        training = prepare(experiment, stage)
-        model, store = training.start, training.checkpoints
+        model, store, params_at = saved_params(experiment, stage)
         engine = experiment.engine(model.config, config.evaluate.batch_size)
         examples = experiment.features(config.evaluate.split, model)
-        like = init_state(training.trained, training.optimizer)
         results[stage.name] = {"best": store.best_step(), "last": store.latest_step()}
         for step in store.steps():
             logger.info("%s: evaluating step %d", stage.name, step)
-            params = merge_params(restore_state(store, step, like).trained, training.frozen)
-            outputs = engine.run(params, examples, **stage.evaluation(config))
+            outputs = engine.run(params_at(step), examples, **stage.evaluation(config))
             metrics = experiment.data.task.score(examples, outputs.logits).metrics
             results[stage.name][f"step_{step}"] = summarize(outputs, model.config, metrics)
     if not results:
