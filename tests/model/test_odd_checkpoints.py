@@ -93,6 +93,7 @@ ODD: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "compiled layers": (renamed(lambda name: re.sub(r"layer\.\d", r"\g<0>._orig_mod", name)), ()),
     "of TinyBERT": (added(fit_denses__0__weight=ZEROS), ("fit_denses.0.weight",)),
     "a loss": (added(loss_fct__weight=np.ones(2, np.float32)), ("loss_fct.weight",)),
+    "integers beside": (added(loss_fct__weight=np.ones(2, np.int64)), ()),
     "another head": (added(qa_outputs__weight=ZEROS[:2]), ("qa_outputs.weight",)),
     "a teacher": (added(teacher__bert__embeddings__word_embeddings__weight=ZEROS), ("teacher.bert.",)),
     "NaN in an unused head": (added(cls__predictions__bias=NAN, qa_outputs__weight=NAN), ("qa_outputs.",)),

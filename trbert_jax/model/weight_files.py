@@ -25,6 +25,7 @@ UNFINISHED = "(an unfinished download or an interrupted run leaves a folder like
 _INDEX_SUFFIX = ".index.json"
 _SAVE_OTHERWISE = f"or save the checkpoint as {SAFETENSORS}"
 _FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
+_QUANTIZED = ("I8", "U8", "F8", "F6", "F4")  # beginnings of these
 
 SMALL_FILES = (
     "config.json",
@@ -153,7 +154,7 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
                 dtype = tensors.get_slice(name).get_dtype()
                 if dtype in _FLOATS:
                     weights[name] = tensors.get_tensor(name).astype(np.float32)
-                elif name.endswith((".weight", ".bias")):
+                elif dtype.startswith(_QUANTIZED) and name.endswith((".weight", ".bias")):
                     expected = f"one of {', '.join(_FLOATS)} (quantized checkpoints cannot be read)"
                     raise UserError(f"{file}: {name} is stored as {dtype}; expected {expected}")
     except PermissionError as error:
