@@ -590,7 +590,7 @@ def _convert(args: Arguments) -> None:
 @_command(
     "prepare-data",
     CONFIG,
-    _option("--output", "DIR", Path, "folder of the shards", required=True),
+    _option("--output", "DIR", _expanded, "folder of the shards", required=True),
     _option("--shard-size", "N", _count, "examples per shard (default 4096)", default=4096),
     _option("--workers", "N", _count, "shards written at a time (default 2)", default=2),
     SKIP,

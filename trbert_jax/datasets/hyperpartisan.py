@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from trbert_jax.datasets import reading, text_files
 from trbert_jax.datasets.records import Example
 from trbert_jax.errors import UserError
-from trbert_jax.io import atomic_file, readable
+from trbert_jax.io import atomic_file, check_outputs, find_path, readable
 
 LABELS = ("not hyperpartisan", "hyperpartisan")
 _TEXT_FILE = "original_data.txt"
@@ -43,9 +43,11 @@ def split_hyperpartisan(input_path: str | Path, output_dir: str | Path) -> dict[
     """
     path = _find_source(Path(input_path).expanduser())
     read = _read_xml if path.suffix == ".xml" else _read_original_data
+    folder = find_path(output_dir)
+    check_outputs([folder / f"{name}.jsonl" for name in ("train", "dev", "test")], inputs=[path])
     splits = _divide(list(read(path)), path)
     for name, part in splits.items():
-        with atomic_file(Path(output_dir).expanduser() / f"{name}.jsonl") as stream:
+        with atomic_file(folder / f"{name}.jsonl") as stream:
             for example in part:
                 line = {"text": example.text, "label": example.label}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")

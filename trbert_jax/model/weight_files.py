@@ -4,7 +4,9 @@ Arrays are named as on disk in PyTorch; `weights` translates these names to the 
 """
 
 import importlib.util
+import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,9 +104,17 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def write_weights(path: Path, weights: Mapping[str, Any]) -> None:
-    """Writes arrays as one float32 safetensors file that PyTorch reads too."""
+    """Writes arrays as one float32 safetensors file that PyTorch reads too. Raises `OSError`."""
     arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in weights.items()}
-    save_file(arrays, path, metadata={"format": "pt"})
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        save_file(arrays, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise
+    path.chmod(mode)  # safetensors makes a file for its owner alone
 
 
 def model_files(directory: Path) -> list[Path]:
