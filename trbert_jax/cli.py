@@ -49,18 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return streams.finish(stop.code if isinstance(stop.code, int) else streams.USER_ERROR)
     # JAX handles SIGTERM if several processes have to agree on when to stop.
     several = args.command == "train" and (args.distributed or args.coordinator is not None)
-    with streams.signals(ended_by_sigterm=not several, last=argv is None):
-        return streams.finish(_run(args))
+    return streams.finish(_run(args, streams.signals(ended_by_sigterm=not several, last=argv is None)))
 
 
-def _run(args: Arguments) -> int:
+def _run(args: Arguments, signals: contextlib.AbstractContextManager[None]) -> int:
     # transformers without PyTorch is intended; its advice to install it is no help.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     streams.setup_logging()
     advice = f"; {RESUME}" if args.command == "train" else ""
     try:
-        check_outputs(**_paths(args))
-        COMMANDS[args.command][0](args)
+        with signals:
+            check_outputs(**_paths(args))
+            COMMANDS[args.command][0](args)
     except UserError as error:
         streams.say(f"error: {error}")
         return streams.USER_ERROR

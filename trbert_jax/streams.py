@@ -104,32 +104,55 @@ def say(message: str) -> None:
 
 @contextlib.contextmanager
 def signals(ended_by_sigterm: bool, last: bool) -> Iterator[None]:
-    """Raises `KeyboardInterrupt` on SIGINT and `PreemptedError` on SIGTERM and SIGHUP, to clean up files.
+    """Raises `KeyboardInterrupt` on SIGINT, `PreemptedError` on SIGTERM and SIGHUP, to clean up files.
 
-    Ignores signals that follow within `PAUSE` seconds, which would end the cleaning up, and those that the
-    process ignored before. `last`: the process ends after the block, and later signals end it at once.
+    Waits for the end of an import, in which other exceptions may replace these. Ignores signals that follow
+    within `PAUSE` seconds, which would end the cleaning up, and those that the process ignored before.
+    `last`: the process ends after the block, and later signals end it at once.
     """
     if threading.current_thread() is not threading.main_thread():  # only it may handle signals
         yield
         return
-    stopped = list[float]()
+    stopped, asked = list[float](), list[int]()
 
-    def stop(number: int, _: Any) -> None:
+    def stop(number: int, frame: Any) -> None:
         now = time.monotonic()
-        if stopped and now - stopped[-1] < PAUSE:
+        if (stopped and now - stopped[-1] < PAUSE) or (number == alarm and not asked):
             return
+        if number != alarm:
+            asked.append(number)
+        if alarm is not None and _imports(frame):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
+        number = asked[-1]
         stopped.append(now)
         raise KeyboardInterrupt if number == signal.SIGINT else PreemptedError("told to stop", number)
 
-    names = ["SIGINT", *(["SIGTERM", "SIGHUP"] if ended_by_sigterm else [])]
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
+    def end(number: int, _: Any) -> None:
+        if time.monotonic() - stopped[-1] >= PAUSE:
+            os._exit(128 + number)
+
+    names = ["SIGINT", *(["SIGTERM", "SIGHUP"] if ended_by_sigterm else []), "SIGALRM"]
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has fewer
     defaults = (signal.default_int_handler, signal.SIG_DFL)
-    before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) in defaults}
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) in defaults}
+    alarm = next((n for n in before if n == getattr(signal, "SIGALRM", None)), None)
     try:
+        for number in before:
+            signal.signal(number, stop)
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if last else handler)
+            signal.signal(number, handler if not last else end if stopped else signal.SIG_DFL)
+
+
+def _imports(frame: Any) -> bool:
+    """Returns whether a frame is part of an import."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 # Messages -----------------------------------------------------------------------------------------

@@ -75,11 +75,11 @@ class Source:
     def _read_pipe(self) -> Iterator[Any]:
         """Yields number and text of each line, and `PAUSE` where the next has not arrived."""
         number = 0
-        with readable(self._path):
+        with readable(self.name):
             stream = sys.stdin.buffer if self._is_stdin else self._path.open("rb")
-        for line in _arriving(stream):
-            number += line is not PAUSE
-            yield line if line is PAUSE else (number, reading.decode_line(line, number, self.name))
+            for line in _arriving(stream):
+                number += line is not PAUSE
+                yield line if line is PAUSE else (number, reading.decode_line(line, number, self.name))
 
     def texts(self, fields: Fields, bad: BadRecords | None = None) -> Iterator[Any]:
         """Yields the `Text`s of rows or lines, and `PAUSE`. Malformed rows go to `bad`."""
