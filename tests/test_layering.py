@@ -128,8 +128,8 @@ def test_sizes() -> None:
     assert len(entries) <= 16
     assert len(FLOORS) <= 8
     assert len(list(PACKAGE.rglob("*.py"))) <= 82
-    assert lines(PACKAGE) <= 16_000
-    assert lines(ROOT / "tests") <= 13_400
+    assert lines(PACKAGE) <= 18_500
+    assert lines(ROOT / "tests") <= 14_800
 
 
 @pytest.mark.parametrize("module", MODULES)
