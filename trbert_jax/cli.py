@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
+import math
 import os
 import shlex
 import sys
@@ -253,6 +254,8 @@ _name = _type("names with commas between them", str, bool)
 _index = _type("a number of at least 0", _digits, lambda n: n >= 0)
 _count = _type("a number of at least 1", _digits, lambda n: n >= 1)
 _probability = _type("a number above 0 and below 1", float, lambda p: 0 < p < 1)
+_number_type = _type("a number", float, math.isfinite)
+_n_best = _type("a number from 1 to 20", _digits, lambda n: 1 <= n <= 20)
 _steps = _type(
     "FIRST:END, such as 10:15",
     lambda text: tuple(map(_digits, text.split(":"))),
@@ -276,6 +279,10 @@ THRESHOLD = _option("--threshold", "P", _probability, THRESHOLD_HELP, default=DE
 FIELDS = (
     _option("--text-field", "NAME", str, "field of the text (default that of the training data, or text)"),
     _option("--text-pair-field", "NAME", str, "field of a second text"),
+)
+ANSWERS = (
+    _option("--null-threshold", "X", _number_type, "no answer to a question with null odds above X"),
+    _option("--max-answer-length", "N", _count, "word pieces of an answer at most (default 30)"),
 )
 MAX_LENGTH = _option("--max-length", "N", _count, "tokens after which texts are cut (default the model's)")
 
@@ -354,6 +361,7 @@ def _train(args: Arguments) -> None:
     BATCH_SIZE,
     *RULE,
     THRESHOLD,
+    *ANSWERS,
     _path("outputs", "--json", "FILE", "write the numbers to this file"),
     _path("outputs", "--predictions", "FILE", PREDICTIONS_HELP, beside=(".null_odds.json",)),
     _path("outputs", "--plot", "FILE", "draw the confusion matrix to this PNG file"),
@@ -398,6 +406,7 @@ def _evaluate(args: Arguments) -> None:
 
         baselines = rule_names("baseline") if args.baselines else ()
         names = "batch_size rule backend threshold predictions plot skip_bad_records max_length"
+        names += " null_threshold max_answer_length"
         options = _chosen(args, f"{names} text_field text_pair_field label_field")
         result = evaluate_file(args.model, args.data, baselines=baselines, **options)
     if args.json:
@@ -428,6 +437,8 @@ def _evaluate(args: Arguments) -> None:
     BATCH_SIZE,
     *RULE,
     THRESHOLD,
+    _option("--n-best", "N", _n_best, "list the N best answers to each question"),
+    *ANSWERS,
     _switch("--with-text", "repeat the text, or the question, in each line"),
     SKIP,
 )
@@ -441,7 +452,8 @@ def _predict(args: Arguments) -> None:
     label. The ending of --file decides its format.
 
     A model that answers questions takes a JSON object per line ("question" and "context", say; see
-    docs/question_answering.md) and prints "id", "answer", "num_tokens" and "num_kept".
+    docs/question_answering.md) and prints "id", "answer", "score", "num_tokens" and "num_kept"; of an answer
+    cut from a text "start" and "end", its characters; "null_odds" if questions may have no answer.
 
     Examples:
       trbert predict --model work/imdb/model --file reviews.jsonl --output predictions.jsonl
@@ -468,6 +480,11 @@ def _predict(args: Arguments) -> None:
         BadRecords(args.skip_bad_records),
     )
     options = _chosen(args, "batch_size rule backend threshold")
+    asked = _chosen(args, "n_best null_threshold max_answer_length")
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked and not model.answers_questions:
+        raise UserError(f"--{next(iter(asked)).replace('_', '-')} is for models that answer questions")
+    options |= asked
     records, count = output_records(model, source, fields, bad, args.with_text, **options), 0
     printed = contextlib.nullcontext(streams.StandardOutput())
     with atomic_file(args.output) if args.output else printed as stream:

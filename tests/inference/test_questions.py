@@ -101,7 +101,6 @@ def possible(kind: str, request: dict[str, Any], answer: str) -> bool:
     if kind == "multi_hop":
         texts = ["".join(p["sentences"]) for p in request["paragraphs"]]
         return answer in ("yes", "no") or any(answer in text for text in texts)
-    # Nothing is an answer to SQuAD alone; "empty" is what published decoding says where it finds no text.
     return answer in request["context"] and (bool(answer) or kind == "span")
 
 
@@ -116,8 +115,35 @@ def test_predict_answers_in_order(models: dict[str, Path], tmp_path: Path, kind:
         assert len(answer["num_kept"]) == 1  # two layers have one point of reduction
         assert 0 < answer["num_kept"][0] <= answer["num_tokens"]
         assert ("supporting" in answer) == (kind == "multi_hop")
+        assert 0 <= answer["score"] <= 1
+        if "start" in answer:
+            paragraph = request.get("paragraphs", [{}])[answer.get("paragraph", 0)]
+            text = request.get("context") or "".join(paragraph["sentences"])
+            assert text[answer["start"] : answer["end"]] == answer["answer"]
     # Whatever else is in the batch.
+    assert answers[1].pop("score") == pytest.approx(answers[2].pop("score"), abs=1e-5)
+    answers[1].pop("null_odds", 0), answers[2].pop("null_odds", 0)
     assert without(answers[1], "id") == without(answers[2], "id")
+
+
+def test_one_bad_question_among_good_ones(models: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+    """It stops the run after the answers before it, or is skipped; an id is given back as it was."""
+    good, output = {**SPAN, "id": 7}, tmp_path / "answers.jsonl"
+    for bad in ({**SPAN, "context": "\u200b"}, {**SPAN, "id": 7}, {**SPAN, "id": [1]}, {"question": "who ?"}):
+        lines = "".join(json.dumps(x) + "\n" for x in (good, bad, {**SPAN, "id": "last"}))
+        source = tmp_path / "questions.jsonl"
+        source.write_text(lines)
+        command = ["predict", "--model", str(models["no null"]), "--file", str(source), "--backend", "masked"]
+        command += ["--output", str(output), "--n-best", "2", "--max-answer-length", "1"]
+        assert main(command) == 2
+        assert "questions.jsonl:2" in capsys.readouterr().err
+        assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == [7]
+        assert main([*command, "--skip-bad-records"]) == 0
+        answers = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [answer["id"] for answer in answers] == [7, "last"]
+        assert len(answers[0]["n_best"]) == 2
+        assert " " not in answers[0]["answer"]
+    assert main([*command, "--null-threshold", "nan"]) == 2
 
 
 def test_blank_lines_text_and_rule(models: dict[str, Path], tmp_path: Path) -> None:
@@ -328,6 +354,7 @@ def test_questions_are_read_as_they_are_answered(
     assert [answer["id"] for answer in found] == ["1", "2", "3", "4"]
     requests = [request for _, request in itertools.islice(source(), 4)]
     assert found == answer_questions(model, requests, batch_size=2, backend="masked")
+    assert [next(stream)["id"] for _ in range(3)] == ["5", "6", "7"]  # those before the bad one
     with pytest.raises(UserError, match="line 8: the id '1'"):
         next(stream)
 

@@ -82,6 +82,11 @@ def test_threshold_of_squad() -> None:
 def test_best_thresholds_have_the_quirks_of_the_official_script() -> None:
     found = score_squad(GOLD, {"a": "x", "b": "x", "c": "x", "d": ""}, ODDS)  # always "" is best
     assert [found[f"best_{name}"] for name in ("exact", "exact_thresh", "f1", "f1_thresh")] == [50, 0, 50, 0]
+    assert scorers.best_null_threshold(GOLD, {**PREDICTIONS, "a": "x", "b": "x"}, ODDS) == scorers.NOTHING
+    # The official script puts a threshold between a and d, which have the same odds.
+    same = {**ODDS, "d": -2.0}
+    assert scorers.best_null_threshold({**GOLD, "b": []}, PREDICTIONS, same) == scorers.NOTHING
+    assert scorers.best_null_threshold(GOLD, PREDICTIONS, ODDS) == 0.5
     assert score_squad(GOLD, PREDICTIONS, ODDS) == score_squad(GOLD, PREDICTIONS, {"z": -9.0, **ODDS})
     # It takes predictions as written: an article is an answer here, though it normalizes to nothing.
     found = score_squad({"a": [], "b": ["x"]}, {"a": "the", "b": "x"}, {"a": 0.1, "b": 0.2})
@@ -146,7 +151,6 @@ def test_missing_predictions_of_hotpotqa() -> None:
         (score_squad, (GOLD, PREDICTIONS, dict.fromkeys("abc", 0.0)), "'d'"),
         (score_squad, (GOLD, PREDICTIONS, None, 1.0), "threshold"),
         (score_mrqa, ({}, {"a": "x"}), "no questions"),
-        (score_triviaqa, ({"a": ["x"], "b": []}, {"a": "x", "b": "x"}), "'b'"),
         (score_hotpotqa, ({}, {"answer": {}, "sp": {}}), "no questions"),
         (score_hotpotqa, ({"q": {"answer": "x", "supporting_facts": FACTS}}, {"answer": {}}), "sp"),
     ],

@@ -42,6 +42,8 @@ def evaluate_file(
     text_field: str | None = None,
     text_pair_field: str | None = None,
     label_field: str | None = None,
+    null_threshold: float | None = None,
+    max_answer_length: int | None = None,
 ) -> dict[str, Any]:
     """Evaluates a saved model on a file.
 
@@ -58,6 +60,7 @@ def evaluate_file(
       skip_bad_records: skip malformed records, instead of raising an error.
       max_length: cut texts after this many tokens; None for the model's own number.
       text_field, text_pair_field, label_field: fields of the file; None for those the model was trained on.
+      null_threshold, max_answer_length: see `TRBert.answering`.
 
     Returns:
       The numbers of `summarize`, the same for each baseline, and of questions in `data` what was cut, left
@@ -68,14 +71,14 @@ def evaluate_file(
     check_outputs([predictions, plot], inputs=[data_file], models=[model_dir])
     check_kind(predictions)
     model, bad = TRBert.from_pretrained(model_dir, max_length=max_length), BadRecords(skip=skip_bad_records)
-    rule = rule or model.default_rule
+    rule, task = rule or model.default_rule, model.answering(null_threshold, max_answer_length)
     if plot is not None and model.answers_questions:
         raise UserError(f"--plot draws the confusion matrix of classes; {model_dir} answers questions")
     fields = model.config.inputs.fields(text_field, text_pair_field, label_field)
     examples = read_examples(model, Path(data_file), bad, fields)
     engine = model.engine(batch_size)
     outputs = engine.run(model.params, examples, rule=rule, backend=backend, threshold=threshold)
-    score = model.task.score(examples, outputs.logits)
+    score = task.score(examples, outputs.logits)
     if predictions is not None and not model.answers_questions:
         write_predictions(predictions, outputs, examples, model.config.labels)
     elif predictions is not None:
@@ -100,7 +103,7 @@ def evaluate_file(
     if RULES[rule].drops and baselines:
 
         def metrics(outputs: Outputs) -> Mapping[str, float]:
-            return model.task.score(examples, outputs.logits).metrics
+            return task.score(examples, outputs.logits).metrics
 
         runs = baseline_runs(outputs, baselines, seed)
         result["baselines"] = evaluate_runs(engine, model.params, examples, metrics, runs)

@@ -193,7 +193,7 @@ def output_records(
             failed.append(error)
 
     if model.config.inputs.data:
-        records = _answers(model, until_error(source.requests(bad)), with_text, options)
+        records = _answers(model, until_error(source.requests(bad)), with_text, {**options, "bad": bad})
     else:
         records = _predictions(model, until_error(source.texts(fields, bad)), with_text, options)
     for record in records:
@@ -249,16 +249,7 @@ def _answers(
     model: TRBert, requests: Iterator[Any], with_text: bool, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     model.check_use(questions=True)  # before a line is read
-    waiting = collections.deque[Any]()  # read, but not yet answered
-
-    def asked() -> Iterator[Any]:
-        for entry in requests:
-            if entry is not PAUSE:
-                waiting.append(entry[1])
-            yield entry
-
-    for answer in model.answer_stream(asked(), **options):
-        request = waiting.popleft()
+    for request, answer in model.answer_pairs(requests, **options):
         yield {**request, **answer} if with_text else answer
 
 

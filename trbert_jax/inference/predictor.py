@@ -11,8 +11,10 @@ Inputs run sorted by length in a few static shapes, each compiled once. With rul
 on its own text or question only, not on the batch or the order.
 """
 
+import copy
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.datasets import BadRecords
+from trbert_jax.datasets.reading import UnusableRecords
 from trbert_jax.errors import UserError, whole_number
 from trbert_jax.inference.engine import (
     FEWER,
@@ -42,12 +45,13 @@ from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, copy_tokenizer
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
-from trbert_jax.tasks import Task, encode_usable, saved_task
+from trbert_jax.tasks import Task, log_counts, saved_task
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples, Ragged
 from trbert_jax.tasks.text_encoder import TextEncoder
 
 TextOrPair = str | Sequence[str]  # a text, or a text and a second text
+MAX_N_BEST = 20  # answers that a question's n-best list has
 WINDOW = 32  # batches within which inputs are sorted by length
 MOST = 2**24  # largest batch size
 SMALL = (1, 4)  # rows of small batches, for requests of a few texts
@@ -219,7 +223,8 @@ class TRBert:
         self.engine(batch_size)
         if self.answers_questions:
             small = FEWER
-            request = parse_requests(self.task, [("example", self.task.shortest_request)], set())
+            asked = parse_requests(self.task, [("example", self.task.shortest_request)], set())
+            request = [record for _, record in asked]
             example = self.task.encode(request, self.require_tokenizer())
         else:
             small = (*SMALL, *FEWER)
@@ -344,30 +349,97 @@ class TRBert:
 
     # Questions
 
-    def answer_stream(
-        self, requests: Iterable[tuple[str, Any]], batch_size: int = 32, **options: Any
-    ) -> Iterator[dict[str, Any]]:
+    def answering(self, null_threshold: float | None = None, max_answer_length: int | None = None) -> Task:
+        """Returns the model's task with other settings of its answers; None for the model's own.
+
+        Raises UserError for a bad value, or a setting that the task does not read.
+        """
+        task = copy.copy(self.task)
+        if null_threshold is not None:
+            if isinstance(null_threshold, bool) or not math.isfinite(null_threshold):
+                raise UserError(f"null_threshold is {null_threshold!r}; expected a finite number")
+            if not task.may_answer_nothing:
+                raise UserError(f"{self.source}: null_threshold: its questions always have an answer")
+            threshold = float(null_threshold)
+            task.inputs = dataclasses.replace(task.inputs, unanswerable=True, null_threshold=threshold)
+        if max_answer_length is not None:
+            if isinstance(max_answer_length, bool) or max_answer_length < 1:
+                raise UserError(f"max_answer_length is {max_answer_length!r}; expected a number, at least 1")
+            if task.max_answer_length is None:
+                raise UserError(f"{self.source}: max_answer_length: it cuts no answers from a text")
+            task.max_answer_length = int(max_answer_length)
+        return task
+
+    def answer_stream(self, requests: Iterable[Any], batch_size: int = 32, **options: Any) -> Iterator[Any]:
         """Answers any number of questions, with only `WINDOW` batches in memory at a time.
 
-        `requests` has of each question its place for messages, and the JSON object. Options: see `predict`;
-        results and errors: see `answer_questions`. A bad question raises when its window is reached.
+        `requests` has of each question its place for messages, and the JSON object. Options, results and
+        errors: see `answer_questions`. A bad question raises after the answers to those before it.
         """
-        options = self._options(batch_size, **options)
+        return (answer for _, answer in self.answer_pairs(requests, batch_size, **options))
+
+    def answer_pairs(
+        self,
+        requests: Iterable[Any],
+        batch_size: int = 32,
+        *,
+        n_best: int = 0,
+        null_threshold: float | None = None,
+        max_answer_length: int | None = None,
+        bad: BadRecords | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Yields questions with their answers, see `answer_stream`; bad questions go to `bad`."""
+        options, bad = self._options(batch_size, **options), bad or BadRecords()
+        if isinstance(n_best, bool) or not 0 <= n_best <= MAX_N_BEST:
+            raise UserError(f"n_best is {n_best!r}; expected a number from 0 to {MAX_N_BEST}")
         source, ids = iter(requests), set[str]()
         for window in _windows(source, WINDOW * batch_size):
             if not window:
                 continue
             self.check_use(questions=True)
-            records = parse_requests(self.task, window, ids)
-            examples = encode_usable(self.task, records, self.require_tokenizer(), BadRecords(), "questions")
-            outputs = self.engine(batch_size).run(self.params, examples, **options)
-            answers, more = self.task.score(examples, outputs.logits).files["predictions.json"], {}
-            if self.config.task == "multi_hop":
-                answers, more = answers["answer"], answers["sp"]
-            counts = self._count_tokens(examples, outputs)
-            for record in records:
-                hops = {"supporting": more[record.id]} if more else {}
-                yield {"id": record.id, "answer": answers[record.id], **hops, **counts[record.id]}
+            task = self.answering(null_threshold, max_answer_length)
+            asked, failed = list[tuple[Any, Any]](), None
+            try:
+                for pair in parse_requests(task, window, ids, bad):
+                    asked.append(pair)
+            except UserError as error:
+                failed = error
+            examples, asked, unusable = self._encode_questions(task, asked, bad)
+            if examples is not None:
+                log_counts(examples, "questions")
+                outputs = self.engine(batch_size).run(self.params, examples, **options)
+                answers = task.answers(examples, outputs.logits, n_best)
+                counts = self._count_tokens(examples, outputs)
+                for request, record in asked:
+                    given = request.get("id")
+                    id = record.id if given is None else given
+                    yield request, {"id": id, **answers[record.id], **counts[record.id]}
+            if unusable or failed:
+                raise unusable or failed  # type: ignore[misc]
+
+    def _encode_questions(
+        self, task: Task, asked: list[tuple[Any, Any]], bad: BadRecords
+    ) -> tuple[Examples | None, list[tuple[Any, Any]], UserError | None]:
+        """Encodes questions that can become inputs, all or those before the first that cannot and is raised.
+
+        Returns None without any, the questions encoded, and the error to raise after their answers.
+        """
+        tokenizer, failed = self.require_tokenizer(), None
+        try:
+            return task.encode([record for _, record in asked], tokenizer) if asked else None, asked, None
+        except UnusableRecords as error:
+            usable = list[tuple[Any, Any]]()
+            for request, record in asked:
+                if (reason := error.found.get(record.id)) is None:
+                    usable.append((request, record))
+                    continue
+                try:
+                    bad.add(reason)
+                except UserError as raised:
+                    failed = raised
+                    break
+        return task.encode([record for _, record in usable], tokenizer) if usable else None, usable, failed
 
     def _count_tokens(self, examples: Examples, outputs: Outputs) -> dict[str, dict[str, Any]]:
         """Returns for each question the tokens of its inputs, and how many each point of reduction keeps."""
@@ -391,10 +463,14 @@ def answer_questions(
       model: trained on a data set of questions.
       requests: JSON objects; docs/question_answering.md lists their fields.
       source: name of the questions in messages, before their number.
-      options: `batch_size`, `rule`, `backend` and `threshold`, see `TRBert.predict`.
+      options: `batch_size`, `rule`, `backend` and `threshold`, see `TRBert.predict`; `n_best`, the number of
+        best answers to list; `null_threshold`, the null odds above which a question has no answer;
+        `max_answer_length` in word pieces.
 
     Returns:
-      For each question `id`, `answer` (text, letter of the option, or candidate), for multi-hop questions
+      For each question `id`, `answer` (text, letter of the option, or candidate), `score` (its probability),
+      `start` and `end` (its characters of the context; for multi-hop questions of the `paragraph` with this
+      number), `null_odds` if a question may have no answer, `n_best` if asked for, for multi-hop questions
       `supporting` (a list of [title, number of the sentence]), `num_tokens` of all its inputs, and
       `num_kept`, how many of them each point of reduction keeps (empty for rule `dense`).
 

@@ -35,6 +35,7 @@ __all__ = [
     "Task",
     "Trained",
     "encode_usable",
+    "log_counts",
     "notes_of",
     "register_task",
     "saved_task",
@@ -196,10 +197,15 @@ def encode_usable(
     if not len(examples):
         lost = examples.counts.describe() if examples.counts else "it is empty"
         raise UserError(f"{source}: nothing is left of the data; {lost}")
+    log_counts(examples, source)
+    return examples
+
+
+def log_counts(examples: Examples, source: str) -> None:
+    """Logs what encoding a `source` cut or left out, as a warning if anything was lost."""
     if examples.counts is not None:
         level = logging.WARNING if examples.counts.is_lossy else logging.INFO
         logger.log(level, "%s: %s", source, examples.counts.describe())
-    return examples
 
 
 def notes_of(examples: Examples, bad: BadRecords) -> dict[str, Any]:

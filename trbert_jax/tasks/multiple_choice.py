@@ -16,7 +16,7 @@ from trbert_jax.datasets import reading
 from trbert_jax.datasets.choice_files import LETTERS, LEVELS, option_texts
 from trbert_jax.datasets.records import ChoiceQuestion
 from trbert_jax.model.config import InputConfig
-from trbert_jax.tasks.base import RecordErrors, Score, Task, register_task
+from trbert_jax.tasks.base import RecordErrors, Score, Task, ranked, register_task, softmax
 from trbert_jax.tasks.examples import Counts, Examples, digest_of
 from trbert_jax.tasks.losses import NO_CANDIDATE, Rows
 from trbert_jax.tasks.scorers import accuracy
@@ -122,6 +122,18 @@ class MultipleChoiceTask(Task):
             for name, part in parts.items()
         }
         return Score(metrics, {"predictions.json": {id: LETTERS[k] for id, k in chosen.items()}})
+
+    def answers(self, examples: Examples, logits: Any, n_best: int = 0) -> dict[str, dict[str, Any]]:
+        found, chosen = {}, self._predictions(examples, logits)
+        given = self._scores(examples, logits)
+        if self.form == "pairs":  # the probability that the option is right, by itself
+            right = [softmax(pair)[1] for pair in np.asarray(logits)]
+            given = np.split(np.array(right), np.cumsum([len(q.options) for q in examples.records])[:-1])
+        for question, scores in zip(examples.records, given, strict=True):
+            probabilities = scores if self.form == "pairs" else softmax(scores)
+            best = LETTERS.index(chosen[question.id])
+            found[question.id] = ranked(LETTERS[: len(scores)], probabilities, best, n_best)
+        return found
 
     def _scores(self, examples: Examples, logits: Any) -> list[np.ndarray]:
         """Returns the scores of each question's options, float [options]."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from trbert_jax.datasets.records import trim_span
 from trbert_jax.errors import UserError
 from trbert_jax.tasks.examples import Ragged
 
@@ -233,10 +234,16 @@ def locate(chars: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
 
 
 def cut_text(text: str, start: int, end: int) -> str:
-    """Returns the characters `[start, end)` and the combining marks that follow them.
+    """Returns the text of `cut_span`."""
+    return text[slice(*cut_span(text, start, end))]
+
+
+def cut_span(text: str, start: int, end: int) -> tuple[int, int]:
+    """Returns the characters `[start, end)` and the combining marks that follow them, trimmed (`trim_span`).
 
     A tokenizer that strips accents leaves them out of a piece's characters; an answer keeps its last one.
     """
     while end < len(text) and unicodedata.category(text[end]) in _MARKS:
         end += 1
-    return text[start:end]
+    span = trim_span(text, int(start), int(end))
+    return (span.start, span.end) if span else (int(start), int(end))
