@@ -149,14 +149,14 @@ def test_dependencies_are_those_declared() -> None:
         return {re.split(r"[\[<>=!~; ]", line.strip())[0].lower() for line in lines}
 
     required = names(setup["options"]["install_requires"])
-    optional = names(setup["options.extras_require"]["torch"])
+    optional = {name: names(setup["options.extras_require"][name]) for name in ("torch", "datasets")}
     distributions = metadata.packages_distributions()
     imported = {name.split(".")[0] for module in MODULES for name, _ in imports(module)}
-    outside = imported - sys.stdlib_module_names - {"trbert_jax", "torch"}
+    outside = imported - sys.stdlib_module_names - {"trbert_jax", *optional}
     used = {name.lower().replace("_", "-") for module in outside for name in distributions[module]}
     assert outside <= distributions.keys()
     # What jax, flax and the like bring along, so not worth a line of its own.
     assert used - required <= {"ml-dtypes", "jaxlib", "etils", "pydantic-core"}
     # tensorflow-datasets imports importlib_resources to prepare a data set, and does not declare it.
     assert required - used == {"importlib-resources"}, "declared, but nothing imports it"
-    assert optional == {"torch"}
+    assert optional == {name: {name} for name in optional}

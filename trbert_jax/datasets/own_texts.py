@@ -134,6 +134,8 @@ class OwnTexts(DataSet, abc.ABC):
             with bad.record(row.where), reading.within("label"):
                 values.append(class_name(row.label))
         names = class_names(values)
+        if not names:
+            raise UserError(f"{rows.source}: has no usable record; expected {FORMAT}")
         if len(names) > max(_MANY_CLASSES, len(values) // 2):
             found = f"{len(values)} records have {len(names)} different labels, such as {names[0]!r}"
             raise UserError(f"{rows.source}: {found}; expected a few classes; check data.label_field")
@@ -144,6 +146,8 @@ class OwnTexts(DataSet, abc.ABC):
         rows = self.rows(path, "train" if from_train else split, bad.skip, options)
         if split == "test" and not has_labels(rows):
             logger.warning("%s: no record has a label; texts are labeled, but not scored", rows.source)
+            for error in rows.skipped:
+                bad.add(error)
             return sample([row.example for row in rows.rows], split, options)
         examples = with_classes(rows, self.read_labels(path, bad, **options), bad)
         if from_train:
