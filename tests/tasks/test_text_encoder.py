@@ -84,3 +84,21 @@ def test_every_piece_spells_its_characters(text: str) -> None:
             bare = "".join(c for c in letters if unicodedata.category(c) != "Mn")
             assert bare == piece.removeprefix("##")
     assert (encoded.chars[0][:-1, 1] <= encoded.chars[0][1:, 0]).all()
+
+
+def test_pairs_are_those_of_transformers() -> None:
+    """Of a pair that is too long the longer text is cut first."""
+    rng, tokenizer = random.Random(1), qa_tokenizer()
+
+    def some() -> str:
+        return " ".join(rng.choices(["the", "japan", "cafe", ","], k=rng.randint(1, 40)))
+
+    texts = [(some(), some()) for _ in range(200)]
+    encoder, first, second = TextEncoder(tokenizer), [a for a, _ in texts], [b for _, b in texts]
+    for length in (8, 9, 20):
+        expected = tokenizer(first, second, truncation=True, max_length=length, return_token_type_ids=True)
+        rows = encoder.rows(texts, length)
+        assert [row.tolist() for row in rows.tokens] == expected["input_ids"]
+        assert rows.token_types is not None
+        assert rows.token_types.tolist() == [x for row in expected["token_type_ids"] for x in row]
+        assert rows.cut.tolist() == [len(tokenizer(*pair)["input_ids"]) > length for pair in texts]
