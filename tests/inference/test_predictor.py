@@ -22,7 +22,8 @@ import tiny_models
 from trbert_jax import TRBert
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
-from trbert_jax.inference.predictor import WINDOW, Prediction
+from trbert_jax.inference.predictor import Prediction
+from trbert_jax.inference.questions import WINDOW
 from trbert_jax.model.model import TokenReducingModel
 from trbert_jax.reduction.selection import keep_probable
 from trbert_jax.tasks.examples import Examples

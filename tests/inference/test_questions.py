@@ -337,7 +337,7 @@ def test_questions_are_compiled_ahead(
 def test_questions_are_read_as_they_are_answered(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trbert_jax.inference.predictor.WINDOW", 2)
+    monkeypatch.setattr("trbert_jax.inference.questions.WINDOW", 2)
     model, taken = TRBert.from_pretrained(models["choice"]), []
 
     def source() -> Iterator[tuple[str, Any]]:

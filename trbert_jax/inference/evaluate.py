@@ -12,6 +12,7 @@ from trbert_jax.inference.class_report import plot_confusion
 from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.inference.lines import check_kind, write_record
 from trbert_jax.inference.predictor import TRBert
+from trbert_jax.inference.questions import answering
 from trbert_jax.io import atomic_file, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
@@ -60,7 +61,7 @@ def evaluate_file(
       skip_bad_records: skip malformed records, instead of raising an error.
       max_length: cut texts after this many tokens; None for the model's own number.
       text_field, text_pair_field, label_field: fields of the file; None for those the model was trained on.
-      null_threshold, max_answer_length: see `TRBert.answering`.
+      null_threshold, max_answer_length: see `questions.answering`.
 
     Returns:
       The numbers of `summarize`, the same for each baseline, and of questions in `data` what was cut, left
@@ -71,7 +72,7 @@ def evaluate_file(
     check_outputs([predictions, plot], inputs=[data_file], models=[model_dir])
     check_kind(predictions)
     model, bad = TRBert.from_pretrained(model_dir, max_length=max_length), BadRecords(skip=skip_bad_records)
-    rule, task = rule or model.default_rule, model.answering(null_threshold, max_answer_length)
+    rule, task = rule or model.default_rule, answering(model, null_threshold, max_answer_length)
     if plot is not None and model.answers_questions:
         raise UserError(f"--plot draws the confusion matrix of classes; {model_dir} answers questions")
     fields = model.config.inputs.fields(text_field, text_pair_field, label_field)

@@ -248,8 +248,10 @@ def _score(prediction: Prediction) -> dict[str, float]:
 def _answers(
     model: TRBert, requests: Iterator[Any], with_text: bool, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
+    from trbert_jax.inference.questions import answer_pairs  # imports this module, and JAX
+
     model.check_use(questions=True)  # before a line is read
-    for request, answer in model.answer_pairs(requests, **options):
+    for request, answer in answer_pairs(model, requests, **options):
         yield {**request, **answer} if with_text else answer
 
 

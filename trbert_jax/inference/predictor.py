@@ -11,12 +11,10 @@ Inputs run sorted by length in a few static shapes, each compiled once. With rul
 on its own text or question only, not on the batch or the order.
 """
 
-import copy
 import dataclasses
 import functools
-import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,19 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.datasets import BadRecords
-from trbert_jax.datasets.reading import UnusableRecords
 from trbert_jax.errors import UserError, whole_number
 from trbert_jax.inference.engine import (
     FEWER,
     CompiledForward,
     InferenceEngine,
-    Outputs,
     check_backend,
     fitting_size,
 )
 from trbert_jax.inference.forked import ForkedEngine, Helper
-from trbert_jax.inference.lines import PAUSE
+from trbert_jax.inference.questions import WINDOW, answer_pairs, check_iterable, windows
 from trbert_jax.io import check_unicode
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
@@ -45,14 +40,12 @@ from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, copy_tokenizer
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
-from trbert_jax.tasks import Task, log_counts, saved_task
+from trbert_jax.tasks import Task, saved_task
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples, Ragged
 from trbert_jax.tasks.text_encoder import TextEncoder
 
 TextOrPair = str | Sequence[str]  # a text, or a text and a second text
-MAX_N_BEST = 20  # answers that a question's n-best list has
-WINDOW = 32  # batches within which inputs are sorted by length
 MOST = 2**24  # largest batch size
 SMALL = (1, 4)  # rows of small batches, for requests of a few texts
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -275,7 +268,7 @@ class TRBert:
         """
         check_iterable("predict", texts, "texts", "predict([text])")
         self.check_use(questions=False)
-        options = self._options(batch_size, **options)
+        options = self.checked_options(batch_size, **options)
         return self._predict(texts, int(batch_size), options)
 
     def _predict(self, texts: Iterable[TextOrPair], batch_size: int, options: Any) -> Iterator[Prediction]:
@@ -309,7 +302,7 @@ class TRBert:
         """Encodes `size` texts at a time, the next ones while these are in use."""
         source, first, pending = iter(texts), 0, None
         with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without Python's lock
-            for window in _windows(source, size):
+            for window in windows(source, size):
                 following = pool.submit(self._encode, window, first) if window else None
                 if pending:
                     yield pending.result()
@@ -324,7 +317,7 @@ class TRBert:
         rows = self._encoder.rows(pairs, self.config.max_length)
         return texts, _make_examples(rows.tokens, rows.token_types), rows.cut.tolist()
 
-    def _options(
+    def checked_options(
         self,
         batch_size: int,
         rule: str | None = None,
@@ -349,151 +342,13 @@ class TRBert:
 
     # Questions
 
-    def answering(self, null_threshold: float | None = None, max_answer_length: int | None = None) -> Task:
-        """Returns the model's task with other settings of its answers; None for the model's own.
-
-        Raises UserError for a bad value, or a setting that the task does not read.
-        """
-        task = copy.copy(self.task)
-        if null_threshold is not None:
-            if isinstance(null_threshold, bool) or not math.isfinite(null_threshold):
-                raise UserError(f"null_threshold is {null_threshold!r}; expected a finite number")
-            if not task.may_answer_nothing:
-                raise UserError(f"{self.source}: null_threshold: its questions always have an answer")
-            threshold = float(null_threshold)
-            task.inputs = dataclasses.replace(task.inputs, unanswerable=True, null_threshold=threshold)
-        if max_answer_length is not None:
-            if isinstance(max_answer_length, bool) or max_answer_length < 1:
-                raise UserError(f"max_answer_length is {max_answer_length!r}; expected a number, at least 1")
-            if task.max_answer_length is None:
-                raise UserError(f"{self.source}: max_answer_length: it cuts no answers from a text")
-            task.max_answer_length = int(max_answer_length)
-        return task
-
     def answer_stream(self, requests: Iterable[Any], batch_size: int = 32, **options: Any) -> Iterator[Any]:
         """Answers any number of questions, with only `WINDOW` batches in memory at a time.
 
         `requests` has of each question its place for messages, and the JSON object. Options, results and
         errors: see `answer_questions`. A bad question raises after the answers to those before it.
         """
-        return (answer for _, answer in self.answer_pairs(requests, batch_size, **options))
-
-    def answer_pairs(
-        self,
-        requests: Iterable[Any],
-        batch_size: int = 32,
-        *,
-        n_best: int = 0,
-        null_threshold: float | None = None,
-        max_answer_length: int | None = None,
-        bad: BadRecords | None = None,
-        **options: Any,
-    ) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Yields questions with their answers, see `answer_stream`; bad questions go to `bad`."""
-        options, bad = self._options(batch_size, **options), bad or BadRecords()
-        if isinstance(n_best, bool) or not 0 <= n_best <= MAX_N_BEST:
-            raise UserError(f"n_best is {n_best!r}; expected a number from 0 to {MAX_N_BEST}")
-        source, ids = iter(requests), set[str]()
-        for window in _windows(source, WINDOW * batch_size):
-            if not window:
-                continue
-            self.check_use(questions=True)
-            task = self.answering(null_threshold, max_answer_length)
-            asked, failed = list[tuple[Any, Any]](), None
-            try:
-                for pair in parse_requests(task, window, ids, bad):
-                    asked.append(pair)
-            except UserError as error:
-                failed = error
-            examples, asked, unusable = self._encode_questions(task, asked, bad)
-            if examples is not None:
-                log_counts(examples, "questions")
-                outputs = self.engine(batch_size).run(self.params, examples, **options)
-                answers = task.answers(examples, outputs.logits, n_best)
-                counts = self._count_tokens(examples, outputs)
-                for request, record in asked:
-                    given = request.get("id")
-                    id = record.id if given is None else given
-                    yield request, {"id": id, **answers[record.id], **counts[record.id]}
-            if unusable or failed:
-                raise unusable or failed  # type: ignore[misc]
-
-    def _encode_questions(
-        self, task: Task, asked: list[tuple[Any, Any]], bad: BadRecords
-    ) -> tuple[Examples | None, list[tuple[Any, Any]], UserError | None]:
-        """Encodes questions that can become inputs, all or those before the first that cannot and is raised.
-
-        Returns None without any, the questions encoded, and the error to raise after their answers.
-        """
-        tokenizer, failed = self.require_tokenizer(), None
-        try:
-            return task.encode([record for _, record in asked], tokenizer) if asked else None, asked, None
-        except UnusableRecords as error:
-            usable = list[tuple[Any, Any]]()
-            for request, record in asked:
-                if (reason := error.found.get(record.id)) is None:
-                    usable.append((request, record))
-                    continue
-                try:
-                    bad.add(reason)
-                except UserError as raised:
-                    failed = raised
-                    break
-        return task.encode([record for _, record in usable], tokenizer) if usable else None, usable, failed
-
-    def _count_tokens(self, examples: Examples, outputs: Outputs) -> dict[str, dict[str, Any]]:
-        """Returns for each question the tokens of its inputs, and how many each point of reduction keeps."""
-        # In pairs the options of a question are examples, named `question:A` and so on.
-        in_pairs = self.task.name == "multiple_choice" and examples.group == 1
-        num_kept, totals = outputs.num_kept, dict[str, np.ndarray]()
-        for name, rows in zip(examples.ids, examples.rows(np.arange(len(examples))), strict=True):
-            question = name.rpartition(":")[0] if in_pairs else name
-            rows = rows[rows >= 0]
-            counts = np.array([examples.row_lengths[rows].sum(), *num_kept[rows].sum(0)])
-            totals[question] = totals.get(question, 0) + counts
-        return {id: {"num_tokens": int(x[0]), "num_kept": x[1:].tolist()} for id, x in totals.items()}
-
-
-def answer_questions(
-    model: TRBert, requests: Sequence[Any], *, source: str = "question", **options: Any
-) -> list[dict[str, Any]]:
-    """Answers questions.
-
-    Args:
-      model: trained on a data set of questions.
-      requests: JSON objects; docs/question_answering.md lists their fields.
-      source: name of the questions in messages, before their number.
-      options: `batch_size`, `rule`, `backend` and `threshold`, see `TRBert.predict`; `n_best`, the number of
-        best answers to list; `null_threshold`, the null odds above which a question has no answer;
-        `max_answer_length` in word pieces.
-
-    Returns:
-      For each question `id`, `answer` (text, letter of the option, or candidate), `score` (its probability),
-      `start` and `end` (its characters of the context; for multi-hop questions of the `paragraph` with this
-      number), `null_odds` if a question may have no answer, `n_best` if asked for, for multi-hop questions
-      `supporting` (a list of [title, number of the sentence]), `num_tokens` of all its inputs, and
-      `num_kept`, how many of them each point of reduction keeps (empty for rule `dense`).
-
-    Raises UserError for a model that labels texts, a malformed question, or an invalid option.
-    """
-    check_iterable("answer_questions", requests, "questions", "answer_questions(model, [question])")
-    placed = ((f"{source}:{number}", request) for number, request in enumerate(requests, 1))
-    return list(model.answer_stream(placed, **options))
-
-
-def _windows(source: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Divides inputs into lists of `size`; at a `PAUSE` yields those before it, and an empty list."""
-    window: list[Any] = []
-    for item in source:
-        if item is not PAUSE:
-            window.append(item)
-        if window and (item is PAUSE or len(window) == size):
-            yield window
-            window = []
-        if item is PAUSE:
-            yield []
-    if window:
-        yield window
+        return (answer for _, answer in answer_pairs(self, requests, batch_size, **options))
 
 
 def _make_examples(tokens: Ragged, token_types: np.ndarray | None) -> Examples:
@@ -509,13 +364,6 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 def _num_rows(num_texts: int, batch_size: int) -> int:
     """Returns the rows of a batch: few shapes to compile, a small one for a request of a few texts."""
     return min([rows for rows in SMALL if rows >= num_texts] + [fitting_size(num_texts, batch_size)])
-
-
-def check_iterable(function: str, values: Any, name: str, example: str) -> None:
-    """Raises UserError for one value in place of an iterable of them, or for no iterable at all."""
-    if isinstance(values, str | bytes | Mapping) or not hasattr(type(values), "__iter__"):
-        found = f"got a {type(values).__name__}; put one into a list: {example}"
-        raise UserError(f"{function} takes a list of {name}, or another iterable; {found}")
 
 
 def _check_texts(texts: Sequence[TextOrPair], first: int, *, pairs: bool) -> None:
