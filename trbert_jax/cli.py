@@ -298,9 +298,29 @@ def _config(args: Arguments) -> RunConfig:
     return load_config(args.config, [*args.overrides, *skip])
 
 
+def _own_run(args: Arguments) -> RunConfig:
+    """Returns the settings of `train --data`."""
+    from trbert_jax.training.own_run import choose_settings
+
+    data = {key: value for key, value in _chosen(args, OWN).items() if value}
+    if args.skip_bad_records:
+        data["skip_bad_records"] = True
+    return choose_settings(args.data, args.model, args.output, data, args.overrides)
+
+
+OWN = "dev test text_field text_pair_field label_field"
+
+
 @_command(
     "train",
-    CONFIG,
+    _path("inputs", "--config", "FILE", "YAML file with the settings of the run"),
+    _option("--data", "FILE", str, "labeled texts, a folder with train.csv and the like, or hf:NAME"),
+    _option("--model", "DIR", str, "for --data: folder or hub id of the model to start from, or scratch"),
+    _option("--output", "DIR", str, "for --data: folder of the run; the model will be in DIR/model"),
+    *(_option(f"--{name}", "FILE", str, f"for --data: {name} set") for name in ("dev", "test")),
+    _option("--text-field", "NAME", str, "for --data: field of the text (default text)"),
+    _option("--text-pair-field", "NAME", str, "for --data: field of a second text"),
+    _option("--label-field", "NAME", str, "for --data: field of the label (default label)"),
     _option("--stages", "A,B", _list_of(_name), "run only these stages"),
     _switch("--dry-run", "print the plan for --devices of --processes, and do nothing"),
     _option("--devices", "N", _count, "devices, for --dry-run (default 1)"),
@@ -317,11 +337,15 @@ def _config(args: Arguments) -> RunConfig:
 def _train(args: Arguments) -> None:
     """Train a model through all stages, or continue an interrupted run.
 
+    --data, --model and --output train on your own texts without a YAML file. Settings are chosen by the
+    number and length of the texts, and written to OUTPUT/run.yaml; key=value replaces them.
+
     The stages run in order:
     {stages}
     Run again, the command skips finished stages and continues the one that was interrupted.
 
     Examples:
+      trbert train --data reviews.csv --model google-bert/bert-base-uncased --output runs/reviews
       trbert train --config configs/imdb_bert.yaml data.path=~/imdb workdir=/tmp/imdb policy.alpha=2
       trbert train --config configs/imdb_bert.yaml --stages finetune,score
     """
@@ -332,9 +356,16 @@ def _train(args: Arguments) -> None:
         raise UserError("--coordinator, --num-processes and --process-id go together, without --distributed")
     if all(given) and args.process_id >= args.num_processes:
         raise UserError(f"--process-id {args.process_id} is not below --num-processes {args.num_processes}")
-    config = _config(args)  # before the slow import
+    own = [name for name, value in _chosen(args, f"data model output {OWN}").items() if value]
+    if bool(own) == bool(args.config):
+        raise UserError("expected --config, or --data with --model and --output")
+    if own and not (args.data and args.model and args.output):
+        option, needed = own[0].replace("_", "-"), "--data FILE --model DIR --output DIR"
+        raise UserError(f"--{option} is for training on your own texts, which needs {needed}")
     if args.dry_run:
         os.environ["JAX_PLATFORMS"] = "cpu"  # leave accelerators to others
+    config = _own_run(args) if own else _config(args)  # before the slow import
+    if args.dry_run:
         from trbert_jax.training import dry_run
         from trbert_jax.training.experiment import Experiment
 
@@ -347,7 +378,7 @@ def _train(args: Arguments) -> None:
         join(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
     from trbert_jax.training.run import results_table, train
 
-    results = train(config, args.stages, profile_steps=args.profile_steps)
+    results = train(config, args.stages, profile_steps=args.profile_steps, write_settings=bool(args.data))
     streams.show(*results_table(config, results))
 
 

@@ -288,10 +288,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises `UserError`, which names file and line (or the command line), the key and what is expected.
     """
-    values = _read_file(Path(path), ())
+    return build_config(_read_file(Path(path), ()), overrides, str(path))
+
+
+def build_config(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = YamlKey.origin
+) -> RunConfig:
+    """Returns the configuration of nested settings, as `load_config` does; `origin` is for messages."""
     for override in overrides:
         values = _merged(values, _parse_override(override))
-    return _build(values, str(path))
+    return _build(values, origin)
 
 
 def load_stored(path: str | Path) -> RunConfig:
@@ -307,6 +313,19 @@ def build_stored(values: Any, path: str | Path) -> RunConfig:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns the settings as nested dicts and lists, for JSON and YAML; `load_config` reads them back."""
     return dict(_adapter(type(config)).dump_python(config, mode="json"))
+
+
+def without_defaults(config: RunConfig) -> dict[str, Any]:
+    """Returns the settings that differ from their defaults, as nested dicts and lists."""
+    required = {"workdir": config.workdir, "data": {"name": "text"}, "model": {"init": "scratch"}}
+    defaults = _flat(to_dict(TypeAdapter(_run_class).validate_python(required)))
+    result: dict[str, Any] = {}
+    for key, value in _flat(to_dict(config)).items():
+        if value != defaults.get(key) or key in ("workdir", "data.name", "model.init"):
+            *sections, name = key.split(".")
+            inner = functools.reduce(lambda section, key: section.setdefault(key, {}), sections, result)
+            inner[name] = value
+    return result
 
 
 def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,19 +86,7 @@ def load_pretrained(
     Raises `UserError` for no checkpoint, a damaged or unfinished one, names or shapes that do not fit.
     """
     directory = local_directory(path_or_id)
-    file, inner = directory / "config.json", directory / "model"
-    values = read_json(file) if file.is_file() else None
-    if values is None or (isinstance(values, Mapping) and "workdir" in values):  # or the folder of a run
-        if (inner / "config.json").is_file():
-            raise UserError(f"{directory}: the model is in a folder of this one; give {inner}")
-        if values is not None:
-            others = sorted(str(path.parent) for path in directory.glob("*/model/config.json"))
-            has = f"; it has {', '.join(others)}" if others else "; finish the run first"
-            raise UserError(f"{directory}: a work directory, whose run has no {inner} yet{has}")
-        raise UserError(f"{directory}: no config.json here, so this is no finished model {UNFINISHED}")
-    if not isinstance(values, Mapping):
-        raise UserError(f"{directory / 'config.json'}: expected a JSON object")
-    source = str(directory / "config.json")
+    values, source = read_config(directory), str(directory / "config.json")
     config, weights = model_config_from_dict(values, source), read_weights(directory)
     names = original_names(weights, config)
     if known := _known_from(weights, names, config, values):
@@ -138,6 +126,23 @@ def load_pretrained(
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, str(directory))
     return Pretrained(config, tree, tokenizer, new, left_out if set(new) - {"selectors"} else "")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Reads the config.json of a model. Raises `UserError` if the folder is that of a run, or no model's."""
+    file, inner = directory / "config.json", directory / "model"
+    values = read_json(file) if file.is_file() else None
+    if values is None or (isinstance(values, Mapping) and "workdir" in values):  # or the folder of a run
+        if (inner / "config.json").is_file():
+            raise UserError(f"{directory}: the model is in a folder of this one; give {inner}")
+        if values is not None:
+            others = sorted(str(path.parent) for path in directory.glob("*/model/config.json"))
+            has = f"; it has {', '.join(others)}" if others else "; finish the run first"
+            raise UserError(f"{directory}: a work directory, whose run has no {inner} yet{has}")
+        raise UserError(f"{directory}: no config.json here, so this is no finished model {UNFINISHED}")
+    if not isinstance(values, Mapping):
+        raise UserError(f"{directory / 'config.json'}: expected a JSON object")
+    return dict(values)
 
 
 def save_pretrained(

@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from trbert_jax.config import RunConfig, to_dict
+from trbert_jax.config import RunConfig, to_dict, without_defaults
 from trbert_jax.errors import UserError
 from trbert_jax.inference.class_report import class_table, plot_confusion
 from trbert_jax.inference.engine import Outputs
 from trbert_jax.inference.evaluate import baseline_runs, evaluate_runs, summarize, write_predictions
-from trbert_jax.io import atomic_directory, make_directory, write_json
+from trbert_jax.io import atomic_directory, atomic_file, make_directory, write_json
 from trbert_jax.model.config import model_config_to_dict
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.pretrained import Pretrained, check_replaceable
@@ -36,18 +37,23 @@ from trbert_jax.training.stages import STAGES, Stage, compared_models, configure
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = "run.yaml"
 PACKAGES = ["trbert-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"]
 PACKAGES += ["transformers", "tokenizers", "numpy"]
 
 
 def train(
-    config: RunConfig, only: Sequence[str] | None = None, profile_steps: tuple[int, int] | None = None
+    config: RunConfig,
+    only: Sequence[str] | None = None,
+    profile_steps: tuple[int, int] | None = None,
+    write_settings: bool = False,
 ) -> dict[str, Any]:
     """Runs the stages of a configuration that are not finished yet; returns `WORKDIR/results.json`.
 
     Each of several processes calls this with the same work directory; the first one writes. `only` names the
     stages to run, in any order (None: all configured stages). `profile_steps` are the updates of each stage
-    to profile: the first (0-based) and one past the last.
+    to profile: the first (0-based) and one past the last. `write_settings` writes `WORKDIR/run.yaml`, with
+    which `trbert train --config` does the same run.
 
     Raises `PreemptedError` after SIGTERM, with a checkpoint saved; `UserError` for an unknown stage, a work
     directory of another configuration, missing inputs, bad data, devices that cannot share a batch, or
@@ -68,6 +74,8 @@ def train(
     if config.data.prepared and any(experiment.finished(name) is None for name in reads_train):
         read_provenance(config.data.prepared, "train")  # before any long computation
     with experiment.claim([stage.name for stage in chosen]):
+        if write_settings:
+            devices.on_main(functools.partial(_write_settings, config))
         for number, stage in enumerate(chosen):
             _run_stage(experiment, stage, [before.name for before in chosen[:number]])
         results = collect_results(experiment)
@@ -79,6 +87,16 @@ def train(
             picture = experiment.workdir / "confusion.png"
             devices.on_main(functools.partial(plot_confusion, evaluated, picture))
     return results
+
+
+def _write_settings(config: RunConfig) -> None:
+    import yaml
+
+    path = Path(config.workdir) / SETTINGS
+    command = shlex.join(["trbert", "train", "--config", str(path)])
+    settings = yaml.safe_dump(without_defaults(config), sort_keys=False, allow_unicode=True)
+    with atomic_file(path) as stream:
+        stream.write(f"# The settings of this run: {command}\n\n{settings}")
 
 
 def _chosen_stages(config: RunConfig, only: Sequence[str] | None) -> list[Stage]:
@@ -357,6 +375,8 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
         yield from class_table(summary)
         yield ""
     yield "seconds a stage:  " + ", ".join(f"{k} {v['seconds']:.0f}" for k, v in results["stages"].items())
+    if (workdir / SETTINGS).exists():
+        yield f"settings          {workdir / SETTINGS}"
     yield f"numbers           {workdir / 'results.json'}"
     if (workdir / "curves.png").exists():
         yield f"training curves   {workdir / 'curves.png'}"
