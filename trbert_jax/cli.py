@@ -378,7 +378,8 @@ def _train(args: Arguments) -> None:
         join(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
     from trbert_jax.training.run import results_table, train
 
-    results = train(config, args.stages, profile_steps=args.profile_steps, write_settings=bool(args.data))
+    options = {"write_settings": True} if own else {}
+    results = train(config, args.stages, profile_steps=args.profile_steps, **options)
     streams.show(*results_table(config, results))
 
 

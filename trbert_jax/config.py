@@ -318,9 +318,9 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def without_defaults(config: RunConfig) -> dict[str, Any]:
     """Returns the settings that differ from their defaults, as nested dicts and lists."""
     required = {"workdir": config.workdir, "data": {"name": "text"}, "model": {"init": "scratch"}}
-    defaults = _flat(to_dict(TypeAdapter(_run_class).validate_python(required)))
+    defaults = flat(to_dict(_adapter(_run_class).validate_python(required)))
     result: dict[str, Any] = {}
-    for key, value in _flat(to_dict(config)).items():
+    for key, value in flat(to_dict(config)).items():
         if value != defaults.get(key) or key in ("workdir", "data.name", "model.init"):
             *sections, name = key.split(".")
             inner = functools.reduce(lambda section, key: section.setdefault(key, {}), sections, result)

@@ -26,6 +26,8 @@ def class_table(summary: Mapping[str, Any]) -> Iterator[str]:
     for name, row in zip(names, classes.values(), strict=True):
         scores = "  ".join(f"{row[key]:>9.3f}" for key in ("precision", "recall", "f1"))
         yield f"{name:<{width}}  {scores}  {row['examples']:>9}"
+    name, most = max(zip(names, matrix.sum(1), strict=True), key=lambda pair: int(pair[1]))
+    yield f"always answering {name} would have an accuracy of {most / max(matrix.sum(), 1):.3f}"
     yield ""
     if len(names) <= _WIDEST:
         columns = [max(len(name), len(str(matrix.max()))) for name in names]

@@ -50,8 +50,8 @@ class ClassificationTask(Task):
         self, split: str, records: Sequence[Example], others: Mapping[str, Sequence[Example]]
     ) -> Iterator[str]:
         found = collections.Counter(record.label for record in records if record.label >= 0).most_common()
-        if len(found) == 1 and len(self.labels) > 1:
-            yield f"all {found[0][1]} examples are {self.labels[found[0][0]]!r}; accuracy shows nothing"
+        if len(found) == 1:
+            yield f"all {found[0][1]} examples are {self.labels[found[0][0]]!r}, nothing tells classes apart"
         elif split == "train" and len(found) < len(self.labels):
             absent = ", ".join(repr(self.labels[i]) for i in {*range(len(self.labels))} - {*dict(found)})
             yield f"no example is {shorten(absent)}; the model learns only the other classes"

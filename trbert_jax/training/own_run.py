@@ -6,7 +6,6 @@ All stages run, `init` too: with few updates it gives the selectors a better sta
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from trbert_jax.config import RunConfig, build_config
 from trbert_jax.datasets.registry import FAMILIES
 from trbert_jax.errors import MissingSplitError, UserError
+from trbert_jax.io import find_path
 from trbert_jax.model.config import model_config_from_dict
 from trbert_jax.model.pretrained import read_config
 from trbert_jax.model.tokenizers import load_tokenizer, train_wordpiece
@@ -27,14 +27,14 @@ SCRATCH = "scratch"
 STAGES = ["finetune", "score", "init", "policy", "teacher", "joint", "evaluate"]
 _LONGEST = 512  # tokens of a text at most
 _STEP = 16  # the longest text is a multiple of it
-_SAMPLE = 2000  # texts that are tokenized to find their length
+_SAMPLE = 2000  # examples whose length is measured
 # A small model with random weights, as in configs/quickstart.yaml.
 _SHAPE: dict[str, Any] = {"vocab_size": 4000, "initializer_range": 0.05}
 _SHAPE |= {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 512}
 _NARROW = 256  # width up to which a model takes, and needs, higher rates and more updates
 # Stage -> updates to aim at, fewest and most epochs, and learning rate: of a wide model and of a narrow one.
 _TRAINING = {
-    "finetune": ((300, 2, 5, 5e-5), (800, 3, 20, 5e-4)),
+    "finetune": ((300, 2, 5, 5e-5), (600, 3, 20, 5e-4)),
     "init": ((100, 1, 3, 1e-3), (200, 1, 4, 3e-3)),
     "policy": ((100, 1, 2, 1e-3), (300, 1, 4, 3e-3)),
     "joint": ((100, 1, 2, 5e-5), (200, 1, 3, 3e-4)),
@@ -53,10 +53,11 @@ def choose_settings(
       given: further keys of section `data`.
       overrides: `key=value`, which win over the settings chosen here.
 
-    Raises `UserError` for data or a model that cannot be read, a single class, or a wrong setting.
+    Raises `UserError` for data or a model that cannot be read, or a wrong setting.
     """
-    source = {"name": "text", "path" if Path(data).is_dir() else "train": data}
-    if data.partition(":")[0] in FAMILIES and not Path(data).exists():
+    file = find_path(data)
+    source = {"name": "text", "path" if file.is_dir() else "train": str(file)}
+    if data.partition(":")[0] in FAMILIES and not file.exists():
         source = {"name": data}
     values: dict[str, Any] = {"workdir": output, "data": {**source, **given}, "model": {"init": model}}
     config = build_config(values, overrides)
@@ -64,17 +65,13 @@ def choose_settings(
     if splits.task.name != "classification":
         raise UserError(f"{data}: holds questions; train on them with --config")
     labels, records = splits.task.labels, splits.records("train")
-    if len(labels) < 2:
-        advice = "a classifier needs two classes or more; name the others in data.labels"
-        raise UserError(f"{data}: all {len(records)} examples are {labels[0]!r}; {advice}")
     try:
         has_test = any(record.label >= 0 for record in splits.records("test"))
     except MissingSplitError:
         has_test = False
-    scratch = config.model.init == SCRATCH
-    texts = splits.texts("train")
-    longest, width = _fit(config, texts)
-    values["model"] |= {"max_length": longest, **({"scratch": _SHAPE} if scratch else {})}
+    chosen = np.random.default_rng(0).permutation(len(records))[:_SAMPLE]
+    longest, width = _fit(config, splits.task.texts([records[i] for i in sorted(chosen.tolist())]))
+    values["model"] |= {"max_length": longest, **({"scratch": _SHAPE} if model == SCRATCH else {})}
     values |= _training(len(records), longest, width)
     values["stages"] = STAGES
     values["evaluate"] = {"split": "test" if has_test else "dev", "baselines": ["random"]}
@@ -90,8 +87,7 @@ def _fit(config: RunConfig, texts: Sequence[str]) -> tuple[int, int]:
 
     The length is that of the longest text, unless that is out of the ordinary.
     """
-    rng, most, width = np.random.default_rng(0), _LONGEST, int(_SHAPE["hidden_size"])
-    chosen = [texts[i] for i in sorted(rng.permutation(len(texts))[:_SAMPLE].tolist())]
+    most, width = _LONGEST, int(_SHAPE["hidden_size"])
     if config.model.init != SCRATCH:
         directory = local_directory(config.model.init)
         values = read_config(directory)
@@ -101,8 +97,8 @@ def _fit(config: RunConfig, texts: Sequence[str]) -> tuple[int, int]:
     elif config.model.tokenizer:
         tokenizer = load_tokenizer(config.model.tokenizer)
     else:
-        tokenizer = train_wordpiece(chosen, _SHAPE["vocab_size"])
-    lengths = TextEncoder(tokenizer).encode(chosen, max_tokens=most).num_tokens
+        tokenizer = train_wordpiece(texts, _SHAPE["vocab_size"])
+    lengths = TextEncoder(tokenizer).encode(texts, max_tokens=most).num_tokens
     if config.data.text_pair_field:
         lengths = lengths.reshape(-1, 2).sum(1) + 1
     longest, usual = int(lengths.max()), int(np.quantile(lengths, 0.9))
