@@ -72,7 +72,8 @@ JOIN = f"{TRAIN} --coordinator a:1 --num-processes 2 --process-id"
 WRONG: dict[str, list[str]] = {
     "COMMAND": [""],
     "'fly'": ["fly"],
-    "--config": ["train", "train --conf c.yaml", "evaluate --all-checkpoints"],
+    "--config": ["train", "prepare-data --output o", "evaluate --all-checkpoints"],
+    "arguments: --conf": ["train --conf c.yaml"],
     "--config alone": [f"evaluate --all-checkpoints --config c {o}" for o in ("--data d", "--threshold 0.4")],
     "--fast": [f"{TRAIN} --fast"],
     "--stages": [f"{TRAIN} --stages a,,b"],
