@@ -127,7 +127,7 @@ def test_sizes() -> None:
     entries = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     assert len(entries) <= 16
     assert len(FLOORS) <= 8
-    assert len(list(PACKAGE.rglob("*.py"))) <= 82
+    assert len(list(PACKAGE.rglob("*.py"))) <= 86
     assert lines(PACKAGE) <= 18_500
     assert lines(ROOT / "tests") <= 14_800
 
