@@ -1,5 +1,6 @@
 """The command line: what it accepts, what it prints, how it ends. Fakes play the library."""
 
+import csv
 import io
 import json
 import logging
@@ -261,6 +262,103 @@ def test_predict_jsonl_to_a_file(predict: Predict, tmp_path: Path) -> None:
     assert predict("--file", str(source), "--output", str(target), "--with-text") == []
     assert [line["text"] for line in lines_of(target.read_text(encoding="utf-8"))] == [TRICKY, "two\nlines"]
     assert os.listdir(target.parent) == ["predictions.jsonl"]
+
+
+TWO = [{"id": "a", "text": "one", "label": "x"}, {"id": "b", "text": "two\nlines", "label": "y"}]
+TWO_LINES = "".join(json.dumps(record) + "\n" for record in TWO)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", 'id,text\na,one\nb,"two\nlines"\n'),
+        ("T.TSV", 'id\tTEXT\na\tone\nb\t"two\nlines"\n'),
+        ("T.JSONL", TWO_LINES),
+        ("t.ndjson", TWO_LINES),
+        ("t.json", TWO_LINES),
+        ("u.json", json.dumps(TWO)),
+        ("-jsonl", TWO_LINES),
+        ("-csv", 'id,text\na,one\nb,"two\nlines"\n'),
+    ],
+)
+def test_predict_reads_each_format_and_keeps_ids(
+    name: str,
+    content: str,
+    predict: Predict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    type_in(monkeypatch, content.encode())
+    place = ["--file", "-", "--format", name[1:]] if name[0] == "-" else ["--file", str(tmp_path / name)]
+    found = [(line["id"], line["text"], line["label"]) for line in predict("--with-text", *place)]
+    assert found == [("a", "one", "gut"), ("b", "two\nlines", "gut")]
+
+
+@pytest.mark.parametrize("name", ["t.xlsx", "t.md", "plain", "t.parquet", "t.csv", "lines.txt", "-"])
+def test_predict_reads_no_file_as_what_it_is_not(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Fake, capsys: Capture
+) -> None:
+    fake("inference.predictor", TRBert=FakeModel)
+    monkeypatch.chdir(tmp_path)
+    Path("x").joinpath(name).parent.mkdir()
+    Path(name).write_text(TWO_LINES, encoding="utf-8")
+    type_in(monkeypatch, TWO_LINES.encode())
+    assert main(["predict", "--model", "m", "--file", name, "--output", "x/o.jsonl"]) == 2
+    assert capsys.readouterr().err.startswith(f"trbert: error: {'standard input' if name == '-' else name}:")
+    assert os.listdir("x") == []
+
+
+def test_predict_writes_a_table_that_can_be_read_again(predict: Predict, tmp_path: Path) -> None:
+    source, table, again = tmp_path / "t.jsonl", tmp_path / "p.csv", tmp_path / "q.tsv"
+    source.write_text(TWO_LINES, encoding="utf-8")
+    assert predict("--file", str(source), "--output", str(table), "--with-text") == []
+    assert table.read_text(encoding="utf-8") == (
+        "id,text,label,label_id,score_bad,score_gut,kept,num_tokens,truncated\n"
+        'a,one,gut,1,0.25,0.75,"[[0, 1, 2], [0]]",3,False\n'
+        'b,"two\nlines",gut,1,0.25,0.75,"[[0, 1, 2, 3, 4, 5, 6, 7, 8], [0]]",9,False\n'
+    )
+    predict("--file", str(table), "--output", str(again), "--with-text")
+    rows = [
+        [*csv.reader(io.StringIO(path.read_text()), delimiter=x)] for path, x in ((table, ","), (again, "\t"))
+    ]
+    assert rows[0] == rows[1]
+    assert predict("one", "--output", str(tmp_path / "p.parquet"), code=2) == []
+
+
+def test_predict_skips_bad_records_or_keeps_those_before(
+    predict: Predict, tmp_path: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, target = tmp_path / "t.jsonl", tmp_path / "o.jsonl"
+    source.write_text(TWO_LINES + '{"text": null}\n' + TWO_LINES, encoding="utf-8")
+    assert predict("--file", str(source), "--output", str(target), code=2) == []
+    assert [line["id"] for line in lines_of(target.read_text())] == ["a", "b"]
+    assert len(predict("--file", str(source), "--skip-bad-records")) == 4
+    assert "1 of 5 records skipped" in caplog.text
+    source.write_text('{"text": null}\n', encoding="utf-8")
+    assert predict("--file", str(source), "--skip-bad-records", code=2) == []
+
+
+def test_predict_answers_a_pipe_before_it_ends(tmp_path: Path) -> None:
+    """With the real library."""
+    code = (
+        "import sys; sys.path[:0] = ['tests']; import pathlib, tiny_models; from trbert_jax.cli import main\n"
+        "model = tiny_models.tiny_model(pathlib.Path(sys.argv[1]))\n"
+        "sys.exit(main(['predict', '--model', str(model), '--with-text', '--file', '-']))\n"
+    )
+    command, pipe = [sys.executable, "-c", code, str(tmp_path / "model")], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin
+        assert process.stdout
+        for texts in (["the film"], ["a plot", "bad"]):
+            process.stdin.write("".join(f"{text}\n" for text in texts).encode())
+            process.stdin.flush()
+            assert [json.loads(process.stdout.readline())["text"] for _ in texts] == texts
+        process.stdin.write(b"the end")
+        process.stdin.close()
+        assert json.loads(process.stdout.readline())["text"] == "the end"
+        assert process.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize(
