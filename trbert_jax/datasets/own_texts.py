@@ -67,7 +67,8 @@ def make_example(item: Any, id: str, fields: Fields, *, may_be_empty: bool = Fal
     pair = None
     if fields.pair is not None:
         pair = reading.text(item, fields.find(item, "pair"), may_be_empty=may_be_empty)
-    return Example(id, text, -1, pair, item.get("id"))
+    given = item.get("id")
+    return Example(id, text, -1, pair, given if isinstance(given, str | int | float) else None)
 
 
 def read_file(path: Path, fields: Fields, skip: bool = False) -> Rows:
@@ -117,7 +118,7 @@ class OwnTexts(DataSet, abc.ABC):
 
     @abc.abstractmethod
     def has_split(self, path: PathLike, split: str, options: Options) -> bool:
-        """Returns whether there is such a split."""
+        """Returns whether there is a set for a split."""
 
     @abc.abstractmethod
     def rows(self, path: PathLike, split: str, skip: bool, options: Options) -> Rows:
@@ -190,11 +191,11 @@ class FileTexts(OwnTexts):
     def rows(self, path: PathLike, split: str, skip: bool, options: Options) -> Rows:
         files = _files(path, split, options)
         if not files:
-            place = f"{path}: has" if path else "data: has"
-            hint = ", or set evaluate.split: dev" if split == "test" else ""
-            raise MissingSplitError(
-                f"{place} no {split} set; expected {split}.csv or name a file in data.{split}{hint}"
-            )
+            expected = f"data.{split}: missing; expected a file of texts with labels"
+            if path:
+                expected = f"{path}: has no {split} set; expected {split}.csv or the like, or data.{split}"
+            hint = ", or evaluate.split: dev" if split == "test" else ""
+            raise MissingSplitError(f"{expected}{hint}")
         stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
         return _read_files(files, stamps, fields_of(options), skip)
 

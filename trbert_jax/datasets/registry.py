@@ -94,6 +94,13 @@ class DataSet:
             raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
         return self.load(path, split, bad or BadRecords(), options)
 
+    def has_split(self, path: PathLike, split: str, options: Options) -> bool:
+        """Returns whether there is a set for a split, as far as that is known without reading it."""
+        if path is None or not self.files:
+            return True
+        names = (*self.files[split], *(self.files["dev"] if split == "test" and self.dev_as_test else ()))
+        return any((find_path(path) / name).exists() for name in names)
+
     def load(self, path: PathLike, split: str, bad: BadRecords, options: Options) -> list[Any]:
         """Reads a split for `read_split`."""
         expected = " or ".join(self.files[split])

@@ -112,6 +112,11 @@ class Splits:
         self.records(key.partition(".")[0])
         return self._digests[key]
 
+    def require_test_set(self) -> None:
+        """Raises `UserError` if there is no test set; before a training that ends with it."""
+        if not self._source.has_split(self._config.data.path, "test", self._options("train")):
+            self.records("test")
+
     def records(self, split: str) -> Sequence[Any]:
         """Returns the records of a split, limited in number as configured."""
         if split not in self._records:
