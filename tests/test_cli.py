@@ -8,18 +8,17 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny_runs
+from fake_trbert import FakeModel
 from tiny_models import tiny_model
 
 from trbert_jax import __version__
 from trbert_jax.cli import COMMANDS, main
-from trbert_jax.model.config import InputConfig
 
 Capture = pytest.CaptureFixture[str]
 Fake = Callable[..., None]
@@ -178,24 +177,6 @@ def test_convert_then_predict(tmp_path: Path, capsys: Capture) -> None:
 
 
 # Predict: a fake plays the model ------------------------------------------------------------------
-
-
-class FakeModel:
-    """Finds every text positive and keeps as many tokens as it has letters."""
-
-    config = types.SimpleNamespace(labels=("bad", "gut"), inputs=InputConfig(), max_length=99)
-    asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
-
-    @classmethod
-    def from_pretrained(cls, path: str, max_length: int | None = None) -> "FakeModel":
-        return cls()
-
-    def predict_stream(self, texts: Iterable[str], **options: Any) -> Iterator[Any]:
-        self.asked.append(options)
-        rest = {"label": "gut", "label_id": 1, "scores": np.array([0.25, 0.75], np.float32)}
-        for t in texts:
-            kept = (np.arange(len(t)), np.array([0], np.int32))
-            yield types.SimpleNamespace(kept=kept, num_tokens=len(t), truncated=len(t) > 99, text=t, **rest)
 
 
 def lines_of(text: str) -> list[dict[str, Any]]:
@@ -412,15 +393,9 @@ def test_a_missing_device_is_one_line(tmp_path: Path, platform: str) -> None:
 
 def test_closed_pipe(tmp_path: Path) -> None:
     """The reader takes one line of very many; the writer ends without a traceback."""
-    code = (
-        "import sys, types; sys.path[:0] = ['tests']\n"
-        "import test_cli; from trbert_jax.cli import main\n"
-        "module = types.ModuleType('trbert_jax.inference.predictor'); module.TRBert = test_cli.FakeModel\n"
-        "sys.modules[module.__name__] = module\n"
-        "sys.exit(main(['predict', '--model', 'm', '--batch-size', '1', '--file', sys.argv[1]]))\n"
-    )
     (tmp_path / "texts.txt").write_text("some text that is not short\n" * 20_000, encoding="utf-8")
-    command, pipe = [sys.executable, "-c", code, str(tmp_path / "texts.txt")], subprocess.PIPE
+    arguments = ["predict", "--model", "m", "--batch-size", "1", "--file", str(tmp_path / "texts.txt")]
+    command, pipe = [sys.executable, "tests/fake_trbert.py", *arguments], subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout
         assert process.stderr

@@ -160,20 +160,12 @@ def test_a_folder_is_written_where_its_name_leads(
 
 # Standard streams and signals: a fake plays the model ---------------------------------------------
 
-PREDICT = (
-    "import sys, types; sys.path[:0] = ['tests']\n"
-    "import test_cli; from trbert_jax.cli import main\n"
-    "module = types.ModuleType('trbert_jax.inference.predictor'); module.TRBert = test_cli.FakeModel\n"
-    "sys.modules[module.__name__] = module\n"
-    "raise SystemExit(main())\n"
-)
 TEXT = "é 日本 😀 \\"
 
 
 def shell(tmp_path: Path, arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs `trbert` in a shell, with its redirections."""
-    (tmp_path / "fake.py").write_text(PREDICT, encoding="utf-8")
-    command = f"{sys.executable} {tmp_path / 'fake.py'} {arguments}"
+    command = f"{sys.executable} tests/fake_trbert.py {arguments}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "W": str(tmp_path), **variables}
     return subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -194,8 +186,8 @@ def shell(tmp_path: Path, arguments: str, **variables: str) -> subprocess.Comple
 )
 def test_standard_streams(arguments: str, code: int, said: str, tmp_path: Path) -> None:
     (tmp_path / "t").write_text("text\n", encoding="utf-8")
-    for buffered in ("", "1"):
-        done = shell(tmp_path, arguments, PYTHONUNBUFFERED=buffered)
+    for unbuffered in ("", "1") if "full" in arguments else ("",):
+        done = shell(tmp_path, arguments, PYTHONUNBUFFERED=unbuffered)
         assert done.returncode == code
         assert done.stderr.count("\n") == (1 if said else 0)
         assert said in done.stderr
@@ -214,7 +206,7 @@ def test_json_keeps_its_value_in_any_encoding(encoding: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGHUP]])
 def test_a_signal_leaves_nothing_partial(numbers: list[signal.Signals], tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("text\n" * 10**6, encoding="utf-8")
-    command: list[Any] = [sys.executable, "-c", PREDICT, "predict", "--model", "m", "--file"]
+    command: list[Any] = [sys.executable, "tests/fake_trbert.py", "predict", "--model", "m", "--file"]
     command += [tmp_path / "t.txt", "--output", tmp_path / "out"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 30
@@ -229,3 +221,27 @@ def test_a_signal_leaves_nothing_partial(numbers: list[signal.Signals], tmp_path
         assert process.stderr
         assert process.stderr.read().count("\n") == 1
     assert os.listdir(tmp_path) == ["t.txt"]
+
+
+# Environment --------------------------------------------------------------------------------------
+
+OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:34911"}
+JOIN = "train --config configs/quickstart.yaml --distributed --join-timeout 20"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "said"),
+    [
+        (JOIN, OPEN_MPI, "OMPI_COMM_WORLD_SIZE"),
+        (JOIN, {"OMPI_MCA_orte_hnp_uri": "none"}, "Open MPI"),
+        (JOIN, {**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "first"}, "'first'"),
+        ("train --config configs/quickstart.yaml", {"JAX_DEFAULT_PRNG_IMPL": "dice"}, "dice"),
+    ],
+)
+def test_odd_variables_are_named(
+    arguments: str, variables: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    done = shell(tmp_path, arguments, **variables)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -78,6 +78,11 @@ def _run(args: Arguments, signals: contextlib.AbstractContextManager[None]) -> i
             raise
         streams.say(f"error: {error.object}: the name is not UTF-8; rename it")
         return streams.USER_ERROR
+    except ValueError as error:  # of JAX, which checks the variables of its settings as it is imported
+        if "jax" in sys.modules or "JAX_" not in str(error).upper():
+            raise
+        streams.say(f"error: {error}; correct or unset the environment variable")
+        return streams.USER_ERROR
     except OSError as error:
         if error.filename is None:
             raise

@@ -82,6 +82,7 @@ def check_outputs(
     """
     data, trained = ([Path(os.path.expanduser(x)) for x in given if x] for given in (inputs, models))
     sources = [*data, *trained]
+    trained += [folder / "model" for folder in trained]  # of a work directory
     read: dict[Any, str] = {_identity(path): str(path) for path in sources}
     read.pop(None, None)
     elsewhere = "choose another path for the output"

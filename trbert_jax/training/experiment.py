@@ -114,6 +114,11 @@ class Experiment:
             if not isinstance(content, dict) or "workdir" not in content:
                 other = "belongs to something else, such as a model, and would be overwritten"
                 raise UserError(f"{path}: {other}; choose another `workdir`")
+        elif not any((self.workdir / stage).exists() for stage in STAGES):
+            for other in ("model", "results.json", "curves.png"):
+                if (self.workdir / other).exists():
+                    advice = "move it away, or choose another `workdir`"
+                    raise UserError(f"{self.workdir / other}: is no run's and would be replaced; {advice}")
         stack.enter_context(only_process(self.workdir))
         self.check_owner()
         write_json(path, to_dict(self.config))
@@ -123,7 +128,7 @@ class Experiment:
         data, model = self.config.data, self.config.model
         stages = [self.workdir / stage for stage in STAGES]
         read = [getattr(data, name, None) for name in ("path", "prepared", "train", "dev", "test")]
-        check_outputs(models=[model.init], folders=[self.workdir / "model", *stages])
+        check_outputs(inputs=read, models=[model.init], folders=[self.workdir / "model", *stages])
         own = [self.workdir / name for name in ("config.json", "results.json", "model", *STAGES)]
         check_outputs([output], inputs=[*read, *own], models=[model.init])
 
