@@ -231,6 +231,7 @@ _SQUAD = '{"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}, or {"dat
 _SQUAD_FILES = ("{split}-v2.0.json", "{split}-v1.1.json", "{split}.json", "{split}.jsonl")
 _MRQA = 'a header line, then {"context": ..., "qas": [...]} a line'
 register("squad", "squad", read_squad, _SQUAD, *_SQUAD_FILES)
+register("mrqa", "mrqa", read_mrqa, _MRQA, "{split}.jsonl", "{split}.jsonl.gz")
 for _name, _published in (("newsqa", "NewsQA"), ("naturalqa", "NaturalQuestionsShort")):
     _files = ("{split}", f"{{split}}/{_published}")
     _names = (f"{file}.jsonl{end}" for file in _files for end in ("", ".gz"))

@@ -229,7 +229,7 @@ def _tune_null_threshold(
     The published results use 0, and so do `dense` and `reduced`.
     """
     data, split = experiment.data, experiment.config.evaluate.split
-    if score.null_threshold is None:
+    if not data.task.inputs.unanswerable:
         return {}
     if split != "dev":
         dev = experiment.features("dev", model)
