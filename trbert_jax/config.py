@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 from trbert_jax.datasets import find_dataset
 from trbert_jax.datasets.labels import class_name
 from trbert_jax.datasets.registry import FIELD_KEYS, OWN_KEYS
-from trbert_jax.errors import UserError
+from trbert_jax.errors import UserError, iterable
 from trbert_jax.io import YamlKey, find_path, parse_yaml, read_json, read_text
 from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.reduction.rules import DEFAULT_RULE, RULES, rule_names
@@ -295,7 +295,7 @@ def build_config(
     values: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = YamlKey.origin
 ) -> RunConfig:
     """Returns the configuration of nested settings, as `load_config` does; `origin` is for messages."""
-    for override in overrides:
+    for override in iterable("overrides", overrides, "[key=value]"):
         values = _merged(values, _parse_override(override))
     return _build(values, origin)
 

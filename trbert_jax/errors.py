@@ -3,8 +3,10 @@
 import contextlib
 import operator
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -31,6 +33,17 @@ def first_lines(lines: Sequence[str], most: int = 10) -> list[str]:
     """Returns the first lines of a long list for a message, and how many more there are."""
     more = len(lines) - most
     return [*lines[:most], *([f"... and {more} more"] if more > 0 else [])]
+
+
+def iterable(name: str, values: Iterable[T], example: str) -> Iterable[T]:
+    """Returns an iterable of values; raises UserError for a single one, which Python may take for many."""
+    # A table of pandas, of two dimensions, would be the names of its columns.
+    single = isinstance(values, str | bytes | Mapping) or getattr(values, "ndim", 1) != 1
+    with contextlib.suppress(TypeError):
+        if not single and iter(values) is not None:
+            return values
+    found = f"got a {type(values).__name__}; put one into a list: {example}"
+    raise UserError(f"{name}: expected a list, or another iterable; {found}")
 
 
 def whole_number(name: str, value: Any, least: int, most: int = sys.maxsize) -> int:

@@ -339,10 +339,11 @@ def test_a_forked_process_answers(model: TRBert, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "options", "words"),
     [
-        ("one text", {}, "list of texts"),
-        (b"one text", {}, "list of texts"),
-        ({"text": "a"}, {}, r"list of texts.*\[text\]"),
-        (3, {}, "list of texts"),
+        ("one text", {}, "texts: expected a list"),
+        (b"one text", {}, "texts: expected a list"),
+        ({"text": "a"}, {}, r"expected a list.*\[text\]"),
+        (3, {}, "texts: expected a list"),
+        (np.array([["a", "b"]]), {}, "texts: expected a list"),
         (["a", 3], {}, r"texts\[1\] is a int"),
         (["a \ud800"], {}, "Unicode"),
         (["a"], {"batch_size": 0}, "batch_size"),

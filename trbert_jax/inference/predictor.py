@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.errors import UserError, whole_number
+from trbert_jax.errors import UserError, iterable, whole_number
 from trbert_jax.inference.engine import (
     FEWER,
     CompiledForward,
@@ -32,7 +32,7 @@ from trbert_jax.inference.engine import (
     fitting_size,
 )
 from trbert_jax.inference.forked import ForkedEngine, Helper
-from trbert_jax.inference.questions import WINDOW, answer_pairs, check_iterable, windows
+from trbert_jax.inference.questions import WINDOW, answer_pairs, windows
 from trbert_jax.io import check_unicode
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
@@ -266,7 +266,7 @@ class TRBert:
         Arguments and errors: see `predict`; an invalid option raises at once, a bad text when its window is
         reached.
         """
-        check_iterable("predict", texts, "texts", "predict([text])")
+        texts = iterable("texts", texts, "predict([text])")
         self.check_use(questions=False)
         options = self.checked_options(batch_size, **options)
         return self._predict(texts, int(batch_size), options)

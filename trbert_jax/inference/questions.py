@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trbert_jax.datasets import BadRecords
 from trbert_jax.datasets.reading import UnusableRecords
-from trbert_jax.errors import UserError
+from trbert_jax.errors import UserError, iterable, whole_number
 from trbert_jax.inference.engine import Outputs
 from trbert_jax.inference.lines import PAUSE
 from trbert_jax.tasks import Task, log_counts
@@ -27,7 +27,7 @@ WINDOW = 32  # batches within which inputs are sorted by length
 
 
 def answer_questions(
-    model: TRBert, requests: Sequence[Any], *, source: str = "question", **options: Any
+    model: TRBert, requests: Iterable[Any], *, source: str = "question", **options: Any
 ) -> list[dict[str, Any]]:
     """Answers questions.
 
@@ -48,7 +48,7 @@ def answer_questions(
 
     Raises UserError for a model that labels texts, a malformed question, or an invalid option.
     """
-    check_iterable("answer_questions", requests, "questions", "answer_questions(model, [question])")
+    requests = iterable("questions", requests, "answer_questions(model, [question])")
     placed = ((f"{source}:{number}", request) for number, request in enumerate(requests, 1))
     return list(model.answer_stream(placed, **options))
 
@@ -63,18 +63,17 @@ def answering(
     model.check_use(model.answers_questions)
     task = copy.copy(model.task)
     if null_threshold is not None:
-        if isinstance(null_threshold, bool) or not math.isfinite(null_threshold):
+        if isinstance(null_threshold, bool | str) or not math.isfinite(null_threshold):
             raise UserError(f"null_threshold is {null_threshold!r}; expected a finite number")
         if not task.may_answer_nothing:
             raise UserError(f"{model.source}: null_threshold: its questions always have an answer")
         threshold = float(null_threshold)
         task.inputs = dataclasses.replace(task.inputs, unanswerable=True, null_threshold=threshold)
     if max_answer_length is not None:
-        if isinstance(max_answer_length, bool) or max_answer_length < 1:
-            raise UserError(f"max_answer_length is {max_answer_length!r}; expected a number, at least 1")
+        max_answer_length = whole_number("max_answer_length", max_answer_length, 1)
         if task.max_answer_length is None:
             raise UserError(f"{model.source}: max_answer_length: it cuts no answers from a text")
-        task.max_answer_length = int(max_answer_length)
+        task.max_answer_length = max_answer_length
     return task
 
 
@@ -91,10 +90,9 @@ def answer_pairs(
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yields questions with their answers, see `TRBert.answer_stream`; bad questions go to `bad`."""
     options, bad = model.checked_options(batch_size, **options), bad or BadRecords()
-    if isinstance(n_best, bool) or not 0 <= n_best <= MAX_N_BEST:
-        raise UserError(f"n_best is {n_best!r}; expected a number from 0 to {MAX_N_BEST}")
+    n_best = whole_number("n_best", n_best, 0, MAX_N_BEST)
     source, ids = iter(requests), set[str]()
-    for window in windows(source, WINDOW * batch_size):
+    for window in windows(source, WINDOW * int(batch_size)):
         if not window:
             continue
         model.check_use(questions=True)
@@ -169,10 +167,3 @@ def windows(source: Iterator[Any], size: int) -> Iterator[list[Any]]:
             yield []
     if window:
         yield window
-
-
-def check_iterable(function: str, values: Any, name: str, example: str) -> None:
-    """Raises UserError for one value in place of an iterable of them, or for no iterable at all."""
-    if isinstance(values, str | bytes | Mapping) or not hasattr(type(values), "__iter__"):
-        found = f"got a {type(values).__name__}; put one into a list: {example}"
-        raise UserError(f"{function} takes a list of {name}, or another iterable; {found}")

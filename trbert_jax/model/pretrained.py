@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from trbert_jax.errors import UserError, first_lines, whole_number
+from trbert_jax.errors import UserError, first_lines, iterable, whole_number
 from trbert_jax.io import read_json, write_json
 from trbert_jax.model.config import (
     ModelConfig,
@@ -106,7 +106,7 @@ def load_pretrained(
         logger.warning("%s: left out tensors that are no part of the model: %s", directory, listed)
 
     if labels is not None:
-        config = _change_labels(config, tree, tuple(labels))
+        config = _change_labels(config, tree, tuple(iterable("labels", labels, "labels=[label]")))
     if keep_layers is not None:
         layers = [whole_number("keep_layers", layer, 0) for layer in keep_layers]
         config = _keep_layers(config, tree, layers)

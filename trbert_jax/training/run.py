@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from trbert_jax.config import RunConfig, to_dict, without_defaults
-from trbert_jax.errors import UserError
+from trbert_jax.errors import UserError, iterable
 from trbert_jax.inference.class_report import class_table, plot_confusion
 from trbert_jax.inference.engine import Outputs
 from trbert_jax.inference.evaluate import baseline_runs, evaluate_runs, summarize, write_predictions
@@ -59,6 +59,7 @@ def train(
     directory of another configuration, missing inputs, bad data, devices that cannot share a batch, or
     processes that do not agree.
     """
+    only = None if only is None else list(iterable("only", only, "only=[stage]"))
     chosen = _chosen_stages(config, only)
     find_devices()  # before anything else asks JAX
     if jax.process_index() != 0:
