@@ -285,6 +285,9 @@ FIELDS = (
     _option("--text-field", "NAME", str, "field of the text (default that of the training data, or text)"),
     _option("--text-pair-field", "NAME", str, "field of a second text"),
 )
+LABEL_FIELD = _option(
+    "--label-field", "NAME", str, "field of the label (default that of the training data, or label)"
+)
 ANSWERS = (
     _option("--null-threshold", "X", _number_type, "no answer to a question with null odds above X"),
     _option("--max-answer-length", "N", _count, "word pieces of an answer at most (default 30)"),
@@ -324,6 +327,7 @@ OWN = "dev test text_field text_pair_field label_field"
     _option("--output", "DIR", str, "for --data: folder of the run; the model will be in DIR/model"),
     *(_option(f"--{name}", "FILE", str, f"for --data: {name} set") for name in ("dev", "test")),
     *FIELDS,
+    LABEL_FIELD,
     _option("--stages", "A,B", _list_of(_name), "run only these stages"),
     _switch("--dry-run", "print the plan for --devices of --processes, and do nothing"),
     _option("--devices", "N", _count, "devices, for --dry-run (default 1)"),
@@ -391,7 +395,7 @@ def _train(args: Arguments) -> None:
     _path("models", "--model", "DIR", "folder of a trained model"),
     _path("inputs", "--data", "FILE", _data_help),
     *FIELDS,
-    _option("--label-field", "NAME", str, "field of the label (default that of the training data, or label)"),
+    LABEL_FIELD,
     MAX_LENGTH,
     BATCH_SIZE,
     *RULE,
