@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 from tiny_qa import VOCABULARY, qa_tokenizer
-from tiny_qa_files import SAMPLES
+from tiny_qa_files import SAMPLES, write_lines
 
 from trbert_jax import TRBert, answer_questions
 from trbert_jax.cli import main
@@ -21,6 +21,7 @@ from trbert_jax.errors import UserError
 from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.tasks import Splits
+from trbert_jax.training.run import results_table
 
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "max_positions": 64, "max_length": 64}
 BASE = dataclasses.replace(tiny_models.BERT, vocab_size=len(VOCABULARY), **SIZES)
@@ -305,6 +306,36 @@ def test_training_leaves_out_what_cannot_become_inputs(
     assert set(examples.ids) <= data.ids("train") == before - {"q1"}
     assert "question 'q1': question: has no tokens" in data.notes["train"]["skipped"][0]
     assert "train: 1 of 4 records skipped" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_data_of_which_nothing_is_left(tmp_path: Path, split: str) -> None:
+    document = [{"header": {}}]
+    if split == "train":  # has answers, but none that is found in its context
+        document = SAMPLES["mrqa"].fresh()
+        for context in document[1:]:
+            for question in context["qas"]:
+                question["detected_answers"] = []
+    write_lines(tmp_path / f"{split}.jsonl", document)
+    model = BackboneConfig(init="scratch", max_length=64)
+    data = Splits(RunConfig(workdir="x", data=DataConfig(name="mrqa", path=str(tmp_path)), model=model))
+    with pytest.raises(
+        UserError, match=r"train: nothing is left.*3 questions left out|dev.jsonl: has no usable"
+    ):
+        data.examples(split, qa_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "shown"),
+    [("triviaqa", {"f1": 0.6}, " 0.6% "), ("hotpotqa", {"f1": 0.6}, " 60.0% "), ("triviaqa", {}, " - ")],
+)
+def test_the_table_of_results(tmp_path: Path, name: str, metrics: dict[str, float], shown: str) -> None:
+    """Official scorers count to 1 or to 100; without answers there is nothing to show."""
+    model = BackboneConfig(init="scratch", max_length=64)
+    config = RunConfig(workdir=str(tmp_path), data=DataConfig(name=name, path="x"), model=model)
+    dense = {**metrics, "tokens": 9.0, "flops": 1e6}
+    table = list(results_table(config, {"dense": dense, "stages": {}}))
+    assert shown in next(line for line in table if line.startswith("dense"))
 
 
 _COMPILED = ("segments", "candidates")  # the others take as long again, together more than is quick
