@@ -12,11 +12,13 @@ from trbert_jax.errors import UserError
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import (
     SPECIAL_TOKENS,
+    copy_tokenizer,
     load_tokenizer,
     read_line_breaks_as_spaces,
     save_tokenizer,
     train_wordpiece,
 )
+from trbert_jax.tasks.text_encoder import TextEncoder
 
 
 def make_texts() -> list[str]:
@@ -79,6 +81,7 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "accents alone": settings(do_lower_case=False, strip_accents=True),
     "null that means nothing": settings(tokenizer_class=None, strip_accents=None, model_max_length=None),
+    "special tokens split": settings(split_special_tokens=True),
     "CRLF": {"vocab.txt": WORDS.replace("\n", "\r\n")},
     "byte order mark": {"vocab.txt": b"\xef\xbb\xbf" + WORDS.encode()},
     "gap": {"vocab.txt": WORDS.replace("film", "\nfilm")},
@@ -102,6 +105,8 @@ def test_odd_folders_are_read_as_transformers_does(tmp_path: Path, name: str) ->
     expected = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
     tokenizer = load_tokenizer(folder)
     assert tokenizer.backend_tokenizer.encode(text).ids == expected
+    for own in (tokenizer, copy_tokenizer(tokenizer)):  # as tasks and models read texts
+        assert TextEncoder(own).encode([text]).tokens[0].tolist() == expected[1:-1]
     tiny_model(tmp_path / "ours")
     save_tokenizer(tmp_path / "ours", tokenizer, BERT)
     assert load_tokenizer(tmp_path / "ours").backend_tokenizer.encode(text).ids == expected
@@ -123,6 +128,10 @@ def test_odd_folders_are_read_as_transformers_does(tmp_path: Path, name: str) ->
         ({"vocab.txt": WORDS.encode("utf-16")}, "vocab.txt: not UTF-8"),
         ({"vocab.txt": WORDS, "added_tokens.json": ["<num>"]}, "added_tokens.json: expected a JSON object"),
         ({"vocab.txt": WORDS, "tokenizer_config.json": "{"}, "tokenizer_config.json: not valid JSON"),
+        (
+            {"vocab.txt": WORDS, "tokenizer_config.json": "\ufeff{}"},
+            "tokenizer_config.json begins with a byte",
+        ),
     ],
 )
 def test_tokenizers_that_cannot_be_right(tmp_path: Path, files: dict[str, Any], words: str) -> None:

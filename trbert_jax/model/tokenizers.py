@@ -117,8 +117,10 @@ def _problem(directory: Path, settings: Mapping[str, Any], error: Exception) -> 
     for key, allowed in _SWITCHES.items():
         if key in settings and not isinstance(settings[key], allowed):
             return f"{_SETTINGS}: {key} is {json.dumps(settings[key])}; expected true or false"
-    for name in (_TOKENIZER, _SPECIAL, _ADDED):
-        _read_object(directory / name)
+    for path in (directory / name for name in (_TOKENIZER, _SETTINGS, _SPECIAL, _ADDED)):
+        _read_object(path)
+        if path.is_file() and path.read_bytes().startswith(codecs.BOM_UTF8):
+            return f"{path.name} begins with a byte order mark; save it as UTF-8 without one"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     kind = settings.get("tokenizer_class")
     if kind and not (directory / _TOKENIZER).is_file():
@@ -180,10 +182,24 @@ def wrap_tokenizer(
 
 def copy_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     """Copies a fast tokenizer, without its truncation and padding; they are states of the shared backend."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
+    copied = copy.deepcopy(tokenizer)
+    _switch(tokenizer, copied.backend_tokenizer)
+    return copied
+
+
+def copy_backend(tokenizer: Tokenizer) -> Any:
+    """Like `copy_tokenizer`, but returns the backend alone, a `tokenizers.Tokenizer`."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    _switch(tokenizer, backend)
+    return backend
+
+
+def _switch(tokenizer: Tokenizer, backend: Any) -> None:
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens  # decides on ids, and is not copied
 
 
 def import_transformers() -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 
 from trbert_jax.datasets.records import trim_span
 from trbert_jax.errors import UserError
+from trbert_jax.model.tokenizers import copy_backend
 from trbert_jax.tasks.examples import Ragged
 
 _CHUNK = 1000  # texts handed to the tokenizer's threads at a time
@@ -32,17 +33,12 @@ def prepare_tokenizer(tokenizer: Any) -> tuple[Any, tuple[int, int]]:
 
     Raises `UserError` if it lacks one of them.
     """
-    import tokenizers
-
     # If unset, the library warns once the process has forked.
     os.environ.setdefault(_THREADS, "true")
     ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     if None in ends:
         raise UserError("the tokenizer has no [CLS] or no [SEP] token; choose one made for BERT")
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    return backend, ends
+    return copy_backend(tokenizer), ends
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +77,8 @@ class TextEncoder:
         self._backend, ends = prepare_tokenizer(tokenizer)
         self.cls, self.sep = (np.array([i], np.int32) for i in ends)
         # Everything that decides how a text is encoded, for `digest_of`.
-        self.description = (self._backend.to_str(), *ends, *sorted(markers.items()))
+        split = " split" if self._backend.encode_special_tokens else ""
+        self.description = (self._backend.to_str() + split, *ends, *sorted(markers.items()))
         # Marker id -> its word, its entry and the entry's id. As words of the tokenizer the markers are
         # found before the text is lower-cased and split at brackets, and keep their characters.
         self._replaced: dict[int, tuple[str, str, int | None]] = {}
