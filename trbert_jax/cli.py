@@ -500,7 +500,7 @@ def _predict(args: Arguments) -> None:
       trbert predict --model work/squad/model '{"question": "Who wrote it?", "context": "Ada wrote it."}'
     """
     from trbert_jax.datasets import BadRecords
-    from trbert_jax.inference.lines import Source, check_kind, output_records, write_record
+    from trbert_jax.inference.lines import RecordWriter, Source, check_kind, output_records
 
     if args.texts and (args.file or args.format):
         raise UserError("texts are given as arguments; --file and --format are for other texts")
@@ -527,10 +527,10 @@ def _predict(args: Arguments) -> None:
     records, count = output_records(model, source, fields, bad, args.with_text, **options), 0
     printed = contextlib.nullcontext(streams.StandardOutput())
     with atomic_file(args.output) if args.output else printed as stream:
-        failed = None
+        failed, writer = None, RecordWriter(stream, args.output)
         try:
             for record in records:
-                write_record(stream, record, args.output, first=count == 0)
+                writer.write(record)
                 stream.flush()
                 count += 1
         except UserError as error:

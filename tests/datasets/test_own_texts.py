@@ -241,3 +241,9 @@ def test_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(UserError, match=words):
             find_dataset(f"hf:{name}").read_split(None, "train", **{**options, key: "none"})
+
+
+def test_quotes_of_a_tsv_file_without_quoting_belong_to_the_text(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text('text\tlabel\n"so" he said\t1\nb "c\t0\n"d"\t0\n')
+    examples = read_labeled(tmp_path / "t.tsv", ("0", "1"), BadRecords(), Fields())
+    assert [(e.text, e.label) for e in examples] == [('"so" he said', 1), ('b "c', 0), ("d", 0)]

@@ -137,7 +137,7 @@ class OwnTexts(DataSet, abc.ABC):
         names = class_names(values)
         if not names:
             raise UserError(f"{rows.source}: has no usable record; expected {FORMAT}")
-        if len(names) > max(_MANY_CLASSES, len(values) // 2):
+        if len(names) > max(_MANY_CLASSES, len(values) // 2) or 10 < len(names) == len(values):
             found = f"{len(values)} records have {len(names)} different labels, such as {names[0]!r}"
             raise UserError(f"{rows.source}: {found}; expected a few classes; check data.label_field")
         return names

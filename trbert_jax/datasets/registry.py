@@ -172,7 +172,8 @@ def find_dataset(name: str) -> DataSet:
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{name!r} is no data set; expected {', '.join(dataset_names())}{hint}")
+        own = "" if close else "; `text` reads your own texts"
+        raise UserError(f"{name!r} is no data set; expected {', '.join(dataset_names())}{hint}{own}")
     return DATASETS[name]
 
 

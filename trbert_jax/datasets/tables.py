@@ -170,22 +170,23 @@ class Table:
     # CSV -------------------------------------------------------------------------------------------
 
     def _csv_rows(self) -> Iterator[tuple[int, Any]]:
-        lines = iter(self._lines())
-        for first in lines:
-            delimiter = self._delimiter(first[1])
-            rows = csv_rows(self.name, itertools.chain([first], lines), self._bad, delimiter)
-            names: list[str] = []
-            for number, row in rows:
-                if not names:
-                    names, is_header = self._header(number, row)
-                    if is_header:
-                        continue
-                with self._bad.record(f"{self.name}:{number}"):
-                    if len(row) != len(names):
-                        hint = "; put a text with commas into double quotes" if len(row) > len(names) else ""
-                        columns = reading.shorten(", ".join(names))
-                        raise ValueError(f"{len(row)} columns; expected {len(names)}, {columns}{hint}")
-                    yield number, dict(zip(names, row, strict=True))
+        lines, start, names = iter(self._lines()), list[tuple[int, str]](), list[str]()
+        for line in lines:
+            start.append(line)
+            if line[1].strip():
+                break
+        delimiter = self._delimiter(start[-1][1] if start else "")
+        for number, row in csv_rows(self.name, itertools.chain(start, lines), self._bad, delimiter):
+            if not names:
+                names, is_header = self._header(number, row)
+                if is_header:
+                    continue
+            with self._bad.record(f"{self.name}:{number}"):
+                if len(row) != len(names):
+                    hint = "; put a text with commas into double quotes" if len(row) > len(names) else ""
+                    columns = reading.shorten(", ".join(names))
+                    raise ValueError(f"{len(row)} columns; expected {len(names)}, {columns}{hint}")
+                yield number, dict(zip(names, row, strict=True))
 
     def _delimiter(self, line: str) -> str:
         """Returns the delimiter with which a line is a header: spreadsheets of some countries write `;`."""
@@ -212,7 +213,7 @@ class Table:
             self.first_label = 1
             return [fields.label if number else fields.text for number in is_number], False
         found = reading.shorten(", ".join(map(repr, row)))
-        advice = "name the column of the texts (text_field), by its number if the file has no header"
+        advice = "name that of the texts in text_field (--text-field), by number if the file has no header"
         raise UserError(f"{where}: no column {fields.text!r} among {found}; {advice}")
 
 
@@ -221,11 +222,19 @@ def csv_rows(
 ) -> Iterator[tuple[int, list[str]]]:
     """Yields number of the first line, and cells, of each row of CSV that is not blank.
 
-    A malformed row goes to `bad`. `name` is for messages. Raises `UserError` for a quote that does not end on
-    its line although the row is malformed: the lines up to the next quote would be lost.
+    A malformed row goes to `bad`; of TSV, which is often written without quoting, its quotes belong to the
+    text. `name` is for messages. Raises `UserError` for a malformed row of several lines: it begins with a
+    quote that is none, and the lines up to the next one would be lost.
     """
-    text = (line.removesuffix("\n").removesuffix("\r") + "\n" for _, line in lines)
-    rows, start = csv.reader(text, delimiter=delimiter, strict=True), 1
+    last = ""
+
+    def text() -> Iterator[str]:
+        nonlocal last
+        for _, line in lines:
+            last = line.removesuffix("\n").removesuffix("\r")
+            yield last + "\n"
+
+    rows, start = csv.reader(text(), delimiter=delimiter, strict=True), 1
     expected = "texts with quotes, line ends or delimiters in double quotes, and quotes in them doubled"
     with contextlib.ExitStack() as stack:
         # The csv module has a limit of 128 KiB a field, which holds for the whole process.
@@ -235,16 +244,15 @@ def csv_rows(
             with bad.record(f"{name}:{start}"):
                 try:
                     row = next(rows, None)
-                    # A quote that belongs to the text: TSV is often written without any quoting.
-                    swallowed = any(delimiter in cell and "\n" in cell for cell in row or ())
-                    if delimiter == "\t" and swallowed:
+                    if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in row or ()):
                         raise csv.Error("a quote that ends on a later line")
                 except csv.Error as error:
                     problem = f"not a valid CSV row ({error}); expected {expected}"
                     if rows.line_num > start:
                         raise UserError(f"{name}:{start}: {problem}") from error
-                    row = []
-                    raise ValueError(problem) from error
+                    row = last.split("\t") if delimiter == "\t" else []
+                    if not row:
+                        raise ValueError(problem) from error
             if row:
                 yield start, row
             start = rows.line_num + 1

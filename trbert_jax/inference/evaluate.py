@@ -10,7 +10,7 @@ from trbert_jax.datasets.tables import Fields
 from trbert_jax.errors import UserError
 from trbert_jax.inference.class_report import plot_confusion
 from trbert_jax.inference.engine import InferenceEngine, Outputs
-from trbert_jax.inference.lines import check_kind, write_record
+from trbert_jax.inference.lines import RecordWriter, check_kind
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.inference.questions import answering
 from trbert_jax.io import atomic_file, write_json
@@ -187,6 +187,7 @@ def write_predictions(path: str | Path, outputs: Outputs, examples: Examples, la
     scores, winners, path = outputs.probabilities, outputs.logits.argmax(-1), Path(path)
     given = [getattr(record, "given_id", None) for record in examples.records]
     with atomic_file(path) as stream:
+        writer = RecordWriter(stream, path)
         for row, winner in enumerate(winners):
             label = outputs.labels[row]
             record = {
@@ -197,4 +198,4 @@ def write_predictions(path: str | Path, outputs: Outputs, examples: Examples, la
                 "kept": [stage[row].tolist() for stage in outputs.kept],
                 "num_tokens": int(outputs.lengths[row]),
             }
-            write_record(stream, record, path, first=row == 0)
+            writer.write(record)

@@ -45,6 +45,7 @@ class Text:
     text: str
     pair: str | None = None
     id: Any = None  # that the source gives; None for none
+    is_row: bool = False  # whether it is of a file of rows
 
 
 class Source:
@@ -63,7 +64,7 @@ class Source:
         self._is_stdin = str(self._path) == "-"
         self.name = "standard input" if self._is_stdin else str(self._path)
         piped = self._is_stdin or is_stream(self._path)
-        self.format = format or (LINES if texts or piped else format_of(self._path, (LINES,)))
+        self.format = format or (LINES if texts else self._format(piped))
         self._lines: Iterator[Any] = iter(())
         if not texts and self.format != "parquet":
             lines = self._read_pipe() if piped else reading.read_lines(self._path)
@@ -71,6 +72,14 @@ class Source:
             if first is None:
                 raise UserError(f"{self.name}: is empty; expected texts or questions")
             self._lines = itertools.chain([first], lines)
+
+    def _format(self, piped: bool) -> str:
+        try:
+            return format_of(self._path, (LINES,))
+        except UserError:
+            if not piped:
+                raise
+            return LINES  # as `/dev/fd/63`
 
     def _read_pipe(self) -> Iterator[Any]:
         """Yields number and text of each line, and `PAUSE` where the next has not arrived."""
@@ -102,7 +111,7 @@ class Source:
                 logger.info("%s: read as %s, the texts from %r", self.name, self.format, found)
             with bad.record(place):
                 example = make_example(row, "", fields, may_be_empty=True)
-                yield Text(example.text, example.pair, example.given_id)
+                yield Text(example.text, example.pair, example.given_id, is_row=True)
 
     def requests(self, bad: BadRecords | None = None) -> Iterator[Any]:
         """Yields the place of a question, for messages, and its JSON object; and `PAUSE`."""
@@ -225,7 +234,7 @@ def _predictions(
     for prediction in model.predict_stream(asked(), **options):
         count, cut, text = count + 1, cut + prediction.truncated, waiting.popleft()
         yield {
-            **({} if text.id is None else {"id": text.id}),
+            **({"id": text.id} if text.is_row else {}),
             **({"text": text.text} if with_text else {}),
             **({"text_pair": text.pair} if with_text and text.pair is not None else {}),
             "label": prediction.label,
@@ -264,26 +273,39 @@ def check_kind(path: Path | None) -> None:
         raise UserError(f"{path}: this kind of file is not written; expected .jsonl, .csv or .tsv")
 
 
-def write_record(stream: Any, record: Mapping[str, Any], path: Path | None, *, first: bool) -> None:
-    """Writes an object as a row of CSV or TSV, after a header if it is the `first`, else as a JSON line.
+class RecordWriter:
+    """Writes objects to a stream: JSON lines or, if `path` ends in `.csv` or `.tsv`, a table with a header.
 
-    The ending of `path` decides. Numbers by name become columns, `scores` of two classes `score_bad` and
-    `score_good`; other lists and objects are written as JSON.
+    In a table the columns are the fields of the first object, `scores` of two classes are the columns
+    `score_bad` and `score_good`, and other lists and objects are JSON.
     """
-    ending = "" if path is None else path.suffix.lower()
-    if ending not in (".csv", ".tsv"):
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        return
-    row = dict[str, Any]()
-    for name, value in record.items():
-        if name == "scores":
-            row |= {f"score_{label}": score for label, score in value.items()}
-        else:
-            row[name] = value if isinstance(value, str | int | float) or value is None else _json(value)
-    writer = csv.writer(stream, delimiter="," if ending == ".csv" else "\t", lineterminator="\n")
-    if first:
-        writer.writerow(row)
-    writer.writerow(row.values())
+
+    def __init__(self, stream: Any, path: Path | None) -> None:
+        ending = "" if path is None else path.suffix.lower()
+        self._stream, self._path = stream, path
+        self._writer: csv.DictWriter[str] | None = None
+        self._delimiter = {".csv": ",", ".tsv": "\t"}.get(ending)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes an object. Raises `UserError` for a field that the columns of a table lack."""
+        if self._delimiter is None:
+            record = {key: value for key, value in record.items() if key != "id" or value is not None}
+            self._stream.write(_json(record) + "\n")
+            return
+        row = dict[str, Any]()
+        for key, value in record.items():
+            if key == "scores":
+                row |= {f"score_{label}": score for label, score in value.items()}
+            else:
+                row[key] = value if isinstance(value, str | int | float) or value is None else _json(value)
+        if self._writer is None:
+            options: Any = {"delimiter": self._delimiter, "lineterminator": "\n"}
+            self._writer = csv.DictWriter(self._stream, [*row], **options)
+            self._writer.writeheader()
+        if unknown := row.keys() - {*self._writer.fieldnames}:
+            more = f"a record has the field {min(unknown)!r}, which the first record lacks"
+            raise UserError(f"{self._path}: {more}; write .jsonl")
+        self._writer.writerow(row)
 
 
 def _json(value: Any) -> str:
