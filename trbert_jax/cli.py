@@ -84,9 +84,9 @@ def _run(args: Arguments, signals: contextlib.AbstractContextManager[None]) -> i
         streams.say(f"error: {error}; correct or unset the environment variable")
         return streams.USER_ERROR
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and streams.in_a_folder():
             raise
-        streams.say(f"error: {error.filename}: {error.strerror}")
+        streams.say(f"error: {error.filename or 'the current folder'}: {error.strerror}")
         return streams.USER_ERROR
     return 0
 
@@ -132,8 +132,9 @@ def _paths(args: Arguments) -> dict[str, list[Any]]:
     for name, settings in COMMANDS[args.command][1]:
         path = getattr(args, name.lstrip("-").replace("-", "_"))
         if "role" in settings and path:
-            beside = [path.with_suffix(suffix) for suffix in settings.get("beside", ())]
-            paths.setdefault(settings["role"], []).extend([path, *([] if is_stream(path) else beside)])
+            paths.setdefault(settings["role"], []).append(path)
+            if "beside" in settings and not is_stream(path):
+                paths[settings["role"]].append(path.with_suffix(settings["beside"]))
     return paths
 
 
@@ -402,7 +403,7 @@ def _train(args: Arguments) -> None:
     THRESHOLD,
     *ANSWERS,
     _path("outputs", "--json", "FILE", "write the numbers to this file"),
-    _path("outputs", "--predictions", "FILE", PREDICTIONS_HELP, beside=(".null_odds.json",)),
+    _path("outputs", "--predictions", "FILE", PREDICTIONS_HELP, beside=".null_odds.json"),
     _path("outputs", "--plot", "FILE", "draw the confusion matrix to this PNG file"),
     _switch("--baselines", lambda: f"also {', '.join(rule_names('baseline'))}, at the same kept counts"),
     SKIP,

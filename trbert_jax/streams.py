@@ -79,6 +79,15 @@ def finish(code: int) -> int:
     return code
 
 
+def in_a_folder() -> bool:
+    """Returns whether the current folder exists: another process may have deleted it."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
 def write_message(text: str) -> None:
     """Writes to standard error. A message that cannot be shown ends no command."""
     try:
