@@ -41,7 +41,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> li
         folder = experiment.workdir / "model" if stage.evaluates else directory / "model"
         if stage.trains or stage.evaluates:
             write_json(
-                folder / "config.json", model_config_to_dict(ModelConfig(labels=("negative", "positive")))
+                folder / "config.json", model_config_to_dict(ModelConfig(labels=experiment.data.task.labels))
             )
             (folder / "model.safetensors").write_text(content)
         else:
@@ -167,6 +167,8 @@ REFUSED: dict[str, tuple[Change | None, str, str, tuple[str, ...]]] = {
     "other data elsewhere": (twice(append("train"), move), MOVED, "", ("data.path: ", "finetune, ")),
     "an older version": (age, "seed=4", "", ("seed: 3 -> 4",)),
     "an older version, evaluation": (age, "evaluate.split=dev", "", ("evaluate.split: test -> dev",)),
+    "malformed data": (lambda folder: (folder / "data/test.jsonl").write_text("{}\n"), "", "",
+        ("data/test.jsonl:1: ",)),
     "a stage before": (twice(append("train"), remove("work/policy")), "", "policy",
         ("{work}/finetune: ", "data train changed", "`--stages finetune,policy`")),
     "a stage before, damaged": (twice(damage, remove("work/evaluate")), "", "evaluate",

@@ -128,10 +128,12 @@ def _same_contents(experiment: Experiment, made: Mapping[str, Any]) -> bool:
 
 
 def _readable(experiment: Experiment, key: str) -> tuple[Any, str]:
-    """Returns the hash of some data, and why it cannot be read."""
+    """Returns the hash of some data; or None and a reason if it is not there. Raises for malformed data."""
     try:
         return experiment.data_digest(key), ""
     except UserError as error:
+        if isinstance(error.__cause__, ValueError | UserError):
+            raise
         return None, str(error)
 
 
