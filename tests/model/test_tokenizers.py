@@ -1,4 +1,5 @@
 import json
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,10 @@ def test_odd_folders_are_read_as_transformers_does(tmp_path: Path, name: str) ->
     expected = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
     tokenizer = load_tokenizer(folder)
     assert tokenizer.backend_tokenizer.encode(text).ids == expected
-    for own in (tokenizer, copy_tokenizer(tokenizer)):  # as tasks and models read texts
+    for own in (
+        tokenizer,
+        copy_tokenizer(pickle.loads(pickle.dumps(tokenizer))),
+    ):  # as tasks and models read texts
         assert TextEncoder(own).encode([text]).tokens[0].tolist() == expected[1:-1]
     tiny_model(tmp_path / "ours")
     save_tokenizer(tmp_path / "ours", tokenizer, BERT)
