@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +95,7 @@ def _run(args: Arguments, signals: contextlib.AbstractContextManager[None]) -> i
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+        self._negative_number_matcher = re.compile(r"-\.?\d[\d.]*([eE][-+]?\d+)?$")  # -1e9 is one too
 
     def _print_message(self, message: str, file: Any = None) -> None:  # argparse's own ignores errors
         if file is not sys.stdout:

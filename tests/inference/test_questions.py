@@ -181,6 +181,14 @@ def evaluation(model: Path, folder: Path, sample: str, document: Any = None) -> 
     return ["evaluate", "--model", str(model), "--data", str(data), "--backend", "masked", *outputs]
 
 
+def withheld(document: Any) -> Any:
+    """Leaves the answers out of a document."""
+    fields = ("answer", "answers", "Answer", "detected_answers", "is_impossible", "supporting_facts")
+    if isinstance(document, dict):
+        return {key: withheld(value) for key, value in document.items() if key not in fields}
+    return [withheld(item) for item in document] if isinstance(document, list) else document
+
+
 def results(folder: Path) -> list[Any]:
     return [json.loads((folder / name).read_text()) for name in ("result.json", "predictions.json")]
 
@@ -199,6 +207,10 @@ def test_evaluate_reads_the_published_file(models: dict[str, Path], tmp_path: Pa
     assert kind != "span" or set(json.loads(odds.read_text())) == set(found)
     answered = set(found["answer"] if kind == "multi_hop" else found)
     assert len(answered) >= 2
+    # Without answers there are predictions, and no metrics.
+    assert main(evaluation(models[kind], tmp_path, sample, withheld(SAMPLES[sample].fresh()))) == 0
+    result, again = results(tmp_path)
+    assert (again, metric in result) == (found, False)
     if ids and kind != "choice":
         assert answered == set(ids)
 

@@ -160,8 +160,8 @@ def trim(text: str) -> str:
 
 
 def trim_span(context: str, start: int, end: int) -> Span | None:
-    """Returns the span that `trim` leaves; None if nothing remains."""
+    """Returns the span that `trim` leaves, or without it `str.strip`; None if nothing remains."""
     text = context[start:end]
-    left = _AT_ENDS.match(text)
-    begin = start + (left.end() if left else 0)
-    return Span(begin, begin + len(trim(text))) if begin < end else None
+    kept = trim(text) or text.strip()
+    begin = start + text.find(kept)
+    return Span(begin, begin + len(kept)) if kept else None
