@@ -91,6 +91,11 @@ def reformat(folder: Path) -> None:
     (folder / "work/config.json").unlink()
 
 
+def leave(name: str) -> Change:
+    """The data is moved, except for one file."""
+    return lambda folder: ((folder / "data" / name).unlink(), (folder / "data").rename(folder / "moved"))
+
+
 def move(folder: Path) -> None:
     (folder / "data").rename(folder / "moved")
     (folder / "work").rename(folder / "work2")
@@ -135,6 +140,7 @@ CASES: dict[str, tuple[Change | None, str, str, list[str], str]] = {
         ["policy", "joint", "evaluate"], "joint: stale .stage policy changed"),
     "no training set": (twice(remove("data/train.jsonl"), remove("work/evaluate")), "", "evaluate",
         ["evaluate"], ""),
+    "places, without the training set": (leave("train.jsonl"), MOVED.split()[0], "evaluate", [], ""),
     "no training set, all stages": (remove("data/train.jsonl"), "", "", [], "finetune: .*cannot be seen"),
     "an older version": (age, "", "", [], ""),
 }  # fmt: skip
@@ -167,6 +173,8 @@ REFUSED: dict[str, tuple[Change | None, str, str, tuple[str, ...]]] = {
     "other data elsewhere": (twice(append("train"), move), MOVED, "", ("data.path: ", "finetune, ")),
     "an older version": (age, "seed=4", "", ("seed: 3 -> 4",)),
     "an older version, evaluation": (age, "evaluate.split=dev", "", ("evaluate.split: test -> dev",)),
+    "fewer data, which cannot be compared": (remove("data/train.jsonl"), "data.max_train_examples=9", "",
+        ("data.max_train_examples: None -> 9",)),
     "malformed data": (lambda folder: (folder / "data/test.jsonl").write_text("{}\n"), "", "",
         ("data/test.jsonl:1: ",)),
     "a stage before": (twice(append("train"), remove("work/policy")), "", "policy",
@@ -188,6 +196,17 @@ def test_what_cannot_be_made_again_is_refused(folder: Path, ran: list[str], case
             work = folder / ("work2" if "moved" in overrides else "work")
             assert words.format(work=work) in str(error.value)
     assert ran == []
+
+
+def test_data_that_is_moved_and_changed_later_is_stale(folder: Path, ran: list[str]) -> None:
+    move(folder)
+    train(folder, MOVED.format(folder=folder))
+    (folder / "moved").rename(folder / "data")
+    append("train")(folder)
+    (folder / "data").rename(folder / "moved")
+    assert ran == []
+    train(folder, MOVED.format(folder=folder))
+    assert ran == ALL
 
 
 def test_data_that_is_set_back_takes_the_stages_back(folder: Path, ran: list[str]) -> None:

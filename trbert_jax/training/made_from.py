@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trbert_jax.config import STAGES, RunConfig, build_stored, flat, to_dict
+from trbert_jax.config import STAGES, RunConfig, build_stored, flat, path_keys, to_dict
 from trbert_jax.datasets.registry import OWN_KEYS
 from trbert_jax.errors import UserError
 from trbert_jax.io import hash_file, read_json, write_json
@@ -101,7 +101,8 @@ def check_settings(experiment: Experiment) -> None:
             continue
         (old, old_content), (new, new_content) = (settings_of(x, stage) for x in (stored, experiment.config))
         lines = _lines(old, new)
-        if (moved := _lines(old_content, new_content)) and not _same_contents(experiment, made):
+        moved = _lines(old_content, new_content)
+        if moved and not _same_contents(experiment, made, [line.partition(":")[0] for line in moved]):
             lines += moved
         for line in lines:
             found.setdefault(line, []).append(stage)
@@ -119,12 +120,16 @@ def _lines(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {was} -> {now}" for key, was, now in values if was != now]
 
 
-def _same_contents(experiment: Experiment, made: Mapping[str, Any]) -> bool:
+def _same_contents(experiment: Experiment, made: Mapping[str, Any], moved: Sequence[str]) -> bool:
+    """Whether a stage reads the same contents by other settings; what a moved folder lacks does not count."""
     if not made:
         return False
-    data = {key: _readable(experiment, key)[0] for key in made["data"]}
-    now = {"data": data, "models": _models(experiment.config) if made["models"] else {}}
-    return all(made[part] == now[part] and None not in now[part].values() for part in now)
+    for key, old in made["data"].items():
+        new, lacking = _readable(experiment, key)
+        if old is None or (new != old and not (lacking and set(moved) <= set(path_keys()))):
+            return False
+    models = _models(experiment.config) if made["models"] else {}
+    return None not in models.values() and models == made["models"]
 
 
 def _readable(experiment: Experiment, key: str) -> tuple[Any, str]:
@@ -274,6 +279,9 @@ def settle(experiment: Experiment, stage: Stage, stages: Mapping[str, Stage]) ->
             _swap(directory, old, back=fits)
         logger.warning("%s: stale (%s); %s", stage.name, "; ".join(reasons), note)
         made, finished = read_made(directory), fits and not stage.evaluates
+    if finished and made and None not in now["data"].values() and made["config"] != now["config"]:
+        made |= {"config": now["config"]}  # contents are the same: from now on these paths count
+        write_json(directory / NAME, made)
     if finished:
         for reason in _lost(experiment, stage, made):
             logger.warning("%s: %s; made again", stage.name, reason)
