@@ -52,7 +52,7 @@ class HuggingFaceTexts(OwnTexts):
                 if names and label is not None:  # the hub withholds labels as -1
                     label = names[label] if label >= 0 else None
                 rows.append(Row(make_example(item, f"{split}:{i}", fields), label, where))
-        return Rows(f"{self.name}: {split}", rows, bad.skipped)
+        return Rows(f"{self.name}: {split}", rows, bad.skipped, fields.label)
 
     def _split(self, path: PathLike, split: str) -> Any:
         splits = _open(self.name, path)

@@ -53,6 +53,7 @@ class Rows:
     source: str  # for messages
     rows: Sequence[Row]
     skipped: Sequence[BadRecord]
+    label: str = "label"  # field of the labels, for messages
 
 
 def fields_of(options: Options) -> Fields:
@@ -80,7 +81,7 @@ def read_file(path: Path, fields: Fields, skip: bool = False) -> Rows:
             id = path.name + where.removeprefix(str(path))
             label = item.get(fields.find(item, "label"))
             rows.append(Row(make_example(item, id, fields), label, where, table.first_label))
-    return Rows(str(path), rows, bad.skipped)
+    return Rows(str(path), rows, bad.skipped, fields.label)
 
 
 def with_classes(rows: Rows, labels: Sequence[str], bad: BadRecords, expected: str = FORMAT) -> list[Example]:
@@ -90,7 +91,7 @@ def with_classes(rows: Rows, labels: Sequence[str], bad: BadRecords, expected: s
         for error in rows.skipped:
             bad.add(error)
         for row in rows.rows:
-            with bad.record(row.where), reading.within("label"):
+            with bad.record(row.where), reading.within(rows.label):
                 yield dataclasses.replace(row.example, label=class_index(row.label, labels, row.first))
 
     return reading.collect(examples(), rows.source, bad, expected)
@@ -132,7 +133,7 @@ class OwnTexts(DataSet, abc.ABC):
         bad, values = BadRecords(bad is not None and bad.skip), list[str]()
         rows = self.rows(path, "train", bad.skip, options)
         for row in rows.rows:
-            with bad.record(row.where), reading.within("label"):
+            with bad.record(row.where), reading.within(rows.label):
                 values.append(class_name(row.label))
         names = class_names(values)
         if not names:
@@ -212,7 +213,7 @@ def _read_files(files: tuple[Path, ...], stamps: object, fields: Fields, skip: b
     rows, skipped = (
         [*itertools.chain(*lists)] for lists in zip(*((p.rows, p.skipped) for p in parts), strict=True)
     )
-    return Rows(source, rows, skipped)
+    return Rows(source, rows, skipped, fields.label)
 
 
 def _files(path: PathLike, split: str, options: Options) -> tuple[Path, ...]:
