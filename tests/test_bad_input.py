@@ -172,6 +172,7 @@ DATA_CASES = [
 ] + [
     Case("missing data, train", FINETUNE, ("data: ", "train.jsonl"), remove("data/train.jsonl")),
     Case("missing data, evaluate", EVALUATE, ("data/test.jsonl: ",), remove("data/test.jsonl")),
+    Case("missing test set", TRAIN, ("data: ", "test.jsonl"), remove("data/test.jsonl"), leaves=""),
     Case("missing data folder", f"{FINETUNE} data.path=dada", ("data.path: dada: ", "train.jsonl")),
     Case("other kind of data", EVALUATE.replace("test.jsonl", "test.txt"),
         ("data/test.txt", ".jsonl", ".csv")),
@@ -208,7 +209,8 @@ MODEL_CASES = [
     Case("logits that overflow, evaluate", EVALUATE, ("finite",), scale_weights(3e38)),
     Case("logits that overflow, predict", PREDICT, ("finite",), scale_weights(3e38)),
     Case("half a character in a file", PREDICT.replace("good", "--file data/half.jsonl --batch-size 1"),
-        ("data/half.jsonl:40: ",), write("data/half.jsonl", LINE * 39 + '{"text": "a \\ud800"}\n')),
+        ("data/half.jsonl:40: ", "39 predictions"),  # which are kept
+        write("data/half.jsonl", LINE * 39 + '{"text": "a \\ud800"}\n'), leaves=r"out/lines\.jsonl"),
 ]
 
 # A head that does not do what the command asks: how it gets there, and what is named.
