@@ -269,13 +269,18 @@ def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
         raise UserError(f"{cannot}; set it to a multiple of {num_devices} {product}")
 
 
+def is_forked() -> bool:
+    """Returns whether this process was forked after its parent had started JAX; nothing can compute here."""
+    return _started_in not in (None, os.getpid())
+
+
 def find_devices() -> list[jax.Device]:
     """Returns the devices of all processes.
 
     Raises `UserError` if JAX finds none, or in a process that was forked after JAX had started.
     """
     global _started_in
-    if _started_in not in (None, os.getpid()):
+    if is_forked():
         raise UserError(FORKED)
     try:
         devices = jax.devices()

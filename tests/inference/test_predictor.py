@@ -306,13 +306,15 @@ def test_a_copy_by_pickle_answers_alike(model: TRBert) -> None:
 
 
 _FORKED = """
-import os, sys
+import os, pickle, sys
 from trbert_jax import TRBert, UserError
 model = TRBert.from_pretrained(sys.argv[1])
 labels = [p.label for p in model.predict(["the film was good", "dull"])]
 def answer():
     assert [p.label for p in model.predict(["the film was good", "dull"])] == labels
-    for bad in (lambda: TRBert.from_pretrained(sys.argv[1]), lambda: model.predict(["a"], batch_size=0)):
+    another = pickle.loads(pickle.dumps(model))  # as pools of workers pass a model on
+    assert [p.label for p in another.predict(["the film was good", "dull"])] == labels
+    for bad in (lambda: list(model.compile(4)), lambda: model.predict(["a"], batch_size=0)):
         try: bad()
         except UserError as error: print(error)
 if not (child := os.fork()):

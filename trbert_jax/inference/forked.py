@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from trbert_jax.errors import UserError
-from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Outputs
+from trbert_jax.inference.engine import InferenceEngine, Outputs
 from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.model import Params
+from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.parallel import FORKED
 from trbert_jax.tasks.examples import Examples
 
@@ -32,7 +32,8 @@ class Helper:
     """
 
     def __init__(self, config: ModelConfig, params: Params, dtype: str) -> None:
-        if any(device.platform != "cpu" for x in jax.tree.leaves(params) for device in x.devices()):
+        arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+        if any(device.platform != "cpu" for x in arrays for device in x.devices()):
             raise UserError(FORKED)
         self.process, self._lock = os.getpid(), threading.Lock()
         self._pipe, theirs = multiprocessing.Pipe()
@@ -58,9 +59,8 @@ class Helper:
 class ForkedEngine(InferenceEngine):
     """The engine of a model in a forked process; parameters are the helper's."""
 
-    def __init__(self, helper: Helper, batch_size: int, programs: CompiledForward) -> None:
-        super().__init__(programs.model, batch_size, programs)
-        self._helper = helper
+    def __init__(self, helper: Helper, model: TokenReducingModel, batch_size: int) -> None:
+        self.model, self.batch_size, self._helper = model, batch_size, helper  # and no programs
 
     def run(self, params: Params, examples: Examples, **options: Any) -> Outputs:
         """Runs the model, see `InferenceEngine.run`."""

@@ -39,6 +39,7 @@ from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, copy_tokenizer
+from trbert_jax.parallel import is_forked
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
 from trbert_jax.tasks import Task, saved_task
 from trbert_jax.tasks.base import parse_requests
@@ -89,9 +90,9 @@ class TRBert:
       source: the model's name in messages.
       dtype: of the computation.
 
-    Can be pickled, without its compiled programs. In a process forked from the model's own a helper process
-    computes, see `trbert_jax.inference.forked`. Raises UserError for an unknown dtype, a tokenizer with more
-    tokens than the model, or no device.
+    Can be pickled, without its compiled programs. In a process that was forked after JAX had started, a
+    helper process computes, see `trbert_jax.inference.forked`. Raises UserError for an unknown dtype, a
+    tokenizer with more tokens than the model, or no device.
     """
 
     def __init__(
@@ -109,11 +110,13 @@ class TRBert:
             raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
         if tokenizer is not None:
             check_vocabulary(tokenizer, config, "TRBert")
-        # The compiled passes, shared by all batch sizes; made first, since that looks for a device.
-        self.programs = CompiledForward(TokenReducingModel(config, _DTYPES[dtype]))
-        self.config, self.params, self._tokenizer = config, jax.device_put(params), tokenizer
-        self.dtype, self._process = dtype, os.getpid()
+        self._module = TokenReducingModel(config, _DTYPES[dtype])
         self._helper: Helper | None = None
+        if not is_forked():  # else a helper computes
+            # The compiled passes, shared by all batch sizes; made first, since that looks for a device.
+            self.programs = CompiledForward(self._module)
+            params = jax.device_put(params)
+        self.config, self.params, self._tokenizer, self.dtype = config, params, tokenizer, dtype
         self._own_tokenizer = None if tokenizer is None else copy_tokenizer(tokenizer)
         self.newly_initialized, self.left_out, self.source = tuple(newly_initialized), left_out, source
 
@@ -199,11 +202,11 @@ class TRBert:
     def engine(self, batch_size: int) -> InferenceEngine:
         """Returns the engine for batches of this many examples. Raises UserError if that is no number."""
         size = whole_number("batch_size", batch_size, 1, MOST)
-        if os.getpid() == self._process:
-            return InferenceEngine(self.programs.model, size, self.programs)
+        if not is_forked():
+            return InferenceEngine(self._module, size, self.programs)
         if self._helper is None or self._helper.process != os.getpid():
             self._helper = Helper(self.config, self.params, self.dtype)
-        return ForkedEngine(self._helper, size, self.programs)
+        return ForkedEngine(self._helper, self._module, size)
 
     def compile(
         self, batch_size: int = 32, rule: str | None = None, backend: str = DEFAULT_BACKEND
