@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from trbert_jax.datasets import find_dataset
 from trbert_jax.datasets.labels import class_name
-from trbert_jax.datasets.registry import FIELD_KEYS, OWN_KEYS
+from trbert_jax.datasets.registry import FIELD_KEYS, OWN_KEYS, SPLITS
 from trbert_jax.errors import UserError, iterable
 from trbert_jax.io import YamlKey, find_path, parse_yaml, read_json, read_text
 from trbert_jax.model.backbones import BACKBONES
@@ -61,7 +61,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Threshold = Annotated[Number, Field(gt=0, lt=1)]
 Share = Threshold
-Labels = Annotated[tuple[Annotated[Text, BeforeValidator(_label)], ...], Field(min_length=2)]
+Labels = tuple[Annotated[Text, BeforeValidator(_label)], ...]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 # The baseline of a sample is the mean over all samples of its example: with one, every advantage is 0.
@@ -471,12 +471,13 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "data.path", f"missing, expected the folder that holds the files of {data.name}"
     for key in OWN_KEYS:
         if key not in dataset.reads and getattr(data, key) != getattr(DataConfig, key):
-            readers = "text, hf:NAME and tfds:NAME" if key in FIELD_KEYS else "text (some for hf:NAME)"
-            yield f"data.{key}", f"is for data.name {readers} only; {data.name} has its own, remove it"
+            readers = "text, hf:NAME and tfds:NAME" if key in FIELD_KEYS else "text and hf:NAME"
+            readers = "text" if key in SPLITS else readers
+            yield f"data.{key}", f"is for {readers} only; {data.name} has its own, remove it"
     if "train" in dataset.reads and not data.train and not data.path:
         yield "data.train", "missing, expected a file of texts with labels, or its folder in data.path"
-    if data.labels and len(set(data.labels)) < len(data.labels):
-        yield "data.labels", "names a class twice; give each a name of its own"
+    if data.labels is not None and len(set(data.labels)) < max(2, len(data.labels)):
+        yield "data.labels", f"expected two or more different names, got {list(data.labels)}"
     if model.max_positions is not None and model.max_positions < model.max_length:
         yield "model.max_positions", f"{model.max_positions} is less than model.max_length {model.max_length}"
     layers = model.keep_layers
