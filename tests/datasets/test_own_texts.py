@@ -146,7 +146,7 @@ MISTAKES: dict[str, list[tuple[str, dict[str, Any], str]]] = {
         ("text,label\na\n", {}, ":2: 1 2 columns"),
         ("text,label\na,b,c\n", {}, ":2: 3 2 quotes"),
         ("text,label,text\na,b,c\n", {}, ":1: 'text' twice"),
-        ("text,label\n,b\n", {}, ":2: text empty"),
+        ("text,label\n,b\n", {}, "no usable record"),
         ("text,label\na,\n", {}, ":2: label missing"),
         ('text,label\n"a,1\nb,2\nc,3\n', {}, ":2: CSV"),
         ('text,label\n"a" b,1\n', {}, ":2: CSV"),
@@ -193,6 +193,19 @@ def test_columns_without_and_with_a_header(tmp_path: Path, content: str, fields:
     names = ("1", "2") if "good" not in content else ("bad", "good")
     examples = read_labeled(tmp_path / "t.csv", names, BadRecords(), fields)
     assert [(e.text, e.label) for e in examples] == [("a film", 1), ("b", 0)]
+
+
+def test_empty_texts_are_left_out_of_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = "text,label\na,x\n,x\nb,y\n \t,\nc,x\nd,y\n"
+    file = str(tmp_path / "t.csv")
+    Path(file).write_text(rows)
+    found = [e.text for split in ("train", "dev") for e in TEXT.read_split(None, split, train=file)]
+    assert sorted(found) == ["a", "b", "c", "d"]
+    assert TEXT.read_labels(None, train=file) == ("x", "y")
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning == f"{file}: left out 2 of 6 texts, empty: {file}:3, {file}:5"
+    with pytest.raises(UserError, match=r"t\.csv:3: text: is empty"):  # a file to evaluate is as it should be
+        TEXT.read_file(file, labels=("x", "y"))
 
 
 def test_bad_records_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -51,7 +51,8 @@ class HuggingFaceTexts(OwnTexts):
             with bad.record(where):
                 if names and label is not None:  # the hub withholds labels as -1
                     label = names[label] if label >= 0 else None
-                rows.append(Row(make_example(item, f"{split}:{i}", fields), label, where))
+                example = make_example(item, f"{split}:{i}", fields, may_be_empty=not skip)
+                rows.append(Row(example, label, where))
         return Rows(f"{self.name}: {split}", rows, bad.skipped, fields.label)
 
     def _split(self, path: PathLike, split: str) -> Any:

@@ -33,6 +33,7 @@ FORMAT = f"rows with a text and a label, in a file of {', '.join(FORMATS)}"
 # Names of a split's file or folder, in order of preference; a file may be divided, `train-00000-of-00002`.
 _NAMES = {"train": ("train", "training"), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
 _ENDING = rf"\.(?:{'|'.join(FORMATS)})(?:\.gz)?"
+_LISTED = 5  # empty texts of a warning
 _MANY_CLASSES = 50  # more are an error if the classes have fewer than two records on average
 
 
@@ -44,6 +45,11 @@ class Row:
     label: Any  # None if the row has none
     where: str  # file and line, for messages
     first: int = 0  # number of the first class, for labels that are numbers
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether a text of the row is empty, or white space."""
+        return any(text is not None and not text.strip() for text in (self.example.text, self.example.pair))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,7 +78,7 @@ def make_example(item: Any, id: str, fields: Fields, *, may_be_empty: bool = Fal
     return Example(id, text, -1, pair, given if isinstance(given, str | int | float) else None)
 
 
-def read_file(path: Path, fields: Fields, skip: bool = False) -> Rows:
+def read_file(path: Path, fields: Fields, skip: bool = False, may_be_empty: bool = False) -> Rows:
     """Reads the rows of a file. Raises `UserError` for an unreadable file or, unless `skip`, a bad record."""
     bad, rows = BadRecords(skip), []
     table = Table(path, bad, fields)
@@ -80,7 +86,8 @@ def read_file(path: Path, fields: Fields, skip: bool = False) -> Rows:
         with bad.record(where):
             id = path.name + where.removeprefix(str(path))
             label = item.get(fields.find(item, "label"))
-            rows.append(Row(make_example(item, id, fields), label, where, table.first_label))
+            example = make_example(item, id, fields, may_be_empty=may_be_empty)
+            rows.append(Row(example, label, where, table.first_label))
     return Rows(str(path), rows, bad.skipped, fields.label)
 
 
@@ -123,7 +130,21 @@ class OwnTexts(DataSet, abc.ABC):
 
     @abc.abstractmethod
     def rows(self, path: PathLike, split: str, skip: bool, options: Options) -> Rows:
-        """Returns the rows of a split. Raises `UserError` as `read_split` does."""
+        """Returns the rows of a split, also those of empty texts. Raises `UserError` as `read_split` does."""
+
+    def _with_text(
+        self, path: PathLike, split: str, skip: bool, options: Options, warn: bool = False
+    ) -> Rows:
+        """Returns the rows that have a text: nothing can be learned from, or said of, an empty one."""
+        rows = self.rows(path, split, skip, options)
+        if not (blank := [row.where for row in rows.rows if row.is_blank]):
+            return rows
+        if warn:
+            listed = ", ".join(blank[:_LISTED]) + ", ..." * (len(blank) > _LISTED)
+            logger.warning(
+                "%s: left out %d of %d texts, empty: %s", rows.source, len(blank), len(rows.rows), listed
+            )
+        return dataclasses.replace(rows, rows=[row for row in rows.rows if not row.is_blank])
 
     def read_labels(
         self, path: PathLike, bad: BadRecords | None = None, **options: Unpack[Options]
@@ -131,7 +152,7 @@ class OwnTexts(DataSet, abc.ABC):
         if given := options.get("labels"):
             return tuple(given)
         bad, values = BadRecords(bad is not None and bad.skip), list[str]()
-        rows = self.rows(path, "train", bad.skip, options)
+        rows = self._with_text(path, "train", bad.skip, options)
         for row in rows.rows:
             with bad.record(row.where), reading.within(rows.label):
                 values.append(class_name(row.label))
@@ -145,7 +166,8 @@ class OwnTexts(DataSet, abc.ABC):
 
     def load(self, path: PathLike, split: str, bad: BadRecords, options: Options) -> list[Any]:
         from_train = split != "test" and not self.has_split(path, "dev", options)
-        rows = self.rows(path, "train" if from_train else split, bad.skip, options)
+        source = "train" if from_train else split
+        rows = self._with_text(path, source, bad.skip, options, warn=source == split)
         if split == "test" and not has_labels(rows):
             logger.warning("%s: no record has a label; texts are labeled, but not scored", rows.source)
             for error in rows.skipped:
@@ -208,7 +230,7 @@ class FileTexts(OwnTexts):
 
 @functools.lru_cache(maxsize=2)  # classes and examples both need the training set
 def _read_files(files: tuple[Path, ...], stamps: object, fields: Fields, skip: bool) -> Rows:
-    parts = [read_file(file, fields, skip) for file in files]
+    parts = [read_file(file, fields, skip, may_be_empty=not skip) for file in files]
     source = str(files[0] if len(files) == 1 else files[0].parent)
     rows, skipped = (
         [*itertools.chain(*lists)] for lists in zip(*((p.rows, p.skipped) for p in parts), strict=True)
