@@ -77,7 +77,7 @@ def _open(name: str, path: PathLike) -> Mapping[str, Any]:
     try:
         import datasets
     except ImportError as error:
-        advice = "pip install 'trbert-jax[datasets]'"
+        advice = "pip install datasets"
         raise UserError(f"data.name: {name} needs the package {error.name}; {advice}") from error
 
     source, _, configuration = name.removeprefix("hf:").partition(":")
