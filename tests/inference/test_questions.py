@@ -322,7 +322,7 @@ def test_training_leaves_out_what_cannot_become_inputs(
 
 @pytest.mark.parametrize("split", ["train", "dev"])
 def test_data_of_which_nothing_is_left(tmp_path: Path, split: str) -> None:
-    document = [{"header": {}}]
+    document: Any = [{"header": {}}]
     if split == "train":  # has answers, but none that is found in its context
         document = SAMPLES["mrqa"].fresh()
         for context in document[1:]:
