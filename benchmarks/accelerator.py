@@ -29,7 +29,7 @@ from training_steps import Setting, make_batches, make_objective, measure
 from trbert_jax.inference.benchmark import SIZES, Workload, prepare, time_runs, torch_available
 from trbert_jax.inference.benchmark_report import machine, make_records, table
 from trbert_jax.inference.engine import CompiledForward
-from trbert_jax.io import check_writable, write_json
+from trbert_jax.io import check_outputs, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.reduction.flops import known_peak
@@ -232,7 +232,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a minute on any machine; times mean nothing")
     args = parser.parse_args()
     if args.json:
-        check_writable(args.json)
+        check_outputs([args.json])
     device = jax.devices()[0]
     about = {
         **machine(),

@@ -21,7 +21,7 @@ import jax
 
 from trbert_jax.inference.benchmark import SIZES
 from trbert_jax.inference.benchmark_report import machine
-from trbert_jax.io import check_writable, write_json
+from trbert_jax.io import check_outputs, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
 from trbert_jax.model.pretrained import save_pretrained
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="processes that read")
     parser.add_argument("--json", type=Path, required=True, help="where the numbers are written")
     args = parser.parse_args()
-    check_writable(args.json)
+    check_outputs([args.json])
     sizes, records = args.sizes.split(","), []
     if unknown := [size for size in sizes if size not in SIZES]:
         parser.error(f"--sizes: there is no size {', '.join(unknown)}; expected some of {', '.join(SIZES)}")

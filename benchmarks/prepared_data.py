@@ -18,7 +18,7 @@ from typing import Any
 
 from trbert_jax.config import RunConfig, load_config
 from trbert_jax.inference.benchmark_report import machine
-from trbert_jax.io import check_writable, hash_file, write_json
+from trbert_jax.io import check_outputs, hash_file, write_json
 from trbert_jax.training import loop
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.stages import STAGES
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="time to read (default 10)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
     args = parser.parse_args()
-    check_writable(args.json)
+    check_outputs([args.json])
     with tempfile.TemporaryDirectory(prefix="trbert-prepared-") as name:
         folder = Path(name)
         # Each run tokenizes: the cache is not measured.

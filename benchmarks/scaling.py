@@ -24,7 +24,7 @@ from common import review_lengths
 from trbert_jax.config import RunConfig, load_config
 from trbert_jax.inference.benchmark import SIZES
 from trbert_jax.inference.benchmark_report import machine
-from trbert_jax.io import check_writable, read_json, write_json
+from trbert_jax.io import check_outputs, read_json, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
 from trbert_jax.reduction.flops import ASSUMED_KEPT
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--steps", type=Path, default=HERE / "training_steps.json", help="measured steps")
     parser.add_argument("--prepared", type=Path, default=HERE / "prepared_data.json", help="measured reading")
     args = parser.parse_args()
-    check_writable(args.json)
+    check_outputs([args.json])
     config = load_config(HERE.parent / "configs" / "imdb_bert.yaml")
     model = SIZES["bert-base"]
     measured = measure(args.steps, args.prepared)

@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from trbert_jax.inference.benchmark_report import machine
-from trbert_jax.io import check_writable, write_json
+from trbert_jax.io import check_outputs, write_json
 from trbert_jax.training.stages import STAGES
 
 NEXT = 3  # stages to choose from for a signal, so that one run is hit several times
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="updates of each stage (default 40)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
     args = parser.parse_args()
-    check_writable(args.json)
+    check_outputs([args.json])
     with tempfile.TemporaryDirectory(prefix="trbert-soak-") as folder:
         result = soak(args.kills, args.terms, args.steps, args.seed, Path(folder))
     write_json(args.json, result)

@@ -22,7 +22,7 @@ from common import random_actions, random_examples, review_lengths
 from trbert_jax.inference.benchmark import SIZES, Workload, prepare, time_runs
 from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.inference.engine import CompiledForward, Inputs
-from trbert_jax.io import atomic_file, check_writable, write_json
+from trbert_jax.io import atomic_file, check_outputs, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.packed import PackedEncoder
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     for path in filter(None, (args.json, args.plot)):
-        check_writable(path)
+        check_outputs([path])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = dataclasses.replace(SIZES[args.size], max_length=args.max_length)
     result = measure(config, args.texts, args.batch_size, args.repeats)

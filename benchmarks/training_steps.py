@@ -22,7 +22,7 @@ from common import random_actions, random_examples, review_lengths
 from trbert_jax.config import FinetuneConfig, JointConfig, PolicyConfig, TrainingConfig
 from trbert_jax.inference.benchmark import SIZES, memory_bytes, time_runs
 from trbert_jax.inference.benchmark_report import machine
-from trbert_jax.io import check_writable, write_json
+from trbert_jax.io import check_outputs, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params, TokenReducingModel, init_params
 from trbert_jax.model.packed import BACKENDS
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--stages", default=",".join(DEFAULTS), help="default all three")
     args = parser.parse_args()
     if args.json:
-        check_writable(args.json)
+        check_outputs([args.json])
     config = dataclasses.replace(SIZES[args.size], max_length=args.max_length)
     setting = Setting(batch_size=args.batch_size, shares=(args.share, args.share), repeats=args.repeats)
     records = measure(config, setting, stages=args.stages.split(","))

@@ -22,7 +22,8 @@ from trbert_jax.model.encoder import Encoder
 from trbert_jax.model.model import TokenReducingModel, forward, head_inputs, init_params
 from trbert_jax.model.packed import packed_forward
 from trbert_jax.model.tiles import Tiling
-from trbert_jax.model.weights import from_original_names, read_weights, to_original_names
+from trbert_jax.model.weight_files import read_weights
+from trbert_jax.model.weights import from_original_names, to_original_names
 from trbert_jax.reduction import policy_loss as policy
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction import selection as tokens
@@ -217,7 +218,7 @@ def load(folder: Path, execution: str = "masked") -> Case:
     if config.task == "multiple_choice":
         options = arrays["input_ids"].shape[1]
         config = dataclasses.replace(config, labels=tuple("ABCDEFGH"[:options]))
-    tree, _ = from_original_names(read_weights(folder), config)
+    tree = from_original_names(read_weights(folder), config).tree
     if "selector_0" not in tree["encoder"]:  # the dense cases have no selectors
         fresh = init_params(config, jax.random.key(0))["encoder"]
         tree["encoder"] |= {name: fresh[name] for name in ("selector_0", "selector_1")}

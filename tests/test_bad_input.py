@@ -87,6 +87,21 @@ def overflow() -> None:
     edit_weights(Path("model"), lambda weights: weights["classifier.weight"].fill(3e38))
 
 
+def of_transformers(task: str = "classification", num_labels: int = 2, **settings: Any) -> Spoil:
+    """The model becomes one that this project has not saved."""
+
+    def spoil() -> None:
+        tiny_model(Path("model"), dataclasses.replace(BERT, task=task, labels=tuple("abcde"[:num_labels])))
+        edit_json(Path("model/config.json"), remove=("trbert",), **settings)
+
+    return spoil
+
+
+def headless() -> None:
+    kept = ("bert.encoder", "bert.embeddings", "bert.pooler")
+    edit_weights(Path("model"), lambda weights: {k: v for k, v in weights.items() if k.startswith(kept)})
+
+
 def make_other(**changes: Any) -> Spoil:
     return lambda: tiny_model(Path("other"), dataclasses.replace(BERT, **changes))
 
@@ -112,7 +127,8 @@ class Case:
     start: str = "fresh"  # the folder before it: fresh, interrupted (in update 3 of 4) or finetuned
     made_by: str | None = None  # the fixture that has run the command already
     code: int = 2  # of the exit; if it is another, `named` may be in either stream
-    leaves: str = r"work/\.lock|work/config\.json|work/cache/features-\w+\.npz"  # new files, no loss
+    # New files, which do no harm.
+    leaves: str = r"work/\.lock|work/config\.json|work/\w+/made_from\.json|work/cache/features-\w+\.npz"
     denied: str | None = None  # what the system lets the command neither read nor write
 
 
@@ -148,6 +164,7 @@ DATA_CASES = [
 ] + [
     Case("missing data, train", FINETUNE, ("data: ", "train.jsonl"), Path("data/train.jsonl").unlink),
     Case("missing data, evaluate", EVALUATE, ("data/test.jsonl: ",), Path("data/test.jsonl").unlink),
+    Case("missing test set", TRAIN, ("data: ", "test.jsonl"), Path("data/test.jsonl").unlink, leaves=""),
     Case("missing data folder", f"{FINETUNE} data.path=dada", ("data.path: dada: ", "train.jsonl")),
     Case("other kind of data", EVALUATE.replace("test.jsonl", "test.txt"),
         ("data/test.txt", ".jsonl", ".csv")),
@@ -165,7 +182,7 @@ BAD_MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "other shapes": (set_config(intermediate_size=32),
         ("layer.3.intermediate.dense.weight", "[24, 16]", "[32, 16]")),
     "fewer layers": (set_config(num_hidden_layers=5),
-        ("layer.4.output.dense.weight", "[16, 24]")),
+        ("layer.4.attention.self.query.weight [16, 16]: missing", "... and 6 more")),
     "truncated weights": (cut(WEIGHTS, 0.5), (f"{WEIGHTS}: ",)),
     "truncated header": (cut(WEIGHTS, 0.01), (f"{WEIGHTS}: ",)),
     "no bytes": (cut(WEIGHTS, 0), (f"{WEIGHTS}: ",)),
@@ -184,7 +201,30 @@ MODEL_CASES = [
     Case("logits that overflow, evaluate", EVALUATE, ("finite",), overflow),
     Case("logits that overflow, predict", PREDICT, ("finite",), overflow),
     Case("half a character in a file", PREDICT.replace("good", "--file data/half.jsonl --batch-size 1"),
-        ("data/half.jsonl:40: ",), write("data/half.jsonl", LINE * 39 + '{"text": "a \\ud800"}\n')),
+        ("data/half.jsonl:40: ", "39 predictions"),  # which are kept
+        write("data/half.jsonl", LINE * 39 + '{"text": "a \\ud800"}\n'), leaves=r"out/lines\.jsonl"),
+]
+
+# A head that does not do what the command asks: how it gets there, and what is named.
+TAGS = "BertForTokenClassification"
+MISFITS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
+    "multiple choice": (of_transformers("multiple_choice"), ("model: ", "multiple_choice", "trbert.inputs")),
+    "token classification": (of_transformers(num_labels=5, architectures=[TAGS]), ("model: ", TAGS)),
+    "several labels": (of_transformers(num_labels=3, problem_type="multi_label_classification"),
+        ("model: ", "multi_label_classification")),
+    "no head": (headless, ("model: ", "no classifier", "model.init")),
+    "inputs of another head": (lambda: (of_transformers("multiple_choice")(),
+        set_config(trbert={"inputs": {"data": "race"}})()),
+        ("trbert.inputs", "'race'", "multiple_choice")),
+}
+MISFIT_CASES = [
+    Case(f"{name}, {command.split()[0]}", command, named, spoil)
+    for name, (spoil, named) in MISFITS.items() for command in (EVALUATE, PREDICT)
+] + [
+    Case("questions, evaluate", EVALUATE, ("data/test.jsonl", "data"), of_transformers("span")),
+    Case("questions, predict", PREDICT, ("argument 1", "answers questions"), of_transformers("span")),
+    Case("a score has no accuracy", EVALUATE, ("model: ", "score", "`trbert predict`"),
+        of_transformers(num_labels=1)),
 ]
 
 OTHER = ("work: ", "seed: 42 -> 7")
@@ -203,20 +243,26 @@ RUN_CASES = [
         ("work/finetune/model", "`--stages finetune,policy`")),
     Case("missing inputs of evaluate", f"{TRAIN} --stages evaluate",
         ("work/policy/model", "`--stages policy,evaluate`"), start="finetuned",
-        leaves=r"work/evaluate/predictions_finetune\.jsonl|work/cache/features-\w+\.npz"),
+        leaves="nothing"),
     Case("a stage that the config leaves out", f"{TRAIN} stages=[joint]", ("work/policy/model", "`stages`")),
     Case("damaged scores", f"{TRAIN} --stages policy", ("work/score/scores.npy: ", "delete work/score"),
         scores(b"\x93NUMPY\x01\x00v\x00{'descr'"), start="finetuned"),
     Case("scores of other data", f"{TRAIN} --stages policy", ("work/score/scores.npy: ", "delete work/score"),
         scores(None), start="finetuned"),
     Case("damaged model of an earlier stage", f"{TRAIN} --stages score",
-        ("work/finetune/model/model.safetensors: ",), cut("work/finetune/model/model.safetensors", 0.5),
+        ("work/finetune: ", "`--stages finetune,score`"), cut("work/finetune/model/model.safetensors", 0.5),
         start="finetuned"),
     Case("damaged checkpoint", CHECKPOINTS, (f"{STEP_2}: ", "delete this folder"),
         Path(f"{STEP_2}/manifest.json").unlink, start="interrupted"),
     Case("changed data under a checkpoint", FINETUNE,
-        (f"{STEP_2}: ", "examples: 8 -> 9", "delete work/finetune"), append("data/train.jsonl", LINE),
-        start="interrupted"),
+        ("finetune: stale (data train changed)", "work/finetune.old", "finetune: done"),
+        append("data/train.jsonl", LINE), start="interrupted", code=0, leaves="work/.*"),
+    Case("checkpoints without the training data", CHECKPOINTS, ("accuracy",), Path("data/train.jsonl").unlink,
+        start="interrupted", code=0),
+    Case("work directory as a model", PREDICT.replace("model model", "model work"),
+        ("work: ", "work/finetune/model"), start="finetuned"),
+    Case("stage as a model", EVALUATE.replace("model model", "model work/finetune"),
+        ("work/finetune: ", "work/finetune/model"), start="finetuned"),
     Case("half-written checkpoint", FINETUNE, ("step 2 of 4", "finetune: done"), made_by="finetuned", code=0,
         leaves="work/.*"),
 ]
@@ -227,6 +273,11 @@ WRITE_CASES = [
     Case("work directory is a file", f"{FINETUNE} workdir=config.yaml", ("config.yaml: ",)),
     Case("work directory is a model", f"{FINETUNE} workdir=model", ("model/config.json: ", "`workdir`"),
         leaves=""),
+    Case("work directory around its own model", f"{FINETUNE} workdir=.", ("model: ", "would replace model")),
+    Case("work directory with another model", f"{FINETUNE} workdir=other", ("other/model: ", "`workdir`"),
+        lambda: shutil.copytree("model", "other/model"), leaves=r"other/\.lock"),
+    Case("a name that is not UTF-8", EVALUATE.replace("test.jsonl", "caf\udce9.jsonl"), ("accuracy",),
+        write("data/caf\udce9.jsonl", LINE), code=0, leaves=r"out/(result\.json|lines\.jsonl)"),
     Case("result below a file", EVALUATE.replace("out/result", "config.yaml/result"),
         ("config.yaml/result.json: ",)),
     Case("predictions into a folder", PREDICT.replace("out/lines.jsonl", "data"), ("data: ",)),
@@ -273,7 +324,16 @@ BENCHMARK_CASES = [
     Case("longer than the positions", f"{BENCHMARK} --max-length 99", ("max_length", "99", "20 positions")),
 ]
 # fmt: on
-CASES = [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *RUN_CASES, *WRITE_CASES, *DENIED_CASES, *BENCHMARK_CASES]
+CASES = [
+    *CONFIG_CASES,
+    *DATA_CASES,
+    *MODEL_CASES,
+    *MISFIT_CASES,
+    *RUN_CASES,
+    *WRITE_CASES,
+    *DENIED_CASES,
+    *BENCHMARK_CASES,
+]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The command line: what it accepts, what it prints, how it ends. Fakes play the library."""
 
+import csv
 import io
 import json
 import logging
@@ -7,17 +8,17 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import tiny_runs
+from fake_trbert import FakeModel
 from tiny_models import tiny_model
 
 from trbert_jax import __version__
 from trbert_jax.cli import COMMANDS, main
-from trbert_jax.model.config import InputConfig
 
 Capture = pytest.CaptureFixture[str]
 Fake = Callable[..., None]
@@ -70,7 +71,8 @@ JOIN = f"{TRAIN} --coordinator a:1 --num-processes 2 --process-id"
 WRONG: dict[str, list[str]] = {
     "COMMAND": [""],
     "'fly'": ["fly"],
-    "--config": ["train", "train --conf c.yaml", "evaluate --all-checkpoints"],
+    "--config": ["train", "prepare-data --output o", "evaluate --all-checkpoints"],
+    "arguments: --conf": ["train --conf c.yaml"],
     "--config alone": [f"evaluate --all-checkpoints --config c {o}" for o in ("--data d", "--threshold 0.4")],
     "--fast": [f"{TRAIN} --fast"],
     "--stages": [f"{TRAIN} --stages a,,b"],
@@ -169,24 +171,6 @@ def test_convert_then_predict(tmp_path: Path, capsys: Capture) -> None:
     assert full["kept"][0][0] == 0
 
 
-class FakeModel:
-    """Finds every text positive and keeps as many tokens as it has letters."""
-
-    config = types.SimpleNamespace(labels=("bad", "gut"), inputs=InputConfig(), max_length=99)
-    asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
-
-    @classmethod
-    def from_pretrained(cls, path: str) -> "FakeModel":
-        return cls()
-
-    def predict_stream(self, texts: Iterable[str], **options: Any) -> Iterator[Any]:
-        self.asked.append(options)
-        rest = {"label": "gut", "label_id": 1, "scores": np.array([0.25, 0.75], np.float32)}
-        for t in texts:
-            kept = (np.arange(len(t)), np.array([0], np.int32))
-            yield types.SimpleNamespace(kept=kept, num_tokens=len(t), truncated=len(t) > 99, text=t, **rest)
-
-
 def lines_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
 
@@ -253,30 +237,157 @@ def test_predict_jsonl_to_a_file(predict: Predict, tmp_path: Path) -> None:
     assert os.listdir(target.parent) == ["predictions.jsonl"]
 
 
+TWO = [{"id": "a", "text": "one", "label": "x"}, {"id": "b", "text": "two\nlines", "label": "y"}]
+TWO_LINES = "".join(json.dumps(record) + "\n" for record in TWO)
+
+
 @pytest.mark.parametrize(
-    ("content", "place"), [(b"", "standard input: "), (b"ok\ncaf\xe9", "standard input:2: ")]
+    ("name", "content"),
+    [
+        ("t.csv", 'id,text\na,one\nb,"two\nlines"\n'),
+        ("T.TSV", 'id\tTEXT\na\tone\nb\t"two\nlines"\n'),
+        ("T.JSONL", TWO_LINES),
+        ("t.ndjson", TWO_LINES),
+        ("t.json", TWO_LINES),
+        ("u.json", json.dumps(TWO)),
+        ("-jsonl", TWO_LINES),
+        ("-csv", 'id,text\na,one\nb,"two\nlines"\n'),
+    ],
+)
+def test_predict_reads_each_format_and_keeps_ids(
+    name: str,
+    content: str,
+    predict: Predict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    type_in(monkeypatch, content.encode())
+    place = ["--file", "-", "--format", name[1:]] if name[0] == "-" else ["--file", str(tmp_path / name)]
+    found = [(line["id"], line["text"], line["label"]) for line in predict("--with-text", *place)]
+    assert found == [("a", "one", "gut"), ("b", "two\nlines", "gut")]
+
+
+@pytest.mark.parametrize("name", ["t.xlsx", "t.md", "plain", "t.parquet", "t.csv", "lines.txt", "-"])
+def test_predict_reads_no_file_as_what_it_is_not(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Fake, capsys: Capture
+) -> None:
+    fake("inference.predictor", TRBert=FakeModel)
+    monkeypatch.chdir(tmp_path)
+    Path("x").joinpath(name).parent.mkdir()
+    Path(name).write_text(TWO_LINES, encoding="utf-8")
+    type_in(monkeypatch, TWO_LINES.encode())
+    assert main(["predict", "--model", "m", "--file", name, "--output", "x/o.jsonl"]) == 2
+    assert capsys.readouterr().err.startswith(f"trbert: error: {'standard input' if name == '-' else name}:")
+    assert os.listdir("x") == []
+
+
+def test_predict_writes_a_table_that_can_be_read_again(predict: Predict, tmp_path: Path) -> None:
+    source, table, again = tmp_path / "t.jsonl", tmp_path / "p.csv", tmp_path / "q.tsv"
+    source.write_text(TWO_LINES, encoding="utf-8")
+    assert predict("--file", str(source), "--output", str(table), "--with-text") == []
+    assert table.read_text(encoding="utf-8") == (
+        "id,text,label,label_id,score_bad,score_gut,kept,num_tokens,truncated\n"
+        'a,one,gut,1,0.25,0.75,"[[0, 1, 2], [0]]",3,False\n'
+        'b,"two\nlines",gut,1,0.25,0.75,"[[0, 1, 2, 3, 4, 5, 6, 7, 8], [0]]",9,False\n'
+    )
+    predict("--file", str(table), "--output", str(again), "--with-text")
+    rows = [
+        [*csv.reader(io.StringIO(path.read_text()), delimiter=x)] for path, x in ((table, ","), (again, "\t"))
+    ]
+    assert rows[0] == rows[1]
+    assert predict("one", "--output", str(tmp_path / "p.parquet"), code=2) == []
+
+
+def test_predict_skips_bad_records_or_keeps_those_before(
+    predict: Predict, tmp_path: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, target = tmp_path / "t.jsonl", tmp_path / "o.jsonl"
+    source.write_text(TWO_LINES + '{"text": null}\n' + TWO_LINES, encoding="utf-8")
+    assert predict("--file", str(source), "--output", str(target), code=2) == []
+    assert [line["id"] for line in lines_of(target.read_text())] == ["a", "b"]
+    assert len(predict("--file", str(source), "--skip-bad-records")) == 4
+    assert "1 of 5 records skipped" in caplog.text
+    source.write_text('{"text": null}\n', encoding="utf-8")
+    assert predict("--file", str(source), "--skip-bad-records", code=2) == []
+
+
+def test_predict_answers_a_pipe_before_it_ends(tmp_path: Path) -> None:
+    """With the real library."""
+    code = (
+        "import sys; sys.path[:0] = ['tests']; import pathlib, tiny_models; from trbert_jax.cli import main\n"
+        "model = tiny_models.tiny_model(pathlib.Path(sys.argv[1]))\n"
+        "sys.exit(main(['predict', '--model', str(model), '--with-text', '--file', '-']))\n"
+    )
+    command, pipe = [sys.executable, "-c", code, str(tmp_path / "model")], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin
+        assert process.stdout
+        for texts in (["the film"], ["a plot", "bad"]):
+            process.stdin.write("".join(f"{text}\n" for text in texts).encode())
+            process.stdin.flush()
+            assert [json.loads(process.stdout.readline())["text"] for _ in texts] == texts
+        process.stdin.write(b"the end")
+        process.stdin.close()
+        assert json.loads(process.stdout.readline())["text"] == "the end"
+        assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "kept"), [(b"", "standard input: ", 0), (b"ok\ncaf\xe9", "standard input:2: ", 1)]
 )
 def test_predict_refuses_bad_standard_input(
-    content: bytes, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Fake, capsys: Capture
+    content: bytes,
+    place: str,
+    kept: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fake: Fake,
+    capsys: Capture,
 ) -> None:
     fake("inference.predictor", TRBert=FakeModel)
     type_in(monkeypatch, content)
     assert main(["predict", "--model", "m", "--output", str(tmp_path / "out.jsonl")]) == 2
     assert capsys.readouterr().err.startswith(f"trbert: error: {place}")
-    assert list(tmp_path.iterdir()) == []
+    # What was predicted before the mistake is not lost.
+    assert [len(lines_of(path.read_text())) for path in tmp_path.iterdir()] == [kept] * bool(kept)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_missing_device_is_one_line(tmp_path: Path, platform: str) -> None:
+    tiny_runs.write_dataset(tmp_path / "data")
+    model, config = str(tiny_model(tmp_path / "model")), str(tiny_runs.write_config(tmp_path))
+    data = str(tmp_path / "data/test.jsonl")
+    commands = [
+        ["predict", "--model", model, "a film"],
+        ["evaluate", "--model", model, "--data", data],
+        ["compile", "--model", model],
+        ["train", "--config", config],
+        ["prepare-data", "--config", config, "--output", str(tmp_path / "prepared")],
+    ]
+    code = "import sys; from trbert_jax.cli import main; print([main(c) for c in eval(sys.argv[1])])"
+    run = subprocess.run(
+        [sys.executable, "-c", code, repr(commands)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": platform},
+    )
+    assert json.loads(run.stdout) == [2] * len(commands)
+    errors = [line for line in run.stderr.splitlines() if "error" in line]
+    assert len(errors) == len(commands)
+    assert all(f"no device of JAX_PLATFORMS={platform}" in line for line in errors)
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_closed_pipe(tmp_path: Path) -> None:
     """The reader takes one line of very many; the writer ends without a traceback."""
-    code = (
-        "import sys, types; sys.path[:0] = ['tests']\n"
-        "import test_cli; from trbert_jax.cli import main\n"
-        "module = types.ModuleType('trbert_jax.inference.predictor'); module.TRBert = test_cli.FakeModel\n"
-        "sys.modules[module.__name__] = module\n"
-        "sys.exit(main(['predict', '--model', 'm', '--batch-size', '1', '--file', sys.argv[1]]))\n"
-    )
     (tmp_path / "texts.txt").write_text("some text that is not short\n" * 20_000, encoding="utf-8")
-    command, pipe = [sys.executable, "-c", code, str(tmp_path / "texts.txt")], subprocess.PIPE
+    arguments = ["predict", "--model", "m", "--batch-size", "1", "--file", str(tmp_path / "texts.txt")]
+    command, pipe = [sys.executable, "tests/fake_trbert.py", *arguments], subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout
         assert process.stderr

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -32,7 +33,11 @@ def test_values_keep_their_types(tmp_path: Path) -> None:
     text += "finetune: {learning_rate: 3e-5, clip_norm: 2, max_steps: null}\npolicy:  # an empty section\n"
     overrides = ["data.cache_dir=~/no", "joint.alpha=1", "joint.alpha=.5", "stages=[finetune, evaluate]"]
     config = load_text(tmp_path, text, *overrides, "model.scratch={num_layers: 4, num_heads: 4}")
-    assert (config.workdir, config.data.cache_dir, config.joint.alpha) == ("2024-01-01", "~/no", 0.5)
+    assert (config.workdir, config.data.cache_dir, config.joint.alpha) == (
+        "2024-01-01",
+        os.path.expanduser("~/no"),
+        0.5,
+    )
     assert (config.finetune.learning_rate, config.finetune.max_steps) == (3e-5, None)
     assert isinstance(config.finetune.clip_norm, float)
     assert config.stages == ("finetune", "evaluate")
@@ -149,6 +154,8 @@ def test_mistake_in_a_file(tmp_path: Path, text: str, line: int, key: str, hint:
         ("workdir: ''\n", ":1: workdir: "),
         ("workdir: x\ndata: {path: d}\n", ":2: data.name: "),
         (MINIMAL.replace("stdlib", "imdb"), ":2: data.path: "),
+        (MINIMAL.replace("runs/x", "runs/my #1 x"), ":1: workdir: "),  # else it would be `runs/my`
+        (MINIMAL.replace("runs/x", "~no-such-user/x"), ":1: workdir: "),
     ],
 )
 def test_file_that_is_no_configuration(tmp_path: Path, text: str, place: str) -> None:
@@ -167,6 +174,9 @@ def test_file_that_is_no_configuration(tmp_path: Path, text: str, place: str) ->
         ("data.name=imbd", "data.name", "did you mean imdb?"),
         ("data.name='tfds:'", "data.name", "tfds:NAME"),
         ("data.text_field=body", "data.text_field", "tfds:NAME"),
+        ("data.train=a.csv", "data.train", "is for text only"),
+        ("data.name=text data.path=d data.labels=[1,1.0]", "data.labels", "different"),
+        ("data.name=tickets", "data.name", "`text`"),
         ("model.max_positions=511", "model.max_positions", "512"),
         ("model.keep_layers=[0,2]", "model.keep_layers", "pretrained"),
         ("model.init=m model.keep_layers=[0,0]", "model.keep_layers", "rising"),
@@ -177,6 +187,20 @@ def test_mistake_on_the_command_line(tmp_path: Path, overrides: str, key: str, h
     message = mistake(tmp_path, MINIMAL, *overrides.split())
     assert message.startswith(f"command line: {key}")
     assert hint in message
+
+
+def test_paths_are_found_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quotes and the command line keep ` #`; `~` and a name that a Mac has stored decomposed are resolved."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (tmp_path / decomposed / composed).mkdir(parents=True)
+    quoted = MINIMAL.replace("runs/x", "'runs/my #1 x'")
+    config = load_text(tmp_path, quoted, "data.path=a #1", f"model.tokenizer=~/{composed}/{composed}/new")
+    assert (config.workdir, config.data.path) == ("runs/my #1 x", "a #1")
+    assert config.model.tokenizer == f"{tmp_path}/{decomposed}/{composed}/new"
+    (tmp_path / "runs # old").mkdir()  # written as a comment, but there is such a folder
+    assert "runs # old" in mistake(tmp_path, MINIMAL.replace("runs/x", f"{tmp_path}/runs # old"))
+    assert load_text(tmp_path, MINIMAL.replace("runs/x", "runs # comment")).workdir == "runs"
 
 
 def test_tfds_has_fields_and_needs_no_path(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from trbert_jax.model.config import ModelConfig
@@ -78,7 +80,7 @@ def tiny_weights(config: ModelConfig, seed: int = SEED, scale: float = 0.4) -> d
 
 
 def tiny_params(config: ModelConfig, seed: int = SEED, scale: float = 0.4) -> dict[str, Any]:
-    return from_original_names(tiny_weights(config, seed, scale), config)[0]
+    return from_original_names(tiny_weights(config, seed, scale), config).tree
 
 
 @functools.cache
@@ -108,6 +110,20 @@ def edit_weights(path: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> 
     weights = load_file(path / "model.safetensors")
     changed = change(weights)
     save_file(weights if changed is None else changed, path / "model.safetensors")
+
+
+def to_flax(path: Path) -> None:
+    """Replaces the weights by the file that a Flax model of transformers saves."""
+    tree: dict[tuple[str, ...], np.ndarray] = {}
+    for name, array in load_file(path / "model.safetensors").items():
+        *modules, leaf = name.split(".")
+        table, norm = modules[-1].endswith("embeddings"), modules[-1].endswith(("LayerNorm", "layer_norm"))
+        if leaf == "weight":
+            leaf = "embedding" if table else "scale" if norm else "kernel"
+        tree[(*modules, leaf)] = array.T if leaf == "kernel" else array
+    content = serialization.msgpack_serialize(unflatten_dict(tree))
+    (path / "flax_model.msgpack").write_bytes(content)
+    (path / "model.safetensors").unlink()
 
 
 def assert_same_params(left: Any, right: Any) -> None:

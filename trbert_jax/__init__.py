@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trbert_jax.config import load_config
     from trbert_jax.errors import UserError
-    from trbert_jax.inference.predictor import TRBert, answer_questions
+    from trbert_jax.inference.predictor import TRBert
+    from trbert_jax.inference.questions import answer_questions
 
 __version__ = "0.1.0"
 __all__ = ["TRBert", "UserError", "__version__", "answer_questions", "load_config"]
 _MODULES = {
     "UserError": "errors",
     "TRBert": "inference.predictor",
-    "answer_questions": "inference.predictor",
+    "answer_questions": "inference.questions",
     "load_config": "config",
 }
 

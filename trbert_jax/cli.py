@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
+import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from trbert_jax import __version__, io
+from trbert_jax import __version__, io, streams
 from trbert_jax.errors import PreemptedError, UserError
+from trbert_jax.outputs import atomic_file, check_outputs, contents, is_stream
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES, rule_names
 
 if TYPE_CHECKING:
@@ -30,8 +33,6 @@ examples:
   trbert train --config configs/quickstart.yaml
   trbert predict --model runs/quickstart/model "some text"
 """
-# Exit codes; 128 + the signal as shells report it. Launchers restart a job that SIGTERM has ended.
-USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143
 RESUME = "run the same command again to go on from the last checkpoint"
 
 Arguments = argparse.Namespace
@@ -41,40 +42,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command, with the arguments of the process by default.
 
     Returns the exit code: 0; 2 after a mistake of the user; 130 after Ctrl-C; 141 if the reader of the output
-    has closed it; 143 after SIGTERM.
+    has closed it; 143 after SIGTERM, 129 after SIGHUP.
     """
+    streams.prepare()
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:  # argparse has printed help, the version or an error
-        return stop.code if isinstance(stop.code, int) else USER_ERROR
+        return streams.finish(stop.code if isinstance(stop.code, int) else streams.USER_ERROR)
+    # JAX handles SIGTERM if several processes have to agree on when to stop.
+    several = args.command == "train" and (args.distributed or args.coordinator is not None)
+    return streams.finish(_run(args, streams.signals(ended_by_sigterm=not several, last=argv is None)))
+
+
+def _run(args: Arguments, signals: contextlib.AbstractContextManager[None]) -> int:
     # transformers without PyTorch is intended; its advice to install it is no help.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    io.setup_logging()
+    streams.setup_logging()
+    advice = f"; {RESUME}" if args.command == "train" else ""
     try:
-        COMMANDS[args.command][0](args)
-        sys.stdout.flush()
+        with signals:
+            check_outputs(**_paths(args))
+            COMMANDS[args.command][0](args)
     except UserError as error:
-        _say(f"error: {error}")
-        return USER_ERROR
+        streams.say(f"error: {error}")
+        return streams.USER_ERROR
     except KeyboardInterrupt:
-        _say(f"interrupted; {RESUME}" if args.command == "train" else "interrupted")
-        return INTERRUPTED
+        streams.say(f"interrupted{advice}")
+        return streams.INTERRUPTED
     except PreemptedError as stop:
-        _say(f"{stop}; {RESUME}")
-        return TERMINATED
+        streams.say(f"{stop}{advice}")
+        return 128 + stop.signal
     except BrokenPipeError:
-        # The interpreter flushes stdout again at exit; send that nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return streams.BROKEN_PIPE
+    except UnicodeEncodeError as error:
+        if not any("\udc80" <= letter <= "\udcff" for letter in error.object):  # a byte of a name
+            raise
+        streams.say(f"error: {error.object}: the name is not UTF-8; rename it")
+        return streams.USER_ERROR
+    except ValueError as error:  # of JAX, which checks the variables of its settings as it is imported
+        if "jax" in sys.modules or "JAX_" not in str(error).upper():
+            raise
+        streams.say(f"error: {error}; correct or unset the environment variable")
+        return streams.USER_ERROR
+    except OSError as error:
+        if error.filename is None and streams.in_a_folder():
+            raise
+        streams.say(f"error: {error.filename or 'the current folder'}: {error.strerror}")
+        return streams.USER_ERROR
     return 0
 
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+        self._negative_number_matcher = re.compile(r"-\.?\d[\d.]*([eE][-+]?\d+)?$")  # -1e9 is one too
+
+    def _print_message(self, message: str, file: Any = None) -> None:  # argparse's own ignores errors
+        if file is not sys.stdout:
+            streams.write_message(message)
+            return
+        try:
+            streams.StandardOutput().write(message)
+        except UserError as error:
+            self.exit(streams.USER_ERROR, f"{PROGRAM}: error: {error}\n")
+        except BrokenPipeError:
+            self.exit(streams.BROKEN_PIPE)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{PROGRAM}: error: {message} (see `{self.prog} --help`)\n")
+        self.exit(streams.USER_ERROR, f"{PROGRAM}: error: {message} (see `{self.prog} --help`)\n")
 
 
 Type = Callable[[str], Any]
@@ -85,6 +120,24 @@ COMMANDS: dict[str, tuple[Run, tuple[Option, ...]]] = {}
 
 def _option(name: str, metavar: str | None, convert: Type, help: Any, **rest: Any) -> Option:
     return name, {"metavar": metavar, "type": convert, "help": help, **rest}
+
+
+def _path(role: str, name: str, metavar: str, help: Any, **rest: Any) -> Option:
+    """An option for a path; `role` is the argument of `check_outputs` for it."""
+    converts: dict[str, Type] = {"outputs": _output_file, "models": str}
+    return _option(name, metavar, converts.get(role, _expanded), help, role=role, **rest)
+
+
+def _paths(args: Arguments) -> dict[str, list[Any]]:
+    """Returns the paths of the chosen options by their role."""
+    paths: dict[str, list[Any]] = {}
+    for name, settings in COMMANDS[args.command][1]:
+        path = getattr(args, name.lstrip("-").replace("-", "_"))
+        if "role" in settings and path:
+            paths.setdefault(settings["role"], []).append(path)
+            if "beside" in settings and not is_stream(path):
+                paths[settings["role"]].append(path.with_suffix(settings["beside"]))
+    return paths
 
 
 def _switch(name: str, help: Any) -> Option:
@@ -117,7 +170,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
                 subparser.epilog = details.format(stages=_describe_stages())
             for option, settings in options:
                 names = {key: settings[key]() for key in ("choices", "help") if callable(settings.get(key))}
-                subparser.add_argument(option, **settings | names)
+                ours = {key: value for key, value in settings.items() if key not in ("role", "beside")}
+                subparser.add_argument(option, **ours | names)
     args, rest = parser.parse_known_args(argv)
     chosen = subparsers.choices[args.command]
     # argparse does not accept positional arguments after options; they belong to the same list.
@@ -151,6 +205,21 @@ def _rules_help() -> str:
     return f"how tokens are selected. {rules}. Default threshold, or dense if the selectors are untrained"
 
 
+def _formats() -> tuple[str, ...]:
+    from trbert_jax.datasets.tables import FORMATS  # takes time to load
+
+    return FORMATS
+
+
+def _file_help() -> str:
+    rows = ", ".join(f".{name}" for name in _formats())
+    return f".txt: one text per line; {rows}: rows with a text; each also in .gz"
+
+
+def _data_help() -> str:
+    return f"{_file_help()}, and for evaluate a label; or questions as published"
+
+
 def _type(expected: str, convert: Type, accepts: Callable[[Any], bool]) -> Type:
     """Builds the type of an argument, which names what is expected if a text is anything else."""
 
@@ -176,10 +245,25 @@ def _former(name: str, new: str) -> Option:
     return _option(name, None, _type(f"{new} instead", str, lambda _: False), argparse.SUPPRESS)
 
 
+def _output_file(text: str) -> Path:
+    if os.path.basename(text) in ("", ".", ".."):  # a path would forget the slash at the end
+        raise argparse.ArgumentTypeError(f"expected a file, got {text!r}")
+    return _expanded(text)
+
+
+def _expanded(text: str) -> Path:
+    try:
+        return io.find_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 _name = _type("names with commas between them", str, bool)
 _index = _type("a number of at least 0", _digits, lambda n: n >= 0)
 _count = _type("a number of at least 1", _digits, lambda n: n >= 1)
 _probability = _type("a number above 0 and below 1", float, lambda p: 0 < p < 1)
+_number_type = _type("a number", float, math.isfinite)
+_n_best = _type("a number from 1 to 20", _digits, lambda n: 1 <= n <= 20)
 _steps = _type(
     "FIRST:END, such as 10:15",
     lambda text: tuple(map(_digits, text.split(":"))),
@@ -188,10 +272,11 @@ _steps = _type(
 
 BACKEND_HELP = "packed: compute only the kept tokens (default); masked: compute all, with the same results"
 THRESHOLD_HELP = "keep tokens whose keep probability is at least P (default 0.5, as published)"
-CONFIG = _option("--config", "FILE", Path, "YAML file with the settings of the run", required=True)
+PREDICTIONS_HELP = "write a JSON line per text, or the official scorer's input"
+CONFIG = _path("inputs", "--config", "FILE", "YAML file with the settings of the run", required=True)
 OVERRIDES = _option("overrides", "key=value", str, "settings that replace those of the file", nargs="*")
-SKIP = _switch("--skip-bad-records", "skip, count and list invalid records of questions, rather than stop")
-MODEL = _option("--model", "DIR", str, "folder of a trained model", required=True)
+SKIP = _switch("--skip-bad-records", "skip, count and list invalid records, rather than stop")
+MODEL = _path("models", "--model", "DIR", "folder of a trained model", required=True)
 BATCH_SIZE = _option("--batch-size", "N", _count, "texts per batch (default 32)", default=32)
 RULE = (
     _option("--rule", None, str, _rules_help, choices=rule_names),
@@ -199,7 +284,18 @@ RULE = (
     _former("--execution", "--rule and --backend"),
 )
 THRESHOLD = _option("--threshold", "P", _probability, THRESHOLD_HELP, default=DEFAULT_THRESHOLD)
-TEXT_FILE = 'one text per line; .jsonl: objects with "text"'
+FIELDS = (
+    _option("--text-field", "NAME", str, "field of the text (default that of the training data, or text)"),
+    _option("--text-pair-field", "NAME", str, "field of a second text"),
+)
+LABEL_FIELD = _option(
+    "--label-field", "NAME", str, "field of the label (default that of the training data, or label)"
+)
+ANSWERS = (
+    _option("--null-threshold", "X", _number_type, "no answer to a question with null odds above X"),
+    _option("--max-answer-length", "N", _count, "word pieces of an answer at most (default 30)"),
+)
+MAX_LENGTH = _option("--max-length", "N", _count, "tokens after which texts are cut (default the model's)")
 
 
 def _chosen(args: Arguments, names: str) -> dict[str, Any]:
@@ -213,9 +309,28 @@ def _config(args: Arguments) -> RunConfig:
     return load_config(args.config, [*args.overrides, *skip])
 
 
+def _own_run(args: Arguments) -> RunConfig:
+    """Returns the settings of `train --data`."""
+    from trbert_jax.training.own_run import choose_settings
+
+    data = {key: value for key, value in _chosen(args, OWN).items() if value}
+    if args.skip_bad_records:
+        data["skip_bad_records"] = True
+    return choose_settings(args.data, args.model, args.output, data, args.overrides)
+
+
+OWN = "dev test text_field text_pair_field label_field"
+
+
 @_command(
     "train",
-    CONFIG,
+    _path("inputs", "--config", "FILE", "YAML file with the settings of the run"),
+    _option("--data", "FILE", str, "labeled texts, a folder with train.csv and the like, or hf:NAME"),
+    _option("--model", "DIR", str, "for --data: folder or hub id of the model to start from, or scratch"),
+    _option("--output", "DIR", str, "for --data: folder of the run; the model will be in DIR/model"),
+    *(_option(f"--{name}", "FILE", str, f"for --data: {name} set") for name in ("dev", "test")),
+    *FIELDS,
+    LABEL_FIELD,
     _option("--stages", "A,B", _list_of(_name), "run only these stages"),
     _switch("--dry-run", "print the plan for --devices of --processes, and do nothing"),
     _option("--devices", "N", _count, "devices, for --dry-run (default 1)"),
@@ -232,11 +347,15 @@ def _config(args: Arguments) -> RunConfig:
 def _train(args: Arguments) -> None:
     """Train a model through all stages, or continue an interrupted run.
 
+    --data, --model and --output train on your own texts without a YAML file. Settings are chosen by the
+    number and length of the texts, and written to OUTPUT/run.yaml; key=value replaces them.
+
     The stages run in order:
     {stages}
     Run again, the command skips finished stages and continues the one that was interrupted.
 
     Examples:
+      trbert train --data reviews.csv --model google-bert/bert-base-uncased --output runs/reviews
       trbert train --config configs/imdb_bert.yaml data.path=~/imdb workdir=/tmp/imdb policy.alpha=2
       trbert train --config configs/imdb_bert.yaml --stages finetune,score
     """
@@ -247,48 +366,58 @@ def _train(args: Arguments) -> None:
         raise UserError("--coordinator, --num-processes and --process-id go together, without --distributed")
     if all(given) and args.process_id >= args.num_processes:
         raise UserError(f"--process-id {args.process_id} is not below --num-processes {args.num_processes}")
-    config = _config(args)  # before the slow import
+    own = [name for name, value in _chosen(args, f"data model output {OWN}").items() if value]
+    if bool(own) == bool(args.config):
+        raise UserError("expected --config, or --data with --model and --output")
+    if own and not (args.data and args.model and args.output):
+        option, needed = own[0].replace("_", "-"), "--data FILE --model DIR --output DIR"
+        raise UserError(f"--{option} is for training on your own texts, which needs {needed}")
     if args.dry_run:
         os.environ["JAX_PLATFORMS"] = "cpu"  # leave accelerators to others
+    config = _own_run(args) if own else _config(args)  # before the slow import
+    if args.dry_run:
         from trbert_jax.training import dry_run
         from trbert_jax.training.experiment import Experiment
 
-        print("\n".join(dry_run.lines(Experiment(config), args.devices or 1, args.processes or 1)))
+        streams.show(*dry_run.lines(Experiment(config), args.devices or 1, args.processes or 1))
         return
     io.enable_compilation_cache()
-    several = args.distributed or args.coordinator is not None
-    if several:
+    if args.distributed or args.coordinator is not None:
         from trbert_jax.parallel import join
 
         join(args.coordinator, args.num_processes, args.process_id, args.join_timeout)
-    from trbert_jax.parallel import ended_by_sigterm
     from trbert_jax.training.run import results_table, train
 
-    # JAX handles SIGTERM if several processes have to agree on when to stop.
-    with contextlib.nullcontext() if several else ended_by_sigterm():
-        results = train(config, args.stages, profile_steps=args.profile_steps)
-        print("\n".join(results_table(config, results)))
+    options = {"write_settings": True} if own else {}
+    results = train(config, args.stages, profile_steps=args.profile_steps, **options)
+    streams.show(*results_table(config, results))
 
 
 @_command(
     "evaluate",
-    _option("--model", "DIR", str, "folder of a trained model"),
-    _option("--data", "FILE", Path, ".jsonl (text, label), .csv (label, text), or questions as published"),
+    _path("models", "--model", "DIR", "folder of a trained model"),
+    _path("inputs", "--data", "FILE", _data_help),
+    *FIELDS,
+    LABEL_FIELD,
+    MAX_LENGTH,
     BATCH_SIZE,
     *RULE,
     THRESHOLD,
-    _option("--json", "FILE", Path, "write the numbers to this file"),
-    _option("--predictions", "FILE", Path, "write a JSON line per text, or the official scorer's input"),
+    *ANSWERS,
+    _path("outputs", "--json", "FILE", "write the numbers to this file"),
+    _path("outputs", "--predictions", "FILE", PREDICTIONS_HELP, beside=".null_odds.json"),
+    _path("outputs", "--plot", "FILE", "draw the confusion matrix to this PNG file"),
     _switch("--baselines", lambda: f"also {', '.join(rule_names('baseline'))}, at the same kept counts"),
     SKIP,
-    _option("--config", "FILE", Path, "settings, for --all-checkpoints"),
+    _path("inputs", "--config", "FILE", "settings, for --all-checkpoints"),
     _switch("--all-checkpoints", "evaluate all checkpoints of a run"),
     OVERRIDES,
 )
 def _evaluate(args: Arguments) -> None:
     """Evaluate a model on labeled texts or questions.
 
-    Prints accuracy, tokens kept at each reduction, FLOPs and speed.
+    Prints the metrics, tokens kept at each reduction, FLOPs and speed; of texts also the scores of each class
+    and the confusion matrix.
 
     Examples:
       trbert evaluate --model work/imdb/model --data test.jsonl --json result.json
@@ -298,7 +427,7 @@ def _evaluate(args: Arguments) -> None:
     if args.all_checkpoints:
         if not args.config:
             raise UserError("--all-checkpoints needs --config, the settings the model was trained with")
-        others = args.model or args.data or args.predictions or args.baselines
+        others = args.model or args.data or args.predictions or args.plot or args.baselines
         if others or args.threshold != DEFAULT_THRESHOLD:
             raise UserError("--all-checkpoints takes model, data and settings from --config alone")
     elif args.config or args.overrides:
@@ -307,69 +436,113 @@ def _evaluate(args: Arguments) -> None:
         raise UserError("--model and --data are needed, or --config with --all-checkpoints")
     elif args.baselines and args.rule is not None and not RULES[args.rule].drops:
         raise UserError(f"--baselines keep as many tokens as the model; --rule {args.rule} drops none")
-    io.check_writable(args.json, args.predictions)
+    if not (args.json or args.predictions):
+        streams.check_output_is_read("--json")
     io.enable_compilation_cache()
     if args.all_checkpoints:
         from trbert_jax.training.run import evaluate_all_checkpoints
 
-        result = evaluate_all_checkpoints(_config(args))
+        result = evaluate_all_checkpoints(_config(args), args.json)
     else:
         from trbert_jax.inference.evaluate import evaluate_file
 
         baselines = rule_names("baseline") if args.baselines else ()
-        options = _chosen(args, "batch_size rule backend threshold predictions skip_bad_records")
+        names = "batch_size rule backend threshold predictions plot skip_bad_records max_length"
+        names += " null_threshold max_answer_length"
+        options = _chosen(args, f"{names} text_field text_pair_field label_field")
         result = evaluate_file(args.model, args.data, baselines=baselines, **options)
     if args.json:
         io.write_json(args.json, result)
-    shown = {name: value for name, value in result.items() if name != "data"}  # logged while it was read
-    print("\n".join(_table(shown)))
+    from trbert_jax.inference.class_report import class_table
+
+    hidden = ("data", "classes", "confusion_matrix")  # what was skipped has been logged
+    streams.show(*_table({name: value for name, value in result.items() if name not in hidden}))
+    if lines := [*class_table(result)]:
+        streams.show("", *lines)
 
 
 @_command(
     "predict",
     MODEL,
     _option("texts", "TEXT", str, "texts (after `--` if one begins with a dash)", nargs="*"),
-    _option("--file", "FILE", Path, TEXT_FILE),
-    _option("--output", "FILE", Path, "write to this file instead of printing"),
+    _path("inputs", "--file", "FILE", _file_help),
+    _option(
+        "--format",
+        None,
+        str,
+        "format of --file, if its name has no ending",
+        choices=lambda: ("txt", *_formats()),
+    ),
+    _path("outputs", "--output", "FILE", "write to this file; .csv, .tsv: a table; else JSON lines"),
+    *FIELDS,
+    MAX_LENGTH,
     BATCH_SIZE,
     *RULE,
     THRESHOLD,
+    _option("--n-best", "N", _n_best, "list the N best answers to each question"),
+    *ANSWERS,
     _switch("--with-text", "repeat the text, or the question, in each line"),
+    SKIP,
 )
 def _predict(args: Arguments) -> None:
     """Label texts or answer questions.
 
-    Texts are arguments, or lines of --file or standard input. Prints one JSON object per text, in order:
-    "label", "label_id", "scores" (a probability per label), "kept" (for each reduction the positions of the
-    tokens that remained; 0 is [CLS]), "num_tokens" (special tokens included), "truncated" (the text was too
-    long). A .jsonl file holds an object with "text" in each line; blank lines are skipped.
+    Texts are arguments, or those of --file or standard input (--file -). Prints one JSON object per text, in
+    order: "id" (if the row has one), "label", "label_id", "scores" (a probability per label), "kept" (for
+    each reduction the positions of the tokens that remained; 0 is [CLS]), "num_tokens" (special tokens
+    included), "truncated" (the text was too long). A model with one output gives "score" and "logit", and no
+    label. The ending of --file decides its format.
 
     A model that answers questions takes a JSON object per line ("question" and "context", say; see
-    docs/question_answering.md) and prints "id", "answer", "num_tokens" and "num_kept".
+    docs/question_answering.md) and prints "id", "answer", "score", "num_tokens" and "num_kept"; of an answer
+    cut from a text "start" and "end", its characters; "null_odds" if questions may have no answer.
 
     Examples:
       trbert predict --model work/imdb/model --file reviews.jsonl --output predictions.jsonl
       cat reviews.txt | trbert predict --model work/imdb/model
       trbert predict --model work/squad/model '{"question": "Who wrote it?", "context": "Ada wrote it."}'
     """
-    from trbert_jax.inference.lines import input_lines, output_lines
+    from trbert_jax.datasets import BadRecords
+    from trbert_jax.inference.lines import RecordWriter, Source, check_kind, output_records
 
-    if args.texts and args.file:
-        raise UserError("texts are given both as arguments and by --file; give one of the two")
-    if not args.texts and not args.file and sys.stdin.isatty():
-        _say("reading texts from the keyboard, one per line; Ctrl-D ends")
-    lines_in = input_lines(args.texts, args.file)
-    io.check_writable(args.output)
+    if args.texts and (args.file or args.format):
+        raise UserError("texts are given as arguments; --file and --format are for other texts")
+    if not args.texts and str(args.file or "-") == "-" and sys.stdin.isatty():
+        streams.say("reading texts from the keyboard, one per line; Ctrl-D ends")
+    check_kind(args.output)
+    source = Source(args.texts, args.file, args.format)
+    if not args.output:
+        streams.check_output_is_read("--output")
     io.enable_compilation_cache()
     from trbert_jax.inference.predictor import TRBert
 
-    model = TRBert.from_pretrained(args.model)
+    model = TRBert.from_pretrained(args.model, max_length=args.max_length)
+    fields, bad = (
+        model.config.inputs.fields(args.text_field, args.text_pair_field),
+        BadRecords(args.skip_bad_records),
+    )
     options = _chosen(args, "batch_size rule backend threshold")
-    lines = output_lines(model, lines_in, args.file, args.with_text, **options)
-    with io.atomic_file(args.output) if args.output else contextlib.nullcontext(sys.stdout) as stream:
-        for line in lines:
-            stream.write(line + "\n")
-            stream.flush()
+    asked = _chosen(args, "n_best null_threshold max_answer_length")
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked and not model.answers_questions:
+        raise UserError(f"--{next(iter(asked)).replace('_', '-')} is for models that answer questions")
+    options |= asked
+    records, count = output_records(model, source, fields, bad, args.with_text, **options), 0
+    printed = contextlib.nullcontext(streams.StandardOutput())
+    with atomic_file(args.output) if args.output else printed as stream:
+        failed, writer = None, RecordWriter(stream, args.output)
+        try:
+            for record in records:
+                writer.write(record)
+                stream.flush()
+                count += 1
+        except UserError as error:
+            if not count:  # else what was predicted before it is kept
+                raise
+            failed = error
+    if failed:
+        kept = f"; {args.output} has the {count} predictions before it" if args.output else ""
+        raise UserError(f"{failed}{kept}") from failed
 
 
 @_command("compile", MODEL, BATCH_SIZE, *RULE)
@@ -391,26 +564,26 @@ def _compile(args: Arguments) -> None:
     total = 0.0
     for program, seconds in model.compile(args.batch_size, args.rule, args.backend):
         total += seconds
-        print(f"{program}  {seconds:.1f} s", flush=True)
-    print(f"{folder}: programs ready, {total:.1f} s")
+        streams.show(f"{program}  {seconds:.1f} s")
+    streams.show(f"{folder}: programs ready, {total:.1f} s")
 
 
 @_command(
     "benchmark",
-    _option("--model", "DIR", str, "folder of a trained model"),
+    _path("models", "--model", "DIR", "folder of a trained model"),
     _option("--random", "SIZE", str, "bert-base, minilm or tiny: random weights, the tokenizer of --replay"),
-    _option("--data", "FILE", Path, f"{TEXT_FILE}; or questions as published", required=True),
-    _option("--replay", "DIR", str, "keep the tokens that this model keeps, instead of the model's own"),
+    _path("inputs", "--data", "FILE", _data_help, required=True),
+    _path("models", "--replay", "DIR", "keep the tokens that this model keeps, instead of the model's own"),
     _option("--batch-sizes", "N,N", _list_of(_count), "default 1,8,32,128, up to the number of texts"),
     _option("--variants", "A,B", _list_of(_name), "variants to time (default all)"),
     _former("--executions", "--variants"),
     _option("--max-texts", "N", _count, "use only the first N texts of the file"),
     SKIP,
-    _option("--max-length", "N", _count, "tokens after which texts are cut (default the model's)"),
+    MAX_LENGTH,
     _option("--repeats", "N", _count, "time everything N times (default 5)", default=5),
     _option("--dtype", None, str, "of activations", choices=("float32", "bfloat16"), default="float32"),
-    _option("--json", "FILE", Path, "write a list of records to this file"),
-    _option("--plot", "FILE", Path, "plot the records to this PNG file"),
+    _path("outputs", "--json", "FILE", "write a list of records to this file"),
+    _path("outputs", "--plot", "FILE", "plot the records to this PNG file"),
 )
 def _benchmark(args: Arguments) -> None:
     """Time the variants of running a model side by side.
@@ -426,14 +599,15 @@ def _benchmark(args: Arguments) -> None:
     """
     if bool(args.model) == bool(args.random):
         raise UserError("one of --model and --random is needed")
-    io.check_writable(args.json, args.plot)
+    if not (args.json or args.plot):
+        streams.check_output_is_read("--json")
     from trbert_jax.inference.benchmark import benchmark_file
     from trbert_jax.inference.benchmark_report import plot_benchmark, table
 
     names = "random batch_sizes variants max_texts max_length repeats dtype skip_bad_records"
     options = _chosen(args, names) | {"model_dir": args.model, "replay_dir": args.replay}
     records = benchmark_file(args.data, command=args.command_line, **options)
-    print("\n".join(table(records)))
+    streams.show(*table(records))
     if args.json:
         io.write_json(args.json, records)
     if args.plot:
@@ -442,8 +616,8 @@ def _benchmark(args: Arguments) -> None:
 
 @_command(
     "convert",
-    _option("--input", "DIR", str, "folder of a checkpoint, or a hub id", required=True),
-    _option("--output", "DIR", Path, "folder to write", required=True),
+    _path("models", "--input", "DIR", "folder of a checkpoint, or a hub id", required=True),
+    _path("folders", "--output", "DIR", "folder to write", required=True),
     _switch("--overwrite", "replace --output if it exists"),
     _option("--max-positions", "N", _count, "longest input in tokens; a longer one repeats positions"),
     _option("--max-length", "N", _count, "tokens after which texts are cut (not stored as published)"),
@@ -462,19 +636,20 @@ def _convert(args: Arguments) -> None:
     from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 
     output: Path = args.output
-    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
+    if output.is_dir() and contents(output) and not args.overwrite:
         raise UserError(f"{output}: exists and is not empty; choose another --output or give --overwrite")
     model = load_pretrained(args.input, **_chosen(args, "labels max_positions max_length keep_layers"))
     save_pretrained(output, model.config, model.params, model.tokenizer, exclude=model.newly_initialized)
     shape = model.config
     layers = f"{shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size}"
-    print(f"{output}: {layers}, {shape.max_positions} positions, {shape.num_labels} labels")
+    head = f"{shape.num_labels} labels" if shape.task == "classification" else f"head for {shape.task}"
+    streams.show(f"{output}: {layers}, {shape.max_positions} positions, {'a score' if shape.score else head}")
 
 
 @_command(
     "prepare-data",
     CONFIG,
-    _option("--output", "DIR", Path, "folder of the shards", required=True),
+    _option("--output", "DIR", _expanded, "folder of the shards", required=True),
     _option("--shard-size", "N", _count, "examples per shard (default 4096)", default=4096),
     _option("--workers", "N", _count, "shards written at a time (default 2)", default=2),
     SKIP,
@@ -511,7 +686,7 @@ def _split_hyperpartisan(args: Arguments) -> None:
     from trbert_jax.datasets.hyperpartisan import split_hyperpartisan
 
     for name, count in split_hyperpartisan(args.input, args.output).items():
-        print(f"{args.output}/{name}.jsonl: {count} articles")
+        streams.show(f"{args.output}/{name}.jsonl: {count} articles")
 
 
 def _table(result: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -528,7 +703,3 @@ def _number(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.3e}"
-
-
-def _say(message: str) -> None:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)

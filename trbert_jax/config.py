@@ -15,12 +15,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from trbert_jax.datasets import find_dataset
-from trbert_jax.errors import UserError
-from trbert_jax.io import YamlKey, parse_yaml, read_json, read_text
+from trbert_jax.datasets.labels import class_name
+from trbert_jax.datasets.registry import FIELD_KEYS, OWN_KEYS, SPLITS
+from trbert_jax.errors import UserError, iterable
+from trbert_jax.io import YamlKey, find_path, parse_yaml, read_json, read_text
 from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.reduction.rules import DEFAULT_RULE, RULES, rule_names
 
@@ -36,8 +38,21 @@ def _name_from(names: Callable[[], Collection[str]]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _find(path: str) -> str:
+    try:
+        return str(find_path(path)) if path.startswith("~") or not path.isascii() else path
+    except UserError as error:
+        raise PydanticCustomError("path", "{reason}", {"reason": str(error)}) from error
+
+
+def _label(value: Any) -> Any:
+    """Returns the class name of a number or boolean, as `datasets.labels` names it."""
+    return class_name(value) if isinstance(value, bool | int | float) else value
+
+
 # Strict: a quoted "8" is not a number, 1 is not true.
 Text = Annotated[str, Field(strict=True, min_length=1)]
+FilePath = Annotated[Text, AfterValidator(_find)]  # a file or folder, `~` expanded; or a name on the hub
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Index = Annotated[int, Field(strict=True, ge=0)]
@@ -45,6 +60,8 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Threshold = Annotated[Number, Field(gt=0, lt=1)]
+Share = Threshold
+Labels = tuple[Annotated[Text, BeforeValidator(_label)], ...]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 # The baseline of a sample is the mean over all samples of its example: with one, every advantage is 0.
@@ -67,16 +84,24 @@ class Section:
 class DataConfig(Section):
     """The examples."""
 
-    name: Text  # a registered data set, or tfds:NAME for a data set of TensorFlow Datasets
-    path: Text | None = None  # folder of the files; tfds and stdlib have their own unless it is given
+    name: Text  # a registered data set, text for one's own texts, hf:NAME or tfds:NAME for a library's
+    path: FilePath | None = None  # folder of the files; hf, tfds and stdlib have their own unless it is given
+    train: FilePath | None = None  # file of rows, or a folder of some; text only; null for that of `path`
+    dev: FilePath | None = None  # the same; without a dev set, a part of the training examples serves as one
+    test: FilePath | None = None  # the same; without a test set, set evaluate.split to dev
+    text_field: Text = "text"  # field of the text; text, hf and tfds only, as the next two
+    text_pair_field: Text | None = None  # field of a second text; null for single texts
+    label_field: Text = "label"  # field of the label
+    labels: Labels | None = None  # names of the classes in order, text and hf only; null for those of train
+    dev_share: Share = 0.1  # share of the training examples for dev, without a dev set; text and hf only
+    # balanced: weight the loss of an example by the inverse share of its class, 1 on average; texts only
+    class_weights: Literal["balanced"] | None = None
     max_train_examples: Count | None = None  # largest number of training examples; null for all
     max_eval_examples: Count | None = None  # the same for the dev split and for the test split
-    cache_dir: Text | None = None  # folder for tokenized examples; null for WORKDIR/cache
+    cache_dir: FilePath | None = None  # folder for tokenized examples; null for WORKDIR/cache
     # Folder of `trbert prepare-data`, from which training reads in the background; null to read `path`.
-    prepared: Text | None = None
-    text_field: Text = "text"  # field that holds the text; tfds only
-    label_field: Text = "label"  # field that holds the label; tfds only
-    skip_bad_records: Flag = False  # skip and count invalid records of questions; else the first is an error
+    prepared: FilePath | None = None
+    skip_bad_records: Flag = False  # skip and count invalid records; else the first is an error
     # Form of a multiple choice, race only. pairs: each option is an example, right or wrong; independent: a
     # softmax over the options, each with its own selection; shared: one selection for the tokens they share.
     choices: Literal["pairs", "independent", "shared"] = "pairs"
@@ -99,13 +124,13 @@ class ScratchConfig(Section):
 class BackboneConfig(Section):
     """The model before training."""
 
-    init: Text  # folder or hub id of a Hugging Face BERT or DistilBERT, or scratch for random weights
+    init: FilePath  # folder or hub id of a Hugging Face BERT or DistilBERT, or scratch for random weights
     max_length: MaxLength = 512  # in tokens, special tokens included; longer texts are cut
     max_positions: Count | None = None  # rows of the position table; null for the checkpoint's, or max_length
     keep_layers: tuple[Index, ...] | None = None  # layers to take from the checkpoint, 0-based; null for all
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and losses are float32
     # Folder or hub id; null for the one of the checkpoint, or from scratch one trained on the training texts.
-    tokenizer: Text | None = None
+    tokenizer: FilePath | None = None
     line_breaks_as_spaces: Flag = False  # read `<br />` as one space, here and in the trained model
     # Longest question in word pieces (with its options for race); null for the data set's default.
     max_question_length: Count | None = None
@@ -220,7 +245,7 @@ class EvaluateConfig(StageConfig):
 class RunConfig(Section):
     """A whole run, from raw text to results, with a section for each stage."""
 
-    workdir: Text  # folder for all outputs of the run, relative to the current directory
+    workdir: FilePath  # folder for all outputs of the run, relative to the current directory
     data: DataConfig
     model: BackboneConfig
     seed: Seed = 42  # of data order, new weights, dropout and sampled selections
@@ -255,26 +280,52 @@ def add_section(name: str, settings: type[StageConfig]) -> None:
 RENAMED = {"execution": {"packed": "backend", "masked": "backend", "batch_max": "rule", "dense": "rule"}}
 
 
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)  # takes time to make
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, which wins over its `base` files; `section.key=value` overrides win over both.
 
     Raises `UserError`, which names file and line (or the command line), the key and what is expected.
     """
-    values = _read_file(Path(path), ())
-    for override in overrides:
+    return build_config(_read_file(Path(path), ()), overrides, str(path))
+
+
+def build_config(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = YamlKey.origin
+) -> RunConfig:
+    """Returns the configuration of nested settings, as `load_config` does; `origin` is for messages."""
+    for override in iterable("overrides", overrides, "[key=value]"):
         values = _merged(values, _parse_override(override))
-    return _build(values, str(path))
+    return _build(values, origin)
 
 
 def load_stored(path: str | Path) -> RunConfig:
     """Reads the settings that a run stored as JSON. Raises `UserError` as `load_config` does."""
-    values = read_json(path)
+    return build_stored(read_json(path), path)
+
+
+def build_stored(values: Any, path: str | Path) -> RunConfig:
+    """Returns the settings that a result of `to_dict` holds. Raises like `load_config`, naming `path`."""
     return _build(upgrade(values) if isinstance(values, dict) else {}, str(path))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns the settings as nested dicts and lists, for JSON and YAML; `load_config` reads them back."""
-    return dict(TypeAdapter(type(config)).dump_python(config, mode="json"))
+    return dict(_adapter(type(config)).dump_python(config, mode="json"))
+
+
+def without_defaults(config: RunConfig) -> dict[str, Any]:
+    """Returns the settings that differ from their defaults, as nested dicts and lists."""
+    required = {"workdir": config.workdir, "data": {"name": "text"}, "model": {"init": "scratch"}}
+    defaults = flat(to_dict(_adapter(_run_class).validate_python(required)))
+    result: dict[str, Any] = {}
+    for key, value in flat(to_dict(config)).items():
+        if value != defaults.get(key) or key in ("workdir", "data.name", "model.init"):
+            *sections, name = key.split(".")
+            inner = functools.reduce(lambda section, key: section.setdefault(key, {}), sections, result)
+            inner[name] = value
+    return result
 
 
 def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,17 +338,29 @@ def upgrade(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def with_defaults(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fingerprint of a stage's checkpoint; keys that are newer than it have their defaults."""
+    result = upgrade(fingerprint)
+    section = STAGES.get(str(result.get("stage")))
+    defaults = {"settings": section and section(), "model": BackboneConfig(init="")}
+    for part in defaults.keys() & result.keys():
+        default = _adapter(type(defaults[part])).dump_python(defaults[part], mode="json") or {}
+        result[part] = {**default, **result[part]}
+    return result
+
+
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Compares two results of `to_dict`; returns a line `key: old -> new` for each difference."""
-    before, after, absent = _flat(old), _flat(new), "(absent)"
+    before, after, absent = flat(old), flat(new), "(absent)"
     values = ((key, before.get(key, absent), after.get(key, absent)) for key in before | after)
     return [f"{key}: {was} -> {now}" for key, was, now in values if was != now]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings by dotted keys."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return result
 
 
@@ -308,25 +371,46 @@ def _tree(cls: type) -> dict[str, Any]:
     return {name: _tree(hints[name]) if dataclasses.is_dataclass(hints[name]) else None for name in names}
 
 
+def path_keys(cls: type | None = None, prefix: str = "") -> list[str]:
+    """Lists the keys of `RunConfig`, or of a section, that are files or folders: `data.path`, ..."""
+    hints, found = typing.get_type_hints(cls or _run_class, include_extras=True), list[str]()
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            found += path_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        elif FilePath in (hint, *typing.get_args(hint)):
+            found.append(prefix + name)
+    return found
+
+
 def dotted_keys(cls: type) -> list[str]:
     """Lists the keys of a section and of the sections in it: `policy.alpha`, ..."""
-    return list(_flat(_tree(cls)))
+    return list(flat(_tree(cls)))
 
 
 def _build(values: Mapping[str, Any], path: str) -> RunConfig:
-    def problem(key: str, text: str) -> UserError:
-        origin, inner = path, values
+    def written(key: str) -> tuple[str, str, Any]:
+        """Returns place, comment and value of a key, or those of the section that lacks it."""
+        origin, comment, inner = path, "", values
         for name in key.split("."):
-            written = next((k for k in inner if k == name), "") if isinstance(inner, Mapping) else ""
-            if not written:
+            found = next((k for k in inner if k == name), "") if isinstance(inner, Mapping) else ""
+            if not found:
                 break
-            origin, inner = getattr(written, "origin", path), inner[written]
-        return UserError(f"{origin}: {key}: {text}")
+            origin, comment = getattr(found, "origin", path), getattr(found, "comment", "")
+            inner = inner[found]
+        return origin, comment, inner
 
+    def problem(key: str, text: str) -> UserError:
+        return UserError(f"{written(key)[0]}: {key}: {text}")
+
+    for key in path_keys():
+        _, comment, value = written(key)
+        if comment[1:2].strip() or (comment and Path(f"{value} {comment}").exists()):
+            quoted = f'if it belongs to the path, write "{value} {comment}" with the quotes'
+            raise problem(key, f"{comment!r} is a comment to YAML; {quoted}; if not, put a space after #")
     tree = _tree(_run_class)
     given = {key: value for key, value in values.items() if value is not None or not tree.get(key)}
     try:
-        config = TypeAdapter(_run_class).validate_python(given)
+        config = _adapter(_run_class).validate_python(given)
     except ValidationError as error:
         # An unknown key first: a misspelled one is the reason why another is missing.
         first = min(error.errors(), key=lambda e: e["type"] != _UNKNOWN)
@@ -385,9 +469,15 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
         return
     if data.path is None and dataset.needs_path:
         yield "data.path", f"missing, expected the folder that holds the files of {data.name}"
-    for key in ("text_field", "label_field"):
-        if not dataset.has_fields and getattr(data, key) != getattr(DataConfig, key):
-            yield f"data.{key}", f"is for tfds:NAME only; the fields of {data.name} are fixed, remove it"
+    for key in OWN_KEYS:
+        if key not in dataset.reads and getattr(data, key) != getattr(DataConfig, key):
+            readers = "text, hf:NAME and tfds:NAME" if key in FIELD_KEYS else "text and hf:NAME"
+            readers = "text" if key in SPLITS else readers
+            yield f"data.{key}", f"is for {readers} only; {data.name} has its own, remove it"
+    if "train" in dataset.reads and not data.train and not data.path:
+        yield "data.train", "missing, expected a file of texts with labels, or its folder in data.path"
+    if data.labels is not None and len(set(data.labels)) < max(2, len(data.labels)):
+        yield "data.labels", f"expected two or more different names, got {list(data.labels)}"
     if model.max_positions is not None and model.max_positions < model.max_length:
         yield "model.max_positions", f"{model.max_positions} is less than model.max_length {model.max_length}"
     layers = model.keep_layers

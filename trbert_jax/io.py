@@ -1,107 +1,43 @@
-"""Read and write files, log to stderr, and place the compilation cache.
-
-Outputs appear whole or not at all: they are written under a temporary name and then renamed. A process killed
-in the middle leaves at most a `*.partial-*` file or folder beside the target. Errors of the operating system
-(no permission, disk full) become `UserError`.
-"""
+"""Read and write files, lock folders, and place the compilation cache. Outputs are opened by `outputs.py`."""
 
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import platform
 import re
-import shutil
-import sys
-import uuid
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 import yaml
 
 from trbert_jax.errors import UserError
+from trbert_jax.outputs import atomic_directory as atomic_directory
+from trbert_jax.outputs import atomic_file as atomic_file
+from trbert_jax.outputs import check_outputs as check_outputs
+from trbert_jax.outputs import explain_writing
+from trbert_jax.outputs import make_directory as make_directory
 
 
-@contextlib.contextmanager
-def _explain(target: Path) -> Iterator[None]:
-    """Turns errors of writing into `UserError`s that name the target."""
+def find_path(path: str | Path) -> Path:
+    """Returns a path with `~` expanded and each name in the Unicode form in which the file system has it.
+
+    A Mac may have stored a name decomposed (`e` and an accent) that a text has composed, or the reverse. A
+    path that does not exist is returned as it is. Raises `UserError` for the `~` of an unknown user.
+    """
     try:
-        yield
-    except PermissionError as error:
-        raise UserError(f"{target}: no permission to write there; choose another path") from error
-    except OSError as error:
-        if error.errno is None:
-            raise
-        blocking = isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError)
-        place = f" ({error.filename})" if blocking else ""
-        raise UserError(f"{target}: cannot be written, {error.strerror}{place}") from error
-
-
-def make_directory(path: str | Path) -> Path:
-    """Creates a directory and its parents. Raises `UserError` if that is not allowed."""
-    path = Path(path)
-    with _explain(path):
-        path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def check_writable(*paths: str | Path | None) -> None:
-    """Raises `UserError` if a file cannot be written, or two are the same; for results that take long."""
-    seen = set[Path]()
-    for path in [Path(path) for path in paths if path]:
-        if path.is_dir():
-            raise UserError(f"{path}: is a directory, a file was expected")
-        folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
-        if not os.path.isdir(folder):
-            raise UserError(f"{path}: cannot be written, {folder} is not a directory")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"{path}: no permission to write there; choose another path")
-        if path.resolve() in seen:
-            raise UserError(f"{path}: is named for two outputs; give each a file of its own")
-        seen.add(path.resolve())
-
-
-def _temporary(path: Path) -> Path:
-    make_directory(path.parent)
-    return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path`; renames it to `path` if the block ends without an error."""
-    path = Path(path)
-    temporary = _temporary(path)
-    with _explain(path):
-        try:
-            with open(temporary, mode, encoding=None if mode == "wb" else "utf-8") as stream:
-                yield stream
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-
-
-@contextlib.contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary directory; it replaces `path` if the block ends without an error."""
-    path = Path(path)
-    temporary, old = _temporary(path), _temporary(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file, a directory was expected; choose another output path")
-    with _explain(path):
-        try:
-            temporary.mkdir()
-            yield temporary
-            if path.exists():
-                os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        wanted = Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: no such user; for a folder of that name write ./{path}") from error
+    if str(wanted).isascii() or os.path.lexists(wanted):
+        return wanted
+    found = Path(wanted.anchor)
+    for name in wanted.relative_to(wanted.anchor).parts:
+        forms = (found / form for form in (name, *(unicodedata.normalize(x, name) for x in ("NFC", "NFD"))))
+        found = next(filter(os.path.lexists, forms), found / name)
+    return found
 
 
 @contextlib.contextmanager
@@ -112,7 +48,7 @@ def only_process(directory: str | Path) -> Iterator[None]:
     path = Path(directory) / ".lock"
     lock = filelock.FileLock(path, timeout=0)
     try:
-        with _explain(path):
+        with explain_writing(path):
             lock.acquire()
             path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
     except filelock.Timeout as error:
@@ -137,7 +73,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Reads a JSON file. Raises `UserError` if it is missing, unreadable or malformed."""
     try:
-        return parse_json(read_text(path))
+        return parse_json(read_text(path).removeprefix("\ufeff"))  # a byte order mark
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -178,12 +114,19 @@ def readable(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path}: is a directory, a file was expected") from error
     except PermissionError as error:
         raise UserError(f"{path}: no permission to read it") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"{path}: cannot be read, {error.strerror}") from error
 
 
 class YamlKey(str):
-    """A key that knows where it was written: `origin` is `FILE:LINE`, or `command line`."""
+    """A key that knows where it was written: `origin` is `FILE:LINE`, or `command line`.
 
-    origin = "command line"
+    `comment` is what follows a plain value on its line, from the `#` on.
+    """
+
+    origin, comment = "command line", ""
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -191,6 +134,7 @@ class _YamlLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - overrides the class variable of PyYAML
     source: str | None = None
+    text = ""  # that is parsed
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
@@ -209,8 +153,15 @@ class _YamlLoader(yaml.SafeLoader):
                 raise UserError(f"{key.origin}: a key must be text")
             for first in (k for k in result if k == key):
                 raise UserError(f"{key.origin}: {key}: given twice (first in {first.origin}); keep one")
+            if isinstance(value, yaml.ScalarNode) and value.style is None:
+                key.comment = self.rest_of_line(value)
             result[key] = self.construct_object(value, deep=True)
         return result
+
+    def rest_of_line(self, node: yaml.Node) -> str:
+        """Returns the comment behind a node, from the `#` on."""
+        rest = (self.text[node.end_mark.index :].splitlines() or [""])[0].strip()
+        return rest if rest.startswith("#") else ""
 
 
 for _kind, _pattern in {
@@ -231,8 +182,11 @@ def parse_yaml(text: str, source: str | None = None) -> Any:
     """
     try:
         loader = _YamlLoader(text)
-        loader.source = source
-        return loader.get_single_data()
+        loader.source, loader.text = source, text
+        node = loader.get_single_node()
+        if source is None and isinstance(node, yaml.ScalarNode) and loader.rest_of_line(node):
+            return text.strip()  # no one writes comments on a command line: ` #` is part of a path
+        return None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of too many digits
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"{source}:{mark.line + 1}" if mark and source else source or YamlKey.origin
@@ -245,32 +199,6 @@ def hash_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
         return {"bytes": stream.tell(), "blake2b": digest.hexdigest()}
-
-
-class _StderrHandler(logging.Handler):
-    """Writes each message once to stderr."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._shown = set[str]()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = self.format(record)
-        if message not in self._shown:
-            self._shown.add(message)
-            sys.stderr.write(message + "\n")
-
-
-def setup_logging() -> None:
-    """Shows the package's messages, INFO and above, on stderr. A message that repeats is shown once."""
-    logger = logging.getLogger(__package__)
-    logger.handlers = [h for h in logger.handlers if not isinstance(h, _StderrHandler)] + [_StderrHandler()]
-    logger.setLevel(logging.INFO)
-    root = logging.getLogger()
-    if not root.handlers:  # else absl, which orbax uses, adds one that shows our messages again
-        others = logging.StreamHandler()
-        others.addFilter(lambda record: not record.name.startswith(logger.name))
-        root.addHandler(others)
 
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"

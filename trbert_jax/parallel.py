@@ -40,6 +40,12 @@ TIMEOUT = 300  # seconds to wait for other processes
 # numbers must rise through all stages, and no yes may be ignored.
 _ASKED = itertools.count(1)
 
+FORKED = (
+    "this process was forked after JAX had started, which JAX does not survive; start workers with "
+    'multiprocessing.get_context("spawn"), or load the model in each worker only'
+)
+_started_in: int | None = None  # id of the process in which JAX's devices were first asked for
+
 Tree = Any
 T = TypeVar("T")
 ROWS = PartitionSpec(AXES)  # the first axis is rows
@@ -239,7 +245,7 @@ class DeviceMesh:
 
     def _exchange(self, text: str) -> list[str]:
         """Returns the texts of all processes, each cut to `LONGEST_MESSAGE` bytes."""
-        encoded = text.encode()[:LONGEST_MESSAGE].ljust(LONGEST_MESSAGE, b"\0")
+        encoded = text.encode(errors="backslashreplace")[:LONGEST_MESSAGE].ljust(LONGEST_MESSAGE, b"\0")
         rows = self.gather(np.frombuffer(encoded, np.uint8)).astype(np.uint8)
         return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
@@ -263,9 +269,34 @@ def check_batch(stage: str, batch_size: int, num_devices: int) -> None:
         raise UserError(f"{cannot}; set it to a multiple of {num_devices} {product}")
 
 
+def is_forked() -> bool:
+    """Returns whether this process was forked after its parent had started JAX; nothing can compute here."""
+    return _started_in not in (None, os.getpid())
+
+
+def find_devices() -> list[jax.Device]:
+    """Returns the devices of all processes.
+
+    Raises `UserError` if JAX finds none, or in a process that was forked after JAX had started.
+    """
+    global _started_in
+    if is_forked():
+        raise UserError(FORKED)
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # a bare AssertionError for cuda without its plugin
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        asked = getattr(jax.config, "jax_platforms", None)
+        wanted = f"of JAX_PLATFORMS={asked}" if asked else "at all"
+        advice = "unset JAX_PLATFORMS, or install JAX for the device, such as trbert-jax[cuda]"
+        raise UserError(f"JAX finds no device {wanted}{reason}; {advice}") from error
+    _started_in = os.getpid()
+    return devices
+
+
 def make_mesh(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | None = None) -> DeviceMesh:
     """Builds the mesh of all devices; `fsdp` of them share one copy of the state. See `check_mesh`."""
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     check_mesh(strategy, fsdp, len(devices))
     # JAX does not promise to list a process's devices together; `own_rows` needs that.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -275,6 +306,7 @@ def make_mesh(strategy: str = "jit", fsdp: int = 1, devices: list[jax.Device] | 
 
 def single_device() -> DeviceMesh:
     """Builds a mesh of this process's first device."""
+    find_devices()
     return make_mesh(devices=jax.local_devices()[:1])
 
 
@@ -312,8 +344,11 @@ def join(
         with _exit_after(timeout, f"{late}, or raise --join-timeout"):
             later = timeout + 120  # JAX's own timeout
             jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=later)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{cannot} ({str(error).partition(chr(10))[0]})") from error
+    except Exception as error:  # JAX reads the variables of many launchers, and trusts that they are complete
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, KeyError):
+            reason = f"{error.args[0]} is not set"
+        raise UserError(f"{cannot} ({reason or type(error).__name__})") from error
 
 
 @contextlib.contextmanager
@@ -321,7 +356,7 @@ def _exit_after(seconds: float, message: str) -> Iterator[None]:
     """Ends the process unless the block ends in time: JAX's own timeout aborts with a stack trace."""
 
     def end() -> None:
-        os.write(2, f"trbert: error: {message}\n".encode())
+        os.write(2, f"trbert: error: {message}\n".encode(errors="backslashreplace"))
         os._exit(2)  # as the command line does for a UserError
 
     timer = threading.Timer(seconds, end)
@@ -360,15 +395,6 @@ def _on_sigterm(handler: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def ended_by_sigterm() -> contextlib.AbstractContextManager[None]:
-    """Raises a PreemptedError on SIGTERM; during updates, `stop_request` first saves what they did."""
-
-    def stop(*_: Any) -> None:
-        raise PreemptedError("told to stop")
-
-    return _on_sigterm(stop)
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ MISTAKES: list[tuple[str, Spoil, str, int]] = [
     ("mrqa", drop(*MRQA, "detected_answers"), "'n3' detected_answers missing", 1),
     ("mrqa", drop(1, "context"), ":2: context missing", 2),
     ("mrqa", put(0, {"contxt": "a", "qas": []}), ":1: context missing 'contxt' 'qas'", 0),
-    ("race", put(*OPTIONS, ["Al", "Bo", "Cy"]), "middle/1.txt question 0 options[0] 3 4", 1),
+    ("race", put(*OPTIONS, ["Al"]), "middle/1.txt question 0 options[0] 1 2 26", 1),
     ("race", put(*OPTIONS, ["Al", "", "Cy", "Di"]), "options[0][1] empty", 1),
     ("race", put("middle/1.txt", "answers", 0, "E"), "question 0 answers[0] 'E' A D", 1),
     ("race", drop("middle/1.txt", "answers"), "middle/1.txt answers missing", 1),

@@ -25,7 +25,7 @@ def write_original(folder: Path) -> Path:
 def write_xml(folder: Path) -> Path:
     articles = [
         f'<article id="{i:07d}" published-at="2017-09-10" title={quoteattr(f"Title {i} & more")}>\n'
-        f'<p>Some <q>quoted</q> text &amp; a <a href="" type="internal">link</a></p>\n\n<p>of {i}.</p>'
+        f'<p>Some <q>quoted</q> te<b>xt</b> &amp; a <a href="" type="internal">link</a></p><p>of<br/>{i}.</p>'
         "</article>"
         for i in range(len(LABELS))
     ]

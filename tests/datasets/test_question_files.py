@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_qa_files import SAMPLES, read_sample, write_race
+from tiny_qa_files import SAMPLES, read_sample, write_json, write_lines, write_race
 
 from trbert_jax.datasets import DATASETS, triviaqa
-from trbert_jax.datasets.records import SpanQuestion
+from trbert_jax.datasets.records import SpanQuestion, trim
 
 
 def texts(question: SpanQuestion) -> list[str]:
@@ -21,18 +21,44 @@ def texts(question: SpanQuestion) -> list[str]:
     ("context", "start", "text", "found"),
     [
         ("a bc d", 2, "bc", "bc"),
-        ("a  bc d", 1, " bc", "bc"),  # white space belongs to the published answer
+        ("a  bc d", 1, " bc", "bc"),
         ("a b\u00a0 c d", 2, "b c", "b\u00a0 c"),  # the context has more of it
         ("a b c d", 2, "b  c\n", "b c"),  # or less
         ("a bc d", 1, "bc", "bc"),  # or begins with it
+        ("a \u200ebc\u200f d", 2, "\u200ebc\u200f", "bc"),  # direction marks in both,
+        ("a bc d", 2, "\ufeffbc\u200b", "bc"),  # or in the answer alone,
+        ("a \u2067bc d", 2, "bc", "bc"),  # or in the context
     ],
 )
-def test_squad_ignores_white_space(tmp_path: Path, context: str, start: int, text: str, found: str) -> None:
+def test_squad_ignores_what_nobody_sees(
+    tmp_path: Path, context: str, start: int, text: str, found: str
+) -> None:
     document = SAMPLES["squad"].fresh()
     document["data"][1]["paragraphs"][0]["context"] = context
     document["data"][1]["paragraphs"][0]["qas"][0]["answers"] = [{"text": text, "answer_start": start}]
     question = read_sample("squad", tmp_path, document)[-1]
-    assert (question.answers, texts(question)) == ((text,), [found])
+    assert (question.answers, texts(question)) == ((trim(text),), [found])
+
+
+@pytest.mark.parametrize("form", ["data", "list", "lines"])
+def test_the_flat_form_of_squad(tmp_path: Path, form: str) -> None:
+    """As `run_qa` reads it; ids may be numbers, and no answer means that the question has none."""
+    found: Any = {"text": ["b", "c"], "answer_start": [2, 4]}
+    none: Any = {"text": [], "answer_start": []}
+    flat: Any = [
+        {"id": i, "title": "t", "context": "a b c", "question": "which ?", "answers": answers}
+        for i, answers in enumerate((found, none))
+    ]
+    path = tmp_path / ("dev.jsonl" if form == "lines" else "dev.json")
+    if form == "lines":
+        write_lines(path, flat)
+    else:
+        write_json(path, {"data": flat} if form == "data" else flat)
+    first, second = DATASETS["squad"].read_split(tmp_path, "dev")
+    assert (first.id, first.answers, texts(first), first.impossible) == ("0", ("b", "c"), ["b", "c"], False)
+    assert (second.id, second.answers, second.impossible) == ("1", (), True)
+    write_json(path.with_name("test.json"), {"data": [{**question, "answers": none} for question in flat]})
+    assert not any(q.impossible or q.answers for q in DATASETS["squad"].read_split(tmp_path, "test"))
 
 
 @pytest.mark.parametrize("name", ["mrqa", "mrqa_gz"])
@@ -86,6 +112,10 @@ def without(fields: tuple[str, ...], document: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
+        ("squad", ("answers", "is_impossible")),
+        ("mrqa", ("answers", "detected_answers")),
+        ("triviaqa_list", ("answers",)),
+        ("hotpotqa_graph_dev", ("answer",)),
         ("race", ("answers",)),
         ("hotpotqa", ("answer", "supporting_facts")),
         ("hotpotqa_fullwiki", ("answer", "supporting_facts")),

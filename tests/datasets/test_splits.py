@@ -51,7 +51,10 @@ def texts(name: str, folder: Path, split: str, **options: Any) -> list[str]:
 
 
 def test_all_data_sets_are_tested() -> None:
-    assert {name for name, *_ in TEXTS} | {name for name, *_ in QUESTIONS} == set(DATASETS) - {"stdlib"}
+    assert {name for name, *_ in TEXTS} | {name for name, *_ in QUESTIONS} == set(DATASETS) - {
+        "stdlib",
+        "text",
+    }
 
 
 @pytest.mark.parametrize(("name", "suffix", "classes"), TEXTS)
@@ -83,6 +86,19 @@ def test_question_splits(
         assert len(DATASETS[name].read_split(tmp_path, split)) == count
     # Where no test set is published, dev serves as test.
     assert [Path(files[1]).name in message for message in caplog.messages] == [True] * (len(files) == 2)
+
+
+def test_two_files_of_a_split_or_two_versions_are_refused(tmp_path: Path) -> None:
+    document = SAMPLES["squad"].fresh()
+    for file in ("train-v2.0.json", "dev-v1.1.json"):
+        SAMPLES["squad"].write(tmp_path / file, document)
+    for split in ("train", "dev"):
+        with pytest.raises(UserError, match=r"(?=.*train-v2.0.json)(?=.*dev-v1.1.json)"):
+            DATASETS["squad"].read_split(tmp_path, split)
+    for file in ("dev.json", "dev_sort.json"):
+        SAMPLES["wikihop"].write(tmp_path / file, SAMPLES["wikihop"].fresh())
+    with pytest.raises(UserError, match="dev_sort"):
+        DATASETS["wikihop"].read_split(tmp_path, "dev")
 
 
 def test_skipped_records_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -60,7 +60,7 @@ CSV_MISTAKES: list[tuple[str | bytes, str]] = [
     (GOOD_CSV + "label,text\n", ":2: label ('label') 1 3"),
     (GOOD_CSV + "0,a\n", ":2: label 0 1 3"),
     (GOOD_CSV + "4,a\n", ":2: label 4 1 3"),
-    (GOOD_CSV + "1.0,a\n", ":2: label 1 3"),
+    (GOOD_CSV + "1.5,a\n", ":2: label 1 3"),
     (GOOD_CSV + "9999999999999,a\n", ":2: label 1 3"),
     (GOOD_CSV + "1\n", ":2: 1 2 columns"),
     ("1,a, b\n", ":1: 3 2 columns quotes"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def test_unreadable_race(tmp_path: Path) -> None:
     raises(r"dev/middle: has no \*\.txt")
     (folder / "middle").rmdir()
     raises(r"dev/middle: no such folder")
+
+
+def test_evidence_whose_names_a_mac_has_decomposed(tmp_path: Path) -> None:
+    expected = read_sample("triviaqa", tmp_path)
+    for name in DOCUMENTS:
+        path = tmp_path / "evidence" / name
+        path.rename(path.with_name(unicodedata.normalize("NFD", path.name)))
+    assert SAMPLES["triviaqa"].read(tmp_path / SAMPLES["triviaqa"].path) == expected
 
 
 def test_unusable_evidence(tmp_path: Path) -> None:

@@ -136,6 +136,19 @@ def test_compiles_once_for_each_rule_and_width(monkeypatch: pytest.MonkeyPatch, 
     assert traces == dict.fromkeys(widths, 2)
 
 
+def test_programs_know_all_their_inputs() -> None:
+    """Splits share programs; one may lack labels, or have more of an input than another."""
+    runner = InferenceEngine(MODEL, 4)
+    labeled = EXAMPLES.take(range(4))
+    withheld = dataclasses.replace(labeled, labels=np.full(4, -1, np.int32))
+    wide = [np.zeros((4, count), np.int32) for count in (2, 5)]
+    others = [dataclasses.replace(withheld, row_targets={"starts": starts}) for starts in wide]
+    first, *rest = (runner.run(PARAMS, examples) for examples in (labeled, withheld, *others, labeled))
+    for other in rest:
+        np.testing.assert_array_equal(first.logits, other.logits)
+    assert len(runner.programs.compile_seconds) == 4
+
+
 def test_many_compilations_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "MANY_PROGRAMS", 2)
     programs = CompiledForward(MODEL)

@@ -1,6 +1,8 @@
 """A saved model on a file of labeled texts: the numbers, the baselines, one line an example."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import tiny_runs
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
+from trbert_jax.inference.class_report import class_table, plot_confusion
 from trbert_jax.inference.evaluate import evaluate_file
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction import flops
+from trbert_jax.tasks.scorers import class_scores
 
 NUM = 21
 RECORDS = list(tiny_runs.records(NUM, seed=7))
@@ -61,6 +65,33 @@ def test_numbers_follow_from_the_predictions(folder: Path, result: dict[str, Any
     for baseline in result["baselines"].values():
         for name in ("examples", "tokens", "kept", "flops", "flops_exact", "flops_speedup"):
             assert baseline[name] == result[name]
+
+
+def test_classes_and_confusions(
+    folder: Path, result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tiny_runs.read_lines(folder / "predictions.jsonl")
+    pairs = Counter((line["label"], line["prediction"]) for line in lines)
+    names = ("negative", "positive")
+    assert result["confusion_matrix"] == [[pairs[label, other] for other in names] for label in names]
+    assert result["macro_f1"] == pytest.approx(np.mean([result["classes"][name]["f1"] for name in names]))
+    command = f"evaluate --model {folder}/model --data {folder}/data.jsonl --batch-size 8"
+    assert main([*command.split(), "--plot", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().out
+    assert re.search(r"positive +0\.\d+ +0\.\d+ +0\.\d+ +10\n", table), table
+    assert re.search(rf"negative +{pairs['negative', 'negative']} +{pairs['negative', 'positive']}\n", table)
+
+
+def test_a_report_of_many_odd_names(tmp_path: Path) -> None:
+    names = ["$x$", "\u540d\n\t", "a" * 50, "", *map(str, range(70))]
+    truth = np.arange(len(names))
+    metrics, details = class_scores(np.where(truth == 2, 0, truth), truth, names)
+    table = "\n".join(class_table(metrics | details))
+    assert f"most frequent confusions\n        1  {'a' * 23}… predicted as $x$" in table
+    plot_confusion({"dense": metrics | details, "reduced": metrics | details}, tmp_path / "x.png")
+    few = class_scores([0, 1, 2, 3], [0, 1, 2, 2], names[:4])
+    plot_confusion({"dense": few[0] | few[1]}, tmp_path / "x.png")
 
 
 def test_lower_threshold_keeps_more(folder: Path, result: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import operator
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,8 +19,10 @@ import pytest
 import tiny_models
 
 from trbert_jax import TRBert
+from trbert_jax.cli import main
 from trbert_jax.errors import UserError
-from trbert_jax.inference.predictor import WINDOW, Prediction
+from trbert_jax.inference.predictor import Prediction
+from trbert_jax.inference.questions import WINDOW
 from trbert_jax.model.model import TokenReducingModel
 from trbert_jax.reduction.selection import keep_probable
 from trbert_jax.tasks.examples import Examples
@@ -84,6 +88,32 @@ def test_long_text_is_cut(model: TRBert) -> None:
     assert (long.truncated, long.num_tokens) == (True, 18)
     assert longest.tokens == ["[CLS]", *["dull"] * 16, "[SEP]"]
     np.testing.assert_allclose(exact.scores, longest.scores, atol=1e-6)
+
+
+def test_one_output_is_a_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sigmoid of the output, the softmax beside an output of 0; or of a regression the output itself."""
+    config = dataclasses.replace(tiny_models.BERT, num_layers=2)
+    two = tiny_models.tiny_model(tmp_path / "two", config)
+    tiny_models.edit_weights(two, lambda w: {k: w[k] - w[k][:1] if "classifier" in k else w[k] for k in w})
+    one = shutil.copytree(two, tmp_path / "one")
+    tiny_models.edit_weights(one, lambda w: {k: w[k][1:] if "classifier" in k else w[k] for k in w})
+    tiny_models.edit_json(one / "config.json", remove=("id2label", "label2id"))
+    raw, texts = shutil.copytree(one, tmp_path / "raw"), some_texts(3)
+    identity = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    tiny_models.edit_json(raw / "config.json", sentence_transformers=identity)
+    expected = [p.scores[1] for p in TRBert.from_pretrained(two).predict(texts)]
+    model = TRBert.from_pretrained(one)
+    scored = model.predict(texts)
+    assert [(p.label, p.label_id, p.scores.shape) for p in scored] == [(None, None, (1,))] * 3
+    np.testing.assert_allclose([p.scores[0] for p in scored], expected, atol=1e-5)
+    assert len({round(float(x), 3) for x in expected}) == 3
+    TRBert.from_pretrained(raw).save_pretrained(tmp_path / "saved")
+    main(["predict", "--model", str(tmp_path / "saved"), *texts])
+    for line, p in zip(capsys.readouterr().out.splitlines(), scored, strict=True):
+        found = json.loads(line)
+        assert (found["label"], found["label_id"], found["scores"]) == (None, None, {"0": found["score"]})
+        np.testing.assert_allclose([found["score"], found["logit"]], p.logits[0], atol=1e-5)
+        np.testing.assert_allclose(1 / (1 + np.exp(-found["score"])), p.scores[0], atol=1e-5)
 
 
 @CONFIGS
@@ -158,6 +188,15 @@ def test_nothing_is_compiled_after_the_warm_up(
     assert run == set(shapes)
 
 
+def test_batches_are_no_larger_than_the_texts_need(model: TRBert, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list[int]()
+    monkeypatch.setattr(model.programs, "get", lambda params, batch, *_: rows.append(len(batch["mask"])))
+    for count in (1, 3, 5, 33):
+        with pytest.raises(TypeError):  # the program is None
+            model.predict(["a film"] * count, batch_size=1024)
+    assert rows == [1, 4, 32, 128]
+
+
 _CACHED = """
 import sys
 from trbert_jax.io import enable_compilation_cache
@@ -208,13 +247,79 @@ def test_bfloat16_is_close(model: TRBert) -> None:
     assert 0 < np.abs(exact - rough).max() < 0.1
 
 
+def test_the_callers_tokenizer_is_not_the_models(tmp_path: Path) -> None:
+    model, texts = make(), some_texts(4)
+    before = model.predict(texts)
+    tokenizer: Any = model.tokenizer
+    tokenizer(texts, padding=True, truncation=True, max_length=4)
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.add_tokens(["film was"])
+    assert_same(model.predict(texts), before)
+    model.save_pretrained(tmp_path)
+    assert_same(TRBert.from_pretrained(tmp_path).predict(texts), before)
+
+
+def test_iterables_and_numbers_of_numpy(model: TRBert) -> None:
+    texts = some_texts(5)
+    expected = model.predict(texts, batch_size=4, threshold=0.25)
+    numbers: dict[str, Any] = {"batch_size": np.int64(4), "threshold": np.float32(0.25)}
+    for given in ((text for text in texts), tuple(texts), np.array(texts), dict.fromkeys(texts).keys()):
+        assert_same(model.predict(given, **numbers), expected)
+
+
+def test_a_copy_by_pickle_answers_alike(model: TRBert) -> None:
+    copy, texts = pickle.loads(pickle.dumps(model)), some_texts(3)
+    predictions = pickle.loads(pickle.dumps(copy.predict(texts)))
+    assert_same(predictions, model.predict(texts))
+    assert predictions[0].tokens == model.predict(texts)[0].tokens
+
+
+_FORKED = """
+import os, pickle, sys
+from trbert_jax import TRBert, UserError
+model = TRBert.from_pretrained(sys.argv[1])
+labels = [p.label for p in model.predict(["the film was good", "dull"])]
+def answer():
+    assert [p.label for p in model.predict(["the film was good", "dull"])] == labels
+    another = pickle.loads(pickle.dumps(model))  # as pools of workers pass a model on
+    assert [p.label for p in another.predict(["the film was good", "dull"])] == labels
+    for bad in (lambda: list(model.compile(4)), lambda: model.predict(["a"], batch_size=0)):
+        try: bad()
+        except UserError as error: print(error)
+if not (child := os.fork()):
+    try: answer()
+    finally: sys.stdout.flush(); os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_process_answers(model: TRBert, tmp_path: Path) -> None:
+    """Also, a program that loads a model hears nothing from the libraries."""
+    model.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", _FORKED, str(tmp_path / "model")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    forked, batch_size = run.stdout.splitlines()
+    assert "spawn" in forked
+    assert batch_size == "batch_size is 0; expected a whole number, from 1 to 16777216"
+    assert run.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("texts", "options", "words"),
     [
-        ("one text", {}, "list of texts"),
+        ("one text", {}, "texts: expected a list"),
+        (b"one text", {}, "texts: expected a list"),
+        ({"text": "a"}, {}, r"expected a list.*\[text\]"),
+        (3, {}, "texts: expected a list"),
+        (np.array([["a", "b"]]), {}, "texts: expected a list"),
         (["a", 3], {}, r"texts\[1\] is a int"),
         (["a \ud800"], {}, "Unicode"),
         (["a"], {"batch_size": 0}, "batch_size"),
+        (["a"], {"batch_size": np.int64(-3)}, "batch_size is -3; expected a whole number"),
+        (["a"], {"batch_size": 4.0}, "batch_size is 4.0"),
+        (["a"], {"batch_size": True}, "batch_size is True"),
+        (["a"], {"batch_size": 10**12}, "batch_size is 1000000000000; .* to 16777216"),
+        (["a"], {"threshold": "0.5"}, "threshold is '0.5'"),
         (["a"], {"rule": "fast"}, "threshold, batch_max, dense"),
         (["a"], {"threshold": 1}, "threshold is 1; expected a probability"),
         (["a"], {"threshold": float("nan")}, "threshold is nan"),
@@ -225,12 +330,14 @@ def test_bfloat16_is_close(model: TRBert) -> None:
 def test_bad_input(model: TRBert, texts: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         model.predict(texts, **options)
+    with pytest.raises(UserError, match=words):
+        list(model.predict_stream(texts, **options))
 
 
 def test_bad_models() -> None:
     with pytest.raises(UserError, match="float16"):
         make(dtype="float16")
-    with pytest.raises(UserError, match="27 tokens"):
+    with pytest.raises(UserError, match="ids up to 26"):
         make(dataclasses.replace(tiny_models.BERT, vocab_size=20))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ from typing import Any
 import pytest
 import tiny_models
 from tiny_qa import VOCABULARY, qa_tokenizer
-from tiny_qa_files import SAMPLES
+from tiny_qa_files import SAMPLES, write_lines
 
 from trbert_jax import TRBert, answer_questions
 from trbert_jax.cli import main
-from trbert_jax.config import load_config
+from trbert_jax.config import BackboneConfig, DataConfig, RunConfig, load_config
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.tasks import Splits
+from trbert_jax.training.run import results_table
 
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "max_positions": 64, "max_length": 64}
 BASE = dataclasses.replace(tiny_models.BERT, vocab_size=len(VOCABULARY), **SIZES)
@@ -99,7 +101,6 @@ def possible(kind: str, request: dict[str, Any], answer: str) -> bool:
     if kind == "multi_hop":
         texts = ["".join(p["sentences"]) for p in request["paragraphs"]]
         return answer in ("yes", "no") or any(answer in text for text in texts)
-    # Nothing is an answer to SQuAD alone; "empty" is what published decoding says where it finds no text.
     return answer in request["context"] and (bool(answer) or kind == "span")
 
 
@@ -114,8 +115,35 @@ def test_predict_answers_in_order(models: dict[str, Path], tmp_path: Path, kind:
         assert len(answer["num_kept"]) == 1  # two layers have one point of reduction
         assert 0 < answer["num_kept"][0] <= answer["num_tokens"]
         assert ("supporting" in answer) == (kind == "multi_hop")
+        assert 0 <= answer["score"] <= 1
+        if "start" in answer:
+            paragraph = request.get("paragraphs", [{}])[answer.get("paragraph", 0)]
+            text = request.get("context") or "".join(paragraph["sentences"])
+            assert text[answer["start"] : answer["end"]] == answer["answer"]
     # Whatever else is in the batch.
+    assert answers[1].pop("score") == pytest.approx(answers[2].pop("score"), abs=1e-5)
+    answers[1].pop("null_odds", 0), answers[2].pop("null_odds", 0)
     assert without(answers[1], "id") == without(answers[2], "id")
+
+
+def test_one_bad_question_among_good_ones(models: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+    """It stops the run after the answers before it, or is skipped; an id is given back as it was."""
+    good, output = {**SPAN, "id": 7}, tmp_path / "answers.jsonl"
+    for bad in ({**SPAN, "context": "\u200b"}, {**SPAN, "id": 7}, {**SPAN, "id": [1]}, {"question": "who ?"}):
+        lines = "".join(json.dumps(x) + "\n" for x in (good, bad, {**SPAN, "id": "last"}))
+        source = tmp_path / "questions.jsonl"
+        source.write_text(lines)
+        command = ["predict", "--model", str(models["no null"]), "--file", str(source), "--backend", "masked"]
+        command += ["--output", str(output), "--n-best", "2", "--max-answer-length", "1"]
+        assert main(command) == 2
+        assert "questions.jsonl:2" in capsys.readouterr().err
+        assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == [7]
+        assert main([*command, "--skip-bad-records"]) == 0
+        answers = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [answer["id"] for answer in answers] == [7, "last"]
+        assert len(answers[0]["n_best"]) == 2
+        assert " " not in answers[0]["answer"]
+    assert main([*command, "--null-threshold", "nan"]) == 2
 
 
 def test_blank_lines_text_and_rule(models: dict[str, Path], tmp_path: Path) -> None:
@@ -152,6 +180,14 @@ def evaluation(model: Path, folder: Path, sample: str, document: Any = None) -> 
     return ["evaluate", "--model", str(model), "--data", str(data), "--backend", "masked", *outputs]
 
 
+def withheld(document: Any) -> Any:
+    """Leaves the answers out of a document."""
+    fields = ("answer", "answers", "Answer", "detected_answers", "is_impossible", "supporting_facts")
+    if isinstance(document, dict):
+        return {key: withheld(value) for key, value in document.items() if key not in fields}
+    return [withheld(item) for item in document] if isinstance(document, list) else document
+
+
 def results(folder: Path) -> list[Any]:
     return [json.loads((folder / name).read_text()) for name in ("result.json", "predictions.json")]
 
@@ -170,6 +206,10 @@ def test_evaluate_reads_the_published_file(models: dict[str, Path], tmp_path: Pa
     assert kind != "span" or set(json.loads(odds.read_text())) == set(found)
     answered = set(found["answer"] if kind == "multi_hop" else found)
     assert len(answered) >= 2
+    # Without answers there are predictions, and no metrics.
+    assert main(evaluation(models[kind], tmp_path, sample, withheld(SAMPLES[sample].fresh()))) == 0
+    result, again = results(tmp_path)
+    assert (again, metric in result) == (found, False)
     if ids and kind != "choice":
         assert answered == set(ids)
 
@@ -193,7 +233,7 @@ BAD_REQUESTS = [
     ("span", {**SPAN, "question": 3}, "questions.jsonl:1: question: is a number (3)"),
     ("no null", {**SPAN, "context": "\u200b"}, "has no tokens"),
     ("span", {**SPAN, "context": "\ud83d the king"}, "questions.jsonl:1: context: is not valid Unicode"),
-    ("choice", {**CHOICE, "options": ["a", "b", "c"]}, "questions.jsonl:1: options: has 3 items"),
+    ("choice", {**CHOICE, "options": ["a"]}, "questions.jsonl:1: options: has 1 items; expected 2 to 26"),
     ("candidates", {**CANDIDATES, "candidates": []}, "questions.jsonl:1: candidates: has 0 items"),
     ("multi_hop", {**MULTI_HOP, "paragraphs": {}}, "questions.jsonl:1: paragraphs: is an object"),
     ("multi_hop", {**MULTI_HOP, "paragraphs": [{"title": "x"}]}, "paragraphs[0]: sentences: missing"),
@@ -278,6 +318,36 @@ def test_training_leaves_out_what_cannot_become_inputs(
     assert "train: 1 of 4 records skipped" in caplog.text
 
 
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_data_of_which_nothing_is_left(tmp_path: Path, split: str) -> None:
+    document: Any = [{"header": {}}]
+    if split == "train":  # has answers, but none that is found in its context
+        document = SAMPLES["mrqa"].fresh()
+        for context in document[1:]:
+            for question in context["qas"]:
+                question["detected_answers"] = []
+    write_lines(tmp_path / f"{split}.jsonl", document)
+    model = BackboneConfig(init="scratch", max_length=64)
+    data = Splits(RunConfig(workdir="x", data=DataConfig(name="mrqa", path=str(tmp_path)), model=model))
+    with pytest.raises(
+        UserError, match=r"train: nothing is left.*3 questions left out|dev.jsonl: has no usable"
+    ):
+        data.examples(split, qa_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "shown"),
+    [("triviaqa", {"f1": 0.6}, " 0.6% "), ("hotpotqa", {"f1": 0.6}, " 60.0% "), ("triviaqa", {}, " - ")],
+)
+def test_the_table_of_results(tmp_path: Path, name: str, metrics: dict[str, float], shown: str) -> None:
+    """Official scorers count to 1 or to 100; without answers there is nothing to show."""
+    model = BackboneConfig(init="scratch", max_length=64)
+    config = RunConfig(workdir=str(tmp_path), data=DataConfig(name=name, path="x"), model=model)
+    dense = {**metrics, "tokens": 9.0, "flops": 1e6}
+    table = list(results_table(config, {"dense": dense, "stages": {}}))
+    assert shown in next(line for line in table if line.startswith("dense"))
+
+
 _COMPILED = ("segments", "candidates")  # the others take as long again, together more than is quick
 
 
@@ -308,7 +378,7 @@ def test_questions_are_compiled_ahead(
 def test_questions_are_read_as_they_are_answered(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trbert_jax.inference.predictor.WINDOW", 2)
+    monkeypatch.setattr("trbert_jax.inference.questions.WINDOW", 2)
     model, taken = TRBert.from_pretrained(models["choice"]), []
 
     def source() -> Iterator[tuple[str, Any]]:
@@ -325,16 +395,28 @@ def test_questions_are_read_as_they_are_answered(
     assert [answer["id"] for answer in found] == ["1", "2", "3", "4"]
     requests = [request for _, request in itertools.islice(source(), 4)]
     assert found == answer_questions(model, requests, batch_size=2, backend="masked")
+    assert [next(stream)["id"] for _ in range(3)] == ["5", "6", "7"]  # those before the bad one
     with pytest.raises(UserError, match="line 8: the id '1'"):
         next(stream)
 
 
+def test_a_checkpoint_of_transformers_is_asked_like_squad(models: dict[str, Path], tmp_path: Path) -> None:
+    theirs = shutil.copytree(models["no null"], tmp_path / "theirs")
+    tiny_models.edit_json(theirs / "config.json", remove=("trbert",))
+    model = TRBert.from_pretrained(theirs)
+    assert model.config.inputs == InputConfig(data="squad")
+    requests = [SPAN, longer("span")]
+    answers = answer_questions(model, requests, batch_size=2)
+    assert answers == answer_questions(TRBert.from_pretrained(models["no null"]), requests, batch_size=2)
+    assert all(answer["answer"] in SPAN["context"] for answer in answers)
+
+
 def test_a_model_of_texts_refuses_questions(models: dict[str, Path], tmp_path: Path) -> None:
     model = TRBert.from_pretrained(tiny_models.tiny_model(tmp_path / "model"))
-    with pytest.raises(UserError, match=r"this model labels texts"):
+    with pytest.raises(UserError, match=r"model: the model labels texts"):
         answer_questions(model, [SPAN])
     assert answer_questions(model, []) == []
-    with pytest.raises(UserError, match=r"this model answers questions; ask it with"):
+    with pytest.raises(UserError, match=r"the model answers questions; ask it with"):
         TRBert.from_pretrained(models["span"]).predict(["a text"])
 
 
@@ -345,7 +427,6 @@ def test_a_model_of_texts_refuses_questions(models: dict[str, Path], tmp_path: P
         ("hotpotqa", "model.max_segments", 2),
         ("wikihop", "model.max_question_length", 9),
         ("squad", "data.choices", "shared"),
-        ("imdb", "data.skip_bad_records", "true"),
     ],
 )
 def test_settings_that_a_data_set_does_not_read(name: str, key: str, value: Any) -> None:

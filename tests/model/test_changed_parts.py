@@ -108,5 +108,8 @@ def test_layer_dropping(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         assert_same_params(loaded.params["encoder"][f"layer_{new}"], old[f"layer_{index}"])
     assert {k for k in loaded.params["encoder"] if "layer" in k} == {"layer_0", "layer_1", "layer_2"}
     assert "0, 2, 4" in caplog.messages[0]
+    assert (caplog.records[1].levelname, len(caplog.records)) == ("WARNING", 2)
+    assert "selectors, which were trained before layers 1 and 3 of 6" in caplog.messages[1]
+    assert "now drop tokens before layer 1 of 3" in caplog.messages[1]
     save_pretrained(tmp_path / "three", loaded.config, loaded.params, loaded.tokenizer)
     assert_same_params(quietly(tmp_path / "three").params, loaded.params)

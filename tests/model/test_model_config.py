@@ -7,6 +7,8 @@ import pytest
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import model_config_from_dict, model_config_to_dict
 
+OF_2019 = {"model_type": None, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
 
 def test_defaults_are_the_frameworks() -> None:
     transformers = pytest.importorskip("transformers")
@@ -39,11 +41,13 @@ def test_config_of_bert() -> None:
     [
         ({"model_type": "roberta"}, "roberta"),
         ({"model_type": None}, "model_type"),
-        ({"hidden_act": "relu"}, "gelu"),
-        ({"model_type": "distilbert", "activation": "relu"}, "activation"),
+        ({"model_type": "", "hidden_size": 16, "num_hidden_layers": 2}, "model_type"),
+        ({**OF_2019, "architectures": ["RobertaForMaskedLM"]}, "model_type"),
+        ({"hidden_act": "gelu_10"}, "gelu_new, "),
+        ({"model_type": "distilbert", "activation": ["relu"]}, "activation"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"is_decoder": True}, "is_decoder"),
-        ({"problem_type": "regression"}, "problem_type"),
+        ({"num_labels": 1, "sentence_transformers": {"activation_fn": "torch.nn.ReLU"}}, "torch.nn.ReLU"),
         ({"hidden_size": "768"}, "hidden_size"),
         ({"hidden_size": 770}, "multiple"),
         ({"num_hidden_layers": 0}, "at least 1"),

@@ -25,6 +25,7 @@ from tiny_models import (
     tiny_model,
     tiny_params,
     tiny_weights,
+    to_flax,
 )
 
 from trbert_jax.errors import UserError
@@ -63,7 +64,15 @@ def test_saving_half_a_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.torch
-@CONFIGS
+@pytest.mark.parametrize(
+    "config",
+    [
+        BERT,
+        DISTILBERT,
+        *(dataclasses.replace(BERT, activation=name) for name in ("gelu_new", "relu", "silu")),
+    ],
+    ids=lambda config: f"{config.model_type}-{config.activation}",
+)
 def test_transformers_loads_what_we_save(tmp_path: Path, config: ModelConfig) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -177,15 +186,17 @@ def test_unknown_names(tmp_path: Path) -> None:
         load_pretrained(tmp_path / "file")
 
 
-@pytest.mark.parametrize("kind", ["safetensors", pytest.param("bin", marks=pytest.mark.torch)])
+@pytest.mark.parametrize("kind", ["safetensors", "msgpack", pytest.param("bin", marks=pytest.mark.torch)])
 def test_hub_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """The PyTorch file is fetched only if there is no safetensors file."""
+    """The PyTorch file is fetched only if there is no safetensors file, Flax's only if there is neither."""
     remote, cache = tiny_model(tmp_path / "remote"), tmp_path / "cache"
     if kind == "bin":
         torch = pytest.importorskip("torch")
         tensors = {k: torch.from_numpy(v) for k, v in load_file(remote / "model.safetensors").items()}
         torch.save(tensors, remote / "pytorch_model.bin")
         (remote / "model.safetensors").unlink()
+    elif kind == "msgpack":
+        to_flax(remote)
     else:
         (remote / "pytorch_model.bin").write_bytes(b"not wanted")
     (remote / "tf_model.h5").write_bytes(b"not wanted")

@@ -10,6 +10,7 @@ from tiny_qa import qa_tokenizer
 
 from trbert_jax.datasets.records import Example
 from trbert_jax.errors import UserError
+from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks import classification
 from trbert_jax.tasks.classification import encode_texts
 from trbert_jax.tasks.examples import Examples
@@ -52,6 +53,32 @@ def test_the_cache_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for field in dataclasses.fields(Examples):
         a, b = getattr(first, field.name), getattr(second, field.name)
         assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+def labeled(*labels: int) -> list[Example]:
+    return [Example(f"{i}", f"text {i} of {label}", label) for i, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("split", "records", "expected"),
+    [
+        ("train", labeled(0, 0, 0), "all 3 examples are 'a'"),
+        ("test", labeled(1, 1), "all 2 examples are 'b'"),
+        ("train", labeled(0, 1), "no example is 'c'"),
+        ("train", labeled(*[0] * 20, 1, 2, 2), "20 are 'a' and 1 are 'b'; judge by macro F1"),
+        ("train", labeled(*[0] * 19, 1, 1, 2, 2), None),
+        ("test", labeled(*[0] * 20, 1), None),
+        ("dev", [*labeled(0, 1), Example("x", "known", 2)], "1 of 3 texts are in train too"),
+        ("dev", [*labeled(0, 1), Example("x", "known", 2, "second")], None),
+        ("test", labeled(-1, -1), None),  # withheld
+    ],
+)
+def test_warnings(split: str, records: list[Example], expected: str | None) -> None:
+    others = {} if split == "train" else {"train": [Example("y", "known", 0)]}
+    task = classification.ClassificationTask(InputConfig(), 8, ("a", "b", "c"))
+    found = [*task.warnings(split, records, others)]
+    assert len(found) == (expected is not None)
+    assert (expected or "") in "".join(found)
 
 
 def changed(**values: Any) -> list[Example]:

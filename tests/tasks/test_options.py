@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_qa import qa_tokenizer, row
@@ -10,8 +11,10 @@ from tiny_qa import qa_tokenizer, row
 from trbert_jax.datasets.records import CandidateQuestion, ChoiceQuestion
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import InputConfig
+from trbert_jax.reduction.selection import SharedPassage
 from trbert_jax.tasks.candidates import CandidateTask
-from trbert_jax.tasks.examples import Examples
+from trbert_jax.tasks.examples import Examples, pad_batch
+from trbert_jax.tasks.losses import Rows
 from trbert_jax.tasks.multiple_choice import MultipleChoiceTask
 
 TOKENIZER = qa_tokenizer()
@@ -44,6 +47,35 @@ def test_chosen_options(form: str, chosen: str) -> None:
     score = task.score(task.encode(records, TOKENIZER), logits)
     assert score.files["predictions.json"] == dict(zip("xyz", chosen, strict=True))
     assert score.metrics == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("form", ["pairs", "independent", "shared"])
+def test_questions_have_any_number_of_options(form: str) -> None:
+    """Rows that fill a question up take no part in anything."""
+    records = [
+        dataclasses.replace(CHOICE, id="high/a", options=OPTIONS[:2], answer=1),
+        dataclasses.replace(CHOICE, id="middle/b", options=(*OPTIONS, "x"), answer=4),
+    ]
+    task = MultipleChoiceTask(InputConfig(data="race", choices=form), 64)
+    examples = task.encode(records, TOKENIZER)
+    assert examples.num_rows == 7
+    if form == "pairs":
+        assert examples.labels.tolist() == [0, 1, 0, 0, 0, 0, 1]
+        scores: Any = np.stack([np.zeros(7), [0, 1, 0, 2, 0, 0, 1]], axis=1)
+    else:
+        batch = {k: jnp.asarray(x) for k, x in pad_batch(examples, np.arange(2), 2, 64).items()}
+        assert batch["segment"].tolist() == [True] * 2 + [False] * 3 + [True] * 5
+        logits = jnp.array([0, 1, 9, 9, 9, 0, 2, 0, 0, 1.0])[:, None]
+        scores = task.example_logits(logits, Rows(batch))
+        loss = task.loss(logits, Rows(batch))
+        assert loss[0] == pytest.approx(np.log1p(np.exp(-1)), abs=1e-6)
+    if form == "shared":
+        by_row = jnp.tile(logits, (1, 64))
+        passage = SharedPassage(batch["shared"], 5)
+        assert passage.mean(by_row)[::5, 0].tolist() == pytest.approx([0.5, 0.6])
+    score = task.score(examples, np.asarray(scores))
+    assert score.files["predictions.json"] == {"high/a": "B", "middle/b": "B"}
+    assert score.metrics == {"accuracy": 0.5, "accuracy_high": 1.0, "accuracy_middle": 0.0}
 
 
 NAMES = ("paris", "the queen of france", "東京")

@@ -17,6 +17,16 @@ def test_accuracy() -> None:
             scorers.accuracy(predictions, labels)
 
 
+def test_scores_of_classes() -> None:
+    metrics, details = scorers.class_scores([0, 1, 1, 2, 2], [0, 1, 2, 2, 2], ["a", "b", "c", "d"])
+    assert details["confusion_matrix"] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 2, 0], [0, 0, 0, 0]]
+    found = {name: [*row.values()] for name, row in details["classes"].items()}
+    third = pytest.approx(2 / 3)
+    assert found == {"a": [1, 1, 1, 1], "b": [0.5, 1, third, 1], "c": [1, third, 0.8, 3], "d": [0, 0, 0, 0]}
+    # As in scikit-learn, a class that is neither a label nor a prediction does not count.
+    assert metrics == {"accuracy": 0.8, "macro_f1": pytest.approx((1 + 2 / 3 + 0.8) / 3)}
+
+
 @pytest.mark.parametrize(
     ("text", "expected", "triviaqa"),
     [
@@ -67,6 +77,11 @@ def test_threshold_of_squad() -> None:
 def test_best_thresholds_have_the_quirks_of_the_official_script() -> None:
     found = score_squad(GOLD, {"a": "x", "b": "x", "c": "x", "d": ""}, ODDS)  # always "" is best
     assert [found[f"best_{name}"] for name in ("exact", "exact_thresh", "f1", "f1_thresh")] == [50, 0, 50, 0]
+    assert scorers.best_null_threshold(GOLD, {**PREDICTIONS, "a": "x", "b": "x"}, ODDS) == scorers.NOTHING
+    # The official script puts a threshold between a and d, which have the same odds.
+    same = {**ODDS, "d": -2.0}
+    assert scorers.best_null_threshold({**GOLD, "b": []}, PREDICTIONS, same) == scorers.NOTHING
+    assert scorers.best_null_threshold(GOLD, PREDICTIONS, ODDS) == 0.5
     assert score_squad(GOLD, PREDICTIONS, ODDS) == score_squad(GOLD, PREDICTIONS, {"z": -9.0, **ODDS})
     # It takes predictions as written: an article is an answer here, though it normalizes to nothing.
     found = score_squad({"a": [], "b": ["x"]}, {"a": "the", "b": "x"}, {"a": 0.1, "b": 0.2})
@@ -131,7 +146,6 @@ def test_missing_predictions_of_hotpotqa() -> None:
         (score_squad, (GOLD, PREDICTIONS, dict.fromkeys("abc", 0.0)), "'d'"),
         (score_squad, (GOLD, PREDICTIONS, None, 1.0), "threshold"),
         (score_mrqa, ({}, {"a": "x"}), "no questions"),
-        (score_triviaqa, ({"a": ["x"], "b": []}, {"a": "x", "b": "x"}), "'b'"),
         (score_hotpotqa, ({}, {"answer": {}, "sp": {}}), "no questions"),
         (score_hotpotqa, ({"q": {"answer": "x", "supporting_facts": FACTS}}, {"answer": {}}), "sp"),
     ],

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -125,8 +126,8 @@ def test_most_context_is_the_published_rule(steps: list[int], size: int) -> None
     starts = np.cumsum([0, *(min(step, size) for step in steps)])
     sizes = np.full(len(starts), size)
     sizes[-1] = max(1, size - 2)
-    flags = most_context(starts, sizes)
-    for piece in range(flags.shape[1]):
+    owners = most_context(starts, sizes)
+    for piece in range(len(owners)):
         best, owner = -np.inf, -1
         for k, (start, length) in enumerate(zip(starts, sizes, strict=True)):
             if start <= piece < start + length:
@@ -134,7 +135,7 @@ def test_most_context_is_the_published_rule(steps: list[int], size: int) -> None
                 if score > best:
                     best, owner = score, k
         if owner >= 0:
-            assert np.flatnonzero(flags[:, piece]).tolist() == [owner]
+            assert owners[piece] == owner
 
 
 def test_the_best_threshold_is_searched_among_all_answers() -> None:
@@ -149,6 +150,62 @@ def test_the_best_threshold_is_searched_among_all_answers() -> None:
         assert (score.metrics["exact"], score.metrics["best_exact"]) == (exact, 100)
         assert score.null_threshold == pytest.approx(0.4, abs=1e-6)
     assert score.files["predictions.json"]["b"] == ""
+
+
+def test_words_of_the_published_code_are_no_answers() -> None:
+    """Without a possible pair nothing is the answer; the official scorer counts it as wrong, like "empty"."""
+    examples = build(span_question("king.", "king"), settings=SQUAD)
+    values = one_hot(examples, 0, 1, 1)
+    values[0, 0, 5], values[0, 1, 4] = 9, 9  # ends before it starts
+    for unanswerable in (False, True):
+        found = spans_module.decode_spans(examples, values, unanswerable, n_best=1)
+        assert [entry["text"] for entry in found[0]["q"]] == [""]
+        assert spans_module.choose_texts(*found) == {"q": ""}
+
+
+def test_answers_of_requests() -> None:
+    """Score, characters, n-best and null odds; a null threshold and the longest answer can be given."""
+    examples = build(span_question("the king was born", "king"), settings=SQUAD)
+    values = one_hot(examples, 0, 5, 6)  # "king was"
+    task = SpanTask(InputConfig(data="squad"), 384)
+    answer = task.answers(examples, values, n_best=3)["q"]
+    assert (answer["answer"], answer["start"], answer["end"]) == ("king was", 4, 12)
+    assert len(answer["n_best"]) == 3
+    assert answer["n_best"][0]["answer"] == "king was"
+    assert answer["n_best"][0]["score"] == answer["score"] < 1
+    task.max_answer_length = 1
+    assert task.answers(examples, values)["q"]["answer"] == "king"
+    for threshold, found in ((-1.5, ""), (0.0, "king")):
+        task.inputs = InputConfig(data="squad", unanswerable=True, null_threshold=threshold)
+        answer = task.answers(examples, values)["q"]
+        assert (answer["answer"], answer["null_odds"]) == (found, -1)
+        assert ("start" in answer) == bool(found)
+
+
+def test_memory_grows_with_the_context_not_its_square() -> None:
+    starts = np.arange(4000) * 8
+    tracemalloc.start()
+    owners = most_context(starts, np.full(4000, 16))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert owners[:10].tolist() == [0] * 10
+    assert len(owners) == 3999 * 8 + 16
+    assert peak < 4e6  # a table of windows and pieces would take 128 MB and more
+
+
+def test_questions_without_answer_in_mrqa() -> None:
+    """As in SQuAD 2.0: such a question needs the answer "", and a null threshold is tuned."""
+    questions = [span_question("king.", "king", id="a"), span_question("queen.", impossible=True, id="b")]
+    examples = build(*questions, settings=SQUAD)
+    values = one_hot(examples, 0, 4, 4) + one_hot(examples, 1, 4, 4)
+    values[:, 0, 0] = 0, 4
+    inputs = SpanTask.complete(InputConfig(data="newsqa"), lambda: questions)
+    task = SpanTask(inputs, 384)
+    score = task.score(examples, values)
+    assert score.metrics == {"exact_match": 100, "f1": 100}
+    assert score.files["predictions.json"] == {"a": "king", "b": ""}
+    assert score.null_threshold == pytest.approx(-2)
+    assert SpanTask(InputConfig(data="newsqa"), 384).score(examples, values).metrics["f1"] == 50
 
 
 def published(
@@ -216,7 +273,7 @@ def test_like_the_published_procedure(
     shape = (examples.num_rows, 2, settings.max_length)
     drawn = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     values = np.round(drawn) if ties else drawn
-    lists, odds = spans_module.decode_spans(examples, values, threshold is not None, n_best, longest)
+    lists, odds = spans_module.decode_spans(examples, values, threshold is not None, n_best, longest, "empty")
     answers, expected_lists, expected_odds = published(examples, values, n_best, longest, threshold)
     assert spans_module.choose_texts(lists, odds, threshold or 0.0) == answers
     assert odds == pytest.approx(expected_odds)

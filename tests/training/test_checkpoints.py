@@ -154,6 +154,16 @@ def test_another_fingerprint_is_refused_with_the_differences(store: CheckpointSt
     ]  # fmt: skip
 
 
+def test_settings_that_do_not_matter_may_change(store: CheckpointStore) -> None:
+    about: dict[str, Any] = {"stage": "finetune", "settings": {"epochs": 2, "save_steps": 1}}
+    save(reopened(store, **about), 1)
+    settings = {"epochs": 2, "save_steps": 9, "max_steps": None}  # the last is newer than the checkpoint
+    now = {"seed": 1, **about, "settings": settings}
+    CheckpointStore(store.directory, 2, now, free=["settings.save_steps"]).restore(1, make_state())
+    with pytest.raises(UserError, match=r"settings\.save_steps: 1 -> 9"):
+        CheckpointStore(store.directory, 2, now).restore(1, make_state())
+
+
 def test_other_arrays_are_refused_with_both_sides(store: CheckpointStore) -> None:
     save(store, 1, {"a": jnp.zeros((2, 3)), "b": [jnp.zeros(1)], "c": [np.zeros(1)] * 30})
     with pytest.raises(UserError) as error:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
-from trbert_jax.datasets.text_files import read_file
+from trbert_jax.datasets import DATASETS
 from trbert_jax.reduction import flops
 from trbert_jax.training import stages
 from trbert_jax.training.logging import read_metrics
@@ -134,7 +134,7 @@ def test_the_model_is_ready_for_use(finished: Finished) -> None:
 
 
 def texts(finished: Finished, split: str) -> list[str]:
-    examples = read_file(finished.folder / "data" / f"{split}.jsonl", ("negative", "positive"))
+    examples = DATASETS["imdb"].read_file(finished.folder / "data" / f"{split}.jsonl")
     return [example.text for example in examples]
 
 
@@ -190,8 +190,10 @@ def test_scores_and_teacher_logits(finished: Finished) -> None:
 def test_curves_table_and_compilation(finished: Finished) -> None:
     """Batches that are not full, epochs and evaluations change no shape: a step is compiled once."""
     assert finished.traces == dict.fromkeys(TRAINED, 1)
-    assert (finished.work / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("curves.png", "confusion.png"):
+        assert (finished.work / name).read_bytes().startswith(b"\x89PNG")
     words = ["dense", "after policy", "reduced", "random tokens", "first_k tokens", "seconds a stage"]
+    words += ["reduced: macro F1", "precision", "predicted"]
     for word in [*words, *map(str, (finished.work / name for name in ("results.json", "model")))]:
         assert word in finished.out
     assert [path for path in finished.work.rglob("*") if ".partial-" in path.name] == []
@@ -207,12 +209,12 @@ def test_finished_stages_are_skipped(
     assert (copy.parent / "work" / "joint" / "done.json").stat().st_mtime_ns == before
 
 
-def test_evaluation_settings_may_change_before_evaluate(copy: Path, finished: Finished) -> None:
-    changed = "evaluate.thresholds=[0.6]"
-    with pytest.raises(RuntimeError, match="ended with 2"):
-        tiny_runs.train(copy, changed)
-    shutil.rmtree(copy.parent / "work" / "evaluate")
-    assert list(tiny_runs.train(copy, changed)["thresholds"]) == ["0.6"]
+def test_evaluation_settings_may_change(copy: Path, finished: Finished) -> None:
+    results = tiny_runs.train(copy, "evaluate.thresholds=[0.6]", "evaluate.batch_size=5")
+    assert list(results["thresholds"]) == ["0.6"]
+    for name in ("dense", "policy", "reduced"):
+        assert results[name]["accuracy"] == finished.results[name]["accuracy"]
+        assert results[name]["flops"] == pytest.approx(finished.results[name]["flops"])
 
 
 def test_some_stages(copy: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ def make_features(seed: int = 0, grouped: bool = False, types: bool = False) -> 
     )
 
 
-def write(folder: Path, features: Examples, **options: int) -> Path:
+def write(folder: Path, features: Examples, **options: Any) -> Path:
     return write_prepared(folder, {"train": features}, SETTINGS, **{"shard_size": 4, **options})
 
 

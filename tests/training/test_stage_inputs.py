@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,8 +25,9 @@ from trbert_jax.reduction import selection
 from trbert_jax.reduction.residual_scores import rank_targets
 from trbert_jax.training import stage_inputs
 from trbert_jax.training.experiment import Experiment
+from trbert_jax.training.objectives import Objective
 from trbert_jax.training.stage_inputs import ResumableArrays
-from trbert_jax.training.stages import STAGES
+from trbert_jax.training.stages import STAGES, objective_of
 
 BATCHES, SHAPE = 5, (10, 3)
 
@@ -110,7 +112,11 @@ OPTIONS, WIDTH, SHARED = 4, 7, [4, 5]  # two questions
 def read(path: Path, row_targets: dict[str, Any], name: str = "guide") -> Callable[[np.ndarray], np.ndarray]:
     rows = 2 * OPTIONS
     experiment: Any = types.SimpleNamespace(output_of=lambda *_, **__: path, finished=lambda stage: {})
-    shape = {"group": OPTIONS, "num_rows": rows, "row_lengths": np.arange(1, 9) % WIDTH}
+    shape = {
+        "first_row": np.arange(0, rows + 1, OPTIONS),
+        "num_rows": rows,
+        "row_lengths": np.arange(1, 9) % WIDTH,
+    }
     examples: Any = types.SimpleNamespace(row_targets=row_targets, digest="", **shape)
     reader = stage_inputs.guide if name == "guide" else stage_inputs.ranks
     stage_input = reader(experiment, "policy", examples, "classification")[name]
@@ -189,3 +195,18 @@ def test_a_killed_stage_resumes_and_ends_with_the_same_files(
         assert one.read_bytes() == two.read_bytes()
     names = [{path.name for path in (tmp_path / x / stage).iterdir()} for x in ("whole", "parts")]
     assert names[0] == names[1]
+
+
+def test_balanced_classes_weigh_the_same(tmp_path: Path) -> None:
+    """In every objective; metrics are not weighted."""
+    weight = stage_inputs.class_weights(np.array([0, 0, 0, 1, 3, 0])).read(np.arange(6))
+    assert weight.dtype == np.float32
+    np.testing.assert_allclose(weight, [0.5, 0.5, 0.5, 2, 2, 0.5])  # of six, three classes of 4, 1 and 1
+    config = load_config(tiny_runs.write_config(tmp_path, data={"class_weights": "balanced"}))
+    valid, losses = jnp.array([1.0, 1, 0]), jnp.array([1.0, 2, 3])
+    result = Objective(losses, valid, {"accuracy": jnp.array([1.0, 0, 0])})
+    stage = dataclasses.replace(STAGES["finetune"], objective=lambda update: result)
+    unused: Any = None
+    compute = objective_of(stage, config, unused, 1)
+    weighted = compute({}, {"class_weight": weight[2:5], "index": jnp.zeros(3)}, jax.random.key(0), unused)
+    assert weighted.sums() == {"loss": 0.5 + 4, "accuracy": 1, "weight": 2}

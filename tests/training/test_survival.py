@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny_runs
@@ -94,6 +95,12 @@ def test_a_signal_after_the_last_update_is_not_lost() -> None:
         assert heard == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_the_generator_of_the_environment_changes_no_number(whole: Path, tmp_path: Path) -> None:
+    with jax.default_prng_impl("rbg"):  # JAX_DEFAULT_PRNG_IMPL, usual on TPUs
+        assert main(["train", "--config", str(tiny_runs.write_config(tmp_path, **ONE_STAGE))]) == 0
+    assert_ended_alike(tmp_path / "work" / "finetune", whole)
 
 
 @pytest.fixture(scope="module")

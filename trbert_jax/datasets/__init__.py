@@ -7,7 +7,9 @@ and single files. `register_dataset` adds one.
 from trbert_jax.datasets import (  # noqa: F401 - each registers its data sets
     choice_files,
     hotpotqa,
+    huggingface,
     hyperpartisan,
+    own_texts,
     python_source,
     span_files,
     text_files,

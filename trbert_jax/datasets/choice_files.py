@@ -2,10 +2,13 @@
 
 RACE (https://www.cs.cmu.edu/~glai1/data/race/) has a folder a split with `high` and `middle`, and in them a
 text file of JSON an article, `{"article", "questions": [str], "options": [[str, str, str, str]], "answers":
-["A".."D"]}`. WikiHop (http://qangaroo.cs.ucl.ac.uk) has a JSON list a split, `[{"id", "query", "candidates":
-[str], "supports": [str], "answer"}]`.
+["A".."D"]}`. Other data in this format may have 2 to 26 options a question.
+
+WikiHop (http://qangaroo.cs.ucl.ac.uk) has a JSON list a split, `[{"id", "query", "candidates": [str],
+"supports": [str], "answer"}]`.
 """
 
+import string
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,7 @@ from trbert_jax.datasets.records import CandidateQuestion, ChoiceQuestion
 from trbert_jax.datasets.registry import DataSet, each_split, register_dataset
 from trbert_jax.errors import UserError
 
-LETTERS = ("A", "B", "C", "D")
+LETTERS = tuple(string.ascii_uppercase)  # of the options; a question has at most this many
 LEVELS = ("high", "middle")
 _FORMAT = f"files *.txt in the folders {' and '.join(LEVELS)}, a JSON object with questions in each"
 
@@ -28,7 +31,7 @@ def read_race(
     """Yields the questions in the folder of a split, `high` before `middle`, each by file name."""
     files = [file for level in levels for file in _files(path / level)]
     articles = [reading.load_json(file) for file in files]
-    with_answers = reading.any_has(articles, "answers")
+    with_answers = reading.any_given(articles, "answers")
     for file, article in zip(files, articles, strict=True):
         with bad.record(str(file)):
             name = f"{file.parent.name}/{file.name}"
@@ -50,11 +53,21 @@ def race_questions(
             with reading.within("questions"):
                 question = reading.text(questions, i, may_be_empty=True)
             with reading.within("options"):
-                choices = reading.texts(options, i, len(LETTERS))
+                choices = option_texts(options, i)
             with reading.within("answers"):
-                answer = reading.one_of(answers, i, LETTERS) if with_answers else None
+                letters = LETTERS[: len(choices)]
+                answer = reading.one_of(answers, i, letters) if with_answers else None
             place = f"{where}: questions[{i}]"
             yield ChoiceQuestion(f"{name}:{i}", article, question, choices, answer, place)
+
+
+def option_texts(item: Any, key: str | int) -> tuple[str, ...]:
+    """Returns the options of a question."""
+    options = reading.texts(item, key)
+    if not 2 <= len(options) <= len(LETTERS):
+        place = f"[{key}]" if isinstance(key, int) else key
+        raise ValueError(f"{place}: has {len(options)} items; expected 2 to {len(LETTERS)}")
+    return options
 
 
 def _files(folder: Path) -> list[Path]:
@@ -69,14 +82,14 @@ def _files(folder: Path) -> list[Path]:
 def read_wikihop(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[CandidateQuestion]:
     """Yields the queries of a file."""
     values = reading.load_records(path)
-    with_answer = reading.any_has(values, "answer")
+    with_answer = reading.any_given(values, "answer")
     for i, item in enumerate(values):
         with bad.record(f"{path}: [{i}]", item):
             yield _wikihop_question(item, f"{path}: [{i}]", with_answer)
 
 
 def _wikihop_question(item: Any, where: str, with_answer: bool) -> CandidateQuestion:
-    question_id, query = reading.text(item, "id"), reading.text(item, "query")
+    question_id, query = reading.identifier(item, "id"), reading.text(item, "query")
     candidates = reading.texts(item, "candidates", some=True)
     if len(set(candidates)) != len(candidates):
         twice = next(c for i, c in enumerate(candidates) if c in candidates[:i])

@@ -34,12 +34,12 @@ def read(
     fullwiki: retrieval may have missed a paragraph, and the official scorer counts its facts.
     """
     values = reading.load_records(path)
-    with_answer, with_facts = reading.any_has(values, "answer"), reading.any_has(values, "supporting_facts")
+    with_answer, with_facts = (reading.any_given(values, key) for key in ("answer", "supporting_facts"))
     for i, item in enumerate(values):
         where = f"{path}: [{i}]"
         with bad.record(where, item):
-            question_id, question = reading.text(item, "_id"), reading.text(item, "question")
-            answer = reading.text(item, "answer") if with_answer else None
+            question_id, question = reading.identifier(item, "_id"), reading.text(item, "question")
+            answer = reading.answer(item, "answer") if with_answer else None
             paragraphs = _paragraphs(item)
             facts = _facts(item, paragraphs, all_titles) if with_facts else ()
             yield MultiHopQuestion(question_id, question, answer, paragraphs, facts, where)
@@ -73,10 +73,17 @@ def _facts(item: Any, paragraphs: tuple[Paragraph, ...], all_titles: bool) -> tu
 
 def read_graph(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[GraphQuestion]:
     """Yields the questions of a training or dev file of the graph format; the fields tell which it is."""
+    found = list[GraphQuestion]()
     for number, item in reading.load_json_lines(path, bad):
         where = f"{path}:{number}"
         with bad.record(where, item):
-            yield _graph_question(item, f"{path.name}:{number}", where)
+            found.append(_graph_question(item, f"{path.name}:{number}", where))
+    with_answer = any(question.answer is not None for question in found)
+    for question in found:
+        if with_answer and question.answer is None:
+            bad.add(reading.unusable(question, "answer", "missing; other questions of the file have one"))
+        else:
+            yield question
 
 
 def _graph_question(item: Any, name: str, where: str) -> GraphQuestion:
@@ -90,8 +97,9 @@ def _graph_question(item: Any, name: str, where: str) -> GraphQuestion:
                 if not reading.flag(node, "has_supp"):
                     raise ValueError(f"has_supp: is false; expected the {_GOLD} gold paragraphs first")
     paragraphs = reading.each(item, "node", _graph_paragraph)
-    question_id = reading.text(item, "qid") if reading.has(item, "qid") else name
-    question, answer = reading.text(item, "question"), reading.text(item, "answer")
+    question_id = reading.identifier(item, "qid") if reading.has(item, "qid") else name
+    question = reading.text(item, "question")
+    answer = reading.answer(item, "answer") if reading.any_given([item], "answer") else None
     return GraphQuestion(question_id, question, answer, paragraphs, where)
 
 

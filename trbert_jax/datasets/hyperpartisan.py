@@ -6,6 +6,7 @@ themselves; this is the published TR-BERT split (docs/data.md, "Hyperpartisan").
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,13 +14,19 @@ from xml.etree import ElementTree
 from trbert_jax.datasets import reading, text_files
 from trbert_jax.datasets.records import Example
 from trbert_jax.errors import UserError
-from trbert_jax.io import atomic_file, readable
+from trbert_jax.io import atomic_file, check_outputs, find_path, readable
 
 LABELS = ("not hyperpartisan", "hyperpartisan")
 _TEXT_FILE = "original_data.txt"
 _ARTICLES, _GROUND_TRUTH = "articles-", "ground-truth-"
 _SPLIT_FIRST = "split it first: trbert split-hyperpartisan --input {found} --output DIR"
 _HINTS = ((_TEXT_FILE, _SPLIT_FIRST), (f"{_ARTICLES}*.xml", _SPLIT_FIRST))
+# HTML elements that may begin or end within a word; all others, such as <p>, <li> and <br>, separate words.
+_INLINE = re.compile(
+    "a|abbr|acronym|b|bdi|bdo|big|cite|code|data|del|dfn|em|font|i|ins|kbd|mark|q|s|samp|small|span|strike|"
+    "strong|sub|sup|time|tt|u|var|wbr",
+    re.IGNORECASE,
+)
 
 text_files.register("hyperpartisan", "jsonl", LABELS, hints=_HINTS)
 
@@ -36,9 +43,11 @@ def split_hyperpartisan(input_path: str | Path, output_dir: str | Path) -> dict[
     """
     path = _find_source(Path(input_path).expanduser())
     read = _read_xml if path.suffix == ".xml" else _read_original_data
+    folder = find_path(output_dir)
+    check_outputs([folder / f"{name}.jsonl" for name in ("train", "dev", "test")], inputs=[path])
     splits = _divide(list(read(path)), path)
     for name, part in splits.items():
-        with atomic_file(Path(output_dir).expanduser() / f"{name}.jsonl") as stream:
+        with atomic_file(folder / f"{name}.jsonl") as stream:
             for example in part:
                 line = {"text": example.text, "label": example.label}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -87,11 +96,21 @@ def _read_xml(articles_path: Path) -> Iterator[Example]:
         with reading.record(f"{articles_path}: article {article_id}"):
             if article_id not in labels:
                 raise ValueError(f"not in {truth_path}; the two files do not belong together")
-            words = f"{article.get('title', '')} {''.join(article.itertext())}".split()
+            words = f"{article.get('title', '')} {''.join(_pieces(article))}".split()
             item = {"text": " ".join(words), "label": labels.pop(article_id)}
             yield text_files.make_example(article_id, item, LABELS)
     if labels:
         raise UserError(f"{truth_path}: article {next(iter(labels))}: not in {articles_path}")
+
+
+def _pieces(element: ElementTree.Element) -> Iterator[str]:
+    """Yields the texts of an element, spaces around those that HTML shows on lines of their own."""
+    space = "" if _INLINE.fullmatch(str(element.tag)) else " "
+    yield space + (element.text or "")
+    for child in element:
+        yield from _pieces(child)
+        yield child.tail or ""
+    yield space
 
 
 def _articles(path: Path) -> Iterator[tuple[str, ElementTree.Element]]:

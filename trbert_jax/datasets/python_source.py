@@ -10,7 +10,7 @@ import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from trbert_jax.datasets import text_files
 from trbert_jax.datasets.reading import BadRecords
@@ -35,7 +35,9 @@ _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycach
 class _StandardLibrary(DataSet):
     """Has chunks that differ and do not overlap. An id is the file and the number of the first line."""
 
-    def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
+    def read_labels(
+        self, path: PathLike, bad: BadRecords | None = None, **options: Unpack[Options]
+    ) -> tuple[str, ...]:
         return _read_all(path)[0]
 
     def load(self, path: PathLike, split: str, bad: BadRecords, options: Options) -> list[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trbert_jax.datasets.records import Identified
+from trbert_jax.datasets.records import Identified, trim
 from trbert_jax.errors import UserError
 from trbert_jax.io import check_unicode, parse_json, readable
 
@@ -36,7 +36,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     number = 0
     try:
-        with readable(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        zipped = path.suffix.lower() == ".gz"
+        with readable(path), gzip.open(path) if zipped else path.open("rb") as stream:
             for number, line in decode_lines(stream, str(path)):
                 yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -46,13 +47,18 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def decode_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
     """Yields the lines of an open file like `read_lines`; messages call it `name`."""
-    for number, line in enumerate(stream, 1):
-        try:
-            text = line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode("utf-8")
-        except UnicodeDecodeError as error:
-            problem = f"not UTF-8 (byte {error.start} of the line)"
-            raise UserError(f"{name}:{number}: {problem}; convert it to UTF-8 first") from error
-        yield number, text
+    with readable(name):
+        for number, line in enumerate(stream, 1):
+            yield number, decode_line(line, number, name)
+
+
+def decode_line(line: bytes, number: int, name: str) -> str:
+    """Returns the text of a line of the file `name`. Raises `UserError` unless it is UTF-8."""
+    try:
+        return line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 (byte {error.start} of the line)"
+        raise UserError(f"{name}:{number}: {problem}; convert it to UTF-8 first") from error
 
 
 def load_json(path: Path) -> Any:
@@ -98,7 +104,8 @@ class UnusableRecords(UserError):
 
 def unusable(record: Identified, field: str, reason: str) -> BadRecord:
     """Returns the error about a field of a record that was read."""
-    return BadRecord(f"{record.where}: question {record.id!r}: {field}: {reason}")
+    name = "" if record.id == record.where else f"question {record.id!r}: "
+    return BadRecord(f"{record.where}: {name}{field}: {reason}")
 
 
 @contextlib.contextmanager
@@ -110,7 +117,7 @@ def record(where: str, item: Any = None) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
-        given = (item[field] for field in _ID_FIELDS if has(item, field) and isinstance(item[field], str))
+        given = (item[k] for k in _ID_FIELDS if has(item, k) and isinstance(item[k], str | int))
         name = "".join(f": question {id!r}" for id in [*given][:1])
         reason = f"no field {error}" if isinstance(error, KeyError) else error
         raise BadRecord(f"{where}{name}: {reason}") from error
@@ -222,6 +229,18 @@ def texts(
     return tuple(values)
 
 
+def identifier(item: Any, key: str) -> str:
+    """Returns an id: a text, or a whole number as a text."""
+    value = field(item, key)
+    return str(value) if type(value) is int else text(item, key)
+
+
+def answer(item: Any, key: str | int, *, may_be_empty: bool = False) -> str:
+    """Returns an answer: a text as `text` returns it, trimmed unless that leaves nothing."""
+    value = text(item, key, may_be_empty=may_be_empty)
+    return trim(value) or value
+
+
 def one_of(item: Any, key: str | int, allowed: Sequence[str]) -> int:
     """Returns the index of a string among those allowed."""
     value = text(item, key)
@@ -273,8 +292,13 @@ def has(item: Any, key: str) -> bool:
     return isinstance(item, dict) and key in item
 
 
+def any_given(values: Sequence[Any], key: str) -> bool:
+    """Returns whether a record has something in a field. Test sets withhold answers: no record has any."""
+    return any(has(value, key) and value[key] not in (None, "", []) for value in values)
+
+
 def any_has(values: Sequence[Any], key: str) -> bool:
-    """Returns whether a record has a field. Test sets withhold answers by leaving the field out."""
+    """Returns whether a record has a field."""
     return any(has(value, key) for value in values)
 
 

@@ -5,7 +5,15 @@ file, in messages.
 """
 
 import dataclasses
-from typing import Protocol
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+# White space and characters without width: control characters, soft hyphens, joiners, direction marks.
+UNSEEN = r"[\s\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]+"
+_AT_ENDS = re.compile(rf"\A{UNSEEN}|{UNSEEN}\Z")
 
 
 class Identified(Protocol):
@@ -19,11 +27,13 @@ class Identified(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Example:
-    """A labeled text."""
+    """A labeled text, or pair of texts."""
 
     id: str  # `train.jsonl:17` (the line) for files
     text: str  # never empty
-    label: int  # class index, 0-based
+    label: int  # class index, 0-based; -1 if the source withholds it
+    pair: str | None = None  # the second text, never empty; None for single texts
+    given_id: Any = None  # the id that the source gives; None if it gives none
 
     @property
     def where(self) -> str:
@@ -59,7 +69,7 @@ class SpanQuestion:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChoiceQuestion:
-    """A question about an article with four options, one of which is right: RACE."""
+    """A question about an article with options, one of which is right: RACE."""
 
     id: str  # file and number of the question, `high/1.txt:0`
     article: str  # never empty
@@ -120,13 +130,38 @@ class GraphQuestion:
 
     id: str  # `qid`, or file and line (`hotpot_train_graph.json:17`) without one
     question: str  # never empty
-    answer: str  # `yes`, `no` or a text
+    answer: str | None  # `yes`, `no` or a text; None if the source withholds it
     paragraphs: tuple[GraphParagraph, ...]  # in a training file the first two are the gold ones
     where: str = dataclasses.field(compare=False)
 
 
+def content_digest(records: Iterable[Any]) -> str:
+    """Hashes what records say, wherever they are stored: without `id` and `where`.
+
+    Fields with their default are left out, so that a new field does not change the hash of what lacks it.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+
+    def plain(value: Any) -> dict[str, Any]:
+        values = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: x for f, x in values if f.name not in ("id", "where") and x != f.default}
+
+    for record in records:
+        digest.update(json.dumps(record, default=plain).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def trim(text: str) -> str:
+    """Returns an answer without white space and characters of no width at its ends.
+
+    No tokenizer keeps them, so no prediction could equal an answer that has some.
+    """
+    return _AT_ENDS.sub("", text)
+
+
 def trim_span(context: str, start: int, end: int) -> Span | None:
-    """Returns the span without white space at its ends; None if nothing remains."""
+    """Returns the span that `trim` leaves, or without it `str.strip`; None if nothing remains."""
     text = context[start:end]
-    left, right = len(text) - len(text.lstrip()), len(text) - len(text.rstrip())
-    return Span(start + left, end - right) if left < len(text) else None
+    kept = trim(text) or text.strip()
+    begin = start + text.find(kept)
+    return Span(begin, begin + len(kept)) if kept else None

@@ -12,11 +12,14 @@ import numpy as np
 from trbert_jax.datasets import reading
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.errors import MissingSplitError, UserError
-from trbert_jax.io import read_json
+from trbert_jax.io import find_path, read_json
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "dev", "test")
+# Keys of `data` for one's own texts; a data set of a fixed format reads none of them.
+FIELD_KEYS = ("text_field", "text_pair_field", "label_field")
+OWN_KEYS = (*SPLITS, *FIELD_KEYS, "labels", "dev_share")
 
 T = TypeVar("T")
 PathLike = str | Path | None
@@ -30,8 +33,15 @@ class Options(TypedDict, total=False):
 
     limit: int | None  # number of records at most, a random sample; by default all
     seed: int  # of the sample; by default 42
-    text_field: str  # if the data set `has_fields`; by default `text`
-    label_field: str  # if the data set `has_fields`; by default `label`
+    # Settings of `DataConfig`, if the data set `reads` them.
+    train: str | None
+    dev: str | None
+    test: str | None
+    text_field: str
+    text_pair_field: str | None
+    label_field: str
+    labels: Sequence[str] | None
+    dev_share: float
 
 
 def each_split(*names: str) -> dict[str, tuple[str, ...]]:
@@ -47,7 +57,7 @@ class DataSet:
     task: str  # key of `trbert_jax.tasks.TASKS`
     read: Reader  # of one file
     format: str = "records"  # what a file holds, for the message about one without records
-    # Split -> file names relative to `data.path`, in order of preference.
+    # Split -> file names relative to `data.path`, of which the folder has one.
     files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     labels: tuple[str, ...] = ()  # class names of a text data set; empty for questions
     labels_file: str | None = None  # optional JSON list beside the files that replaces `labels`
@@ -57,11 +67,13 @@ class DataSet:
     # (glob, advice) for a folder that holds such a file but no split. `{found}` becomes the file.
     hints: tuple[tuple[str, str], ...] = ()
     needs_path: bool = True  # whether `data.path` has to be set
-    has_fields: bool = False  # whether `data.text_field` and `data.label_field` choose the fields
+    reads: frozenset[str] = frozenset()  # keys of `OWN_KEYS` that the data set reads
 
-    def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
-        """Returns the class names, given `data.path` and `data.label_field`."""
-        file = Path(path).expanduser() / self.labels_file if path and self.labels_file else None
+    def read_labels(
+        self, path: PathLike, bad: BadRecords | None = None, **options: Unpack[Options]
+    ) -> tuple[str, ...]:
+        """Returns the class names, given `data.path` and the options of `read_split`."""
+        file = find_path(path) / self.labels_file if path and self.labels_file else None
         if file is None or not file.exists():
             return self.labels
         names, count = read_json(file), len(self.labels)
@@ -82,12 +94,19 @@ class DataSet:
             raise UserError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
         return self.load(path, split, bad or BadRecords(), options)
 
+    def has_split(self, path: PathLike, split: str, options: Options) -> bool:
+        """Returns whether there is a set for a split, as far as that is known without reading it."""
+        if path is None or not self.files:
+            return True
+        names = (*self.files[split], *(self.files["dev"] if split == "test" and self.dev_as_test else ()))
+        return any((find_path(path) / name).exists() for name in names)
+
     def load(self, path: PathLike, split: str, bad: BadRecords, options: Options) -> list[Any]:
         """Reads a split for `read_split`."""
         expected = " or ".join(self.files[split])
         if path is None:
             raise UserError(f"data.path: missing; expected the folder of {self.name} with {expected}")
-        folder = Path(path).expanduser()
+        folder = find_path(path)
         if not folder.is_dir():
             raise UserError(f"data.path: {folder}: no such folder; expected one with {expected}")
         found = {part: [*filter(Path.exists, map(folder.joinpath, self.files[part]))] for part in SPLITS}
@@ -96,6 +115,11 @@ class DataSet:
         if not files and split == "test" and self.dev_as_test and found["dev"]:
             files = found["dev"]
             logger.warning("%s: no test set with answers; %s serves as test", self.name, files[0].name)
+        versions = {file.name.partition("-")[2]: file for names in found.values() for file in names}
+        mixed = [*versions.values()] if self.style == "squad" and len(versions) > 1 else files
+        if len(mixed) > 1:
+            both = " and ".join(file.name for file in mixed)
+            raise UserError(f"{folder}: has both {both}; keep those to read there, and move the others away")
         if not files:
             problem = f"has no {split} split of {self.name}"
             raise MissingSplitError(f"{folder}: {problem}; expected {expected}{self._hint(folder)}")
@@ -111,7 +135,7 @@ class DataSet:
 
         Raises `UserError` if the file cannot be read, has a bad record (by default) or no record.
         """
-        bad, file = bad or BadRecords(), Path(path).expanduser()
+        bad, file = bad or BadRecords(), find_path(path)
         return reading.collect(self.read(file, bad, labels or self.labels), file, bad, self.format)
 
     def _hint(self, folder: Path) -> str:
@@ -148,7 +172,8 @@ def find_dataset(name: str) -> DataSet:
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{name!r} is no data set; expected {', '.join(dataset_names())}{hint}")
+        own = "" if close else "; `text` reads your own texts"
+        raise UserError(f"{name!r} is no data set; expected {', '.join(dataset_names())}{hint}{own}")
     return DATASETS[name]
 
 

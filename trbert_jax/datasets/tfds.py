@@ -10,12 +10,12 @@ texts with a label; `natural_questions` is another format, whole web pages with 
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from trbert_jax.datasets import choice_files, reading, span_files, text_files, triviaqa
 from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.records import ChoiceQuestion, Example, SpanQuestion
-from trbert_jax.datasets.registry import FAMILIES, DataSet, Options, PathLike, hold_out, sample
+from trbert_jax.datasets.registry import FAMILIES, FIELD_KEYS, DataSet, Options, PathLike, hold_out, sample
 from trbert_jax.errors import MissingSplitError, UserError
 
 # The catalog's names of the splits, in order of preference.
@@ -33,10 +33,13 @@ class TfdsDataSet(DataSet):
     convert: Converter | None = None  # None for texts with a label
     needs_path: bool = False
 
-    def read_labels(self, path: PathLike, label_field: str = "label") -> tuple[str, ...]:
+    def read_labels(
+        self, path: PathLike, bad: BadRecords | None = None, **options: Unpack[Options]
+    ) -> tuple[str, ...]:
         if self.convert is not None:
             return ()
-        return _label_names(self.name, next(iter(_open(self.name, path).values())), label_field)
+        source, field = next(iter(_open(self.name, path).values())), options.get("label_field", "label")
+        return _label_names(self.name, source, field)
 
     def load(self, path: PathLike, split: str, bad: BadRecords, options: Options) -> list[Any]:
         # The catalog's test sets of questions come without answers.
@@ -44,7 +47,8 @@ class TfdsDataSet(DataSet):
         source, indices = _find_split(self.name, _open(self.name, path), published)
         place = f"{self.name}: {split}"
         if self.convert is None:
-            return list(_examples(self.name, split, source, sample(indices, split, options), options))
+            examples = _examples(self.name, split, source, sample(indices, split, options), bad, options)
+            return reading.collect(examples, place, bad, "texts")
         questions = _questions(place, (source[i] for i in indices), bad, self.convert)
         # trivia_qa lists a document of a question twice if both of its parts have it.
         repeats = self.style == "triviaqa"
@@ -101,7 +105,7 @@ _QUESTIONS: dict[str, dict[str, Any]] = {
     "trivia_qa": {"task": "span", "style": "triviaqa", "read": triviaqa.read, "convert": _trivia_qa},
     "race": {"task": "multiple_choice", "read": choice_files.read_race, "convert": _race},
 }
-_TEXTS: dict[str, Any] = {"task": "classification", "read": text_files.read, "has_fields": True}
+_TEXTS: dict[str, Any] = {"task": "classification", "read": text_files.read, "reads": frozenset(FIELD_KEYS)}
 
 
 def _make(name: str) -> DataSet:
@@ -112,17 +116,24 @@ def _make(name: str) -> DataSet:
 FAMILIES["tfds"] = _make
 
 
-def _examples(name: str, split: str, source: Any, chosen: list[int], options: Options) -> Iterator[Example]:
+def _examples(
+    name: str, split: str, source: Any, chosen: list[int], bad: BadRecords, options: Options
+) -> Iterator[Example]:
     text_field, label_field = options.get("text_field", "text"), options.get("label_field", "label")
-    _feature(name, source, "text_field", text_field)
+    pair_field = options.get("text_pair_field")
+    for key, field in (("text_field", text_field), ("text_pair_field", pair_field)):
+        if field is not None:
+            _feature(name, source, key, field)
     labels = _label_names(name, source, label_field)
     if not chosen:
         raise UserError(f"{name}: the split for {split} has no examples")
     for i in chosen:
-        with reading.record(f"{name}: {split} example {i}"):
-            example = source[i]
-            item = {"text": _plain(example[text_field]), "label": _plain(example[label_field])}
-            yield text_files.make_example(f"{split}:{i}", item, labels)
+        with bad.record(f"{name}: {split} example {i}"):
+            chosen_fields = {"text": text_field, "label": label_field, "pair": pair_field}
+            record = source[i]
+            item = {key: _plain(record[field]) for key, field in chosen_fields.items() if field}
+            example = text_files.make_example(f"{split}:{i}", item, labels)
+            yield dataclasses.replace(example, pair=reading.text(item, "pair")) if pair_field else example
 
 
 def _plain(value: Any) -> Any:

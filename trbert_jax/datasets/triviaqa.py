@@ -21,10 +21,10 @@ from typing import Any
 
 from trbert_jax.datasets import reading
 from trbert_jax.datasets.reading import BadRecords
-from trbert_jax.datasets.records import Span, SpanQuestion
-from trbert_jax.datasets.span_files import detected_spans, id_field, read_context, register
+from trbert_jax.datasets.records import Span, SpanQuestion, trim
+from trbert_jax.datasets.span_files import detected_spans, id_field, known_or_withheld, read_context, register
 from trbert_jax.errors import UserError
-from trbert_jax.io import read_text
+from trbert_jax.io import find_path, read_text
 
 MAX_WORDS = 800  # of a document, the default of the authors' own conversion to the format of SQuAD
 
@@ -33,19 +33,17 @@ def read(path: Path, bad: BadRecords, labels: Sequence[str] = ()) -> Iterator[Sp
     """Yields the questions of either format; an object at the top is the published one, a list the other."""
     document = reading.load_json(path)
     if isinstance(document, list):
-        for i, item in enumerate(document):
-            with bad.record(f"{path}: [{i}]"):
-                yield from read_context(item, f"{path}: [{i}].", bad, _listed_question)
+        yield from known_or_withheld(_listed_questions(document, path, bad), bad)
         return
     evidence = _find_evidence(path)
     with reading.record(str(path)):
         questions = reading.items(document, "Data")
-    with_answer = reading.any_has(questions, "Answer")
+    with_answer = reading.any_given(questions, "Answer")
     one_answer = document.get("Domain") == "Wikipedia"
     for i, item in enumerate(questions):
         place = f"{path}: Data[{i}]"
         with bad.record(place, item):
-            question_id, question = reading.text(item, "QuestionId"), reading.text(item, "Question")
+            question_id, question = reading.identifier(item, "QuestionId"), reading.text(item, "Question")
             answers = accepted_answers(item, "Answer", "NormalizedAliases") if with_answer else ()
             for field, folder in (("EntityPages", "wikipedia"), ("SearchResults", "web")):
                 for k, page in enumerate(reading.items(item, field) if field in item else []):
@@ -80,14 +78,14 @@ def accepted_answers(item: Any, key: str, aliases: str) -> tuple[str, ...]:
             accepted += reading.texts(answer, "HumanAnswers", may_be_empty=True)
         if not accepted:
             raise ValueError(f"{aliases}: is empty; expected at least one alias")
-    return accepted
+    return tuple(trim(text) for text in accepted)
 
 
 def _read_evidence(name: str, folder: Path) -> str:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ValueError(f"Filename: is {name!r}; expected a file inside {folder}")
     try:
-        document = read_text(folder / name).removeprefix("\ufeff")  # a byte order mark
+        document = read_text(find_path(folder / name)).removeprefix("\ufeff")  # a byte order mark
     except (UserError, OSError, ValueError) as error:  # the last two for names that no file can have
         raise ValueError(f"Filename: the evidence cannot be read ({error}); expected a text file") from error
     if not document.strip():
@@ -104,10 +102,17 @@ def _find_evidence(path: Path) -> Path:
     raise UserError(f"{path}: no evidence in {expected}; unpack triviaqa-rc.tar.gz as a whole")
 
 
+def _listed_questions(document: Sequence[Any], path: Path, bad: BadRecords) -> Iterator[SpanQuestion]:
+    for i, item in enumerate(document):
+        with bad.record(f"{path}: [{i}]"):
+            yield from read_context(item, f"{path}: [{i}].", bad, _listed_question)
+
+
 def _listed_question(item: Any, context: str, where: str) -> SpanQuestion:
-    question_id, question = reading.text(item, id_field(item)), reading.text(item, "question")
-    answers = accepted_answers(item, "answers", "Aliases")
-    spans = detected_spans(item, context, answers)
+    question_id, question = reading.identifier(item, id_field(item)), reading.text(item, "question")
+    withheld = not reading.any_given([item], "answers")
+    answers = () if withheld else accepted_answers(item, "answers", "Aliases")
+    spans = () if withheld else detected_spans(item, context, answers)
     return SpanQuestion(question_id, question, context, spans, answers, False, where)
 
 

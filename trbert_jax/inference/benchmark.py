@@ -22,14 +22,14 @@ from trbert_jax.inference import benchmark_report as report
 from trbert_jax.inference.benchmark_report import VARIANTS, PreparedRun, Record
 from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Inputs, bucket_widths
 from trbert_jax.inference.evaluate import read_examples
-from trbert_jax.inference.lines import input_lines, read_texts
+from trbert_jax.inference.lines import PAUSE, Source, Text
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
 from trbert_jax.reduction.rules import RULES, RuleSpec
-from trbert_jax.reduction.selection import Rule, keep_batch_max
+from trbert_jax.reduction.selection import Rule, keep_batch_max, random_key
 from trbert_jax.tasks.classification import encode_texts
 from trbert_jax.tasks.examples import Examples, pad_batch
 
@@ -99,6 +99,7 @@ def prepare(
 
     batches = [batch for _, batch in numbered]
     compiled = [programs.get(params, batch, rule, variant.backend) for batch in batches]
+    keys = {programs.key(batch, rule, variant.backend) for batch in batches}
     shapes = [batch["input_ids"].shape for batch in batches]
     lengths, kept = examples.row_lengths, outputs.num_kept
     if variant.backend == "masked":  # computes padding too, and dropped tokens to the end
@@ -113,7 +114,7 @@ def prepare(
         flops=float(flops.sum() / len(examples)),
         logits=outputs.logits,
         keep=outputs.kept_masks(longest) if rule.drops else None,
-        compile_seconds=sum(programs.compile_seconds[rule.name, variant.backend, *x] for x in set(shapes)),
+        compile_seconds=sum(programs.compile_seconds[key] for key in keys),
         peak_memory_bytes=max(memory_bytes(program) for program in compiled),
     )
 
@@ -225,8 +226,8 @@ def benchmark_file(
     """Times the variants of running a model on the same texts, in the order of the file.
 
     Args:
-      data: `.jsonl` with `text`, or one text per line; for a model that answers questions a file in the
-        published format of its data set.
+      data: texts in any format of `datasets.tables`, or one text per line; for a model that answers
+        questions a file in the published format of its data set.
       model_dir, max_length, dtype: see `TRBert.from_pretrained`.
       random: in place of a model, a key of `SIZES`: random weights, tokenizer and labels of `replay_dir`.
       replay_dir: a model whose kept tokens the model under test keeps.
@@ -235,7 +236,7 @@ def benchmark_file(
       max_texts: number of texts (of questions: inputs) to read; None reads all.
       repeats: passes over all variants.
       command: what the user typed, for the records.
-      skip_bad_records: skip malformed questions, instead of raising an error.
+      skip_bad_records: skip malformed records, instead of raising an error.
 
     Returns:
       The records of `make_records`, with what describes the run, the data and the machine, `tokens` (mean of
@@ -261,7 +262,10 @@ def benchmark_file(
         examples = read_examples(model, Path(data), BadRecords(skip=skip_bad_records))
         examples = examples.take(range(len(examples))[:max_texts])
     else:
-        texts = list(itertools.islice(read_texts(input_lines([], Path(data)), Path(data)), max_texts))
+        model.check_use(questions=False, trained=False)
+        bad = BadRecords(skip=skip_bad_records)
+        found = Source(path=Path(data)).texts(model.config.inputs.fields(), bad)
+        texts = list(itertools.islice((text for text in found if text is not PAUSE), max_texts))
         examples = _encode(texts, model, str(data))
         if replayed is not None:
             logger.info("computing the tokens that %s keeps", replay_dir)
@@ -321,16 +325,16 @@ def _random_model(size: str, replayed: TRBert | None, dtype: str) -> TRBert:
         raise UserError("--random needs the tokenizer and kept tokens of another model: --replay DIR")
     fields = ("vocab_size", "max_positions", "max_length", "labels")
     config = dataclasses.replace(SIZES[size], **{name: getattr(replayed.config, name) for name in fields})
-    return TRBert(config, init_params(config, jax.random.key(0)), replayed.tokenizer, dtype=dtype)
+    return TRBert(config, init_params(config, random_key(0)), replayed.tokenizer, dtype=dtype)
 
 
-def _encode(texts: Sequence[str], model: TRBert, source: str) -> Examples:
-    records = [Example(f"{source}: text {number}", text, 0) for number, text in enumerate(texts, 1)]
+def _encode(texts: Sequence[Text], model: TRBert, source: str) -> Examples:
+    records = [Example(f"{source}: text {i}", x.text, 0, x.pair) for i, x in enumerate(texts, 1)]
     return encode_texts(records, model.require_tokenizer(), model.config.max_length)
 
 
 def _actions_of(
-    replayed: TRBert, name: str, texts: Sequence[str], model: TRBert, examples: Examples
+    replayed: TRBert, name: str, texts: Sequence[Text], model: TRBert, examples: Examples
 ) -> np.ndarray:
     """Returns what the replayed model keeps, bool [n, stages, max_length]."""
     for field in ("num_reductions", "max_length"):

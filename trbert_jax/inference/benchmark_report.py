@@ -138,7 +138,7 @@ def described(data: Path) -> Record:
         return {"data": data.name, "data_sha256": sha256(data)}
     names = sorted(path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file())
     lines = "".join(f"{sha256(data / name)}  {name}\n" for name in names)
-    return {"data": data.name, "data_sha256": hashlib.sha256(lines.encode()).hexdigest()}
+    return {"data": data.name, "data_sha256": hashlib.sha256(os.fsencode(lines)).hexdigest()}
 
 
 def num_cores() -> int:

@@ -18,7 +18,7 @@ from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.packed import BACKENDS, DEFAULT_BACKEND
 from trbert_jax.parallel import KEPT, ROWS, DeviceMesh, single_device
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, RULES, RuleSpec, check_rule
-from trbert_jax.reduction.selection import min_logit
+from trbert_jax.reduction.selection import min_logit, random_key
 from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
 from trbert_jax.tasks.losses import Rows
@@ -26,10 +26,14 @@ from trbert_jax.tasks.scorers import accuracy
 
 Inputs = Mapping[str, Any]  # arrays [B, ...]
 Program = Callable[[Params, Inputs], tuple[Logits, jax.Array]]
+Key = tuple[str, str, tuple[tuple[str, tuple[int, ...], str], ...]]
 AfterBatch = Callable[[Examples, np.ndarray, Logits], None]
 # Name of the logits ("" where there is one array) and shape -> zeros, float32.
 Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
 
+# Sizes of batches of fewer examples than the batch size, so that memory follows the examples. Few and far
+# between: each is compiled.
+FEWER = tuple(2**k for k in range(5, 31, 2))
 MANY_PROGRAMS = 24  # more than a few rules and batch sizes need; compiling this many gets a warning
 
 
@@ -37,6 +41,11 @@ def bucket_widths(backend: str, max_length: int) -> tuple[int, ...]:
     """Padded lengths of batches, ascending; the last one is `max_length`."""
     # The packed backend does not compute padding: one narrow shape is enough.
     return width_buckets(max_length, (0.25,)) if backend == "packed" else width_buckets(max_length)
+
+
+def fitting_size(num_examples: int, batch_size: int) -> int:
+    """Returns the size of batches of this many examples: `batch_size`, or the smallest of `FEWER` for all."""
+    return min([size for size in FEWER if size >= num_examples] + [batch_size])
 
 
 def check_backend(backend: str) -> None:
@@ -54,9 +63,17 @@ class CompiledForward:
 
     def __init__(self, model: TokenReducingModel, devices: DeviceMesh | None = None) -> None:
         self.model, self.devices = model, devices or single_device()
-        # (rule, backend, rows, width) -> seconds that compiling took
-        self.compile_seconds: dict[tuple[str, str, int, int], float] = {}
-        self._compiled: dict[tuple[str, str, int, int], Program] = {}
+        self.compile_seconds: dict[Key, float] = {}  # seconds that compiling each program took
+        self._compiled: dict[Key, Program] = {}
+
+    @staticmethod
+    def key(batch: Inputs, rule: str | RuleSpec = DEFAULT_RULE, backend: str = DEFAULT_BACKEND) -> Key:
+        """Returns all that a program is compiled for: rule, backend, and name, shape and dtype of each input.
+
+        Splits differ in their inputs: one has no labels, or other numbers of answers or options.
+        """
+        name = rule if isinstance(rule, str) else rule.name
+        return name, backend, tuple(sorted((k, (*x.shape,), str(x.dtype)) for k, x in batch.items()))
 
     def get(
         self,
@@ -65,17 +82,18 @@ class CompiledForward:
         rule: str | RuleSpec = DEFAULT_RULE,
         backend: str = DEFAULT_BACKEND,
     ) -> Program:
-        """Compiles the program for batches of this shape, unless it is compiled already.
+        """Compiles the program for batches like this one (`key`), unless it is compiled already.
 
         Takes arrays, those of the batch [B * G, ...] with the rule's inputs, or their shapes. Returns
         `(params, batch) -> (logits, keep bool [stages, B * G, S])`: the logits that answers are read from
         (`Task.example_logits`); keep is bool [0, 1] for a rule that drops nothing.
         """
         spec = RULES[rule] if isinstance(rule, str) else rule
-        key = (spec.name, backend, *batch["input_ids"].shape)
+        key = self.key(batch, spec, backend)
         if key not in self._compiled:
             if len(self._compiled) + 1 == MANY_PROGRAMS:
-                shapes = ", ".join(f"{rows} x {width}" for *_, rows, width in self._compiled)
+                inputs = [{name: shape for name, shape, _ in key[2]} for key in self._compiled]
+                shapes = ", ".join("{} x {}".format(*shape["input_ids"]) for shape in inputs)
                 warnings.warn(
                     f"{MANY_PROGRAMS} programs have been compiled for one model, for batches of {shapes} and "
                     "now one more; each batch size compiles its own, so always ask for the same few",
@@ -87,7 +105,7 @@ class CompiledForward:
             def program(params: Params, batch: Inputs) -> tuple[Logits, jax.Array]:
                 inputs = batch
                 if "row_keys" in spec.inputs:
-                    inputs = {**batch, "row_keys": Rows(batch).keys(jax.random.key(batch["seed"][0]))}
+                    inputs = {**batch, "row_keys": Rows(batch).keys(random_key(batch["seed"][0]))}
                 output = forward(self.model, params, batch, rule=spec.build(inputs))
                 keep = [s.keep for s in output.selections]
                 logits = TASKS[self.model.config.task].example_logits(output.logits, Rows(batch))
@@ -155,8 +173,9 @@ class Outputs:
 class InferenceEngine:
     """Runs a model over examples; compiles once for each rule, backend and batch shape.
 
-    `batch_size` examples a pass, rounded up to a multiple of the devices; `programs` may be shared with other
-    engines; `after_batch` is called with all examples, the batch's positions, int [b], and its logits.
+    `batch_size` examples a pass (see `fitting_size`), rounded up to a multiple of the devices; `programs` may
+    be shared with other engines; `after_batch` is called with all examples, the batch's positions, int [b],
+    and its logits.
     """
 
     def __init__(
@@ -242,7 +261,7 @@ class InferenceEngine:
             seconds += time.perf_counter() - begun
             if self._after_batch:
                 self._after_batch(examples, index, output)
-            rows = batch_rows(examples, index, self.batch_size)
+            rows = batch_rows(examples, index, len(batch["input_ids"]) // examples.group)
             valid = np.flatnonzero(rows >= 0)
             store = store or LogitStore(self.model.config, examples, output, allocate)
             store.put(index, rows, output)
@@ -263,8 +282,19 @@ class InferenceEngine:
         self, examples: Examples, index: np.ndarray, width: int, inputs: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """Pads the examples at positions `index`, int [b], and adds the rule's inputs, arrays [R, ...]."""
-        batch = pad_batch(examples, index, self.batch_size, width)
-        rows = np.maximum(batch_rows(examples, index, self.batch_size), 0)
+        size = self.programs.devices.rounded(fitting_size(len(examples), self.batch_size))
+        return self._batch(examples, index, width, inputs, size)
+
+    def _batch(
+        self,
+        examples: Examples,
+        index: np.ndarray,
+        width: int,
+        inputs: Mapping[str, np.ndarray],
+        size: int,
+    ) -> dict[str, np.ndarray]:
+        batch = pad_batch(examples, index, size, width)
+        rows = np.maximum(batch_rows(examples, index, size), 0)
         return batch | {name: values[rows] for name, values in inputs.items()}
 
     def compile(
@@ -278,11 +308,11 @@ class InferenceEngine:
         check_rule(rule)
         check_backend(backend)
         for width in bucket_widths(backend, self.model.config.max_length):
-            batch = self.batch(example, np.zeros(1, np.int64), width, self.rule_inputs(example))
+            inputs = self.rule_inputs(example)
+            batch = self._batch(example, np.zeros(1, np.int64), width, inputs, self.batch_size)
             self.programs.get(params, batch, rule, backend)
-            rows = len(batch["input_ids"])
-            seconds = self.programs.compile_seconds[rule, backend, rows, width]
-            yield f"{rule}, {backend}, {rows} x {width} tokens", seconds
+            seconds = self.programs.compile_seconds[self.programs.key(batch, rule, backend)]
+            yield f"{rule}, {backend}, {len(batch['input_ids'])} x {width} tokens", seconds
 
 
 class LogitStore:

@@ -1,22 +1,26 @@
 """Evaluate a model on labeled data: metrics, kept tokens, FLOPs and speed."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trbert_jax.datasets import BadRecords, find_dataset
-from trbert_jax.datasets.text_files import read_file
+from trbert_jax.datasets.own_texts import read_labeled
+from trbert_jax.datasets.tables import Fields
+from trbert_jax.errors import UserError
+from trbert_jax.inference.class_report import plot_confusion
 from trbert_jax.inference.engine import InferenceEngine, Outputs
+from trbert_jax.inference.lines import RecordWriter, check_kind
 from trbert_jax.inference.predictor import TRBert
+from trbert_jax.inference.questions import answering
 from trbert_jax.io import atomic_file, write_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
 from trbert_jax.model.packed import DEFAULT_BACKEND
+from trbert_jax.outputs import check_outputs, is_stream
 from trbert_jax.reduction import flops
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES
 from trbert_jax.tasks import encode_usable, notes_of
-from trbert_jax.tasks.classification import encode_texts
 from trbert_jax.tasks.examples import Examples
 
 Metrics = Callable[[Outputs], Mapping[str, float]]
@@ -31,22 +35,33 @@ def evaluate_file(
     backend: str = DEFAULT_BACKEND,
     threshold: float = DEFAULT_THRESHOLD,
     predictions: Path | None = None,
+    plot: Path | None = None,
     baselines: Sequence[str] = (),
     seed: int = 0,
     skip_bad_records: bool = False,
+    max_length: int | None = None,
+    text_field: str | None = None,
+    text_pair_field: str | None = None,
+    label_field: str | None = None,
+    null_threshold: float | None = None,
+    max_answer_length: int | None = None,
 ) -> dict[str, Any]:
     """Evaluates a saved model on a file.
 
     Args:
       model_dir: see `TRBert.from_pretrained`.
-      data_file: `.jsonl` with `text` and `label`, or `.csv` with label and text; for a model that answers
-        questions a file in the published format of its data set.
+      data_file: texts and labels in any format of `datasets.tables`; for a model that answers questions a
+        file in the published format of its data set.
       batch_size, rule, backend, threshold: see `TRBert.predict`.
-      predictions: output file, one JSON line per text; of questions the JSON that the official scorer reads,
+      predictions: output file, see `write_predictions`; of questions the JSON that the official scorer reads,
         with `NAME.null_odds.json` beside `NAME.json` if questions may have no answer.
+      plot: output file, a PNG image of the confusion matrix of texts.
       baselines: of `random`, `first_k`: untrained selections with the same kept counts.
       seed: of the random baseline.
-      skip_bad_records: skip malformed questions, instead of raising an error.
+      skip_bad_records: skip malformed records, instead of raising an error.
+      max_length: cut texts after this many tokens; None for the model's own number.
+      text_field, text_pair_field, label_field: fields of the file; None for those the model was trained on.
+      null_threshold, max_answer_length: see `questions.answering`.
 
     Returns:
       The numbers of `summarize`, the same for each baseline, and of questions in `data` what was cut, left
@@ -54,44 +69,64 @@ def evaluate_file(
 
     Raises `UserError` for a model or file that cannot be read, or a label the model does not have.
     """
-    model, bad = TRBert.from_pretrained(model_dir), BadRecords(skip=skip_bad_records)
-    rule = rule or model.default_rule
-    examples = read_examples(model, Path(data_file), bad)
+    check_outputs([predictions, plot], inputs=[data_file], models=[model_dir])
+    check_kind(predictions)
+    model, bad = TRBert.from_pretrained(model_dir, max_length=max_length), BadRecords(skip=skip_bad_records)
+    rule, task = rule or model.default_rule, answering(model, null_threshold, max_answer_length)
+    if plot is not None and model.answers_questions:
+        raise UserError(f"--plot draws the confusion matrix of classes; {model_dir} answers questions")
+    fields = model.config.inputs.fields(text_field, text_pair_field, label_field)
+    examples = read_examples(model, Path(data_file), bad, fields)
     engine = model.engine(batch_size)
     outputs = engine.run(model.params, examples, rule=rule, backend=backend, threshold=threshold)
-    score = model.task.score(examples, outputs.logits)
+    score = task.score(examples, outputs.logits)
     if predictions is not None and not model.answers_questions:
         write_predictions(predictions, outputs, examples, model.config.labels)
     elif predictions is not None:
         write_json(predictions, score.files["predictions.json"])
-        if "null_odds.json" in score.files:  # the official scorer of SQuAD 2.0 reads both
+        if "null_odds.json" in score.files and not is_stream(
+            predictions
+        ):  # the official scorer of SQuAD 2.0 reads both
             write_json(predictions.with_suffix(".null_odds.json"), score.files["null_odds.json"])
-    settings = {"rule": rule, "backend": backend, "batch_size": batch_size, "threshold": threshold}
-    result = {**settings, **summarize(outputs, model.config, score.metrics)}
-    if model.answers_questions:
-        result["data"] = notes_of(examples, bad)
-        if skip_bad_records:
-            result["skipped_records"] = len(bad.skipped)
+    settings = {
+        "rule": rule,
+        "backend": backend,
+        "batch_size": engine.batch_size,
+        "threshold": float(threshold),
+    }
+    result = {**settings, **summarize(outputs, model.config, score.metrics), **score.details}
+    if plot is not None:
+        plot_confusion({rule: result}, plot)
+    if notes := notes_of(examples, bad):
+        result["data"] = notes
+    if skip_bad_records:
+        result["skipped_records"] = len(bad.skipped)
     if RULES[rule].drops and baselines:
 
         def metrics(outputs: Outputs) -> Mapping[str, float]:
-            return model.task.score(examples, outputs.logits).metrics
+            return task.score(examples, outputs.logits).metrics
 
         runs = baseline_runs(outputs, baselines, seed)
         result["baselines"] = evaluate_runs(engine, model.params, examples, metrics, runs)
     return result
 
 
-def read_examples(model: TRBert, path: Path, bad: BadRecords) -> Examples:
+def read_examples(model: TRBert, path: Path, bad: BadRecords, fields: Fields | None = None) -> Examples:
     """Reads labeled texts, or questions in the published format of the model's data set.
 
-    Malformed questions go to `bad`. Raises `UserError` for a file that cannot be read, an unknown label, or a
+    Malformed records go to `bad`. Raises `UserError` for a file that cannot be read, an unknown label, or a
     model without tokenizer.
     """
+    model.check_use(model.answers_questions)
+    if model.config.score:
+        advice = "`trbert predict` gives the scores"
+        raise UserError(f"{model.source}: the model has one output, a score, and no labels; {advice}")
     tokenizer = model.require_tokenizer()
-    if not model.answers_questions:
-        return encode_texts(read_file(path, model.config.labels), tokenizer, model.config.max_length)
-    records = find_dataset(model.config.inputs.data).read_file(path, bad)
+    inputs = model.config.inputs
+    if model.answers_questions:
+        records = find_dataset(inputs.data).read_file(path, bad)
+    else:
+        records = read_labeled(path, model.config.labels, bad, fields or inputs.fields())
     return encode_usable(model.task, records, tokenizer, bad, str(path))
 
 
@@ -144,16 +179,23 @@ def summarize(outputs: Outputs, config: ModelConfig, metrics: Mapping[str, float
 
 
 def write_predictions(path: str | Path, outputs: Outputs, examples: Examples, labels: Sequence[str]) -> None:
-    """Writes one JSON line per text: prediction, probabilities, kept positions, true label."""
-    scores, winners = outputs.probabilities, outputs.logits.argmax(-1)
+    """Writes a JSON line, or row of CSV or TSV by the ending of `path`, per text.
+
+    It has prediction, probabilities, kept positions and the true label, null if that is not known. The id is
+    that of the source; without one, file and line.
+    """
+    scores, winners, path = outputs.probabilities, outputs.logits.argmax(-1), Path(path)
+    given = [getattr(record, "given_id", None) for record in examples.records]
     with atomic_file(path) as stream:
+        writer = RecordWriter(stream, path)
         for row, winner in enumerate(winners):
+            label = outputs.labels[row]
             record = {
-                "id": examples.ids[row],
-                "label": labels[outputs.labels[row]],
+                "id": examples.ids[row] if not given or given[row] is None else given[row],
+                "label": None if label < 0 else labels[label],
                 "prediction": labels[winner],
                 "scores": dict(zip(labels, scores[row].tolist(), strict=True)),
                 "kept": [stage[row].tolist() for stage in outputs.kept],
                 "num_tokens": int(outputs.lengths[row]),
             }
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            writer.write(record)

@@ -13,7 +13,7 @@ on its own text or question only, not on the batch or the order.
 
 import dataclasses
 import functools
-import itertools
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,21 +23,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.datasets import BadRecords
-from trbert_jax.errors import UserError
-from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Outputs, check_backend
+from trbert_jax.errors import UserError, iterable, whole_number
+from trbert_jax.inference.engine import (
+    FEWER,
+    CompiledForward,
+    InferenceEngine,
+    check_backend,
+    fitting_size,
+)
+from trbert_jax.inference.forked import ForkedEngine, Helper
+from trbert_jax.inference.questions import WINDOW, answer_pairs, windows
 from trbert_jax.io import check_unicode
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
-from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary
+from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, copy_tokenizer
+from trbert_jax.parallel import is_forked
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
-from trbert_jax.tasks import Task, encode_usable, saved_task
+from trbert_jax.tasks import Task, saved_task
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples, Ragged
+from trbert_jax.tasks.text_encoder import TextEncoder
 
-WINDOW = 32  # batches within which inputs are sorted by length
+TextOrPair = str | Sequence[str]  # a text, or a text and a second text
+MOST = 2**24  # largest batch size
 SMALL = (1, 4)  # rows of small batches, for requests of a few texts
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -46,22 +56,25 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Prediction:
     """The prediction for one text."""
 
-    label: str  # name of the most probable class
-    label_id: int  # its index
-    scores: np.ndarray  # float32 [C], probabilities in the order of `TRBert.config.labels`
+    label: str | None  # name of the most probable class; None if it gives a score
+    label_id: int | None  # its index
+    # float32 [C], probabilities in the order of `TRBert.config.labels`. Of a model with one output, such as a
+    # cross-encoder, the score: the sigmoid of the output, or for a regression the output itself.
+    scores: np.ndarray
+    logits: np.ndarray  # float32 [C], the outputs of the head
     # For each point of reduction the positions of the kept tokens, int32, ascending, from 0 ([CLS]) on; empty
     # for rule `dense`.
     kept: tuple[np.ndarray, ...]
     num_tokens: int  # tokens that the model read, [CLS] and [SEP] included
     truncated: bool  # whether the text was longer than `TRBert.config.max_length` tokens and was cut
-    text: str = dataclasses.field(repr=False)
+    text: TextOrPair = dataclasses.field(repr=False)  # as given
     input_ids: np.ndarray  # int32 [num_tokens]
-    _tokenizer: Tokenizer = dataclasses.field(repr=False)
+    _encoder: TextEncoder = dataclasses.field(repr=False)
 
     @property
     def tokens(self) -> list[str]:
         """The tokens as text; `kept` indexes into this list."""
-        return list(self._tokenizer.convert_ids_to_tokens(self.input_ids.tolist()))
+        return self._encoder.words(self.input_ids)
 
 
 class TRBert:
@@ -70,10 +83,16 @@ class TRBert:
     Attributes:
       config: the model's shape, label names, and how inputs are made.
       params: nested dict of float32 arrays, on the default device.
-      tokenizer: a `transformers.PreTrainedTokenizerFast`, or None.
+      tokenizer: a `transformers.PreTrainedTokenizerFast`, or None. The model reads texts with a copy: nothing
+        done to this one changes an answer or a saved model.
       newly_initialized: parts that were initialized at random, see `Pretrained`.
+      left_out: kind of the checkpoint's head if that was left out, see `Pretrained`.
+      source: the model's name in messages.
+      dtype: of the computation.
 
-    Raises UserError for an unknown dtype, or a tokenizer with more tokens than the model.
+    Can be pickled, without its compiled programs. In a process that was forked after JAX had started, a
+    helper process computes, see `trbert_jax.inference.forked`. Raises UserError for an unknown dtype, a
+    tokenizer with more tokens than the model, or no device.
     """
 
     def __init__(
@@ -84,15 +103,28 @@ class TRBert:
         *,
         dtype: str = "float32",
         newly_initialized: Collection[str] = (),
+        left_out: str = "",
+        source: str = "this model",
     ) -> None:
         if dtype not in _DTYPES:
             raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
         if tokenizer is not None:
             check_vocabulary(tokenizer, config, "TRBert")
-        self.config, self.params, self.tokenizer = config, jax.device_put(params), tokenizer
-        self.newly_initialized = tuple(newly_initialized)
-        # The compiled passes, shared by all batch sizes.
-        self.programs = CompiledForward(TokenReducingModel(config, _DTYPES[dtype]))
+        self._module = TokenReducingModel(config, _DTYPES[dtype])
+        self._helper: Helper | None = None
+        if not is_forked():  # else a helper computes
+            # The compiled passes, shared by all batch sizes; made first, since that looks for a device.
+            self.programs = CompiledForward(self._module)
+            params = jax.device_put(params)
+        self.config, self.params, self._tokenizer, self.dtype = config, params, tokenizer, dtype
+        self._own_tokenizer = None if tokenizer is None else copy_tokenizer(tokenizer)
+        self.newly_initialized, self.left_out, self.source = tuple(newly_initialized), left_out, source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Compiled programs cannot be pickled; the copy compiles its own.
+        names = ("dtype", "newly_initialized", "left_out", "source")
+        make = functools.partial(type(self), **{name: getattr(self, name) for name in names})
+        return make, (self.config, jax.tree.map(np.asarray, self.params), self._own_tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -104,12 +136,29 @@ class TRBert:
         `bfloat16`. Raises UserError if the model is missing or damaged.
         """
         x = load_pretrained(path_or_id, max_length=max_length)
-        return cls(x.config, x.params, x.tokenizer, dtype=dtype, newly_initialized=x.newly_initialized)
+        return cls(
+            x.config,
+            x.params,
+            x.tokenizer,
+            dtype=dtype,
+            newly_initialized=x.newly_initialized,
+            left_out=x.left_out,
+            source=str(path_or_id),
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a model directory, see `trbert_jax.model.pretrained.save_pretrained`."""
         params = jax.device_get(self.params)
-        save_pretrained(directory, self.config, params, self.tokenizer, exclude=self.newly_initialized)
+        save_pretrained(directory, self.config, params, self._own_tokenizer, exclude=self.newly_initialized)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The caller's tokenizer, see the class."""
+        return self._tokenizer
+
+    @functools.cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.require_tokenizer())
 
     @property
     def default_rule(self) -> str:
@@ -119,18 +168,45 @@ class TRBert:
     @functools.cached_property
     def task(self) -> Task:
         """The task that the model was trained for."""
-        return saved_task(self.config)
+        try:
+            return saved_task(self.config)
+        except UserError as error:
+            raise UserError(f"{self.source}: {error}") from error
 
     @property
     def answers_questions(self) -> bool:
         """Whether the model answers questions, or labels texts."""
         return bool(self.config.inputs.data)
 
+    def check_use(self, questions: bool, trained: bool = True) -> None:
+        """Raises UserError unless the head answers questions, or texts, and is `trained`."""
+        task, said = self.config.task, ""
+        if not questions and self.answers_questions:
+            said = "answers questions; ask it with trbert_jax.answer_questions(model, questions)"
+        elif task != "classification" and not self.answers_questions:
+            said = f"has a head for {task}, which labels no texts, and no trbert.inputs in its config.json, "
+            said += "which say how questions become its inputs; `trbert train` writes both"
+            if task == "multiple_choice":
+                said += ', or add {"trbert": {"inputs": {"data": "race", "choices": "independent"}}}'
+        elif questions and not self.answers_questions:
+            said = "labels texts, or its config.json lacks trbert.inputs, which say how questions become its "
+            said += "inputs; `trbert train` writes them for a data set of questions"
+        elif trained and (parts := [part for part in self.newly_initialized if part != "selectors"]):
+            said = f"has a head of {self.left_out}" if self.left_out else f"has no {', '.join(parts)}"
+            said += f", so no trained head for {task}; train it first: `trbert train` takes it as model.init"
+        if said:
+            raise UserError(f"{self.source}: the model {said}")
+        if self.answers_questions:
+            _ = self.task  # raises if its head is of another task
+
     def engine(self, batch_size: int) -> InferenceEngine:
         """Returns the engine for batches of this many examples. Raises UserError if that is no number."""
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"batch_size is {batch_size!r}; expected a whole number, at least 1")
-        return InferenceEngine(self.programs.model, batch_size, self.programs)
+        size = whole_number("batch_size", batch_size, 1, MOST)
+        if not is_forked():
+            return InferenceEngine(self._module, size, self.programs)
+        if self._helper is None or self._helper.process != os.getpid():
+            self._helper = Helper(self.config, self.params, self.dtype)
+        return ForkedEngine(self._helper, self._module, size)
 
     def compile(
         self, batch_size: int = 32, rule: str | None = None, backend: str = DEFAULT_BACKEND
@@ -139,21 +215,25 @@ class TRBert:
 
         Yields the name of each program and the seconds that compiling took. Arguments: see `predict`.
         """
-        sizes = [batch_size]
+        self.check_use(self.answers_questions)
+        self.engine(batch_size)
         if self.answers_questions:
-            request = parse_requests(self.task, [("example", self.task.shortest_request)], set())
+            small = FEWER
+            asked = parse_requests(self.task, [("example", self.task.shortest_request)], set())
+            request = [record for _, record in asked]
             example = self.task.encode(request, self.require_tokenizer())
         else:
-            sizes = sorted({_num_rows(count, batch_size) for count in (*SMALL, batch_size)})
-            example = _make_examples([[0]])
-        for size in sizes:
+            small = (*SMALL, *FEWER)
+            types = np.zeros(1, np.int8) if self.config.inputs.text_pair_field else None
+            example = _make_examples(Ragged.of([np.zeros(1, np.int32)]), types)
+        for size in sorted({size for size in small if size < batch_size} | {batch_size}):
             yield from self.engine(size).compile(self.params, example, rule or self.default_rule, backend)
 
     # Texts
 
     def predict(
         self,
-        texts: Sequence[str],
+        texts: Iterable[TextOrPair],
         batch_size: int = 32,
         rule: str | None = None,
         backend: str = DEFAULT_BACKEND,
@@ -162,8 +242,10 @@ class TRBert:
         """Classifies texts.
 
         Args:
-          texts: any number, empty ones too; one longer than `config.max_length` tokens is cut.
-          batch_size: texts per forward pass; does not change the results.
+          texts: any number, empty ones too, or pairs `(text, second text)`; one longer than
+            `config.max_length` tokens is cut.
+          batch_size: texts per forward pass; does not change the results. Memory grows with it up to the
+            number of texts.
           rule: `threshold` decides on each text by itself. `batch_max` is the published evaluation: each text
             keeps as many tokens as the text of its batch that keeps most, so results depend on the batch.
             `dense` drops nothing. None takes `default_rule`.
@@ -175,12 +257,11 @@ class TRBert:
         Returns predictions in the order of the texts. Raises UserError for something else than a list of
         strings, an invalid option, a model without tokenizer or one that answers questions.
         """
-        _check_texts(texts)
         options = {"rule": rule, "backend": backend, "threshold": threshold}
         return list(self.predict_stream(texts, batch_size, **options))
 
     def predict_stream(
-        self, texts: Iterable[str], batch_size: int = 32, **options: Any
+        self, texts: Iterable[TextOrPair], batch_size: int = 32, **options: Any
     ) -> Iterator[Prediction]:
         """Classifies any number of texts, with a few windows of `WINDOW` batches in memory at a time.
 
@@ -188,58 +269,58 @@ class TRBert:
         Arguments and errors: see `predict`; an invalid option raises at once, a bad text when its window is
         reached.
         """
-        if self.answers_questions:
-            raise UserError(
-                "this model answers questions; ask it with trbert_jax.answer_questions(model, questions)"
-            )
-        return self._predict(texts, batch_size, self._options(batch_size, **options))
+        texts = iterable("texts", texts, "predict([text])")
+        self.check_use(questions=False)
+        options = self.checked_options(batch_size, **options)
+        return self._predict(texts, int(batch_size), options)
 
-    def _predict(self, texts: Iterable[str], batch_size: int, options: Any) -> Iterator[Prediction]:
-        engine = None
+    def _predict(self, texts: Iterable[TextOrPair], batch_size: int, options: Any) -> Iterator[Prediction]:
+        rows = 0
         for window, examples, truncated in self._encode_ahead(texts, WINDOW * batch_size):
-            engine = engine or self.engine(_num_rows(len(window), batch_size))
+            if (needed := _num_rows(len(window), batch_size)) > rows:  # windows of a pipe are small at first
+                engine, rows = self.engine(needed), needed
             outputs = engine.run(self.params, examples, **options)
-            scores, winners = outputs.probabilities, outputs.logits.argmax(-1)
+            scores = outputs.probabilities
+            if self.config.score:
+                scores = outputs.logits if self.config.score == "identity" else _sigmoid(outputs.logits)
+            winners = [None if self.config.score else int(i) for i in outputs.logits.argmax(-1)]
             for i, text in enumerate(window):
+                winner = winners[i]
                 yield Prediction(
-                    label=self.config.labels[winners[i]],
-                    label_id=int(winners[i]),
+                    label=None if winner is None else self.config.labels[winner],
+                    label_id=winner,
                     scores=scores[i],
+                    logits=outputs.logits[i],
                     kept=tuple(stage[i] for stage in outputs.kept),
                     num_tokens=int(examples.lengths[i]),
                     truncated=truncated[i],
                     text=text,
                     input_ids=examples.row(i),
-                    _tokenizer=self.tokenizer,
+                    _encoder=self._encoder,
                 )
 
     def _encode_ahead(
-        self, texts: Iterable[str], size: int
-    ) -> Iterator[tuple[list[str], Examples, list[bool]]]:
+        self, texts: Iterable[TextOrPair], size: int
+    ) -> Iterator[tuple[list[TextOrPair], Examples, list[bool]]]:
         """Encodes `size` texts at a time, the next ones while these are in use."""
         source, first, pending = iter(texts), 0, None
         with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without Python's lock
-            while window := list(itertools.islice(source, size)):
-                following = pool.submit(self._encode, window, first)
+            for window in windows(source, size):
+                following = pool.submit(self._encode, window, first) if window else None
                 if pending:
                     yield pending.result()
                 pending, first = following, first + len(window)
             if pending:
                 yield pending.result()
 
-    def _encode(self, texts: list[str], first: int) -> tuple[list[str], Examples, list[bool]]:
+    def _encode(self, texts: list[TextOrPair], first: int) -> tuple[list[TextOrPair], Examples, list[bool]]:
         """Encodes texts, whose numbers begin with `first`; tells which are cut."""
-        _check_texts(texts, first)
-        tokenizer, longest = self.require_tokenizer(), self.config.max_length
-        encoded = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(texts)]
-        truncated = [len(ids) > longest for ids in encoded]
-        rows = [
-            [*ids[: longest - 1], tokenizer.sep_token_id] if cut else ids
-            for ids, cut in zip(encoded, truncated, strict=True)
-        ]
-        return texts, _make_examples(rows), truncated
+        _check_texts(texts, first, pairs=bool(self.config.inputs.text_pair_field))
+        pairs = [(text,) if isinstance(text, str) else text for text in texts]
+        rows = self._encoder.rows(pairs, self.config.max_length)
+        return texts, _make_examples(rows.tokens, rows.token_types), rows.cut.tolist()
 
-    def _options(
+    def checked_options(
         self,
         batch_size: int,
         rule: str | None = None,
@@ -254,98 +335,50 @@ class TRBert:
         return {"rule": rule, "backend": backend, "threshold": threshold}
 
     def require_tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer. Raises UserError if the model has none."""
-        if self.tokenizer is None:
+        """Returns the model's own copy of the tokenizer. Raises UserError if the model has none."""
+        if self._own_tokenizer is None:
             raise UserError(
-                "this model has no tokenizer; put the tokenizer files (tokenizer.json or vocab.txt) of the "
-                "model it was made of into its directory"
+                "this model has no tokenizer; put the tokenizer files of the model it was made of into its "
+                "directory (tokenizer.json and tokenizer_config.json, or vocab.txt)"
             )
-        return self.tokenizer
+        return self._own_tokenizer
 
     # Questions
 
-    def answer_stream(
-        self, requests: Iterable[tuple[str, Any]], batch_size: int = 32, **options: Any
-    ) -> Iterator[dict[str, Any]]:
+    def answer_stream(self, requests: Iterable[Any], batch_size: int = 32, **options: Any) -> Iterator[Any]:
         """Answers any number of questions, with only `WINDOW` batches in memory at a time.
 
-        `requests` has of each question its place for messages, and the JSON object. Options: see `predict`;
-        results and errors: see `answer_questions`. A bad question raises when its window is reached.
+        `requests` has of each question its place for messages, and the JSON object. Options, results and
+        errors: see `answer_questions`. A bad question raises after the answers to those before it.
         """
-        options = self._options(batch_size, **options)
-        source, ids = iter(requests), set[str]()
-        while window := list(itertools.islice(source, WINDOW * batch_size)):
-            if not self.answers_questions:
-                raise UserError(
-                    "this model labels texts, or its config.json has no trbert.inputs, which says how "
-                    "questions become its inputs; a model that `trbert train` made for a data set of "
-                    "questions has"
-                )
-            records = parse_requests(self.task, window, ids)
-            examples = encode_usable(self.task, records, self.require_tokenizer(), BadRecords(), "questions")
-            outputs = self.engine(batch_size).run(self.params, examples, **options)
-            answers, more = self.task.score(examples, outputs.logits).files["predictions.json"], {}
-            if self.config.task == "multi_hop":
-                answers, more = answers["answer"], answers["sp"]
-            counts = self._count_tokens(examples, outputs)
-            for record in records:
-                hops = {"supporting": more[record.id]} if more else {}
-                yield {"id": record.id, "answer": answers[record.id], **hops, **counts[record.id]}
-
-    def _count_tokens(self, examples: Examples, outputs: Outputs) -> dict[str, dict[str, Any]]:
-        """Returns for each question the tokens of its inputs, and how many each point of reduction keeps."""
-        # In pairs the options of a question are examples, named `question:A` and so on.
-        in_pairs = self.task.name == "multiple_choice" and examples.group == 1
-        num_kept, totals = outputs.num_kept, dict[str, np.ndarray]()
-        for name, rows in zip(examples.ids, examples.rows(np.arange(len(examples))), strict=True):
-            question = name.rpartition(":")[0] if in_pairs else name
-            rows = rows[rows >= 0]
-            counts = np.array([examples.row_lengths[rows].sum(), *num_kept[rows].sum(0)])
-            totals[question] = totals.get(question, 0) + counts
-        return {id: {"num_tokens": int(x[0]), "num_kept": x[1:].tolist()} for id, x in totals.items()}
+        return (answer for _, answer in answer_pairs(self, requests, batch_size, **options))
 
 
-def answer_questions(
-    model: TRBert, requests: Sequence[Any], *, source: str = "question", **options: Any
-) -> list[dict[str, Any]]:
-    """Answers questions.
-
-    Args:
-      model: trained on a data set of questions.
-      requests: JSON objects; docs/question_answering.md lists their fields.
-      source: name of the questions in messages, before their number.
-      options: `batch_size`, `rule`, `backend` and `threshold`, see `TRBert.predict`.
-
-    Returns:
-      For each question `id`, `answer` (text, letter of the option, or candidate), for multi-hop questions
-      `supporting` (a list of [title, number of the sentence]), `num_tokens` of all its inputs, and
-      `num_kept`, how many of them each point of reduction keeps (empty for rule `dense`).
-
-    Raises UserError for a model that labels texts, a malformed question, or an invalid option.
-    """
-    placed = ((f"{source}:{number}", request) for number, request in enumerate(requests, 1))
-    return list(model.answer_stream(placed, **options))
-
-
-def _make_examples(rows: Sequence[Sequence[int]]) -> Examples:
+def _make_examples(tokens: Ragged, token_types: np.ndarray | None) -> Examples:
     """Returns examples of one row each, without labels."""
-    tokens = Ragged.of([np.array(row, np.int32) for row in rows])
-    ids = [str(i) for i in range(len(rows))]
-    return Examples(tokens.values, tokens.offsets, None, np.zeros(len(rows), np.int32), ids, 0, "")
+    ids = [str(i) for i in range(len(tokens))]
+    return Examples(tokens.values, tokens.offsets, token_types, np.zeros(len(ids), np.int32), ids, 0, "")
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.maximum(logits, -80)))  # below, float32 overflows
 
 
 def _num_rows(num_texts: int, batch_size: int) -> int:
     """Returns the rows of a batch: few shapes to compile, a small one for a request of a few texts."""
-    return min([rows for rows in SMALL if rows >= num_texts] + [batch_size])
+    return min([rows for rows in SMALL if rows >= num_texts] + [fitting_size(num_texts, batch_size)])
 
 
-def _check_texts(texts: Sequence[str], first: int = 0) -> None:
-    if isinstance(texts, str):
-        raise UserError("predict takes a list of texts; put the text into one: predict([text])")
+def _check_texts(texts: Sequence[TextOrPair], first: int, *, pairs: bool) -> None:
+    """Raises UserError for something else than texts, or pairs of texts, which a model of pairs needs."""
     for i, text in enumerate(texts, first):
-        if not isinstance(text, str):
-            raise UserError(f"texts[{i}] is a {type(text).__name__}; expected a string")
+        is_pair = isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(x, str) for x in text)
+        if not (is_pair or (isinstance(text, str) and not pairs)):
+            expected = "a pair of strings, (text, second text): the model was trained on pairs"
+            expected = expected if pairs else "a string, or a pair of strings"
+            raise UserError(f"texts[{i}] is a {type(text).__name__}; expected {expected}")
         try:
-            check_unicode(text)
+            for part in [text] if isinstance(text, str) else text:
+                check_unicode(part)
         except ValueError as error:
             raise UserError(f"texts[{i}] {error}") from error

@@ -21,7 +21,7 @@ class Backbone:
     aliases: tuple[str, ...] = ()
     class_name: str  # beginning of the class name in config.json
     keys: Mapping[str, str]  # `ModelConfig` field -> key in config.json
-    activation_key: str  # key in config.json; the activation must be the exact GELU
+    activation_key: str  # key in config.json of `ModelConfig.activation`
     # `ModelConfig` fields for a silent config.json, where they differ from `ModelConfig`'s own.
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     embeddings: Names  # names below `<name>.embeddings`

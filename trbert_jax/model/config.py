@@ -8,30 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from trbert_jax.errors import UserError
+from trbert_jax.datasets.tables import Fields
+from trbert_jax.errors import UserError, first_lines
 from trbert_jax.model.backbones import BACKBONES, Backbone, find_backbone
 
 if TYPE_CHECKING:
     from trbert_jax.model.heads import Head
 
 # Settings of Hugging Face that change the computation in ways this encoder does not offer.
-_ONLY_VALUES: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("absolute", None),
-    "is_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "problem_type": ("single_label_classification", None),
-}
+_ONLY_VALUES = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+# Classes that train an encoder alone: whatever head is in their checkpoint, it is not theirs.
+_PRETRAINING = ("PreTraining", "MaskedLM", "NextSentencePrediction")
+# How one output becomes a score -> `problem_type` in config.json.
+_SCORES = {"sigmoid": "multi_label_classification", "identity": "regression"}
+_LABELS = "single_label_classification"
 _OWN_KEYS = ("task", "selector_hidden", "max_length", "inputs")
 
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig:
-    """How questions become inputs; stored with the model, which must be asked as it was trained."""
+    """How records become inputs; stored with the model, which must be asked as it was trained."""
 
-    data: str = ""  # name of the data set it was trained on, which decides the form of a question
+    data: str = ""  # name of the data set of questions it was trained on, which decides their form
     choices: str = "pairs"  # form of a multiple choice, see `config.DataConfig.choices`
     # See `config.BackboneConfig`; 0 for the data set's default.
     max_question_length: int = 0
@@ -39,6 +42,20 @@ class InputConfig:
     max_segments: int = 1
     unanswerable: bool = False  # whether questions may have no answer, as in SQuAD 2.0
     null_threshold: float = 0.0  # null odds above which such a question gets no answer
+    # Fields of the texts it was trained on; the second is empty for single texts.
+    text_field: str = "text"
+    text_pair_field: str = ""
+    label_field: str = "label"
+
+    def fields(self, text: str | None = None, pair: str | None = None, label: str | None = None) -> Fields:
+        """Returns the fields to read: the given names, else those of training, else the default ones."""
+        given = {"text": text, "pair": pair, "label": label}
+        return Fields(
+            text or self.text_field,
+            pair or self.text_pair_field or None,
+            label or self.label_field,
+            or_default=tuple(name for name, value in given.items() if value is None),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +75,18 @@ class ModelConfig:
     max_positions: int = 512  # rows of the position table; the longest input, special tokens included
     type_vocab_size: int = 2  # rows of the token type table; 0 for none
     layer_norm_eps: float = 1e-12
+    activation: str = "gelu"  # key of `layers.ACTIVATIONS`, in the layers; the selectors' is the exact GELU
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     classifier_dropout: float = 0.1  # before the last linear layer of the classification head
     initializer_range: float = 0.02
     pad_token_id: int = 0
     labels: tuple[str, ...] = ("0", "1")  # label names in the order of their ids, one per class
+    # What makes a score, and no label, of a classifier's one output: `sigmoid` or `identity`; else empty.
+    score: str = ""
     selector_hidden: int = 32  # width of a selector's hidden layer
     max_length: int = 512  # padded length the selectors were trained with, the unit of the length penalty
-    inputs: InputConfig = InputConfig()  # how questions become inputs; unused for classification of texts
+    inputs: InputConfig = InputConfig()  # how records become inputs
 
     @property
     def backbone(self) -> Backbone:
@@ -115,14 +135,10 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
 
     Raises `UserError`, naming `source`, for an unknown model type, an unsupported setting or a bad value.
     """
-    backbone = find_backbone(values.get("model_type", ""))
-    if backbone is None:
-        known = ", ".join(name for b in BACKBONES.values() for name in (b.name, *b.aliases))
-        raise UserError(f"{source}: model_type is {values.get('model_type')!r}; expected one of {known}")
-    only: dict[str, tuple[Any, ...]] = {backbone.activation_key: ("gelu", "gelu_python"), **_ONLY_VALUES}
-    for key, allowed in only.items():
-        if values.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{source}: {key} is {values[key]!r}; only {allowed[0]!r} is supported")
+    backbone = _backbone(values, source)
+    for key, only in _ONLY_VALUES.items():
+        if values.get(key) not in (only, None):
+            raise UserError(f"{source}: {key} is {values[key]!r}; only {only!r} is supported")
 
     fields: dict[str, Any] = {"model_type": backbone.name, **backbone.defaults}
     for field, key in backbone.keys.items():
@@ -130,10 +146,15 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
             fields[field] = _number(values[key], field, f"{source}: {key}")
     if "hidden_dropout" in fields:
         fields.setdefault("classifier_dropout", fields["hidden_dropout"])
+    fields["activation"] = _activation(values, backbone.activation_key, source)
     fields["labels"] = labels_from_dict(values, source) or ModelConfig.labels
     fields["task"] = _task_of(values)
     fields["max_length"] = min(ModelConfig.max_length, fields.get("max_positions", ModelConfig.max_positions))
     config = ModelConfig(**{**fields, **_own_section(values.get("trbert", {}), source)})
+    if config.task == "classification" and config.num_labels == 1:
+        config = dataclasses.replace(config, score=_score(values, source))
+    if config.head.data and not config.inputs.data:
+        config = dataclasses.replace(config, inputs=dataclasses.replace(config.inputs, data=config.head.data))
     if config.hidden_size % config.num_heads:
         sizes = (
             f"hidden size, {config.hidden_size}, is not a multiple of the attention heads, {config.num_heads}"
@@ -149,15 +170,16 @@ def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """Builds the contents of a `config.json` that Hugging Face's classes read."""
     backbone = config.backbone
     own = {key: getattr(config, key) for key in _OWN_KEYS if key != "inputs"}
-    if config.inputs.data:
+    if config.inputs != InputConfig():
         own["inputs"] = dataclasses.asdict(config.inputs)
     return {
         "architectures": [backbone.class_name + config.head.class_suffix],
         "model_type": backbone.name,
         **{key: getattr(config, field) for field, key in backbone.keys.items()},
-        backbone.activation_key: "gelu",
+        backbone.activation_key: config.activation,
         "id2label": {str(i): label for i, label in enumerate(config.labels)},
         "label2id": {label: i for i, label in enumerate(config.labels)},
+        **({"problem_type": _SCORES.get(config.score, _LABELS)} if config.num_labels == 1 else {}),
         "trbert": own,
     }
 
@@ -174,12 +196,68 @@ def labels_from_dict(values: Mapping[str, Any], source: str = "config.json") -> 
         labels = tuple(by_id[i] for i in range(len(names)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         expected = "an object from the ids 0, 1, ... to label names"
-        raise UserError(f"{source}: id2label is {names!r}; expected {expected}") from error
-    if len(set(labels)) < len(labels):
-        raise UserError(f"{source}: id2label names a label twice: {', '.join(labels)}")
+        raise UserError(f"{source}: id2label is {reprlib.repr(names)}; expected {expected}") from error
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise UserError(f"{source}: id2label names a label twice: {', '.join(first_lines(twice))}")
     if count not in (None, len(labels)):
         raise UserError(f"{source}: num_labels is {count}, but id2label has {len(labels)} labels")
     return labels
+
+
+def foreign_head(values: Mapping[str, Any]) -> str | None:
+    """Returns the kind of a checkpoint's head if it is none of `HEADS`, else None."""
+    if "trbert" in values:
+        return None
+    from trbert_jax.model.heads import HEADS
+
+    known = (*(head.class_suffix.removeprefix("For") for head in HEADS.values()), *_PRETRAINING)
+    for name in _classes(values):
+        kind = name.partition("For")[2]
+        if kind and kind not in known:
+            return name
+    problem, count = values.get("problem_type"), len(labels_from_dict(values) or ModelConfig.labels)
+    if problem not in (None, _LABELS) and (count > 1 or problem not in _SCORES.values()):
+        return f"{problem} with {count} outputs"
+    return None
+
+
+def _backbone(values: Mapping[str, Any], source: str) -> Backbone:
+    """Returns the backbone of `model_type`, or of the classes and keys of a config.json without it."""
+    model_type = values.get("model_type")
+    if backbone := find_backbone(model_type):
+        return backbone
+    if not model_type:  # the first versions of transformers did not write it
+        for backbone in BACKBONES.values():
+            sizes = {backbone.keys[field] for field in ("hidden_size", "num_layers", "num_heads")}
+            fits = all(name.startswith(backbone.class_name) for name in _classes(values))
+            if fits and sizes <= set(values):
+                return backbone
+    known = ", ".join(name for b in BACKBONES.values() for name in (b.name, *b.aliases))
+    raise UserError(f"{source}: model_type is {model_type!r}; expected one of {known}")
+
+
+def _activation(values: Mapping[str, Any], key: str, source: str) -> str:
+    from trbert_jax.model.layers import ACTIVATIONS
+
+    name = values.get(key) or ModelConfig.activation
+    if name not in tuple(ACTIVATIONS):
+        raise UserError(f"{source}: {key} is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
+    return str(name)
+
+
+def _score(values: Mapping[str, Any], source: str) -> str:
+    """Returns what makes a score of a classifier's one output."""
+    problem, section = values.get("problem_type"), values.get("sentence_transformers")
+    if problem == _LABELS and "trbert" in values:  # trained here on one class
+        return ""
+    function = section.get("activation_fn") if isinstance(section, Mapping) else None
+    function = function or values.get("sbert_ce_default_activation_function")
+    if function is None:
+        return "identity" if problem == _SCORES["identity"] else "sigmoid"
+    if (name := str(function).rpartition(".")[2].lower()) not in _SCORES:
+        expected = ", ".join(_SCORES)
+        raise UserError(f"{source}: the activation of the score is {function!r}; expected one of {expected}")
+    return name
 
 
 def _task_of(values: Mapping[str, Any]) -> str:
@@ -187,8 +265,14 @@ def _task_of(values: Mapping[str, Any]) -> str:
     from trbert_jax.model.heads import HEADS
 
     heads = [head for head in HEADS.values() if head.class_suffix != "Model"]
-    names = map(str, values.get("architectures") or ())
-    return next((h.name for name in names for h in heads if name.endswith(h.class_suffix)), ModelConfig.task)
+    found = (h.name for name in _classes(values) for h in heads if name.endswith(h.class_suffix))
+    return next(found, ModelConfig.task)
+
+
+def _classes(values: Mapping[str, Any]) -> list[str]:
+    names = values.get("architectures") or []
+    names = [names] if isinstance(names, str) else [*map(str, names)] if isinstance(names, list) else []
+    return [name.removeprefix("Flax").removeprefix("TF") for name in names]
 
 
 def _own_section(section: Any, source: str) -> dict[str, Any]:

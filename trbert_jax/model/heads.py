@@ -105,6 +105,9 @@ class Head:
     class_suffix: str = "Model"  # end of the class name in config.json; some tasks have no class of their own
     # Whether it reads every token, a dropped one in the state it had when dropped; otherwise [CLS] alone.
     reads_all_tokens: bool = True
+    data: str = (
+        ""  # data set like whose questions a checkpoint of another origin is asked; "" if there is none
+    )
     num_outputs: int | None = None  # of its last layer, per token or per [CLS]; None for one per label
     # Entries of a batch that it reads besides the states -> shape of a row in the smallest example.
     inputs: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -117,7 +120,7 @@ HEADS: dict[str, Head] = {
     for head in (
         Head("classification", ClassificationHead, _SENTENCE, "ForSequenceClassification", False),
         Head("multiple_choice", ClassificationHead, _SENTENCE, "ForMultipleChoice", False, num_outputs=1),
-        Head("span", SpanHead, ("qa_outputs",), "ForQuestionAnswering"),
+        Head("span", SpanHead, ("qa_outputs",), "ForQuestionAnswering", data="squad"),
         Head("candidates", CandidateHead, ("qa_outputs",), num_outputs=1, inputs={"candidates": (1,)}),
         Head("multi_hop", MultiHopHead, _MULTI_HOP, inputs={"sentences": (1, 2)}),
     )

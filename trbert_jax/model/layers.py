@@ -1,5 +1,7 @@
 """Embeddings, the post-LN transformer layer and the token selector. Source: docs/method.md, "Encoder"."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +11,19 @@ import jax.numpy as jnp
 from trbert_jax.model.config import ModelConfig
 
 Dtype = Any
+
+# Activations between the two products of a layer, by their names in config.json. A selector has its own.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    **dict.fromkeys(("gelu", "gelu_python"), functools.partial(jax.nn.gelu, approximate=False)),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"),
+        functools.partial(jax.nn.gelu, approximate=True),
+    ),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
 
 
 def dense(features: int, config: ModelConfig, dtype: Dtype) -> nn.Dense:
@@ -133,7 +148,7 @@ class TransformerLayer(nn.Module):
         if self.config.backbone.attention_output_dropout:
             attended = self.hidden_dropout(attended, deterministic=deterministic)
         states = self.attention_norm(states + attended)
-        inner = jax.nn.gelu(self.intermediate(states), approximate=False)
+        inner = ACTIVATIONS[self.config.activation](self.intermediate(states))
         inner = self.hidden_dropout(self.output(inner), deterministic=deterministic)
         return self.output_norm(states + inner)
 

@@ -45,7 +45,8 @@ class TokenReducingModel(nn.Module):
         Args:
           batch: `input_ids` int32 [B, S], `mask` bool [B, S] (True for real tokens), optional
             `token_type_ids` int32 [B, S] and the inputs of the head (`Head.inputs`). `shared` bool [B, S]
-            marks the tokens that the options of a multiple choice share, if they decide on them together.
+            marks the tokens that the options of a multiple choice share, if they decide on them together;
+            the length of `valid` bool [examples] then says how many rows an example has.
           rule: how tokens are selected (`trbert_jax.reduction.selection`); None runs the dense encoder.
           num_copies: samples of each example, K. The layers before the first point of reduction run once
             for all; outputs have K * B rows, row `j * B + i` is copy j of example i.
@@ -57,7 +58,7 @@ class TokenReducingModel(nn.Module):
         tokens = self.encoder.before_selection(tokens, deterministic)
         if num_copies > 1:
             tokens = tokens.repeat(num_copies)
-        passage = shared_passage(self.config, batch, num_copies)
+        passage = shared_passage(batch, num_copies)
         tokens, selections = self.encoder.from_selection(tokens, rule, deterministic, passage)
         return ModelOutput(self.answer(tokens, head_inputs(batch, num_copies), deterministic), selections)
 
@@ -103,11 +104,11 @@ def head_inputs(batch: Batch, num_copies: int = 1) -> dict[str, jax.Array]:
     return {key: jnp.tile(x, (num_copies, *(1,) * (x.ndim - 1))) for key, x in inputs.items()}
 
 
-def shared_passage(config: ModelConfig, batch: Batch, num_copies: int = 1) -> SharedPassage | None:
+def shared_passage(batch: Batch, num_copies: int = 1) -> SharedPassage | None:
     """Returns the tokens that rows of a multiple choice decide on together; None if each decides alone."""
     if "shared" not in batch:
         return None
-    passage = SharedPassage(batch["shared"], config.num_labels)
+    passage = SharedPassage(batch["shared"], len(batch["shared"]) // len(batch["valid"]))
     return passage.repeat(num_copies) if num_copies > 1 else passage
 
 

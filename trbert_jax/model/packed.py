@@ -112,7 +112,7 @@ def packed_forward(
     points = (*config.reduction_layers, config.num_layers)
     packed = encoder.embed(params, batch, dropout_rng)
     packed = encoder.run_layers(params, packed, range(points[0]), dropout_rng)
-    passage = shared_passage(config, batch, num_copies)
+    passage = shared_passage(batch, num_copies)
     inputs = head_inputs(batch, num_copies)
     selections: list[Selection] = []
     dropped: TokenSet | None = None

@@ -9,37 +9,44 @@ import logging
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from trbert_jax.errors import UserError
-from trbert_jax.io import atomic_directory, read_json, write_json
+from trbert_jax.errors import UserError, first_lines, iterable, whole_number
+from trbert_jax.io import read_json, write_json
 from trbert_jax.model.config import (
     ModelConfig,
+    foreign_head,
     labels_from_dict,
     model_config_from_dict,
     model_config_to_dict,
 )
 from trbert_jax.model.heads import HEADS
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, find_tokenizer, save_tokenizer
-from trbert_jax.model.weights import (
+from trbert_jax.model.weight_files import (
+    FLAX,
     SAFETENSORS,
     SMALL_FILES,
     TORCH,
     UNFINISHED,
-    Tree,
-    from_original_names,
     local_directory,
-    parameters,
     read_weights,
-    to_original_names,
     write_weights,
 )
+from trbert_jax.model.weights import (
+    Tree,
+    from_original_names,
+    original_names,
+    parameters,
+    to_original_names,
+)
+from trbert_jax.outputs import atomic_directory, contents
 
 logger = logging.getLogger(__name__)
 
-_MODEL_FILES = {*SMALL_FILES, SAFETENSORS, TORCH, "added_tokens.json"}
+_MODEL_FILES = {*SMALL_FILES, SAFETENSORS, TORCH, FLAX}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Pretrained:
     params: Tree  # nested dict of float32 numpy arrays
     tokenizer: Tokenizer | None  # None if the directory has none
     newly_initialized: tuple[str, ...] = ()  # parts with random values, see `weights.Parameter.part`
+    left_out: str = ""  # kind of the checkpoint's head if it is of another kind and was left out
 
 
 def load_pretrained(
@@ -78,42 +86,63 @@ def load_pretrained(
     Raises `UserError` for no checkpoint, a damaged or unfinished one, names or shapes that do not fit.
     """
     directory = local_directory(path_or_id)
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory}: no config.json here, so this is no finished model {UNFINISHED}")
-    values = read_json(directory / "config.json")
-    if not isinstance(values, Mapping):
-        raise UserError(f"{directory / 'config.json'}: expected a JSON object")
-    config = model_config_from_dict(values, str(directory / "config.json"))
-    weights = read_weights(directory)
-
-    if task is not None and task != config.task:
-        config = _change_task(config, weights, task)
-    counts_labels = config.task == "classification" and "classifier.weight" in weights
-    if labels_from_dict(values) is None and counts_labels:
-        config = dataclasses.replace(config, labels=tuple(map(str, range(len(weights["classifier.weight"])))))
-    tree, differences = from_original_names(weights, config)
+    values, source = read_config(directory), str(directory / "config.json")
+    config, weights = model_config_from_dict(values, source), read_weights(directory)
+    names = original_names(weights, config)
+    if known := _known_from(weights, names, config, values):
+        values = {**values, **known}
+        config = model_config_from_dict(values, source)
+    left_out = foreign_head(values) or ""
+    if left_out or task not in (None, config.task):
+        kind = left_out or f"task {config.task}"
+        config = _leave_out_head(config, weights, names, kind, task or ModelConfig.task)
+    tree, differences, unused = from_original_names(weights, config)
     if differences:
         kind = f"{config.model_type} model for {config.task} with {config.num_layers} layers"
-        raise UserError("\n  ".join((f"{directory}: the weights are not those of a {kind}", *differences)))
+        lines = (f"{directory}: the weights are not those of a {kind}", *first_lines(differences))
+        raise UserError("\n  ".join(lines))
+    if unused:
+        listed = ", ".join(first_lines(unused, 3))
+        logger.warning("%s: left out tensors that are no part of the model: %s", directory, listed)
 
     if labels is not None:
-        config = _change_labels(config, tree, tuple(labels))
+        config = _change_labels(config, tree, tuple(iterable("labels", labels, "labels=[label]")))
     if keep_layers is not None:
-        config = _keep_layers(config, tree, list(keep_layers))
+        layers = [whole_number("keep_layers", layer, 0) for layer in keep_layers]
+        config = _keep_layers(config, tree, layers)
     if max_positions is not None:
-        config = _resize_positions(config, tree, max_positions)
+        config = _resize_positions(config, tree, whole_number("max_positions", max_positions, 1))
     if max_length is not None:
-        if not 2 <= max_length <= config.max_positions:
+        max_length = whole_number("max_length", max_length, 2)
+        if max_length > config.max_positions:
             expected = f"2 up to the model's {config.max_positions} positions; set max_positions to have more"
             raise UserError(f"max_length is {max_length}; expected {expected}")
         config = dataclasses.replace(config, max_length=max_length)
+    _check_finite(config, tree, directory)
     tree, new = _initialize_missing(config, tree, seed)
     if new:
         logger.warning("%s: initialized at random, to be trained before use: %s", directory, ", ".join(new))
     tokenizer = find_tokenizer(directory, config.backbone.special_tokens)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, str(directory))
-    return Pretrained(config, tree, tokenizer, new)
+    return Pretrained(config, tree, tokenizer, new, left_out if set(new) - {"selectors"} else "")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Reads the config.json of a model. Raises `UserError` if the folder is that of a run, or no model's."""
+    file, inner = directory / "config.json", directory / "model"
+    values = read_json(file) if file.is_file() else None
+    if values is None or (isinstance(values, Mapping) and "workdir" in values):  # or the folder of a run
+        if (inner / "config.json").is_file():
+            raise UserError(f"{directory}: the model is in a folder of this one; give {inner}")
+        if values is not None:
+            others = sorted(str(path.parent) for path in directory.glob("*/model/config.json"))
+            has = f"; it has {', '.join(others)}" if others else "; finish the run first"
+            raise UserError(f"{directory}: a work directory, whose run has no {inner} yet{has}")
+        raise UserError(f"{directory}: no config.json here, so this is no finished model {UNFINISHED}")
+    if not isinstance(values, Mapping):
+        raise UserError(f"{directory / 'config.json'}: expected a JSON object")
+    return dict(values)
 
 
 def save_pretrained(
@@ -134,7 +163,7 @@ def save_pretrained(
     Raises `UserError` if the directory cannot be written or holds files that are not a model's, `ValueError`
     if `params` lacks parameters of the model.
     """
-    _check_replaceable(Path(directory))
+    check_replaceable(Path(directory))
     wanted = {p.name for p in parameters(config) if p.part not in exclude}
     weights = {k: v for k, v in to_original_names(params, config).items() if k in wanted}
     missing = sorted(wanted - set(weights))
@@ -147,32 +176,67 @@ def save_pretrained(
             save_tokenizer(temporary, tokenizer, config)
 
 
-def _check_replaceable(directory: Path) -> None:
+def check_replaceable(directory: Path) -> None:
     """Raises `UserError` if replacing a directory would delete files that are not a model's."""
     if not directory.is_dir():
         return
-    others = sorted(p.name for p in directory.iterdir() if p.is_dir() or p.name not in _MODEL_FILES)
+    others = sorted(p.name for p in contents(directory) if p.is_dir() or p.name not in _MODEL_FILES)
     if others:
         more = ", ..." if len(others) > 3 else ""
         files = f"files that are no part of a model and would be deleted ({', '.join(others[:3])}{more})"
         raise UserError(f"{directory}: holds {files}; choose another directory, or move them away")
 
 
-def _change_task(config: ModelConfig, weights: dict[str, np.ndarray], task: str) -> ModelConfig:
-    """Returns the configuration for another task; removes the checkpoint's own head from its weights."""
+def _known_from(
+    weights: Mapping[str, np.ndarray],
+    names: Mapping[str, str | None],
+    config: ModelConfig,
+    values: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what config.json leaves out and the weights decide: the class, or the number of labels."""
+    heads = {full: weights[name] for name, full in names.items() if full}
+    classifier, span = heads.get("classifier.weight"), heads.get("qa_outputs.weight")
+    if config.task != "classification":
+        return {}
+    if classifier is not None:
+        return {} if labels_from_dict(values) else {"num_labels": len(classifier)}
+    if span is None or len(span) != 2 or values.get("architectures") or "trbert" in values:
+        return {}
+    return {"architectures": [config.backbone.class_name + HEADS["span"].class_suffix]}
+
+
+def _leave_out_head(
+    config: ModelConfig, weights: dict[str, np.ndarray], names: Mapping[str, str | None], kind: str, task: str
+) -> ModelConfig:
+    """Removes the checkpoint's head from its weights; returns the configuration for another task.
+
+    `names` has the full names of the weights, from `original_names`.
+    """
     layers = {"pre_classifier", *(layer for head in HEADS.values() for layer in head.layers)}
-    removed = sorted(name for name in weights if name.partition(".")[0] in layers)
+    removed = sorted(name for name, full in names.items() if full and full.partition(".")[0] in layers)
     for name in removed:
         del weights[name]
     if removed:
-        logger.info("left out the head for %s: %s", config.task, ", ".join(removed))
-    return dataclasses.replace(config, task=task)
+        logger.info("left out the head, which is that of %s: %s", kind, ", ".join(removed))
+    return dataclasses.replace(
+        config, task=task, labels=ModelConfig.labels, score="", inputs=ModelConfig.inputs
+    )
+
+
+def _check_finite(config: ModelConfig, tree: Tree, directory: Path) -> None:
+    weights = to_original_names(tree, config)
+    bad = sorted(name for name, array in weights.items() if not np.isfinite(array).all())
+    if bad:
+        causes = "the training that wrote them diverged, or the file is damaged"
+        names = ", ".join(first_lines(bad))
+        raise UserError(f"{directory}: weights that are not finite numbers: {names}; {causes}")
 
 
 def _change_labels(config: ModelConfig, tree: Tree, labels: tuple[str, ...]) -> ModelConfig:
     if len(set(labels)) < len(labels) or not labels:
         raise UserError(f"label names must be given and differ: {', '.join(labels) or 'none given'}")
-    old, new = config.labels, dataclasses.replace(config, labels=labels)
+    old, score = config.labels, config.score if len(labels) == 1 else ""
+    new = dataclasses.replace(config, labels=labels, score=score)
     classifier = tree.get("head", {}).get("classifier")
     # The classifier of a multiple choice has one output, whatever the options are called.
     if classifier is None or old == labels or config.task != "classification":
@@ -181,13 +245,14 @@ def _change_labels(config: ModelConfig, tree: Tree, labels: tuple[str, ...]) -> 
         logger.info("left out the classifier, which has %d labels instead of %d", len(old), len(labels))
         del tree["head"]["classifier"]
     elif set(old) == set(labels):
-        logger.info("reordered the classifier's labels: %s", ", ".join(labels))
+        logger.info("reordered the classifier's labels: %s", ", ".join(first_lines(labels)))
         order = [old.index(label) for label in labels]
         kernel = np.ascontiguousarray(classifier["kernel"][:, order])
         tree["head"]["classifier"] = {"kernel": kernel, "bias": classifier["bias"][order]}
     elif any(label not in (str(i), f"LABEL_{i}") for i, label in enumerate(old)):
         # The frameworks write LABEL_0, ... for labels without a name.
-        logger.warning("renamed the classifier's labels, %s, to %s", ", ".join(old), ", ".join(labels))
+        before, now = (", ".join(first_lines(names)) for names in (old, labels))
+        logger.warning("renamed the classifier's labels, %s, to %s", before, now)
     return new
 
 
@@ -198,7 +263,17 @@ def _keep_layers(config: ModelConfig, tree: Tree, layers: list[int]) -> ModelCon
     all_layers = [tree["encoder"].pop(f"layer_{i}") for i in range(config.num_layers)]
     tree["encoder"].update({f"layer_{new}": all_layers[old] for new, old in enumerate(layers)})
     logger.info("kept layers %s of %d", ", ".join(map(str, layers)), config.num_layers)
-    return dataclasses.replace(config, num_layers=len(layers))
+    new = dataclasses.replace(config, num_layers=len(layers))
+    if "selector_0" in tree["encoder"] and layers != list(range(config.num_layers)):
+        before, now = (f"before {_layers(x.reduction_layers)} of {x.num_layers}" for x in (config, new))
+        logger.warning(
+            "kept the selectors, which were trained %s and now drop tokens %s; train them again", before, now
+        )
+    return new
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
 
 
 def _resize_positions(config: ModelConfig, tree: Tree, rows: int) -> ModelConfig:

@@ -7,46 +7,26 @@ matrix is [out, in] on disk and [in, out] in the tree. Source: docs/method.md, "
 
 import dataclasses
 import functools
-import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from trbert_jax.errors import UserError
-from trbert_jax.io import read_json
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
 
 Tree = dict[str, Any]  # nested dict of arrays
 
-SAFETENSORS = "model.safetensors"
-TORCH = "pytorch_model.bin"
-UNFINISHED = "(an unfinished download or an interrupted run leaves a folder like this)"  # for messages
-_INDEX_SUFFIX = ".index.json"
-_SAVE_OTHERWISE = "or save the checkpoint as model.safetensors"
-_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
-
-SMALL_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "vocab.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
-# Downloaded from the hub: the PyTorch file only if there is no safetensors file.
-_SAFETENSORS_FILES = (*SMALL_FILES, SAFETENSORS, SAFETENSORS + _INDEX_SUFFIX, "model-*.safetensors")
-_TORCH_FILES = (TORCH, TORCH + _INDEX_SUFFIX, "pytorch_model-*.bin")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
 # Heads of the pre-training tasks, and constants that some versions of the frameworks stored as tensors.
 _IGNORED_HEADS = ("cls.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector.")
 _IGNORED_TENSORS = ("position_ids", "token_type_ids")
+# The first TensorFlow checkpoints call LayerNorm's parameters gamma and beta.
+_OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+# Parts of names that wrappers add: of parallel, compiled, sharded and checkpointed modules, and Flax's.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "params"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,41 +78,61 @@ def _modules(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], str, str]]:
         yield ("head", layer), layer, layer
 
 
-def from_original_names(weights: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[Tree, list[str]]:
+class Translation(NamedTuple):
+    """A checkpoint in the names of the parameter tree."""
+
+    tree: Tree  # the parameters found with the right shape
+    differences: list[str]  # why the checkpoint is not one of this model, one line each
+    unused: list[str]  # other tensors, by their names on disk, which the model does not need
+
+
+def from_original_names(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Translation:
     """Builds a parameter tree from a checkpoint's arrays by their name on disk.
 
-    The model's prefix (`bert.`, `distilbert.`) is optional. Ignores pre-training heads, stored constants
-    and, for a head that reads all tokens, the layers that read [CLS].
-
-    Returns:
-      The tree of all parameters found with the right shape, and the differences, one line each. It is no
-      difference if a whole part other than the encoder is missing.
+    See `original_names` for what names may look like. Ignores pre-training heads, stored constants and, for a
+    head that reads all tokens, the layers that read [CLS]. It is no difference if a whole part other than the
+    encoder is missing, or if there are tensors beside the encoder and the head.
     """
-    found: dict[str, np.ndarray] = {}
-    differences = []
     expected = {p.name: p for p in parameters(config)}
     of_sentence = (f"{config.backbone.name}.pooler.", "pre_classifier.") if config.reads_all_tokens else ()
-    for name, array in weights.items():
-        full = original_name(name, config)
+    found: dict[str, tuple[str, np.ndarray]] = {}
+    unknown = dict[str, str]()
+    for name, full in original_names(weights, config).items():
         if full is None or full.startswith(of_sentence):
             continue
         if full not in expected or full in found:
-            differences.append(f"{name}: not a parameter of this model")
+            unknown[name] = full
         else:
-            found[full] = array
+            found[full] = name, weights[name]
 
-    tree = {}
+    tree, shapes, missing = {}, list[str](), list[str]()
     present = {"encoder", *(expected[name].part for name in found)}
     for p in expected.values():
-        stored = found.get(p.name)
+        name, stored = found.get(p.name, ("", None))
         if stored is None:
             if p.part in present:
-                differences.append(f"{p.name} {list(p.shape)}: missing")
+                missing.append(f"{p.name} {list(p.shape)}: missing")
         elif stored.shape != p.shape:
-            differences.append(f"{p.name}: {list(stored.shape)} in the checkpoint, {list(p.shape)} expected")
+            shapes.append(
+                f"{_both(name, p.name)}: {list(stored.shape)} in the checkpoint, {list(p.shape)} expected"
+            )
         else:
             tree[p.path] = np.ascontiguousarray(stored.T) if p.transposed else stored
-    return unflatten_dict(tree), differences
+    # More parameters of the encoder, or of a head that is there, would change what the model computes.
+    layers = config.head.layers if present.issuperset(config.head.layers) else ()
+    computing = tuple(f"{module}." for module in (config.backbone.name, "pre_classifier", *layers))
+    unused = [name for name, full in unknown.items() if not full.startswith(computing)]
+    extra = [name for name in unknown if name not in unused]
+    if shapes or missing or extra:
+        extra += unused
+    why = {True: "stored twice", False: "not a parameter of this model"}
+    unexpected = [f"{_both(name, unknown[name])}: {why[unknown[name] in found]}" for name in extra]
+    lines = itertools.zip_longest(shapes, missing, unexpected)  # so that the first lines show each kind
+    return Translation(unflatten_dict(tree), [line for row in lines for line in row if line], unused)
+
+
+def _both(name: str, full: str) -> str:
+    return name if name == full else f"{name} (read as {full})"
 
 
 def to_original_names(tree: Tree, config: ModelConfig) -> dict[str, Any]:
@@ -142,132 +142,33 @@ def to_original_names(tree: Tree, config: ModelConfig) -> dict[str, Any]:
     return {p.name: arrays[p.path].T if p.transposed else arrays[p.path] for p in known}
 
 
-def original_name(name: str, config: ModelConfig) -> str | None:
-    """Returns the full name of a tensor on disk, prefix included; None for one that is ignored."""
-    if name.startswith(_IGNORED_HEADS) or name.rpartition(".")[2] in _IGNORED_TENSORS:
-        return None
-    # The first TensorFlow checkpoints call LayerNorm's parameters gamma and beta.
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+def original_names(names: Iterable[str], config: ModelConfig) -> dict[str, str | None]:
+    """Returns the full name of each tensor on disk, `bert.encoder...`; None for one that is ignored.
+
+    The model's prefix (`bert.`, `distilbert.`) is optional. Removes `module.`, `_orig_mod.` and other parts
+    that wrappers add anywhere, and the name of one module that holds the model, such as `model.`.
+    """
     backbone = config.backbone
-    inside = name.startswith(("embeddings.", f"{backbone.stack}.", "pooler."))
-    return f"{backbone.name}.{name}" if inside else name
+    inside = ("embeddings.", f"{backbone.stack}.", "pooler.")
+    bare = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
+    outer, full = _outer(bare.values(), backbone.name), dict[str, str | None]()
+    for name, shown in bare.items():
+        shown = shown.removeprefix(outer)
+        if shown.startswith(_IGNORED_HEADS) or shown.rpartition(".")[2] in _IGNORED_TENSORS:
+            full[name] = None
+            continue
+        for old, new in _OLD_NAMES:
+            shown = shown.replace(old, new)
+        full[name] = f"{backbone.name}.{shown}" if shown.startswith(inside) else shown
+    return full
 
 
-def local_directory(path_or_id: str | Path) -> Path:
-    """Resolves a local path or a Hugging Face Hub id to a local model directory.
-
-    Downloads a model to the cache that all Hugging Face tools share; a cached one needs no network. Raises
-    `UserError` if there is no such directory or model, or the hub cannot be reached.
-    """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(f"{path}: is a file; expected a model's directory")
-    if not _HUB_ID.fullmatch(name := str(path_or_id)):
-        raise UserError(f"{name}: no such directory; expected a model's directory or its name on the hub")
-    directory = _download(name, _SAFETENSORS_FILES)
-    if not any(directory.glob("model*.safetensors*")):
-        directory = _download(name, _TORCH_FILES)
-    return directory
-
-
-def _download(name: str, patterns: tuple[str, ...]) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        problem = "no such directory, and no model of that name on the Hugging Face hub"
-        raise UserError(f"{name}: {problem} (a private or gated one needs `hf auth login`)") from error
-    except OSError as error:  # LocalEntryNotFoundError, HTTP and connection errors
-        problem = f"no connection to the Hugging Face hub ({str(error).splitlines()[0]})"
-        advice = f"give the path of a directory that `hf download {name} --local-dir DIR` made elsewhere"
-        raise UserError(f"{name}: no such directory, and {problem}; without a network, {advice}") from error
-
-
-def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a checkpoint's weights as float32 arrays by their name on disk, without integer constants.
-
-    `path` is a directory with `model.safetensors` or `pytorch_model.bin` (or the `.index.json` of a
-    checkpoint in several files, or one `.safetensors` file of any name), or such a file itself. Raises
-    `UserError` for no weights, a damaged or truncated file, a precision that is no float, NaN or infinity.
-    """
-    path = Path(path)
-    weights: dict[str, np.ndarray] = {}
-    for file in [path] if path.is_file() else _weight_files(path):
-        weights.update(_read_torch(file) if file.suffix == ".bin" else _read_safetensors(file))
-    bad = sorted(name for name, array in weights.items() if not np.isfinite(array).all())
-    if bad:
-        causes = "the training that wrote them diverged, or the file is damaged"
-        raise UserError(f"{path}: weights that are not finite numbers: {', '.join(bad)}; {causes}")
-    return weights
-
-
-def write_weights(path: Path, weights: Mapping[str, Any]) -> None:
-    """Writes arrays as one float32 safetensors file that PyTorch reads too."""
-    arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in weights.items()}
-    save_file(arrays, path, metadata={"format": "pt"})
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    for name in (SAFETENSORS, TORCH):
-        if (file := directory / name).is_file():
-            return [file]
-        if (index := directory / (name + _INDEX_SUFFIX)).is_file():
-            return _pieces(index)
-    others = sorted(directory.glob("*.safetensors"))
-    if len(others) == 1:
-        return others
-    raise UserError(f"{directory}: no weights here; expected {SAFETENSORS} or {TORCH} {UNFINISHED}")
-
-
-def _pieces(index: Path) -> list[Path]:
-    """Returns the files that an index names; all must exist."""
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        files = [index.parent / Path(name).name for name in names]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{index}: expected an object with "weight_map", from names to files') from error
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"{index}: names files that are missing: {', '.join(missing)}")
-    return files
-
-
-def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
-    weights = {}
-    try:
-        with safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (the handle is not iterable)
-                dtype = tensors.get_slice(name).get_dtype()
-                if dtype in _FLOATS:
-                    weights[name] = tensors.get_tensor(name).astype(np.float32)
-                elif name.endswith((".weight", ".bias")):
-                    expected = f"one of {', '.join(_FLOATS)} (quantized checkpoints cannot be read)"
-                    raise UserError(f"{file}: {name} is stored as {dtype}; expected {expected}")
-    except PermissionError as error:
-        raise UserError(f"{file}: no permission to read it") from error
-    except SafetensorError as error:
-        raise UserError(f"{file}: truncated or damaged ({error}); fetch or write it again") from error
-    return weights
-
-
-def _read_torch(file: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
-        advice = f"install it, `pip install 'trbert_jax[torch]'`, {_SAVE_OTHERWISE}"
-        raise UserError(f"{file}: reading a PyTorch file needs PyTorch; {advice}") from error
-    try:
-        # Weights only: unpickling anything else would run code from the file.
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-        floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-        return {name: tensor.detach().to(torch.float32).numpy() for name, tensor in floats.items()}
-    except PermissionError as error:
-        raise UserError(f"{file}: no permission to read it") from error
-    except Exception as error:  # whatever torch's unpickler or archive reader raises
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        problem = f"truncated, damaged, or holding more than weights ({reason[0]})"
-        raise UserError(f"{file}: {problem}; fetch it again, {_SAVE_OTHERWISE}") from error
+def _outer(names: Iterable[str], prefix: str) -> str:
+    """Returns the prefix of the one module that holds the model, with its dot; "" if there is none."""
+    table, found = "embeddings.word_embeddings.weight", set[str]()
+    for name in names:
+        if name.endswith(whole := f"{prefix}.{table}"):
+            found.add(name.removesuffix(whole))
+        elif name in (table, f"model.{table}"):  # other names may be those of another kind of model
+            found.add(name.removesuffix(table))
+    return found.pop() if len(found) == 1 else ""

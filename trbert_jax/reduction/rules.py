@@ -6,6 +6,7 @@ Free of JAX until a rule is built, because the settings and the command line are
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,11 +64,11 @@ def rule_names(use: Use = "evaluate") -> tuple[str, ...]:
     return tuple(name for name, spec in RULES.items() if spec.use == use)
 
 
-def check_rule(name: str, threshold: float = DEFAULT_THRESHOLD) -> None:
+def check_rule(name: str, threshold: Any = DEFAULT_THRESHOLD) -> None:
     """Raises `UserError` for an unknown rule of evaluation or a threshold that it cannot have."""
     if name not in rule_names():
         raise UserError(f"rule is {name!r}; expected one of {', '.join(rule_names())}")
-    if not isinstance(threshold, float) or not 0 < threshold < 1:
+    if not isinstance(threshold, numbers.Real) or not 0 < float(threshold) < 1:
         raise UserError(f"threshold is {threshold!r}; expected a probability above 0 and below 1")
     if not RULES[name].has_threshold and threshold != DEFAULT_THRESHOLD:
         raise UserError(f"threshold is {threshold!r}, but rule {name} has none; use rule {DEFAULT_RULE}")

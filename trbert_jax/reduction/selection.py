@@ -46,13 +46,14 @@ class SharedPassage:
     must treat rows with the same logits alike, and draw the same random numbers for them.
     """
 
-    shared: jax.Array  # bool [B, S], the same in all rows of a group
+    shared: jax.Array  # bool [B, S], the same in all rows of a group; False in rows that fill a group up
     group: int = struct.field(pytree_node=False)  # rows of a group
 
     def mean(self, logits: jax.Array) -> jax.Array:
         """Averages over each group: [B, S] -> [B, S], the same in all rows of a group."""
-        groups = logits.reshape(-1, self.group, logits.shape[-1])
-        return jnp.repeat(groups.mean(1), self.group, axis=0)
+        real = self.shared.any(-1).reshape(-1, self.group, 1)
+        groups = jnp.where(real, logits.reshape(-1, self.group, logits.shape[-1]), 0)
+        return jnp.repeat(groups.sum(1) / jnp.maximum(real.sum(1), 1), self.group, axis=0)
 
     def repeat(self, num_copies: int) -> "SharedPassage":
         """Repeats the rows like `TokenSet.repeat`."""
@@ -184,6 +185,11 @@ def imitate(guide: jax.Array, imitating: jax.Array, otherwise: Rule) -> Rule:
         return jnp.where(imitating[:, None], best, otherwise(stage, logits, valid))
 
     return rule
+
+
+def random_key(seed: int | jax.Array) -> jax.Array:
+    """Makes the PRNG key of a seed: threefry, so that numbers do not follow JAX_DEFAULT_PRNG_IMPL."""
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def row_keys(rng: jax.Array, index: jax.Array) -> jax.Array:

@@ -2,15 +2,15 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import jax
+import numpy as np
 
 from trbert_jax.datasets import reading
-from trbert_jax.datasets.reading import BadRecord, UnusableRecords, unusable
-from trbert_jax.errors import UserError
+from trbert_jax.datasets.reading import BadRecord, BadRecords, UnusableRecords, unusable
 from trbert_jax.model.config import InputConfig
 from trbert_jax.model.heads import Logits
 from trbert_jax.tasks.examples import Examples
@@ -27,6 +27,8 @@ class Score:
     metrics: dict[str, float]
     files: dict[str, Any]  # file name -> JSON value, in the form that the official scorer reads
     null_threshold: float | None = None  # the one with the best metrics; None if the task has none
+    # What a report has besides the metrics, as JSON: `classes` and `confusion_matrix`, see `class_scores`.
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Task(abc.ABC):
@@ -34,12 +36,15 @@ class Task(abc.ABC):
 
     name: ClassVar[str]  # key of `TASKS`, and of `HEADS` unless `head` says otherwise
     metric: ClassVar[str]  # the metric that selects the best checkpoint; higher is better
+    full_score: ClassVar[float] = 1.0  # the largest value of this metric; some official scorers count to 100
     settings: ClassVar[frozenset[str]] = frozenset()  # keys that only some tasks read and this one does
     markers: ClassVar[tuple[str, ...]] = ()  # vocabulary entries besides word pieces that inputs may have
     shortest_request: ClassVar[dict[str, Any]]  # a request as short as possible
     resamples: ClassVar[bool] = False  # whether each epoch has its own inputs, see `resample`
     by_row: ClassVar[bool] = False  # whether logits have an entry a row, not an entry an example
     logits: ClassVar[tuple[str, ...]] = ()  # names of the arrays of logits; empty if they are one array
+    max_answer_length: int | None = None  # word pieces of an answer at most; None if none is cut from a text
+    may_answer_nothing: bool = False  # whether questions may have no answer, and a null threshold decides
 
     def __init__(self, inputs: InputConfig, max_length: int, labels: Sequence[str] = ()) -> None:
         self.inputs = inputs  # how records become inputs; saved with the model
@@ -66,6 +71,12 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def texts(self, records: Sequence[Any]) -> list[str]:
         """Returns all texts that a tokenizer may be trained on."""
+
+    def warnings(
+        self, split: str, records: Sequence[Any], others: Mapping[str, Sequence[Any]]
+    ) -> Iterator[str]:
+        """Yields what a user should know of the records of a split; `others` are the splits read before."""
+        return iter(())
 
     @abc.abstractmethod
     def encode(
@@ -131,6 +142,17 @@ class Task(abc.ABC):
           null_threshold: null odds above which a question has no answer; None for that of `inputs`.
         """
 
+    def answers(self, examples: Examples, logits: Any, n_best: int = 0) -> dict[str, dict[str, Any]]:
+        """Answers requests, with the arguments of `score`: id -> `answer` and what else is known of it.
+
+        `score` is the probability of the answer. An answer cut from a text has its characters there, `start`
+        and `end`. `n_best` lists that many of the best answers, best first, alike.
+        """
+        return {id: {"answer": answer} for id, answer in self._predictions(examples, logits).items()}
+
+    def _predictions(self, examples: Examples, logits: Any) -> dict[str, Any]:
+        return dict(self.score(examples, logits).files["predictions.json"])
+
     # Requests
 
     @abc.abstractmethod
@@ -149,6 +171,19 @@ def register_task(task: T) -> T:
     """Adds a task to `TASKS`; a class decorator."""
     TASKS[task.name] = task
     return task
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns the probabilities of logits, float [n]."""
+    weights = np.exp(logits - logits.max(), dtype=np.float64)
+    return np.asarray(weights / weights.sum())
+
+
+def ranked(names: Sequence[str], scores: np.ndarray, chosen: int, n_best: int) -> dict[str, Any]:
+    """Returns one of several answers, for `Task.answers`, and the `n_best` of them, this one first."""
+    order = sorted(range(len(names)), key=lambda k: (k != chosen, -scores[k]))
+    entries = [{"answer": names[k], "score": float(scores[k])} for k in order]
+    return entries[0] | ({"n_best": entries[:n_best]} if n_best else {})
 
 
 class RecordErrors:
@@ -185,21 +220,24 @@ class RecordErrors:
             raise UnusableRecords(self._found)
 
 
-def parse_requests(task: Task, requests: Iterable[tuple[str, Any]], ids: set[str]) -> list[Any]:
-    """Turns requests, each with its place for messages, into records.
+def parse_requests(
+    task: Task, requests: Iterable[tuple[str, Any]], ids: set[str], bad: BadRecords | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """Turns requests, each with its place for messages, into records; yields both.
 
     `ids` has those of all earlier requests and receives those of these. A request without an id gets its
-    number. Raises `UserError` for one that is no object, repeats an id or is malformed.
+    number. One that is no object, repeats an id or is malformed goes to `bad`, which by default raises.
     """
-    records = []
     for where, request in requests:
-        if not isinstance(request, Mapping):
-            raise UserError(f"{where}: a JSON {type(request).__name__}; expected an object")
-        given = request.get("id")  # null counts as missing
-        id = str(len(ids) + 1 if given is None else given)
-        if id in ids:
-            raise UserError(f"{where}: the id {id!r} occurs twice; give each question its own, or none")
-        ids.add(id)
-        with reading.record(where):
-            records.append(task.parse_request(dict(request), id, where))
-    return records
+        with (bad.record if bad else reading.record)(where):
+            if not isinstance(request, Mapping):
+                raise ValueError(f"a JSON {type(request).__name__}; expected an object")
+            given = request.get("id")  # null counts as missing
+            if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
+                raise ValueError(f"id: is {reading.describe(given)}; expected a text or a whole number")
+            id = str(len(ids) + 1 if given is None else given)
+            if id in ids:
+                raise ValueError(f"the id {id!r} occurs twice; give each question its own, or none")
+            ids.add(id)
+            record = task.parse_request(dict(request), id, where)
+            yield request, record

@@ -9,7 +9,7 @@ import numpy as np
 
 from trbert_jax.datasets import reading
 from trbert_jax.datasets.records import CandidateQuestion
-from trbert_jax.tasks.base import RecordErrors, Score, Task, register_task
+from trbert_jax.tasks.base import RecordErrors, Score, Task, ranked, register_task, softmax
 from trbert_jax.tasks.examples import Counts, Examples, digest_of
 from trbert_jax.tasks.losses import NO_CANDIDATE, Rows, masked_mean
 from trbert_jax.tasks.scorers import accuracy
@@ -106,6 +106,13 @@ class CandidateTask(Task):
         metrics = {"accuracy": accuracy(*zip(*known, strict=True))} if known else {}
         answers = {q.id: q.candidates[k] for q, k in zip(records, chosen, strict=True)}
         return Score(metrics, {"predictions.json": answers})
+
+    def answers(self, examples: Examples, logits: Any, n_best: int = 0) -> dict[str, dict[str, Any]]:
+        found = {}
+        for question, row in zip(examples.records, np.asarray(logits), strict=True):
+            scores = softmax(row[: len(question.candidates)])
+            found[question.id] = ranked(question.candidates, scores, int(scores.argmax()), n_best)
+        return found
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> CandidateQuestion:
         candidates = reading.texts(request, "candidates", some=True)

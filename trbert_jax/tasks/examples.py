@@ -173,6 +173,11 @@ class Examples:
             return self.row_lengths
         return np.maximum.reduceat(self.row_lengths, self.first_row[:-1])
 
+    @property
+    def is_ragged(self) -> bool:
+        """Whether some example has fewer than `group` rows."""
+        return self.num_rows < len(self) * self.group
+
     def row(self, r: int) -> np.ndarray:
         """The tokens of row r."""
         return self.tokens[self.offsets[r] : self.offsets[r + 1]]
@@ -307,7 +312,7 @@ def pad_batch(examples: Examples, indices: np.ndarray, batch_size: int, width: i
     batch |= {name: at(rows, values) for name, values in examples.row_targets.items()}
     if "shared_length" in batch:
         batch["shared"] = columns < batch.pop("shared_length")[:, None]
-    if examples.first_row is not None and "shared" not in batch:
+    if examples.first_row is not None and ("shared" not in batch or examples.is_ragged):
         batch["segment"] = valid_rows.copy()
     mask[~valid_rows, 0] = True
     return batch

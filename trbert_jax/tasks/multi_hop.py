@@ -14,7 +14,7 @@ import numpy as np
 
 from trbert_jax.datasets import reading
 from trbert_jax.datasets.records import GraphQuestion, MultiHopQuestion, Paragraph
-from trbert_jax.tasks.base import Score, Task, register_task
+from trbert_jax.tasks.base import Score, Task, register_task, softmax
 from trbert_jax.tasks.examples import Examples, Ragged, digest_of
 from trbert_jax.tasks.losses import Rows, cross_entropy, distillation, mean_of, sentence_loss
 from trbert_jax.tasks.paragraphs import (
@@ -26,7 +26,7 @@ from trbert_jax.tasks.paragraphs import (
     question_from_graph,
 )
 from trbert_jax.tasks.scorers import score_hotpotqa
-from trbert_jax.tasks.text_encoder import cut_text
+from trbert_jax.tasks.text_encoder import cut_span
 
 MAX_QUESTION_LENGTH = 80
 MAX_ANSWERS = 8  # slots of an input, as published
@@ -50,6 +50,7 @@ class MultiHopTask(Task):
         "paragraphs": [{"title": "a", "sentences": ["a"]}],
     }
     resamples = True
+    max_answer_length = MAX_ANSWER_LENGTH
     logits = ("span", "kind", "sentence")
 
     def texts(self, records: Sequence[Any]) -> list[str]:
@@ -109,14 +110,38 @@ class MultiHopTask(Task):
         return name == "span"
 
     def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
-        predictions = decode_multi_hop(examples, logits)
+        predictions = decode_multi_hop(examples, logits, self._longest)
         gold = {
             record.id: {"answer": record.answer, "supporting_facts": _facts(record)}
             for record in examples.records
             if record.answer is not None
         }
         metrics = score_hotpotqa(gold, predictions) if gold else {}
+        if not any(facts["supporting_facts"] for facts in gold.values()):  # withheld
+            metrics = {k: x for k, x in metrics.items() if not k.startswith(("sp_", "joint_"))}
         return Score(metrics, {"predictions.json": predictions})
+
+    def answers(self, examples: Examples, logits: Any, n_best: int = 0) -> dict[str, dict[str, Any]]:
+        packing: Packing = examples.layout
+        chosen, found = self._predictions(examples, logits), {}
+        for i, id in enumerate(examples.ids):
+            kinds = softmax(logits["kind"][i])
+            spans = best_spans(packing, i, logits["span"][i], self._longest, max(n_best, 1))
+            named: list[dict[str, Any]] = [
+                {"answer": name, "score": float(kinds[k])} for name, k in (("yes", YES), ("no", NO))
+            ]
+            cut = [{**span, "score": span["score"] * float(kinds[SPAN])} for span in spans]
+            answer = chosen["answer"][id]
+            of_kind = cut if kinds.argmax() == SPAN else named
+            best = next((e for e in of_kind if e["answer"] == answer), {"answer": answer, "score": 0.0})
+            rest = sorted((e for e in named + cut if e is not best), key=lambda e: -e["score"])
+            listed = {"n_best": [best, *rest][:n_best]} if n_best else {}
+            found[id] = best | {"supporting": chosen["sp"][id]} | listed
+        return found
+
+    @property
+    def _longest(self) -> int:
+        return self.max_answer_length or MAX_ANSWER_LENGTH
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> MultiHopQuestion:
         paragraphs = []
@@ -280,19 +305,23 @@ def decode_multi_hop(
     for i, id in enumerate(examples.ids):
         answers[id] = {YES: "yes", NO: "no"}.get(int(kinds[i]), "")
         if kinds[i] == SPAN:
-            row = logits["span"][i, :, : examples.row_lengths[i]]
-            answers[id] = _best_span(packing, i, row, max_answer_length)
+            found = best_spans(packing, i, logits["span"][i], max_answer_length)
+            answers[id] = found[0]["answer"] if found else ""
         in_input = packing.facts[i]
         chosen = in_input[supporting[i, : len(in_input)]].tolist()
         facts[id] = [[packing.paragraphs.titles[p], number] for p, number in chosen]
     return {"answer": answers, "sp": facts}
 
 
-def _best_span(packing: Packing, i: int, logits: np.ndarray, max_answer_length: int) -> str:
-    """Returns the text of the best span within the text of one paragraph, "" if there is no text.
+def best_spans(
+    packing: Packing, i: int, logits: np.ndarray, max_answer_length: int, count: int = 1
+) -> list[dict[str, Any]]:
+    """Returns the best spans within the text of one paragraph, best first; none if there is no text.
 
     Titles, markers and pieces that stand for no text end a span. Among equals the one that begins first
-    wins, then the shortest. `logits` are those of question i, float [2, tokens of its row].
+    wins, then the shortest. `logits` are those of question i, float [2, S]. An entry has `answer`, `score`
+    (a softmax over all spans), the number of the `paragraph` in the question, and the characters `start` and
+    `end` of its text.
     """
     paragraphs, order = packing.paragraphs, packing.orders[i]
     chars = np.concatenate([np.zeros((0, 2), np.int32), *(paragraphs.chars[p] for p in order)])
@@ -300,14 +329,27 @@ def _best_span(packing: Packing, i: int, logits: np.ndarray, max_answer_length: 
     owner = np.repeat(order, paragraphs.tokens.lengths[order])
     is_text = chars[:, 0] >= 0
     if not is_text.any():
-        return ""
-    # The paragraphs end before the last [SEP].
-    starts, ends = logits[:, -1 - len(chars) : -1].astype(np.float64)
+        return []
+    first = len(paragraphs.queries[i]) + 2  # [CLS], question, [SEP]
+    starts, ends = logits[:, first : first + len(chars)].astype(np.float64)
     # Spans without a gap have the same number of gaps before their start and their end.
     gaps = np.cumsum(~is_text)
     last = np.arange(len(chars))[:, None] + np.arange(max_answer_length)  # [t, lengths]
     inside = np.minimum(last, len(chars) - 1)
     fits = (last < len(chars)) & is_text[:, None] & is_text[inside] & (gaps[:, None] == gaps[inside])
     scores = np.where(fits, starts[:, None] + ends[inside], -np.inf)
-    start, length = np.unravel_index(np.argmax(scores), scores.shape)
-    return cut_text(paragraphs.texts[owner[start]], chars[start, 0], chars[start + length, 1])
+    if count == 1:
+        ranking = np.array([np.argmax(scores)])
+    else:
+        ranking = np.argsort(-scores, axis=None, kind="stable")
+    found, total = dict[str, dict[str, Any]](), np.exp(scores - scores.max()).sum()
+    for start, length in zip(*np.unravel_index(ranking, scores.shape), strict=True):
+        score = scores[start, length]
+        if len(found) >= count or score == -np.inf:
+            break
+        text = paragraphs.texts[owner[start]]
+        begin, end = cut_span(text, chars[start, 0], chars[start + length, 1])
+        place = {"paragraph": int(owner[start] - paragraphs.offsets[i]), "start": begin, "end": end}
+        probability = float(np.exp(score - scores.max()) / total)
+        found.setdefault(text[begin:end], {"answer": text[begin:end], "score": probability, **place})
+    return list(found.values())

@@ -85,6 +85,33 @@ def accuracy(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     return float(np.mean(predicted == true))
 
 
+def class_scores(
+    predictions: npt.ArrayLike, labels: npt.ArrayLike, names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Compares predicted classes, int [n], with the labels, int [n].
+
+    Returns:
+      `accuracy` and `macro_f1`, 0 to 1, the mean over the classes that are a label or a prediction, as in
+      scikit-learn; and `classes`, name -> precision, recall, f1 (0 if undefined) and number of examples, with
+      `confusion_matrix`, a list per label of the counts of each prediction.
+    """
+    predicted, true, size = np.asarray(predictions), np.asarray(labels), len(names)
+    metrics = {"accuracy": accuracy(predicted, true)}
+    matrix = np.bincount(true * size + predicted, minlength=size * size).reshape(size, size)
+    right, of_label, of_prediction = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    columns = {
+        "precision": right / np.maximum(of_prediction, 1),
+        "recall": right / np.maximum(of_label, 1),
+        "f1": 2 * right / np.maximum(of_label + of_prediction, 1),
+    }
+    metrics["macro_f1"] = float(columns["f1"][of_label + of_prediction > 0].mean())
+    classes = {
+        name: {**{key: float(x[i]) for key, x in columns.items()}, "examples": int(of_label[i])}
+        for i, name in enumerate(names)
+    }
+    return metrics, {"classes": classes, "confusion_matrix": matrix.tolist()}
+
+
 # SQuAD -----------------------------------------------------------------------------------------------
 
 
@@ -174,6 +201,29 @@ def _best_threshold(
     return 100 * best / len(scores), threshold
 
 
+NOTHING = -1e9  # a null threshold below all odds: no question has an answer
+
+
+def best_null_threshold(
+    gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str], null_odds: Mapping[str, float]
+) -> float:
+    """Returns the null threshold with the greatest F1, the least among equals; arguments as above.
+
+    Unlike the `best_f1_thresh` of the official script, it lies between questions of different odds, and if
+    no answer at all is best, it gives none.
+    """
+    gain = collections.defaultdict[float, float](float)  # odds -> F1 that answering gains
+    for question, accepted in gold.items():
+        gain[null_odds[question]] += _squad_scores(predictions[question], accepted)[1] - (not accepted)
+    total = best = 0.0
+    threshold = NOTHING
+    for odds in sorted(gain):
+        total += gain[odds]
+        if total > best:
+            best, threshold = total, odds
+    return threshold
+
+
 # MRQA and TriviaQA -----------------------------------------------------------------------------------
 
 
@@ -181,8 +231,9 @@ def score_mrqa(gold: Mapping[str, Sequence[str]], predictions: Mapping[str, str]
     """Computes the metrics of `mrqa_official_eval.py`.
 
     `gold` has the accepted answers of each question id, the best of which counts; a missing prediction
-    scores 0, and ids that `gold` lacks do not count. Returns `exact_match` and `f1`, 0 to 100. Raises
-    `ValueError` for no question, or a predicted one without an accepted answer.
+    scores 0, and ids that `gold` lacks do not count. A question without an accepted answer, which the
+    official data lack, needs the prediction "". Returns `exact_match` and `f1`, 0 to 100. Raises `ValueError`
+    for no question.
     """
     return _means(gold, predictions, normalize)[0]
 
@@ -208,9 +259,10 @@ def _means(
     predicted = [question for question in gold if question in predictions]
     for question in predicted:
         answers = [normalized(answer) for answer in gold[question]]
-        if not answers:
-            raise ValueError(f"question {question!r} has no accepted answer to compare with")
         prediction = normalized(predictions[question])
+        if not answers and not predictions[question]:
+            exact_sum, f1_sum = exact_sum + 1, f1_sum + 1
+            continue
         exact_sum += float(prediction in answers)
         f1_sum += _best_f1(prediction, answers)
     return {"exact_match": 100 * exact_sum / len(gold), "f1": 100 * f1_sum / len(gold)}, len(predicted)

@@ -20,14 +20,13 @@ from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks.base import Score, Task, register_task
 from trbert_jax.tasks.examples import Examples, Ragged
 from trbert_jax.tasks.losses import Rows, any_of, distillation
-from trbert_jax.tasks.scorers import score_mrqa, score_squad, score_triviaqa
+from trbert_jax.tasks.scorers import best_null_threshold, score_mrqa, score_squad, score_triviaqa
 from trbert_jax.tasks.windows import Pairs, WindowBuilder, Windows, WindowSettings, best_pairs
 
 N_BEST = 20
 N_BEST_SEGMENTS = 10
 MAX_ANSWER_LENGTH = 30  # word pieces
 MAX_ANSWERS = 64  # of a segment in training
-_NOTHING_FOUND = "empty"  # as published
 
 SQUAD = WindowSettings(max_length=384, max_question_length=64, step=128)
 # MRQA marks paragraphs, titles and documents by words of their own.
@@ -38,6 +37,7 @@ MRQA = WindowSettings(
     markers=(("[PAR]", "[unused1]"), ("[TLE]", "[unused2]"), ("[DOC]", "[unused3]")),
 )
 TRIVIAQA = WindowSettings(max_length=1024, max_question_length=55, step=None, max_windows=1)
+NBest = dict[str, list[dict[str, Any]]]  # id -> entries, see `decode_spans`
 SETTINGS = {"squad": SQUAD, "mrqa": MRQA, "triviaqa": TRIVIAQA}  # by style of the data set
 
 
@@ -46,7 +46,7 @@ class SpanTask(Task):
     """Finds the start and end of an answer; settings and scorer depend on the style of the data set."""
 
     name = "span"
-    metric = "f1"
+    metric, full_score = "f1", 100.0
     settings = frozenset({"data.skip_bad_records", "model.max_question_length", "model.window_step"})
     markers = ("[unused1]", "[unused2]", "[unused3]")
     shortest_request: ClassVar[dict[str, Any]] = {"question": "a", "context": "a"}
@@ -56,6 +56,7 @@ class SpanTask(Task):
         super().__init__(inputs, max_length)
         style = style_of(inputs.data)
         self.is_squad, self.is_segmented = style == "squad", style == "triviaqa"
+        self.max_answer_length, self.may_answer_nothing = MAX_ANSWER_LENGTH, not self.is_segmented
         published = SETTINGS[style]
         self.windows = dataclasses.replace(
             published,
@@ -72,7 +73,7 @@ class SpanTask(Task):
     @classmethod
     def complete(cls, inputs: InputConfig, train: Callable[[], Sequence[SpanQuestion]]) -> InputConfig:
         # All questions of SQuAD 1.1 have an answer; some of SQuAD 2.0 have none.
-        if style_of(inputs.data) != "squad":
+        if style_of(inputs.data) == "triviaqa":
             return inputs
         return dataclasses.replace(inputs, unanswerable=any(record.impossible for record in train()))
 
@@ -109,10 +110,10 @@ class SpanTask(Task):
     def score(self, examples: Examples, logits: Any, null_threshold: float | None = None) -> Score:
         logits, records = np.asarray(logits), examples.records
         if self.is_segmented:
-            best = decode_segments(examples, logits)
+            best = decode_segments(examples, logits, max_answer_length=self._longest)
             gold = {record.scored_id: list(record.answers) for record in records if record.answers}
             return Score(score_triviaqa(gold, best) if gold else {}, {"predictions.json": best})
-        n_best, null_odds = decode_spans(examples, logits, self.inputs.unanswerable)
+        n_best, null_odds = self._decode(examples, logits)
         threshold = self.inputs.null_threshold if null_threshold is None else null_threshold
         texts = choose_texts(n_best, null_odds, threshold)
         files: dict[str, Any] = {"predictions.json": texts, "nbest_predictions.json": n_best}
@@ -121,18 +122,47 @@ class SpanTask(Task):
         gold = {r.id: list(r.answers) for r in records if r.answers or r.impossible}
         if not gold:
             return Score({}, files)
-        if not self.is_squad:
-            return Score(score_mrqa(gold, texts), files)
-        odds = {id: odds for id, odds in null_odds.items() if id in gold}
-        if not odds:
-            return Score(score_squad(gold, texts), files)
         # The best threshold can only be found among answers that no threshold has turned into "".
-        metrics = score_squad(gold, choose_texts(n_best, null_odds), odds, threshold)
-        return Score(metrics, files, metrics["best_f1_thresh"])
+        raw, odds = choose_texts(n_best, null_odds), {id: null_odds[id] for id in gold if id in null_odds}
+        tuned = best_null_threshold(gold, raw, odds) if odds else None
+        if not self.is_squad:
+            return Score(score_mrqa(gold, texts), files, tuned)
+        metrics = score_squad(gold, raw, odds, threshold) if odds else score_squad(gold, texts)
+        return Score(metrics, files, tuned)
+
+    @property
+    def _longest(self) -> int:
+        return self.max_answer_length or MAX_ANSWER_LENGTH
+
+    def _decode(self, examples: Examples, logits: Any) -> tuple[NBest, dict[str, float]]:
+        if not self.is_segmented:
+            return decode_spans(examples, np.asarray(logits), self.inputs.unanswerable, N_BEST, self._longest)
+        pairs = best_pairs(examples, np.asarray(logits), N_BEST_SEGMENTS, self._longest, False)
+        ids = examples.layout.ids
+        return {id: _entries(examples.layout, pairs, i, N_BEST_SEGMENTS) for i, id in enumerate(ids)}, {}
+
+    def answers(self, examples: Examples, logits: Any, n_best: int = 0) -> dict[str, dict[str, Any]]:
+        lists, null_odds = self._decode(examples, logits)
+        texts = choose_texts(lists, null_odds, self.inputs.null_threshold)
+        found = dict[str, dict[str, Any]]()
+        for id, entries in lists.items():
+            shown = [_shown(entry) for entry in entries]
+            odds = {"null_odds": null_odds[id]} if id in null_odds else {}
+            chosen = next(entry for entry in shown if entry["answer"] == texts[id])
+            if not odds and not texts[id]:  # nothing was found
+                chosen["score"] = 0.0
+            found[id] = chosen | odds | ({"n_best": shown[:n_best]} if n_best else {})
+        return found
 
     def parse_request(self, request: Mapping[str, Any], id: str, where: str) -> SpanQuestion:
         question, context = reading.text(request, "question"), reading.text(request, "context")
         return SpanQuestion(id, question, context, (), (), False, where)
+
+
+def _shown(entry: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a request gets of an entry of `decode_spans`."""
+    place = {"start": entry["start"], "end": entry["end"]} if entry["text"] else {}
+    return {"answer": entry["text"], "score": entry["probability"], **place}
 
 
 def style_of(data: str) -> str:
@@ -245,7 +275,8 @@ def decode_spans(
     unanswerable: bool = False,
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
+    nothing: str = "",
+) -> tuple[NBest, dict[str, float]]:
     """Finds the best answers to every question.
 
     Args:
@@ -253,11 +284,12 @@ def decode_spans(
       unanswerable: whether some questions have no answer.
       n_best: starts and ends of a window that are combined, and entries of a question.
       max_answer_length: word pieces of an answer at most.
+      nothing: the answer if no pair of start and end can be one; the published code says "empty".
 
     Returns:
       Id -> entries of different texts, best first: `text`, `probability` (a softmax over the entries),
-      `start_logit`, `end_logit`; and id -> null odds, the score of "no answer" less that of the best answer,
-      empty unless `unanswerable`.
+      `start_logit`, `end_logit`, and of a text its characters of the context, `start` and `end`; and id ->
+      null odds, the score of "no answer" less that of the best answer, empty unless `unanswerable`.
 
     Source: docs/question_answering.md, "From logits to answers".
     """
@@ -271,44 +303,54 @@ def decode_spans(
             at_cls = logits[first:last, :, 0].astype(np.float64)
             start, end = at_cls[np.argmin(at_cls[:, 0] + at_cls[:, 1])].tolist()
             null = (start, end)
-        entries = n_best_entries[id] = _entries(windows, pairs, i, n_best, null)
+        entries = n_best_entries[id] = _entries(windows, pairs, i, n_best, null, nothing)
         if null is not None:
-            best = next(entry for entry in entries if entry["text"])
-            null_odds[id] = sum(null) - best["start_logit"] - best["end_logit"]
+            best = (entry["start_logit"] + entry["end_logit"] for entry in entries if entry["text"])
+            null_odds[id] = sum(null) - next(best, 0.0)
     return n_best_entries, null_odds
 
 
 def choose_texts(
-    n_best: dict[str, list[dict[str, Any]]], null_odds: dict[str, float], null_threshold: float = math.inf
+    n_best: NBest, null_odds: dict[str, float], null_threshold: float = math.inf
 ) -> dict[str, str]:
     """Returns id -> the best answer of `decode_spans`, "" if its null odds are above the threshold."""
-    best = {id: next(entry["text"] for entry in entries if entry["text"]) for id, entries in n_best.items()}
+    best = {id: next((e["text"] for e in entries if e["text"]), "") for id, entries in n_best.items()}
     return best | {id: "" for id, odds in null_odds.items() if odds > null_threshold}
 
 
 def _entries(
-    windows: Windows, pairs: Pairs, i: int, n_best: int, null: tuple[float, float] | None
+    windows: Windows,
+    pairs: Pairs,
+    i: int,
+    n_best: int,
+    null: tuple[float, float] | None = None,
+    nothing: str = "",
 ) -> list[dict[str, Any]]:
-    """Returns the entries of question i, best first, each text once; at least one text is not empty."""
+    """Returns the entries of question i, best first, each text once; see `decode_spans`."""
     first, last = pairs.question_offsets[i : i + 2]
     starts, ends = pairs.start_logit[first:last], pairs.end_logit[first:last]
     if null is not None:
         starts, ends = np.append(starts, null[0]), np.append(ends, null[1])
-    found = dict[str, tuple[float, float]]()  # text -> logits
+    found, places = dict[str, tuple[float, float]](), dict[str, tuple[int, int]]()  # text -> logits
     for k in np.argsort(-(starts + ends), kind="stable"):
         if len(found) >= n_best:
             break
         at = first + k
-        text = "" if at == last else windows.text(pairs.row[at], pairs.start[at], pairs.end[at])
+        text = ""
+        if at != last:
+            place = windows.span(pairs.row[at], pairs.start[at], pairs.end[at])
+            text = windows.texts[i][slice(*place)]
+            places.setdefault(text, place)
         found.setdefault(text, (float(starts[k]), float(ends[k])))
     if null is not None:
         found.setdefault("", null)
     if not any(found):
-        found = {_NOTHING_FOUND: (0.0, 0.0), **found}
+        found = {nothing: (0.0, 0.0), **found}
     scores = np.array([start + end for start, end in found.values()])
     weights = np.exp(scores - scores.max())
     return [
         {"text": text, "probability": float(p), "start_logit": start, "end_logit": end}
+        | dict(zip(("start", "end"), places.get(text, ()), strict=False))
         for (text, (start, end)), p in zip(found.items(), weights / weights.sum(), strict=True)
     ]
 

@@ -14,7 +14,7 @@ import numpy as np
 from trbert_jax.datasets.records import Span, SpanQuestion
 from trbert_jax.tasks.base import RecordErrors
 from trbert_jax.tasks.examples import Counts, Examples, Ragged, digest_of
-from trbert_jax.tasks.text_encoder import TextEncoder, cut_text, locate
+from trbert_jax.tasks.text_encoder import TextEncoder, cut_span, locate
 
 _CHUNK = 256  # windows that are searched at a time
 
@@ -59,10 +59,14 @@ class Windows:
 
     def text(self, row: int, start: int, end: int) -> str:
         """Returns the original text from one token of a row to another, both inclusive."""
+        return self.texts[self.question[row]][slice(*self.span(row, start, end))]
+
+    def span(self, row: int, start: int, end: int) -> tuple[int, int]:
+        """Returns the characters `[start, end)` of the context that are this text."""
         question = self.question[row]
         shift = self.first_piece[row] - self.context_start[row]
         chars = self.chars[self.context_index[question]]
-        return cut_text(self.texts[question], chars[start + shift, 0], chars[end + shift, 1])
+        return cut_span(self.texts[question], chars[start + shift, 0], chars[end + shift, 1])
 
 
 class WindowBuilder:
@@ -117,7 +121,7 @@ class WindowBuilder:
     def keep(self, i: int, wanted: np.ndarray) -> None:
         """Keeps the windows of question i for which `wanted`, bool [windows], is True."""
         starts, sizes = self.windows_of(i)
-        self._kept.append((i, starts[wanted], sizes[wanted], most_context(starts, sizes)[wanted]))
+        self._kept.append((i, starts[wanted], sizes[wanted], np.flatnonzero(wanted)))
         self._num_truncated += bool(starts[-1] + sizes[-1] < self._context_lengths[i])
 
     def finish(self, ends: np.ndarray, *options: bool, grouped: bool = False, **lost: int) -> Examples:
@@ -128,12 +132,14 @@ class WindowBuilder:
         """
         cls, sep = self._encoder.cls, self._encoder.sep
         rows, flags, starts = list[Any](), [np.zeros(0, bool)], list[int]()
-        for i, firsts, sizes, owned in self._kept:
+        for i, firsts, sizes, numbers in self._kept:
+            owner = most_context(*self.windows_of(i))
             query = self._queries[i]
             context = self._contexts.tokens[self._context_index[i]]
-            for first, size, own in zip(firsts.tolist(), sizes.tolist(), owned, strict=True):
+            for first, size, number in zip(firsts.tolist(), sizes.tolist(), numbers, strict=True):
+                own = owner[first : first + size] == number
                 rows.append(((cls, query, sep), (context[first : first + size], sep)))
-                flags.extend((np.zeros(len(query) + 2, bool), own[first : first + size], np.zeros(1, bool)))
+                flags.extend((np.zeros(len(query) + 2, bool), own, np.zeros(1, bool)))
                 starts.append(self.context_start(i))
         index = [i for i, *_ in self._kept]
         pieces = Ragged.of([firsts for _, firsts, _, _ in self._kept])
@@ -169,14 +175,18 @@ def most_context(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Finds the window in which each piece of a context has most context around it.
 
     As published: the window with the largest min(pieces before, pieces after) + 0.01 * size, the first
-    among equals. int [windows] (twice) -> bool [windows, pieces up to the end of the last window].
+    among equals. int [windows] (twice) -> int32 [pieces up to the end of the last window], its number.
     """
-    pieces = np.arange(starts[-1] + sizes[-1])
-    before = pieces - starts[:, None]
-    after = sizes[:, None] - 1 - before
-    score = np.minimum(before, after) + 0.01 * sizes[:, None]
-    score[(before < 0) | (after < 0)] = -np.inf
-    return np.argmax(score, axis=0) == np.arange(len(starts))[:, None]
+    best = np.full((starts + sizes).max(), -np.inf)
+    owner = np.zeros(len(best), np.int32)
+    # One window at a time: memory grows with the context, not with its square.
+    for number, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
+        before = np.arange(size)
+        score = np.minimum(before, size - 1 - before) + 0.01 * size
+        better = score > best[start : start + size]
+        best[start : start + size][better] = score[better]
+        owner[start : start + size][better] = number
+    return owner
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

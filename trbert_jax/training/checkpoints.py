@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from trbert_jax.config import diff_configs, upgrade
+from trbert_jax.config import diff_configs, with_defaults
 from trbert_jax.errors import UserError
 from trbert_jax.io import hash_file, make_directory, read_json, write_json
 
@@ -50,13 +50,20 @@ class CheckpointStore:
     """The checkpoints in one directory; a context manager that waits for unfinished writes.
 
     One process writes; others may read at the same time. The `keep` (>= 1) latest checkpoints and the best
-    one are kept. `fingerprint`, JSON-like values, must equal that of a checkpoint to restore it.
+    one are kept. `fingerprint`, JSON-like values, must equal that of a checkpoint to restore it; keys in
+    `free`, such as `settings.save_steps`, may differ.
     """
 
-    def __init__(self, directory: str | Path, keep: int, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        keep: int,
+        fingerprint: Mapping[str, Any],
+        free: Collection[str] = (),
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        self.directory, self._keep = Path(directory), keep
+        self.directory, self._keep, self._free = Path(directory), keep, free
         self._fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as read back
         self._manager: _Manager | None = None
 
@@ -123,7 +130,9 @@ class CheckpointStore:
         if step not in manifests:
             raise UserError(f"{folder}: no such checkpoint; existing steps: {sorted(manifests)}")
         manifest, leaves = manifests[step], _named_leaves(like)
-        if lines := diff_configs(upgrade(manifest["fingerprint"]), self._fingerprint):
+        saved, now = (with_defaults(x) for x in (manifest["fingerprint"], self._fingerprint))
+        lines = [x for x in diff_configs(saved, now) if x.partition(":")[0] not in self._free]
+        if lines:
             advice = f"choose another work directory, or delete {self.directory} to train this stage again"
             changed = f"saved with other settings (then -> now):\n{_cut(lines)}"
             raise UserError(f"{folder}: {changed}\nset them back, {advice}")

@@ -3,6 +3,8 @@
 WORKDIR/config.json       the configuration that the directory belongs to
 WORKDIR/cache/            tokenized examples
 WORKDIR/STAGE/done.json   summary of a finished stage; its presence means that the stage is finished
+WORKDIR/STAGE/made_from.json  settings, and hashes of what the stage reads and of its outputs
+WORKDIR/STAGE.old/        a stage that was stale and had to be made again
 WORKDIR/STAGE/model/      the model of a training stage
 WORKDIR/model/            the model of the last stage, for `TRBert.from_pretrained`
 WORKDIR/results.json      results of all stages
@@ -23,28 +25,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trbert_jax.config import STAGES, RunConfig, diff_configs, load_stored, to_dict
+from trbert_jax.config import STAGES, DataConfig, RunConfig, TrainingConfig, to_dict
+from trbert_jax.datasets.registry import OWN_KEYS
 from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.inference.engine import AfterBatch, CompiledForward, InferenceEngine
-from trbert_jax.io import make_directory, only_process, read_json, write_json
+from trbert_jax.io import check_outputs, make_directory, only_process, read_json, write_json
 from trbert_jax.model.backbones import BACKBONES
-from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.config import InputConfig, ModelConfig, model_config_from_dict
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.pretrained import Pretrained, load_pretrained
 from trbert_jax.model.tokenizers import load_tokenizer, read_line_breaks_as_spaces, train_wordpiece
-from trbert_jax.parallel import DeviceMesh, make_mesh
-from trbert_jax.tasks import Splits
+from trbert_jax.parallel import DeviceMesh, find_devices, make_mesh
+from trbert_jax.reduction.selection import random_key
+from trbert_jax.tasks import Splits, Trained
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.text_encoder import prepare_tokenizer
-from trbert_jax.training.prepared import load_prepared, write_prepared
+from trbert_jax.training.made_from import check_settings
+from trbert_jax.training.prepared import load_prepared, read_provenance, write_prepared
 
 logger = logging.getLogger(__name__)
 
-# Settings that may change between calls: they do not change what is in the directory.
-_FREE_KEYS = {"workdir", "stages", "data.cache_dir", "data.prepared"}
-_FREE_KEYS |= {"parallel.strategy", "parallel.fsdp", "parallel.remat"}
-# Settings that only stage evaluate reads: free until it has finished.
-_EVALUATION_KEYS = {"evaluate.split", "evaluate.baselines", "evaluate.thresholds"}
 SHARED_TIMEOUT = 20  # seconds until a file of one process must be visible to the others
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -58,8 +58,10 @@ class Experiment:
 
     def __init__(self, config: RunConfig, profile_steps: tuple[int, int] | None = None) -> None:
         self.config, self.profile_steps = config, profile_steps
-        self.workdir, self.data = Path(config.workdir), Splits(config)
+        self.workdir, self.data = Path(config.workdir), Splits(config, self._trained)
         self._cache = Path(config.data.cache_dir or self.workdir / "cache")
+        # Whether the fine-tuned model is not stale, so that it can stand for the training set.
+        self.is_settled = False
         self._features: dict[tuple[str, Any], Examples] = {}
         self._programs: dict[ModelConfig, CompiledForward] = {}
 
@@ -79,11 +81,15 @@ class Experiment:
         """Returns the path of a finished stage's output. Raises `UserError` if the stage has not been run."""
         path = self.workdir / stage / name
         if self.finished(stage) is None or not path.exists():
-            advice = f"add {stage} to `stages`"
-            if stage in self.config.stages:
-                advice = f"run that first (`--stages {stage},{needed_by}`, or leave --stages out to run all)"
+            advice = self.how_to_run(stage, needed_by)
             raise UserError(f"stage {needed_by} needs {path}, which stage {stage} makes; {advice}")
         return path
+
+    def how_to_run(self, stage: str, needed_by: str) -> str:
+        """Returns how a user runs a stage that another one needs."""
+        if stage not in self.config.stages:
+            return f"add {stage} to `stages`"
+        return f"run that first (`--stages {stage},{needed_by}`, or leave --stages out to run all)"
 
     @contextlib.contextmanager
     def claim(self, stages: Sequence[str]) -> Iterator[None]:
@@ -100,6 +106,7 @@ class Experiment:
             yield
 
     def _claim(self, stack: contextlib.ExitStack) -> None:
+        self.check_paths()
         make_directory(self.workdir)
         path = self.workdir / "config.json"
         if path.exists():
@@ -107,11 +114,23 @@ class Experiment:
             if not isinstance(content, dict) or "workdir" not in content:
                 other = "belongs to something else, such as a model, and would be overwritten"
                 raise UserError(f"{path}: {other}; choose another `workdir`")
+        elif not any((self.workdir / stage).exists() for stage in STAGES):
+            for other in ("model", "results.json", "curves.png", "confusion.png"):
+                if (self.workdir / other).exists():
+                    advice = "move it away, or choose another `workdir`"
+                    raise UserError(f"{self.workdir / other}: is no run's and would be replaced; {advice}")
         stack.enter_context(only_process(self.workdir))
-        # A first try that failed before any stage wrote a file, because of a wrong path, is no claim.
-        if any(any((self.workdir / stage).glob("*")) for stage in STAGES):
-            self.check_owner()
+        self.check_owner()
         write_json(path, to_dict(self.config))
+
+    def check_paths(self, output: Path | None = None) -> None:
+        """Raises `UserError` if the run would replace what it reads, or `output` is a file of the run."""
+        data, model = self.config.data, self.config.model
+        stages = [self.workdir / stage for stage in STAGES]
+        read = [getattr(data, name, None) for name in ("path", "prepared", "train", "dev", "test")]
+        check_outputs(inputs=read, models=[model.init], folders=[self.workdir / "model", *stages])
+        own = [self.workdir / name for name in ("config.json", "results.json", "model", *STAGES)]
+        check_outputs([output], inputs=[*read, *own], models=[model.init])
 
     def _check_shared(self) -> None:
         """Raises a UserError in every process unless all see the same work directory."""
@@ -132,27 +151,15 @@ class Experiment:
             raise UserError(f"{self.workdir}: {other} than process 0; {advice}")
 
     def check_owner(self) -> None:
-        """Raises a UserError if the work directory belongs to another configuration."""
-        path = self.workdir / "config.json"
-        if not path.exists():
-            return
-        free = _FREE_KEYS if self.finished("evaluate") else _FREE_KEYS | _EVALUATION_KEYS
-        try:
-            stored = to_dict(load_stored(path))  # keys that are newer than the file get their defaults
-        except UserError:  # a key that this version does not know counts as a difference
-            stored = read_json(path)
-        lines = diff_configs(stored, to_dict(self.config))
-        differences = [line for line in lines if line.partition(":")[0] not in free]
-        if differences:
-            belongs = "this work directory belongs to another configuration, which differs in"
-            differ = "\n  ".join([belongs, *differences])
-            raise UserError(f"{self.workdir}: {differ}\nset the values back, or choose another `workdir`")
+        """Raises a UserError if a stage in the work directory was begun with another configuration."""
+        check_settings(self)
 
-    def fingerprint(self, stage: str, examples: Examples) -> dict[str, Any]:
+    def fingerprint(self, stage: str, examples: Examples | None = None) -> dict[str, Any]:
         """Returns the settings and data that a stage's checkpoints depend on."""
         settings = to_dict(self.config)
         trained = {"seed": self.config.seed, "model": settings["model"], "settings": settings[stage]}
-        return {"stage": stage, **trained, "examples": len(examples), "data": examples.digest}
+        data = {} if examples is None else {"examples": len(examples), "data": examples.digest}
+        return {"stage": stage, **trained, **data}
 
     def check_inputs(self, stage: str, model: Pretrained, splits: Sequence[str]) -> None:
         """Raises a UserError in every process unless all have the same parameters and data for a stage."""
@@ -171,6 +178,7 @@ class Experiment:
 
     def base_model(self) -> Pretrained:
         """Makes the model before any training, with a new head for the labels of the data."""
+        find_devices()  # before anything else asks JAX
         model, task = self.config.model, self.data.task
         tokenizer = load_tokenizer(model.tokenizer) if model.tokenizer else None
         if model.init == "scratch":
@@ -185,7 +193,7 @@ class Experiment:
             raise UserError(f"model.init: {model.init} has no tokenizer files; {advice}")
         if model.line_breaks_as_spaces:
             read_line_breaks_as_spaces(tokenizer)
-        config = dataclasses.replace(base.config, inputs=task.inputs)
+        config = dataclasses.replace(base.config, inputs=task.inputs, score="")
         return dataclasses.replace(base, config=config, tokenizer=tokenizer)
 
     def _scratch(self, tokenizer: Any) -> Pretrained:
@@ -203,7 +211,7 @@ class Experiment:
             "max_length": model.max_length,
         }
         config = ModelConfig(**{**BACKBONES[shape.model_type].defaults, **sizes})
-        params = jax.device_get(init_params(config, jax.random.key(self.config.seed)))
+        params = jax.device_get(init_params(config, random_key(self.config.seed)))
         return Pretrained(config, params, tokenizer, newly_initialized=("selectors", "head"))
 
     def module(self, config: ModelConfig) -> TokenReducingModel:
@@ -234,12 +242,33 @@ class Experiment:
                 self._features[key] = load_prepared(prepared, split, self.preparation(model.tokenizer))
         return self._features[key]
 
+    def data_digest(self, key: str) -> Any:
+        """Returns a hash of the data of a split, see `Splits.digest`, or None if prepared data lacks it."""
+        if self.config.data.prepared and key in ("train", "labels"):
+            return read_provenance(self.config.data.prepared, "train").get("made_from", {}).get(key)
+        return self.data.digest(key)
+
+    def _trained(self) -> Trained | None:
+        """Returns inputs and labels of the fine-tuned model or of prepared data; see `Splits`."""
+        first = next(name for name, section in STAGES.items() if issubclass(section, TrainingConfig))
+        path = self.workdir / first / "model" / "config.json"
+        if self.is_settled and self.finished(first) is not None and path.is_file():
+            model = model_config_from_dict(read_json(path), str(path))
+            return model.inputs, model.labels
+        if self.config.data.prepared:
+            about = read_provenance(self.config.data.prepared, "train").get("made_from", {})
+            return (InputConfig(**about["inputs"]), about["labels"]) if about else None
+        return None
+
     def preparation(self, tokenizer: Any) -> dict[str, Any]:
         """Returns the settings that prepared data depends on."""
         settings = to_dict(self.config)
         backend, ends = prepare_tokenizer(tokenizer)
         limits = ("max_train_examples", "max_eval_examples")
-        keep = ("name", *limits, "text_field", "label_field", "choices", "skip_bad_records")
+        keep = ["name", *limits, "text_field", "label_field", "choices", "skip_bad_records"]
+        keep += [
+            key for key in OWN_KEYS if key not in keep and settings["data"][key] != getattr(DataConfig, key)
+        ]
         inputs = ("max_length", "line_breaks_as_spaces", "max_question_length", "window_step", "max_segments")
         text = backend.to_str() + str(ends)
         return {
@@ -260,8 +289,10 @@ class Experiment:
                 if split == "train":
                     raise
                 logger.info("%s: skipped, %s", split, error)
-        settings = self.preparation(model.tokenizer)
-        return write_prepared(directory, splits, settings, shard_size=shard_size, workers=workers)
+        made_from: dict[str, Any] = {key: self.data.digest(key) for key in ("train", "labels")}
+        made_from["inputs"] = dataclasses.asdict(self.data.task.inputs)
+        sizes = {"shard_size": shard_size, "workers": workers}
+        return write_prepared(directory, splits, self.preparation(model.tokenizer), made_from, **sizes)
 
 
 def params_digest(params: Params) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 
 from trbert_jax.errors import UserError
 from trbert_jax.io import atomic_file, make_directory, read_text
+from trbert_jax.streams import write_message
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +89,10 @@ class _Lines:
 
     def write(self, text: str) -> None:
         if text.strip():
-            sys.stderr.write(text.strip() + "\n")
+            write_message(text.strip() + "\n")
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        """Does nothing: each message is flushed."""
 
 
 class StageReport(contextlib.ExitStack):

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,17 +17,20 @@ import numpy as np
 
 from trbert_jax.config import TrainingConfig
 from trbert_jax.errors import PreemptedError, UserError
+from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
 from trbert_jax.model.pretrained import Pretrained, save_pretrained
 from trbert_jax.parallel import stop_request
 from trbert_jax.reduction.flops import known_peak
+from trbert_jax.reduction.selection import random_key
 from trbert_jax.tasks.examples import Examples, batch_rows, epoch_order, pad_batch, width_buckets
 from trbert_jax.training import step as updates
 from trbert_jax.training.checkpoints import CheckpointStore, DamagedCheckpointError
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Profile, StageReport, StepClock
+from trbert_jax.training.made_from import FREE_IN_CHECKPOINT
 from trbert_jax.training.prepared import PreparedFeatures
-from trbert_jax.training.stage_inputs import StageInputs
+from trbert_jax.training.stage_inputs import StageInputs, class_weights
 from trbert_jax.training.stages import Stage, objective_of
 from trbert_jax.training.step import TrainState, init_state, merge_params
 
@@ -93,8 +96,10 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
         expected = f"{model.num_reductions}: one for each point of reduction of this model"
         raise UserError(f"init.keep: {list(shares)} are {len(shares)} shares, expected {expected}")
     examples = experiment.features("train", start)
-    read = stage.inputs(settings)
-    inputs = read(experiment, stage.name, examples, model.task) if read else {}
+    source = stage.inputs(settings)
+    inputs = source[1](experiment, stage.name, examples, model.task) if source else {}
+    if experiment.config.data.class_weights == "balanced":
+        inputs["class_weight"] = class_weights(examples.labels)
     experiment.features("dev", start)  # read now: mistakes in it show before the training
 
     # Outputs of earlier stages are about the inputs of epoch 0.
@@ -110,7 +115,6 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
     # On the host: a device may be too small for all of them.
     params = jax.tree.map(np.asarray, start.params)
     trained, frozen = updates.split_params(params, stage.trained(model))
-    clip, epsilon = settings.clip_norm, settings.adam_epsilon
     fingerprint, folder = experiment.fingerprint(stage.name, examples), experiment.workdir / stage.name
     return Training(
         experiment=experiment,
@@ -127,11 +131,33 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
         schedule=schedule,
-        optimizer=updates.adamw(
-            schedule, model, weight_decay=settings.weight_decay, clip_norm=clip, epsilon=epsilon
+        optimizer=_optimizer(settings, schedule, model),
+        checkpoints=CheckpointStore(
+            folder / "checkpoints", settings.keep_checkpoints, fingerprint, FREE_IN_CHECKPOINT
         ),
-        checkpoints=CheckpointStore(folder / "checkpoints", settings.keep_checkpoints, fingerprint),
     )
+
+
+def _optimizer(settings: TrainingConfig, schedule: Any, model: ModelConfig) -> Any:
+    options = {"weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
+    return updates.adamw(schedule, model, epsilon=settings.adam_epsilon, **options)
+
+
+def saved_params(
+    experiment: Experiment, stage: Stage
+) -> tuple[Pretrained, CheckpointStore, Callable[[int], Params]]:
+    """Returns the model that a stage starts from, its checkpoints, and what reads all parameters at a step.
+
+    Needs no training data, unless the tokenizer was trained on it.
+    """
+    settings, start = getattr(experiment.config, stage.name), stage.start(experiment)
+    params = jax.tree.map(np.asarray, start.params)
+    trained, frozen = updates.split_params(params, stage.trained(start.config))
+    schedule = updates.linear_schedule(settings.learning_rate, 1, 0)  # its form alone counts
+    like = init_state(trained, _optimizer(settings, schedule, start.config))
+    folder, free = experiment.workdir / stage.name / "checkpoints", {*FREE_IN_CHECKPOINT, "examples", "data"}
+    store = CheckpointStore(folder, settings.keep_checkpoints, experiment.fingerprint(stage.name), free)
+    return start, store, lambda step: merge_params(restore_state(store, step, like).trained, frozen)
 
 
 # Batches ------------------------------------------------------------------------------------------
@@ -214,7 +240,7 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
     state = first() if restored is None else updates.place(restored, devices)
     # Each stage draws its own random numbers: the first letters of its name are a number.
     number = int.from_bytes(stage.name.encode()[:4].ljust(4, b"\0"), "big") & 0x7FFFFFFF
-    rng = jax.random.fold_in(jax.random.key(experiment.config.seed), number)
+    rng = jax.random.fold_in(random_key(experiment.config.seed), number)
     rng = rng if devices.strategy == "pmap" else devices.replicate(rng)
     flops = functools.partial(stage.flops, experiment.config, training.start.config)
     peak = known_peak(devices.mesh.devices.flat[0].device_kind)

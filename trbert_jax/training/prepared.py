@@ -133,7 +133,7 @@ def load_prepared(directory: str | Path, split: str, settings: Mapping[str, Any]
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         token_types=None,
         labels=arrays["labels"],
-        ids=[name.decode() for name in arrays["ids"]],
+        ids=[name.decode("utf-8", "surrogatepass") for name in arrays["ids"]],
         num_truncated=int(arrays["num_truncated"]),
         digest=bytes(arrays["digest"]).decode(),
         first_row=arrays.get("first_row"),
@@ -153,6 +153,7 @@ def write_prepared(
     directory: str | Path,
     splits: Mapping[str, Examples],
     settings: Mapping[str, Any],
+    made_from: Mapping[str, Any] | None = None,
     *,
     shard_size: int = SHARD_SIZE,
     workers: int = 2,
@@ -160,11 +161,13 @@ def write_prepared(
     """Writes a data set, or the files of it that are missing or changed, and returns its folder.
 
     Equal examples make equal files, so that a repeated call resumes. `settings` are JSON-like, compared by
-    `load_prepared`. Raises `UserError` if the folder holds something else or is not writable.
+    `load_prepared`; `made_from` has hashes of the training records, and the labels and inputs they decide.
+    Raises `UserError` if the folder holds something else or is not writable.
     """
     directory = make_directory(directory)
     sizes = {name: {"examples": len(x), "digest": x.digest} for name, x in splits.items()}
     about = {"format": FORMAT, "settings": dict(settings), "shard_size": shard_size, "splits": sizes}
+    about |= {"made_from": dict(made_from)} if made_from else {}
     recorded = _claim(directory, about)
     schema = _Schema(list(splits.values()))
     files, missing = Hashes(), []
@@ -207,7 +210,7 @@ def _claim(directory: Path, about: Mapping[str, Any]) -> Hashes:
         return {}
     before = read_json(path)
     recorded: Hashes = {**before.pop("unfinished", {}), **before.pop("files", {})}
-    if before != about:
+    if {**about, **before} != about:
         raise UserError(
             f"{directory}: holds data that was prepared otherwise (settings, data, tokenizer or shard size "
             "differ); choose another --output, or delete it"
@@ -240,7 +243,7 @@ def _write_index(path: Path, examples: Examples) -> None:
     arrays = {
         "row_lengths": examples.row_lengths,
         "labels": examples.labels,
-        "ids": np.array([i.encode() for i in examples.ids]),
+        "ids": np.array([i.encode("utf-8", "surrogatepass") for i in examples.ids]),
         "num_truncated": np.array(examples.num_truncated),
         "group": np.array(examples.group),
         "first_token": np.array(examples.first_token),

@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,44 +16,52 @@ from typing import Any
 import jax
 import numpy as np
 
-from trbert_jax.config import RunConfig, to_dict
-from trbert_jax.errors import UserError
+from trbert_jax.config import RunConfig, to_dict, without_defaults
+from trbert_jax.errors import UserError, iterable
+from trbert_jax.inference.class_report import class_table, plot_confusion
 from trbert_jax.inference.engine import Outputs
 from trbert_jax.inference.evaluate import baseline_runs, evaluate_runs, summarize, write_predictions
-from trbert_jax.io import atomic_directory, make_directory, write_json
+from trbert_jax.io import atomic_directory, atomic_file, make_directory, write_json
 from trbert_jax.model.config import model_config_to_dict
 from trbert_jax.model.heads import Logits
-from trbert_jax.model.pretrained import Pretrained
-from trbert_jax.parallel import check_batch
+from trbert_jax.model.pretrained import Pretrained, check_replaceable
+from trbert_jax.parallel import check_batch, find_devices
 from trbert_jax.tasks import Score
 from trbert_jax.tasks.examples import Examples
+from trbert_jax.training import made_from
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import Progress, plot_metrics
-from trbert_jax.training.loop import prepare, restore_state, train_stage
+from trbert_jax.training.loop import saved_params, train_stage
 from trbert_jax.training.prepared import read_provenance
 from trbert_jax.training.stages import STAGES, Stage, compared_models, configured
-from trbert_jax.training.step import init_state, merge_params
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = "run.yaml"
 PACKAGES = ["trbert-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"]
 PACKAGES += ["transformers", "tokenizers", "numpy"]
 
 
 def train(
-    config: RunConfig, only: Sequence[str] | None = None, profile_steps: tuple[int, int] | None = None
+    config: RunConfig,
+    only: Sequence[str] | None = None,
+    profile_steps: tuple[int, int] | None = None,
+    write_settings: bool = False,
 ) -> dict[str, Any]:
     """Runs the stages of a configuration that are not finished yet; returns `WORKDIR/results.json`.
 
     Each of several processes calls this with the same work directory; the first one writes. `only` names the
     stages to run, in any order (None: all configured stages). `profile_steps` are the updates of each stage
-    to profile: the first (0-based) and one past the last.
+    to profile: the first (0-based) and one past the last. `write_settings` writes `WORKDIR/run.yaml`, with
+    which `trbert train --config` does the same run.
 
     Raises `PreemptedError` after SIGTERM, with a checkpoint saved; `UserError` for an unknown stage, a work
     directory of another configuration, missing inputs, bad data, devices that cannot share a batch, or
     processes that do not agree.
     """
+    only = None if only is None else list(iterable("only", only, "only=[stage]"))
     chosen = _chosen_stages(config, only)
+    find_devices()  # before anything else asks JAX
     if jax.process_index() != 0:
         logging.getLogger("trbert_jax").setLevel(logging.ERROR)
     experiment = Experiment(config, profile_steps)
@@ -62,18 +71,35 @@ def train(
             check_batch(stage.name, getattr(config, stage.name).batch_size, devices.num_devices)
     if not devices.is_single:
         logger.info(devices.describe())
+    if config.evaluate.split == "test" and any(stage.evaluates for stage in chosen):
+        experiment.data.require_test_set()
     reads_train = [stage.name for stage in chosen if not stage.evaluates]
     if config.data.prepared and any(experiment.finished(name) is None for name in reads_train):
         read_provenance(config.data.prepared, "train")  # before any long computation
     with experiment.claim([stage.name for stage in chosen]):
-        for stage in chosen:
-            _run_stage(experiment, stage)
+        if write_settings:
+            devices.on_main(functools.partial(_write_settings, config))
+        for number, stage in enumerate(chosen):
+            _run_stage(experiment, stage, [before.name for before in chosen[:number]])
         results = collect_results(experiment)
         devices.on_main(functools.partial(write_json, experiment.workdir / "results.json", results))
         trained = [experiment.workdir / name for name in results["stages"] if STAGES[name].trains]
         if trained:
             devices.on_main(functools.partial(plot_metrics, trained, experiment.workdir / "curves.png"))
+        if evaluated := _with_classes(results):
+            picture = experiment.workdir / "confusion.png"
+            devices.on_main(functools.partial(plot_confusion, evaluated, picture))
     return results
+
+
+def _write_settings(config: RunConfig) -> None:
+    import yaml
+
+    path = Path(config.workdir) / SETTINGS
+    command = shlex.join(["trbert", "train", "--config", str(path)])
+    settings = yaml.safe_dump(without_defaults(config), sort_keys=False, allow_unicode=True)
+    with atomic_file(path) as stream:
+        stream.write(f"# The settings of this run: {command}\n\n{settings}")
 
 
 def _chosen_stages(config: RunConfig, only: Sequence[str] | None) -> list[Stage]:
@@ -86,10 +112,21 @@ def _chosen_stages(config: RunConfig, only: Sequence[str] | None) -> list[Stage]
     return [stage for stage in configured(config) if only is None or stage.name in only]
 
 
-def _run_stage(experiment: Experiment, stage: Stage) -> None:
-    """Runs a stage unless it is finished, and records its summary in `done.json`."""
-    devices, directory = experiment.devices, experiment.workdir / stage.name
-    if experiment.finished(stage.name) is not None:
+def _run_stage(experiment: Experiment, stage: Stage, done: Sequence[str]) -> None:
+    """Runs a stage unless it is finished and not stale, and records its summary in `done.json`.
+
+    `done` are the stages before it that are not stale.
+    """
+    devices, directory, finished = experiment.devices, experiment.workdir / stage.name, list[bool]()
+
+    def settle() -> None:
+        made_from.check_upstream(experiment, stage, STAGES, done, stage.name)
+        finished.append(made_from.settle(experiment, stage, STAGES))
+
+    experiment.is_settled = not stage.trains or bool(stage.starts_from)
+    devices.on_main(settle)
+    experiment.is_settled = True
+    if devices.broadcast(str(finished)) == str([True]):
         logger.info("%s: finished before, skipped (delete %s to run it again)", stage.name, directory)
         return
     logger.info("%s: starting, files in %s", stage.name, directory)
@@ -100,7 +137,12 @@ def _run_stage(experiment: Experiment, stage: Stage) -> None:
     seconds = time.perf_counter() - start
     notes = {"data": experiment.data.notes} if experiment.data.notes else {}
     summary = {**summary, **notes, "seconds": seconds}
-    devices.on_main(functools.partial(write_json, directory / "done.json", summary))
+
+    def record() -> None:
+        made_from.finish(experiment, stage)
+        write_json(directory / "done.json", summary)
+
+    devices.on_main(record)
     logger.info("%s: done in %.1f s", stage.name, seconds)
 
 
@@ -125,7 +167,8 @@ def evaluate_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         if first or last:
             threshold = _tune_null_threshold(experiment, model, run, outputs, score)
         name = "dense" if first else "reduced" if last else trained.name
-        result[name] = summarize(outputs, model.config, score.metrics) | (threshold if first else {})
+        result[name] = summarize(outputs, model.config, score.metrics) | score.details
+        result[name] |= threshold if first else {}
         write = functools.partial(_write_answers, outputs, examples, model, score)
         devices.on_main(functools.partial(write, experiment.workdir / stage.name, f"_{trained.name}"))
     devices.on_main(functools.partial(write, experiment.workdir, ""))
@@ -187,7 +230,7 @@ def _tune_null_threshold(
     The published results use 0, and so do `dense` and `reduced`.
     """
     data, split = experiment.data, experiment.config.evaluate.split
-    if score.null_threshold is None:
+    if not data.task.inputs.unanswerable:
         return {}
     if split != "dev":
         dev = experiment.features("dev", model)
@@ -214,6 +257,7 @@ def _write_answers(
 
 def _export(source: Path, target: Path, model: Pretrained, result: Mapping[str, Any]) -> None:
     """Copies the model of the last stage and adds the tuned null threshold."""
+    check_replaceable(target)
     with atomic_directory(target) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         if "null_threshold" in result:
@@ -223,28 +267,27 @@ def _export(source: Path, target: Path, model: Pretrained, result: Mapping[str, 
             write_json(temporary / "config.json", model_config_to_dict(config))
 
 
-def evaluate_all_checkpoints(config: RunConfig) -> dict[str, Any]:
-    """Evaluates every checkpoint of the training stages on the configured split.
+def evaluate_all_checkpoints(config: RunConfig, output: Path | None = None) -> dict[str, Any]:
+    """Evaluates every checkpoint of the training stages on the configured split; `output` gets the numbers.
 
     Returns stage -> `step_N` -> the numbers of `summarize`; and `best` and `last`, numbers of steps. Raises
-    `UserError` if the work directory belongs to another configuration or has no checkpoint.
+    `UserError` if the work directory belongs to another configuration or has no checkpoint, or `output` is a
+    file of it or of the data.
     """
     experiment = Experiment(config)
     experiment.check_owner()
+    experiment.check_paths(output)
     results = dict[str, Any]()
     for stage in configured(config):
         if not (experiment.workdir / stage.name / "checkpoints").is_dir():
             continue
-        training = prepare(experiment, stage)
-        model, store = training.start, training.checkpoints
+        model, store, params_at = saved_params(experiment, stage)
         engine = experiment.engine(model.config, config.evaluate.batch_size)
         examples = experiment.features(config.evaluate.split, model)
-        like = init_state(training.trained, training.optimizer)
         results[stage.name] = {"best": store.best_step(), "last": store.latest_step()}
         for step in store.steps():
             logger.info("%s: evaluating step %d", stage.name, step)
-            params = merge_params(restore_state(store, step, like).trained, training.frozen)
-            outputs = engine.run(params, examples, **stage.evaluation(config))
+            outputs = engine.run(params_at(step), examples, **stage.evaluation(config))
             metrics = experiment.data.task.score(examples, outputs.logits).metrics
             results[stage.name][f"step_{step}"] = summarize(outputs, model.config, metrics)
     if not results:
@@ -257,11 +300,17 @@ def evaluate_all_checkpoints(config: RunConfig) -> dict[str, Any]:
 
 
 def collect_results(experiment: Experiment) -> dict[str, Any]:
-    """Collects the results of all finished stages, with settings, versions and machine."""
-    evaluated, notes, stages = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    """Collects the results of all finished stages that are not stale, with settings, versions and machine."""
+    evaluated, notes, stages, stale = dict[str, Any](), dict[str, Any](), dict[str, Any](), set[str]()
     for stage in configured(experiment.config):
         summary = experiment.finished(stage.name)
         if summary is None:
+            continue
+        inherited = [f"stage {name} is stale" for name in stage.reads(experiment.config) if name in stale]
+        if reasons := made_from.stale(experiment, stage, STAGES) or inherited:
+            stale.add(stage.name)
+            left_out = "left out of results.json; leave --stages out to make it again"
+            logger.warning("%s: stale (%s), %s", stage.name, "; ".join(reasons), left_out)
             continue
         notes |= summary.pop("data", {})
         if stage.evaluates:
@@ -291,6 +340,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _with_classes(results: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: results.get(name) for name in ("dense", "reduced")}
+    return {name: summary for name, summary in found.items() if summary and "classes" in summary}
+
+
 def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
     """Yields lines of text: metric, tokens and FLOPs of each model, seconds of each stage, written files.
 
@@ -299,6 +353,7 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
     if jax.process_index() != 0:
         return
     experiment = Experiment(config)
+    experiment.is_settled = True
     task, workdir = experiment.data.task, experiment.workdir
     rows = {"dense": results.get("dense")}
     rows |= {f"after {stage.name}": results.get(stage.name) for stage in compared_models(config)}
@@ -312,16 +367,26 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
         if summary:
             kept = " -> ".join(f"{x:.1f}" for x in [summary["tokens"], *summary.get("kept", [])])
             speedup = f"{summary.get('flops_speedup', 1.0):.2f}x"
-            score = summary[task.metric]  # some official scorers count from 0 to 1, others to 100
-            value = f"{score:.1%}" if score <= 1 else f"{score:.1f}%"
+            score = summary.get(task.metric)  # no question of the split has a known answer
+            value = "-" if score is None else f"{score / task.full_score:.1%}"
             flops = f"{summary['flops'] / 1e6:.1f}"
             yield f"{name:<16} {value:>9} {kept:>22} {flops:>9} {speedup:>9}"
     yield ""
+    evaluated = _with_classes(results)
+    for name, summary in [*evaluated.items()][-1:]:
+        yield f"{name}: macro F1 {summary['macro_f1']:.3f}"
+        yield from class_table(summary)
+        yield ""
     yield "seconds a stage:  " + ", ".join(f"{k} {v['seconds']:.0f}" for k, v in results["stages"].items())
+    if (workdir / SETTINGS).exists():
+        yield f"settings          {workdir / SETTINGS}"
     yield f"numbers           {workdir / 'results.json'}"
     if (workdir / "curves.png").exists():
         yield f"training curves   {workdir / 'curves.png'}"
-    if (workdir / "model").is_dir():
+    if evaluated:
+        yield f"confusion matrix  {workdir / 'confusion.png'}"
+    if any(STAGES[name].evaluates for name in results["stages"]) and (workdir / "model").is_dir():
         yield f"model             {workdir / 'model'}"
-        request = "--file questions.jsonl" if task.inputs.data else '"some text"'
+        request = "--file pairs.csv" if task.inputs.text_pair_field else '"some text"'
+        request = "--file questions.jsonl" if task.inputs.data else request
         yield f"next              trbert predict --model {workdir / 'model'} {request}"

@@ -85,6 +85,16 @@ def ranks(experiment: Experiment, stage: str, examples: Examples, task: str) -> 
     return {"rank": StageInput(read, by_row=True, by_token=True)}
 
 
+def class_weights(labels: np.ndarray) -> StageInput:
+    """Returns the weight of each example's class, n / (classes * examples of the class), 1 on average.
+
+    Classes without an example do not count.
+    """
+    counts = np.bincount(labels)
+    weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return StageInput(weights.astype(np.float32)[labels].__getitem__)
+
+
 def teacher_logits(experiment: Experiment, stage: str, examples: Examples, task: str) -> StageInputs:
     """Returns the logits of the fine-tuned model."""
     head = TASKS[task]
@@ -105,10 +115,11 @@ def residual_scores(
     path = experiment.output_of("score", SCORES, stage)
     scores = _load(experiment, path, examples, examples.num_rows)
 
+    first_row = np.asarray(examples.first_row)
+
     def sums(rows: np.ndarray) -> np.ndarray:
-        groups, which = np.unique(np.asarray(rows) // examples.group, return_inverse=True)
-        members = groups[:, None] * examples.group + np.arange(examples.group)
-        return np.asarray(scores[members].sum(1)[which])
+        owners, which = np.unique(np.searchsorted(first_row, rows, side="right") - 1, return_inverse=True)
+        return np.stack([scores[first_row[i] : first_row[i + 1]].sum(0) for i in owners])[which]
 
     return sums if "shared_length" in examples.row_targets else scores.__getitem__
 

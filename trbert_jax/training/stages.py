@@ -90,8 +90,10 @@ class Stage:
     # Which components of the parameters an update changes.
     trains: Callable[[ModelConfig], Trains] | None = None
     objective: Callable[[Update], Objective] | None = None
-    # Settings -> the function of `stage_inputs` that reads the outputs of earlier stages for its batches.
-    inputs: Callable[[Any], Callable[[Experiment, str, Examples, str], StageInputs] | None] = lambda _: None
+    # Settings -> another stage, and the function of `stage_inputs` that reads its outputs for batches.
+    inputs: Callable[[Any], tuple[str, Callable[[Experiment, str, Examples, str], StageInputs]] | None] = (
+        lambda _: None
+    )
     # Computes the stage, given the stage itself, writes its files and returns its summary.
     run: Callable[[Experiment, Any], dict[str, Any]] | None = None
     reduces: bool = False  # whether its model is evaluated with token reduction
@@ -120,10 +122,26 @@ class Stage:
 
     def start(self, experiment: Experiment) -> Pretrained:
         """Loads the model that the stage starts from. Raises `UserError` if that stage has not been run."""
-        if not self.starts_from:
-            return experiment.base_model()
-        available = [name for name in self.starts_from if name in experiment.config.stages]
-        return experiment.load([*available, self.starts_from[-1]][0], self.name)
+        name = self._start(experiment.config)
+        return experiment.load(name, self.name) if name else experiment.base_model()
+
+    def _start(self, config: RunConfig) -> str | None:
+        return next((x for x in self.starts_from if x in config.stages), [None, *self.starts_from][-1])
+
+    def reads(self, config: RunConfig) -> tuple[str, ...]:
+        """Returns the stages whose outputs decide its result."""
+        if self.evaluates:
+            return tuple(stage.name for stage in compared_models(config))
+        source = self.inputs(getattr(config, self.name))
+        return tuple(name for name in (self._start(config), source and source[0]) if name)
+
+    def reads_data(self, experiment: Experiment) -> tuple[str, ...]:
+        """Returns the data that decides its result, see `Experiment.data_digest`."""
+        section = getattr(experiment.config, self.name)
+        if not self.evaluates:
+            return ("train", "labels", *["dev"] * (getattr(section, "output", "last") == "best"))
+        tunes = experiment.data.task.inputs.unanswerable and section.split != "dev"
+        return (section.split, f"{section.split}.ids", *["dev"] * tunes)
 
 
 def configured(config: RunConfig) -> list[Stage]:
@@ -158,7 +176,10 @@ def objective_of(stage: Stage, config: RunConfig, model: TokenReducingModel, tot
             "dropout_rng": _dropout_rng(rng, batch) if section.dropout else None,
             "execute": BACKENDS[section.backend],
         }
-        return compute(Update(config, batch, rng, step, total_steps, forward))
+        result = compute(Update(config, batch, rng, step, total_steps, forward))
+        if "class_weight" in batch:
+            result = dataclasses.replace(result, total=result.total * batch["class_weight"])
+        return result
 
     return objective
 
@@ -254,7 +275,7 @@ for _stage in (
         starts_from=("finetune",),
         trains=step.trains_selectors,
         objective=_init,
-        inputs=lambda section: stage_inputs.ranks,
+        inputs=lambda section: ("score", stage_inputs.ranks),
         reduces=True,
     ),
     Stage(
@@ -262,7 +283,7 @@ for _stage in (
         starts_from=("init", "finetune"),
         trains=step.trains_selectors,
         objective=_policy,
-        inputs=lambda section: stage_inputs.guide if section.guide_rate > 0 else None,
+        inputs=lambda section: ("score", stage_inputs.guide) if section.guide_rate > 0 else None,
         reduces=True,
         compared=True,
         flops=_sampled(1, lambda config: config.policy.num_samples),
@@ -280,7 +301,7 @@ for _stage in (
         starts_from=("policy",),
         trains=step.trains_all,
         objective=_joint,
-        inputs=lambda section: stage_inputs.teacher_logits if section.distill else None,
+        inputs=lambda section: ("teacher", stage_inputs.teacher_logits) if section.distill else None,
         reduces=True,
         compared=True,
         flops=_sampled(3, _joint_samples),

@@ -1,0 +1,164 @@
+"""Training on one's own texts without a YAML file."""
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+
+from trbert_jax import TRBert
+from trbert_jax.cli import main
+from trbert_jax.config import RunConfig, load_config, load_stored, to_dict
+from trbert_jax.training import own_run
+from trbert_jax.training.own_run import choose_settings
+
+TEAMS = {"billing": ("invoice", "refund"), "shipping": ("parcel", "courier")}
+TEAMS["account"] = ("password", "login")
+NOISE = "hello please can you help me with the thing from last week it did not work and i would like to know"
+
+
+def write_tickets(path: Path, count: int, text: str = "text", label: str = "label") -> Path:
+    """Texts whose label, the name of a team, hangs on two words among noise."""
+    rng = random.Random(count)
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        rows = csv.writer(stream)
+        rows.writerow([text, label])
+        for i in range(count):
+            team = [*TEAMS][i % len(TEAMS)]
+            words = rng.choices(NOISE.split(), k=rng.randint(5, 25))
+            for _ in range(2):
+                words.insert(rng.randrange(len(words)), rng.choice(TEAMS[team]))
+            rows.writerow([" ".join(words) + ", thanks", team])
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_models.tiny_model(tmp_path / "model")
+
+
+def choose(data: Path | str, model: Path | str, *overrides: str, **given: Any) -> RunConfig:
+    return choose_settings(str(data), str(model), "runs/x", given, overrides)
+
+
+def test_settings_follow_from_the_texts(tmp_path: Path, model: Path) -> None:
+    data = write_tickets(tmp_path / "t.csv", 40, "message", "team")
+    fields = {"text_field": "message", "label_field": "team"}
+    config = choose(data, model, "policy.alpha=2", "stages=[finetune,evaluate]", **fields)
+    assert (config.data.name, config.data.train, config.data.path) == ("text", str(data), None)
+    assert (config.data.text_field, config.data.label_field) == ("message", "team")
+    assert (config.model.max_length, config.evaluate.split) == (tiny_models.BERT.max_positions, "dev")
+    assert (config.policy.alpha, config.joint.alpha, config.stages) == (2, 0.3, ("finetune", "evaluate"))
+    assert (config.finetune.epochs, config.finetune.backend) == (20, "masked")
+    # With a test set the results are those of it, unless it is without labels.
+    assert choose(data, "scratch", **fields, test=str(data)).evaluate.split == "test"
+    (tmp_path / "unknown.csv").write_text("message\na text\n")
+    assert choose(data, "scratch", **fields, test=str(tmp_path / "unknown.csv")).evaluate.split == "dev"
+    write_tickets(tmp_path / "train.csv", 30)
+    write_tickets(tmp_path / "test.csv", 9)
+    config = choose(tmp_path, "scratch")
+    assert (config.data.path, config.evaluate.split) == (str(tmp_path), "test")
+    assert config.model.scratch.hidden_size == 128
+    assert config.model.max_length == 32  # 25 words, the keywords, a comma, thanks, the ends
+
+
+def test_one_long_text_does_not_widen_all(tmp_path: Path) -> None:
+    rows = [{"text": "a b c", "pair": "d e", "label": i % 2} for i in range(99)]
+    file = tmp_path / "x.jsonl"
+    for last, longest in (("a " * 5, 16), ("a " * 300, 16), ("a " * 9, 16)):
+        lines = [*rows, {"text": last, "pair": last, "label": 0}]
+        file.write_text("".join(json.dumps(row) + "\n" for row in lines))
+        assert choose(file, "scratch", text_pair_field="pair").model.max_length == longest
+    file.write_text("".join(json.dumps({"text": f"{i} " * 600, "label": i % 2}) + "\n" for i in range(9)))
+    assert choose(file, "scratch").model.max_length == 512
+
+
+@pytest.mark.parametrize(
+    ("count", "max_length", "width", "batch", "epochs", "rate"),
+    [
+        (300, 64, 768, (8, 1), (5, 2), 5e-5),
+        (300, 64, 128, (8, 1), (16, 3), 5e-4),
+        (5_000, 512, 768, (8, 2), (2, 1), 5e-5),
+        (100_000, 64, 384, (32, 1), (2, 1), 5e-5),
+    ],
+)
+def test_training_by_size(
+    count: int, max_length: int, width: int, batch: tuple[int, int], epochs: tuple[int, int], rate: float
+) -> None:
+    sections = own_run._training(count, max_length, width)
+    assert {(s["batch_size"], s["accumulation_steps"]) for s in sections.values()} == {batch}
+    assert (sections["finetune"]["epochs"], sections["joint"]["epochs"]) == epochs
+    assert sections["finetune"]["learning_rate"] == rate
+
+
+def test_the_settings_used_are_written_and_run_again(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a model of two other classes; in a folder whose name YAML would read otherwise."""
+    monkeypatch.chdir(tmp_path)
+    data = write_tickets(tmp_path / "no #1.csv", 24)
+    quick = ["stages=[finetune,evaluate]", "finetune.epochs=1", "model.max_length=16"]
+    command = ["train", "--data", data.name, "--model", "model", "--output", "my runs/1", *quick]
+    assert main([*command, "data.class_weights=balanced"]) == 0
+    out = capsys.readouterr().out
+    written = tmp_path / "my runs" / "1" / "run.yaml"
+    assert "my runs/1/run.yaml" in out
+    assert to_dict(load_config(written)) == to_dict(load_stored(written.with_name("config.json")))
+    trained = TRBert.from_pretrained(written.with_name("model"))
+    assert sorted(trained.config.labels) == sorted(TEAMS)
+    results = json.loads(written.with_name("results.json").read_text())
+    assert set(results["dense"]["classes"]) == set(TEAMS)
+    assert main(["train", "--config", str(written)]) == 0
+    assert "finetune: finished before" in capsys.readouterr().err
+
+
+WRONG = {
+    "--data FILE": ["--model m --output o", "--data t.csv --model model", "--text-field x --output o"],
+    "--config": ["", "--data t.csv --model model --output o --config c.yaml"],
+    "none.csv": ["--data none.csv --model model --output o"],
+    "t.csv:1: no column 'body'": ["--data t.csv --model model --output o --text-field body"],
+    "t.txt": ["--data t.txt --model model --output o"],
+    "no-model": ["--data t.csv --model no-model --output o"],
+    "polciy": ["--data t.csv --model model --output o polciy.alpha=1"],
+    "folder: has no train": ["--data folder --model model --output o"],
+    "model": ["--data t.csv --model o/model --output o", "--data t.csv --model model --output model"],
+}
+
+
+@pytest.mark.parametrize(("named", "options"), [(n, o) for n, several in WRONG.items() for o in several])
+def test_mistakes(
+    named: str,
+    options: str,
+    tmp_path: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tickets(Path("t.csv"), 9)
+    Path("t.txt").write_text("a\n")
+    Path("folder").mkdir()
+    tiny_models.tiny_model(Path("o/model"))
+    before = sorted(map(str, tmp_path.rglob("*")))
+    assert main(["train", *options.split()]) == 2
+    err = capsys.readouterr().err
+    assert named in err.splitlines()[-1]
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+@pytest.mark.slow
+def test_a_csv_becomes_a_reduced_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of the README, with the settings that it chooses, from random weights."""
+    monkeypatch.chdir(tmp_path)
+    write_tickets(tmp_path / "reviews.csv", 300)
+    assert main(["train", "--data", "reviews.csv", "--model", "scratch", "--output", "runs/reviews"]) == 0
+    results = json.loads(Path("runs/reviews/results.json").read_text())
+    dense, reduced = results["dense"], results["reduced"]
+    assert dense["macro_f1"] > 0.9
+    assert reduced["macro_f1"] > 0.9
+    assert reduced["flops_speedup"] > 1.5
+    (row,) = TRBert.from_pretrained("runs/reviews/model").predict(["where is my parcel, says the courier"])
+    assert row.label == "shipping"

@@ -1,0 +1,193 @@
+"""Run a command: standard streams that may be closed, full or not UTF-8; signals that end it; messages."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from trbert_jax.errors import PreemptedError, UserError
+from trbert_jax.outputs import ESCAPE, explain_writing
+
+# Exit codes; 128 + the signal as shells report it. Launchers restart a job that SIGTERM has ended.
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+PAUSE = 2.0  # seconds in which a second Ctrl-C belongs to the first
+_closed = list[Any]()  # the streams that stand for closed ones
+
+# Streams ------------------------------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """Opens closed standard streams, to nothing, and escapes what the encoding of standard output lacks."""
+    for number in range(
+        3
+    ):  # else the next file that is opened gets the number, and the messages of libraries
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            _closed.append(open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - until the process ends
+            setattr(sys, name, _closed[-1])
+    reconfigure: Any = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors=ESCAPE)
+
+
+class StandardOutput:
+    """Writes text to standard output at once. Raises `UserError` where that fails: its disk is full, say."""
+
+    def write(self, text: str) -> None:
+        """Writes; raises `BrokenPipeError` if the reader has left."""
+        with explain_writing("standard output"):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def flush(self) -> None:
+        """Does nothing: all is flushed."""
+
+
+def show(*lines: str) -> None:
+    """Writes lines to standard output, like `StandardOutput`."""
+    StandardOutput().write("".join(f"{line}\n" for line in lines))
+
+
+def check_output_is_read(option: str) -> None:
+    """Raises `UserError` if standard output is closed; for commands that print their result."""
+    if sys.stdout in _closed:
+        raise UserError(f"standard output is closed; write to a file with {option}")
+
+
+def finish(code: int) -> int:
+    """Writes what standard output holds back; returns the exit code: `code`, or that of an error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or BROKEN_PIPE
+    except OSError as error:
+        if not code:
+            say(f"error: standard output: cannot be written, {error.strerror}")
+        code = code or USER_ERROR
+    else:
+        return code
+    _abandon(sys.stdout)
+    return code
+
+
+def in_a_folder() -> bool:
+    """Returns whether the current folder exists: another process may have deleted it."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
+def write_message(text: str) -> None:
+    """Writes to standard error. A message that cannot be shown ends no command."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        _abandon(sys.stderr)
+
+
+def _abandon(stream: Any) -> None:
+    """Sends to nothing what a stream holds: the interpreter writes it again at exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say(message: str) -> None:
+    """Shows a message of the program."""
+    write_message(f"trbert: {message}\n")
+
+
+# Signals ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def signals(ended_by_sigterm: bool, last: bool) -> Iterator[None]:
+    """Raises `KeyboardInterrupt` on SIGINT, `PreemptedError` on SIGTERM and SIGHUP, to clean up files.
+
+    Waits for the end of an import, in which other exceptions may replace these. Ignores signals that follow
+    within `PAUSE` seconds, which would end the cleaning up, and those that the process ignored before.
+    `last`: the process ends after the block, and later signals end it at once.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
+        yield
+        return
+    stopped, asked = list[float](), list[int]()
+
+    def stop(number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if (stopped and now - stopped[-1] < PAUSE) or (number == alarm and not asked):
+            return
+        if number != alarm:
+            asked.append(number)
+        if alarm is not None and _imports(frame):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
+        number = asked[-1]
+        stopped.append(now)
+        raise KeyboardInterrupt if number == signal.SIGINT else PreemptedError("told to stop", number)
+
+    def end(number: int, _: Any) -> None:
+        if time.monotonic() - stopped[-1] >= PAUSE:
+            os._exit(128 + number)
+
+    names = ["SIGINT", *(["SIGTERM", "SIGHUP"] if ended_by_sigterm else []), "SIGALRM"]
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has fewer
+    defaults = (signal.default_int_handler, signal.SIG_DFL)
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) in defaults}
+    alarm = next((n for n in before if n == getattr(signal, "SIGALRM", None)), None)
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if not last else end if stopped else signal.SIG_DFL)
+
+
+def _imports(frame: Any) -> bool:
+    """Returns whether a frame is part of an import."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+# Messages -----------------------------------------------------------------------------------------
+
+
+class _StderrHandler(logging.Handler):
+    """Writes each message once to stderr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown = set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = self.format(record)
+        if message not in self._shown:
+            self._shown.add(message)
+            write_message(message + "\n")
+
+
+def setup_logging() -> None:
+    """Shows the package's messages, INFO and above, on stderr. A message that repeats is shown once."""
+    logger = logging.getLogger(__package__)
+    logger.handlers = [h for h in logger.handlers if not isinstance(h, _StderrHandler)] + [_StderrHandler()]
+    logger.setLevel(logging.INFO)
+    root = logging.getLogger()
+    if not root.handlers:  # else absl, which orbax uses, adds one that shows our messages again
+        others = logging.StreamHandler()
+        others.addFilter(lambda record: not record.name.startswith(logger.name))
+        root.addHandler(others)
