@@ -250,8 +250,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         old = _temporary(target)
         try:
             temporary.mkdir()
+            _keep_rights(target, temporary)
             yield temporary
-            for new in [temporary, *temporary.rglob("*")]:
+            for new in temporary.rglob("*"):
                 _keep_rights(target / new.relative_to(temporary), new)
             try:
                 if target.exists() and not fixed:
