@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from trbert_jax import outputs
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
-from trbert_jax.outputs import atomic_directory, atomic_file
+from trbert_jax.io import outputs
+from trbert_jax.io.outputs import atomic_directory, atomic_file
 
 ROOT = Path(__file__).parents[1]
 

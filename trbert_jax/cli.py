@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from trbert_jax import __version__, io, streams
+from trbert_jax import __version__, io
 from trbert_jax.errors import PreemptedError, UserError
-from trbert_jax.outputs import atomic_file, check_outputs, contents, is_stream
+from trbert_jax.io import streams
+from trbert_jax.io.outputs import atomic_file, check_outputs, contents, is_stream
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES, rule_names
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.outputs import atomic_file
+from trbert_jax.io.outputs import atomic_file
 
 _WIDEST = 10  # classes of a matrix that fits into a terminal; of more, frequent confusions are listed
 _LISTED = 10  # of them

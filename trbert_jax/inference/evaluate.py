@@ -14,10 +14,10 @@ from trbert_jax.inference.lines import RecordWriter, check_kind
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.inference.questions import answering
 from trbert_jax.io import atomic_file, write_json
+from trbert_jax.io.outputs import check_outputs, is_stream
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
 from trbert_jax.model.packed import DEFAULT_BACKEND
-from trbert_jax.outputs import check_outputs, is_stream
 from trbert_jax.reduction import flops
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES
 from trbert_jax.tasks import encode_usable, notes_of

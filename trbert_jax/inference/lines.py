@@ -25,7 +25,7 @@ from trbert_jax.datasets.reading import BadRecords
 from trbert_jax.datasets.tables import Fields, Table, format_of
 from trbert_jax.errors import UserError
 from trbert_jax.io import parse_json, readable
-from trbert_jax.outputs import is_stream
+from trbert_jax.io.outputs import is_stream
 
 if TYPE_CHECKING:
     from trbert_jax.inference.predictor import Prediction, TRBert

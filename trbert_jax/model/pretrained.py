@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from trbert_jax.errors import UserError, first_lines, iterable, whole_number
 from trbert_jax.io import read_json, write_json
+from trbert_jax.io.outputs import atomic_directory, contents
 from trbert_jax.model.config import (
     ModelConfig,
     foreign_head,
@@ -42,7 +43,6 @@ from trbert_jax.model.weights import (
     parameters,
     to_original_names,
 )
-from trbert_jax.outputs import atomic_directory, contents
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from trbert_jax.errors import UserError
 from trbert_jax.io import atomic_file, make_directory, read_text
-from trbert_jax.streams import write_message
+from trbert_jax.io.streams import write_message
 
 logger = logging.getLogger(__name__)
 

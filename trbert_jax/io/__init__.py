@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 from trbert_jax.errors import UserError
-from trbert_jax.outputs import atomic_directory as atomic_directory
-from trbert_jax.outputs import atomic_file as atomic_file
-from trbert_jax.outputs import check_outputs as check_outputs
-from trbert_jax.outputs import explain_writing
-from trbert_jax.outputs import make_directory as make_directory
+from trbert_jax.io.outputs import atomic_directory as atomic_directory
+from trbert_jax.io.outputs import atomic_file as atomic_file
+from trbert_jax.io.outputs import check_outputs as check_outputs
+from trbert_jax.io.outputs import explain_writing
+from trbert_jax.io.outputs import make_directory as make_directory
 
 
 def find_path(path: str | Path) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trbert_jax.errors import PreemptedError, UserError
-from trbert_jax.outputs import ESCAPE, explain_writing
+from trbert_jax.io.outputs import ESCAPE, explain_writing
 
 # Exit codes; 128 + the signal as shells report it. Launchers restart a job that SIGTERM has ended.
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -183,7 +183,7 @@ class _StderrHandler(logging.Handler):
 
 def setup_logging() -> None:
     """Shows the package's messages, INFO and above, on stderr. A message that repeats is shown once."""
-    logger = logging.getLogger(__package__)
+    logger = logging.getLogger("trbert_jax")
     logger.handlers = [h for h in logger.handlers if not isinstance(h, _StderrHandler)] + [_StderrHandler()]
     logger.setLevel(logging.INFO)
     root = logging.getLogger()
