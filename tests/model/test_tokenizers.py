@@ -46,6 +46,8 @@ def test_bare_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 4}')
     text = "I saw the goods, not badly!"
     assert load_tokenizer(tmp_path)(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
+    # Digests of data depend on this form, and must stay.
+    assert '"type":"BertProcessing"' in load_tokenizer(tmp_path).backend_tokenizer.to_str()
 
 
 WORDS, NUMBER = "\n".join(tiny_models.VOCABULARY), len(tiny_models.VOCABULARY)

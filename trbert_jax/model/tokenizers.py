@@ -59,6 +59,8 @@ def find_tokenizer(directory: Path, special_tokens: Mapping[str, str] = BERT_TOK
     damaged or contradict each other, a tokenizer without fast version, one that lacks a special token or one
     that does not put [CLS] first and [SEP] last.
     """
+    from tokenizers import processors
+
     if not any((directory / name).is_file() for name in (_TOKENIZER, _VOCABULARY)):
         return None
     settings, model = (_read_object(directory / name) for name in (_SETTINGS, "config.json"))
@@ -68,6 +70,12 @@ def find_tokenizer(directory: Path, special_tokens: Mapping[str, str] = BERT_TOK
             setattr(tokenizer, role, token)
     _check_special_tokens(tokenizer, directory)
     _check_ends(tokenizer, str(directory))
+    if not (directory / _TOKENIZER).is_file():
+        # The same ids in the form of earlier versions, whose digests of data still hold.
+        ends = (
+            (getattr(tokenizer, f"{x}_token"), getattr(tokenizer, f"{x}_token_id")) for x in ("sep", "cls")
+        )
+        tokenizer.backend_tokenizer.post_processor = processors.BertProcessing(*ends)
     return tokenizer
 
 
