@@ -147,6 +147,7 @@ CASES: dict[str, tuple[Change | None, str, str, list[str], str]] = {
         ["evaluate"], ""),
     "places, without the training set": (leave("train.jsonl"), MOVED.split()[0], "evaluate", [], ""),
     "no training set, all stages": (remove("data/train.jsonl"), "", "", [], "finetune: .*cannot be seen"),
+    "no data": (remove("data"), "", "", [], "evaluate: .*cannot be seen"),
     "an older version": (age, "", "", [], ""),
 }  # fmt: skip
 

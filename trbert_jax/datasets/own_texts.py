@@ -245,13 +245,15 @@ def _files(path: PathLike, split: str, options: Options) -> tuple[Path, ...]:
         found = tuple(sorted(f for f in file.iterdir() if _is_data(f))) if file.is_dir() else (file,)
         if not file.exists() or not found:
             problem = "no file of rows in this folder" if file.exists() else "no such file"
-            raise UserError(f"data.{split}: {given}: {problem}; expected {FORMAT}")
+            problem = f"data.{split}: {given}: {problem}; expected {FORMAT}"
+            raise UserError(problem) from FileNotFoundError(given)
         return found
     if path is None:
         return ()
     folder = find_path(path)
     if not folder.is_dir():
-        raise UserError(f"data.path: {path}: no such folder; expected one with train.csv or the like")
+        problem = f"data.path: {path}: no such folder; expected one with train.csv or the like"
+        raise UserError(problem) from FileNotFoundError(path)
     for name in _NAMES[split]:
         of_split = re.compile(rf"{name}((-\d+-of-\d+[-\w]*)?{_ENDING})?", re.IGNORECASE)
         named = [

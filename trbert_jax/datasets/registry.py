@@ -108,7 +108,8 @@ class DataSet:
             raise UserError(f"data.path: missing; expected the folder of {self.name} with {expected}")
         folder = find_path(path)
         if not folder.is_dir():
-            raise UserError(f"data.path: {folder}: no such folder; expected one with {expected}")
+            problem = f"data.path: {folder}: no such folder; expected one with {expected}"
+            raise UserError(problem) from FileNotFoundError(folder)
         found = {part: [*filter(Path.exists, map(folder.joinpath, self.files[part]))] for part in SPLITS}
         hold_out_dev = self.dev_from_train and split != "test" and not found["dev"]
         files = found["train" if hold_out_dev else split]

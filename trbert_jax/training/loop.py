@@ -146,11 +146,13 @@ def _optimizer(settings: TrainingConfig, schedule: Any, model: ModelConfig) -> A
 def saved_params(
     experiment: Experiment, stage: Stage
 ) -> tuple[Pretrained, CheckpointStore, Callable[[int], Params]]:
-    """Returns the model that a stage starts from, its checkpoints, and what reads all parameters at a step.
+    """Returns a model of a stage's shape, its checkpoints, and what reads all parameters at a step.
 
-    Needs no training data, unless the tokenizer was trained on it.
+    Needs no training data, unless the stage is not finished and the tokenizer is trained on it.
     """
-    settings, start = getattr(experiment.config, stage.name), stage.start(experiment)
+    settings, name = getattr(experiment.config, stage.name), stage.name
+    # A finished model has the same frozen parameters as the one that the stage started from.
+    start = stage.start(experiment) if experiment.finished(name) is None else experiment.load(name, name)
     params = jax.tree.map(np.asarray, start.params)
     trained, frozen = updates.split_params(params, stage.trained(start.config))
     schedule = updates.linear_schedule(settings.learning_rate, 1, 0)  # its form alone counts

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from trbert_jax.config import STAGES, RunConfig, build_stored, flat, path_keys, to_dict
 from trbert_jax.datasets.registry import OWN_KEYS
-from trbert_jax.errors import UserError
+from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.io import hash_file, read_json, write_json
 from trbert_jax.model.weight_files import local_directory, model_files
 
@@ -137,9 +137,10 @@ def _readable(experiment: Experiment, key: str) -> tuple[Any, str]:
     try:
         return experiment.data_digest(key), ""
     except UserError as error:
-        if isinstance(error.__cause__, ValueError | UserError):
-            raise
-        return None, str(error)
+        cause = error.__cause__  # a file that is missing or cannot be opened, or a library that fails
+        if isinstance(error, MissingSplitError) or (cause and not isinstance(cause, ValueError | UserError)):
+            return None, str(error)
+        raise
 
 
 # Contents -----------------------------------------------------------------------------------------

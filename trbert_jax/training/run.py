@@ -277,6 +277,7 @@ def evaluate_all_checkpoints(config: RunConfig, output: Path | None = None) -> d
     experiment = Experiment(config)
     experiment.check_owner()
     experiment.check_paths(output)
+    experiment.is_settled = True  # checkpoints are evaluated as they are
     results = dict[str, Any]()
     for stage in configured(config):
         if not (experiment.workdir / stage.name / "checkpoints").is_dir():
