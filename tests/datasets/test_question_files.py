@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_qa_files import SAMPLES, read_sample, write_json, write_lines, write_race
 
-from trbert_jax.datasets import DATASETS, triviaqa
+from trbert_jax.datasets import DATASETS, BadRecords, triviaqa
 from trbert_jax.datasets.records import SpanQuestion, trim
 
 
@@ -101,6 +101,21 @@ def test_triviaqa_list(tmp_path: Path) -> None:
     first, second = read_sample("triviaqa_list", tmp_path)
     assert (first.id, first.answers, texts(first)) == ("t1", ("Tokyo", "東京"), ["東京", "Tokyo"])
     assert (second.id, second.spans, second.impossible) == ("t2", (), False)
+
+
+def numbered(document: Any) -> Any:
+    """Replaces every id by a number."""
+    if isinstance(document, dict):
+        ids = ("id", "qid", "_id", "QuestionId")
+        return {k: 10 + len(v) if k in ids and v else numbered(v) for k, v in document.items()}
+    return [numbered(item) for item in document] if isinstance(document, list) else document
+
+
+@pytest.mark.parametrize("name", ["squad", "mrqa", "hotpotqa", "hotpotqa_graph_dev", "triviaqa", "wikihop"])
+def test_ids_may_be_numbers(tmp_path: Path, name: str) -> None:
+    first = numbered(SAMPLES[name].fresh())
+    found = read_sample(name, tmp_path, first, BadRecords(skip=True))[0]
+    assert found.id.partition("--")[0] in {str(number) for number in range(10, 30)}
 
 
 def without(fields: tuple[str, ...], document: Any) -> Any:
