@@ -1,5 +1,6 @@
 """A saved model on a file of labeled texts: the numbers, the baselines, one line an example."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -13,8 +14,10 @@ import tiny_runs
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
+from trbert_jax.errors import UserError
 from trbert_jax.inference.class_report import class_table, plot_confusion
 from trbert_jax.inference.evaluate import evaluate_file
+from trbert_jax.model.config import InputConfig
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction import flops
 from trbert_jax.tasks.scorers import class_scores
@@ -133,3 +136,29 @@ def test_dense(folder: Path, result: dict[str, Any], tmp_path: Path) -> None:
     model = TRBert.from_pretrained(folder / "model")
     save_pretrained(tmp_path, model.config, model.params, model.tokenizer, exclude=("selectors",))
     assert evaluate_file(tmp_path, folder / "data.jsonl")["rule"] == "dense"
+
+
+def test_pairs_are_evaluated_and_predicted_alike(tmp_path: Path) -> None:
+    """By the fields of the training data, which the model keeps."""
+    inputs = InputConfig(text_field="a", text_pair_field="b", label_field="c")
+    config = dataclasses.replace(tiny_models.BERT, inputs=inputs)
+    tiny_models.tiny_model(tmp_path / "model", config)
+    model = TRBert.from_pretrained(tmp_path / "model")
+    assert model.config.inputs == inputs
+    pairs = [(a["text"], b["text"]) for a, b in zip(RECORDS[:10], RECORDS[10:20], strict=True)]
+    lines = [json.dumps({"a": a, "b": b, "c": "positive", "id": i}) for i, (a, b) in enumerate(pairs)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    evaluate_file(tmp_path / "model", tmp_path / "t.jsonl", predictions=tmp_path / "p.jsonl")
+    predictions, tokenizer = model.predict(pairs), model.require_tokenizer()
+    for number, line in enumerate(tiny_runs.read_lines(tmp_path / "p.jsonl")):
+        prediction = predictions[number]
+        expected = tokenizer(*pairs[number], truncation=True, max_length=config.max_length)["input_ids"]
+        assert prediction.input_ids.tolist() == expected
+        assert (line["id"], line["prediction"], line["kept"]) == (
+            number,
+            prediction.label,
+            [stage.tolist() for stage in prediction.kept],
+        )
+        np.testing.assert_allclose(list(line["scores"].values()), prediction.scores, atol=1e-5)
+    with pytest.raises(UserError, match=r"texts\[0\] is a str; expected a pair"):
+        model.predict(["a film"])
