@@ -71,7 +71,8 @@ def train(
             check_batch(stage.name, getattr(config, stage.name).batch_size, devices.num_devices)
     if not devices.is_single:
         logger.info(devices.describe())
-    if config.evaluate.split == "test" and any(stage.evaluates for stage in chosen):
+    to_evaluate = any(stage.evaluates and experiment.finished(stage.name) is None for stage in chosen)
+    if config.evaluate.split == "test" and to_evaluate:
         experiment.data.require_test_set()
     reads_train = [stage.name for stage in chosen if not stage.evaluates]
     if config.data.prepared and any(experiment.finished(name) is None for name in reads_train):
