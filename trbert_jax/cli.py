@@ -456,8 +456,8 @@ def _evaluate(args: Arguments) -> None:
         io.write_json(args.json, result)
     from trbert_jax.inference.class_report import class_table
 
-    hidden = ("data", "classes", "confusion_matrix")  # what was skipped has been logged
-    streams.show(*_table({name: value for name, value in result.items() if name not in hidden}))
+    shown = {name: value for name, value in result.items() if name != "data"}  # logged while it was read
+    streams.show(*_table(shown))
     if lines := [*class_table(result)]:
         streams.show("", *lines)
 
@@ -693,6 +693,8 @@ def _split_hyperpartisan(args: Arguments) -> None:
 def _table(result: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Yields lines `name  value`; dots join nested names."""
     for name, value in result.items():
+        if name in ("classes", "confusion_matrix"):  # `class_table` shows them
+            continue
         if isinstance(value, dict):
             yield from _table(value, f"{prefix}{name}.")
         else:

@@ -156,7 +156,7 @@ def test_metrics(finished: Finished, stage: str) -> None:
     rates = [row["learning_rate"] for row in trained]
     np.testing.assert_allclose(rates, [0, 3e-3 / 11, 1e-3 / 11], rtol=1e-5)
     counts = set() if stage == "finetune" else {f"dev_{k}" for k in kept}
-    assert all(set(row) == {"step", "dev_accuracy"} | counts for row in evaluated)
+    assert all(set(row) == {"step", "dev_accuracy", "dev_macro_f1"} | counts for row in evaluated)
     assert any((finished.work / stage / "tensorboard").iterdir())
 
 

@@ -23,7 +23,7 @@ from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES
 from trbert_jax.tasks import encode_usable, notes_of
 from trbert_jax.tasks.examples import Examples
 
-Metrics = Callable[[Outputs], Mapping[str, float]]
+Metrics = Callable[[Outputs], Mapping[str, Any]]
 
 
 def evaluate_file(
@@ -94,7 +94,7 @@ def evaluate_file(
         "batch_size": engine.batch_size,
         "threshold": float(threshold),
     }
-    result = {**settings, **summarize(outputs, model.config, score.metrics), **score.details}
+    result = {**settings, **summarize(outputs, model.config, score.report)}
     if plot is not None:
         plot_confusion({rule: result}, plot)
     if notes := notes_of(examples, bad):
@@ -103,8 +103,8 @@ def evaluate_file(
         result["skipped_records"] = len(bad.skipped)
     if RULES[rule].drops and baselines:
 
-        def metrics(outputs: Outputs) -> Mapping[str, float]:
-            return task.score(examples, outputs.logits).metrics
+        def metrics(outputs: Outputs) -> Mapping[str, Any]:
+            return task.score(examples, outputs.logits).report
 
         runs = baseline_runs(outputs, baselines, seed)
         result["baselines"] = evaluate_runs(engine, model.params, examples, metrics, runs)
@@ -150,7 +150,7 @@ def evaluate_runs(
     return result
 
 
-def summarize(outputs: Outputs, config: ModelConfig, metrics: Mapping[str, float]) -> dict[str, Any]:
+def summarize(outputs: Outputs, config: ModelConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Computes the numbers of an evaluation.
 
     Returns:

@@ -30,6 +30,11 @@ class Score:
     # What a report has besides the metrics, as JSON: `classes` and `confusion_matrix`, see `class_scores`.
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def report(self) -> dict[str, Any]:
+        """Metrics and details."""
+        return {**self.metrics, **self.details}
+
 
 class Task(abc.ABC):
     """One kind of task. Everything between records and metrics except the model itself."""

@@ -168,8 +168,7 @@ def evaluate_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         if first or last:
             threshold = _tune_null_threshold(experiment, model, run, outputs, score)
         name = "dense" if first else "reduced" if last else trained.name
-        result[name] = summarize(outputs, model.config, score.metrics) | score.details
-        result[name] |= threshold if first else {}
+        result[name] = summarize(outputs, model.config, score.report) | (threshold if first else {})
         write = functools.partial(_write_answers, outputs, examples, model, score)
         devices.on_main(functools.partial(write, experiment.workdir / stage.name, f"_{trained.name}"))
     devices.on_main(functools.partial(write, experiment.workdir, ""))
@@ -180,7 +179,7 @@ def evaluate_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         }
         for name, runs in variants.items():
             result[name] = evaluate_runs(
-                engine, params, examples, lambda outputs: task.score(examples, outputs.logits).metrics, runs
+                engine, params, examples, lambda outputs: task.score(examples, outputs.logits).report, runs
             )
     result |= threshold
     source = experiment.output_of(compared[-1].name, "model", stage.name)
@@ -290,7 +289,7 @@ def evaluate_all_checkpoints(config: RunConfig, output: Path | None = None) -> d
         for step in store.steps():
             logger.info("%s: evaluating step %d", stage.name, step)
             outputs = engine.run(params_at(step), examples, **stage.evaluation(config))
-            metrics = experiment.data.task.score(examples, outputs.logits).metrics
+            metrics = experiment.data.task.score(examples, outputs.logits).report
             results[stage.name][f"step_{step}"] = summarize(outputs, model.config, metrics)
     if not results:
         advice = "run `trbert train` with this configuration first"
