@@ -16,7 +16,7 @@ from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.io import find_path
 from trbert_jax.model.config import model_config_from_dict
 from trbert_jax.model.pretrained import read_config
-from trbert_jax.model.tokenizers import load_tokenizer, train_wordpiece
+from trbert_jax.model.tokenizers import find_tokenizer, load_tokenizer, train_wordpiece
 from trbert_jax.model.weight_files import local_directory
 from trbert_jax.tasks import Splits
 from trbert_jax.tasks.text_encoder import TextEncoder
@@ -87,16 +87,16 @@ def _fit(config: RunConfig, texts: Sequence[str]) -> tuple[int, int]:
 
     The length is that of the longest text, unless that is out of the ordinary.
     """
-    most, width = _LONGEST, int(_SHAPE["hidden_size"])
+    most, width, given = _LONGEST, int(_SHAPE["hidden_size"]), config.model.tokenizer
+    tokenizer = load_tokenizer(given) if given else None
     if config.model.init != SCRATCH:
         directory = local_directory(config.model.init)
-        values = read_config(directory)
-        shape = model_config_from_dict(values, str(directory / "config.json"))
+        shape = model_config_from_dict(read_config(directory), str(directory / "config.json"))
         most, width = min(most, config.model.max_positions or shape.max_positions), shape.hidden_size
-        tokenizer = load_tokenizer(config.model.tokenizer or directory)
-    elif config.model.tokenizer:
-        tokenizer = load_tokenizer(config.model.tokenizer)
-    else:
+        tokenizer = tokenizer or find_tokenizer(directory, shape.backbone.special_tokens)
+        if tokenizer is None:
+            raise UserError(f"{directory}: has no tokenizer files; set model.tokenizer to a folder that has")
+    elif tokenizer is None:
         tokenizer = train_wordpiece(texts, _SHAPE["vocab_size"])
     lengths = TextEncoder(tokenizer).encode(texts, max_tokens=most).num_tokens
     if config.data.text_pair_field:
