@@ -184,8 +184,8 @@ def predict(fake: Fake, capsys: Capture) -> Predict:
     FakeModel.asked = []
     fake("inference.predictor", TRBert=FakeModel)
 
-    def run(*arguments: str) -> list[dict[str, Any]]:
-        assert main(["predict", "--model", "m", *arguments]) == 0
+    def run(*arguments: str, code: int = 0) -> list[dict[str, Any]]:
+        assert main(["predict", "--model", "m", *arguments]) == code
         out = capsys.readouterr().out
         return lines_of(out) if out else []
 
