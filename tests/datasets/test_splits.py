@@ -25,6 +25,7 @@ QUESTIONS: list[tuple[str, str, tuple[str, ...], int]] = [
     ("squad", "squad", ("train-v2.0.json", "dev-v2.0.json"), 4),
     ("squad", "squad", ("train-v1.1.json", "dev-v1.1.json"), 4),
     ("newsqa", "mrqa", ("train.jsonl", "dev.jsonl"), 3),
+    ("mrqa", "mrqa", ("train.jsonl", "dev.jsonl"), 3),
     ("newsqa", "mrqa", ("train.jsonl", "dev.jsonl", "test.jsonl"), 3),
     ("naturalqa", "mrqa", ("train/NaturalQuestionsShort.jsonl", "dev/NaturalQuestionsShort.jsonl"), 3),
     ("race", "race", ("train", "dev", "test"), 4),
