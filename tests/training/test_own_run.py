@@ -150,6 +150,7 @@ def test_mistakes(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_a_csv_becomes_a_reduced_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command of the README, with the settings that it chooses, from random weights."""
     monkeypatch.chdir(tmp_path)
