@@ -24,8 +24,8 @@ os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(10**10)
 # What depends on the program that users run asks for `optimized`:
 # parity with the published models, speed, what devices send each other.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# A shell starts background jobs, and with them a whole CI run, deaf to Ctrl-C; `nohup` to SIGHUP. The tests send
-# both.
+# A shell starts background jobs, and with them a whole CI run, deaf to Ctrl-C; `nohup` to SIGHUP. The tests
+# send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

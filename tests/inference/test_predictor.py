@@ -296,7 +296,8 @@ os.waitpid(child, 0)
 def test_a_forked_process_answers(model: TRBert, tmp_path: Path) -> None:
     """Also, a program that loads a model hears nothing from the libraries."""
     model.save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", _FORKED, str(tmp_path / "model")]
+    fork_warns = ["-W", "ignore::RuntimeWarning", "-W", "ignore::DeprecationWarning"]  # JAX, Python 3.12
+    command = [sys.executable, *fork_warns, "-c", _FORKED, str(tmp_path / "model")]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
     forked, batch_size = run.stdout.splitlines()
     assert "spawn" in forked
