@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from trbert_jax.datasets import find_dataset
 from trbert_jax.datasets.labels import class_name
-from trbert_jax.datasets.registry import FIELD_KEYS, OWN_KEYS, SPLITS
+from trbert_jax.datasets.registry import DEV_SHARE, FIELD_KEYS, OWN_KEYS, SPLITS
 from trbert_jax.errors import UserError, iterable
 from trbert_jax.io import YamlKey, find_path, parse_yaml, read_json, read_text
 from trbert_jax.model.backbones import BACKBONES
@@ -60,7 +60,6 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Threshold = Annotated[Number, Field(gt=0, lt=1)]
-Share = Threshold
 Labels = tuple[Annotated[Text, BeforeValidator(_label)], ...]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -93,7 +92,7 @@ class DataConfig(Section):
     text_pair_field: Text | None = None  # field of a second text; null for single texts
     label_field: Text = "label"  # field of the label
     labels: Labels | None = None  # names of the classes in order, text and hf only; null for those of train
-    dev_share: Share = 0.1  # share of the training examples for dev, without a dev set; text and hf only
+    dev_share: Threshold = DEV_SHARE  # share of the training examples for dev, without a dev set; text, hf
     # balanced: weight the loss of an example by the inverse share of its class, 1 on average; texts only
     class_weights: Literal["balanced"] | None = None
     max_train_examples: Count | None = None  # largest number of training examples; null for all

@@ -204,7 +204,7 @@ def test_empty_texts_are_left_out_of_training(tmp_path: Path, caplog: pytest.Log
     assert TEXT.read_labels(None, train=file) == ("x", "y")
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert warning == f"{file}: left out 2 of 6 texts, empty: {file}:3, {file}:5"
-    with pytest.raises(UserError, match=r"t\.csv:3: text: is empty"):  # a file to evaluate is as it should be
+    with pytest.raises(UserError, match=r"t\.csv:3: text: is empty"):  # evaluation leaves nothing out
         TEXT.read_file(file, labels=("x", "y"))
 
 

@@ -268,10 +268,8 @@ def _predict(args: Arguments) -> None:
     from trbert_jax.inference.predictor import TRBert
 
     model = TRBert.from_pretrained(args.model, max_length=args.max_length)
-    fields, bad = (
-        model.config.inputs.fields(args.text_field, args.text_pair_field),
-        BadRecords(args.skip_bad_records),
-    )
+    fields = model.config.inputs.fields(args.text_field, args.text_pair_field)
+    bad = BadRecords(args.skip_bad_records)
     options = _chosen(args, "batch_size rule backend threshold")
     asked = _chosen(args, "n_best null_threshold max_answer_length")
     asked = {name: value for name, value in asked.items() if value is not None}

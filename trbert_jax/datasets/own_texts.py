@@ -21,14 +21,21 @@ from trbert_jax.datasets import reading
 from trbert_jax.datasets.labels import class_index, class_name, class_names
 from trbert_jax.datasets.reading import BadRecord, BadRecords
 from trbert_jax.datasets.records import Example
-from trbert_jax.datasets.registry import OWN_KEYS, DataSet, Options, PathLike, register_dataset, sample
+from trbert_jax.datasets.registry import (
+    DEV_SHARE,
+    OWN_KEYS,
+    DataSet,
+    Options,
+    PathLike,
+    register_dataset,
+    sample,
+)
 from trbert_jax.datasets.tables import FORMATS, Fields, Table
 from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.io import find_path
 
 logger = logging.getLogger(__name__)
 
-DEV_SHARE = 0.1
 FORMAT = f"rows with a text and a label, in a file of {', '.join(FORMATS)}"
 # Names of a split's file or folder, in order of preference; a file may be divided, `train-00000-of-00002`.
 _NAMES = {"train": ("train", "training"), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}

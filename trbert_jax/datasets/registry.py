@@ -20,6 +20,7 @@ SPLITS = ("train", "dev", "test")
 # Keys of `data` for one's own texts; a data set of a fixed format reads none of them.
 FIELD_KEYS = ("text_field", "text_pair_field", "label_field")
 OWN_KEYS = (*SPLITS, *FIELD_KEYS, "labels", "dev_share")
+DEV_SHARE = 0.1  # default of `data.dev_share`
 
 T = TypeVar("T")
 PathLike = str | Path | None
@@ -41,7 +42,7 @@ class Options(TypedDict, total=False):
     text_pair_field: str | None
     label_field: str
     labels: Sequence[str] | None
-    dev_share: float
+    dev_share: float  # by default DEV_SHARE
 
 
 def each_split(*names: str) -> dict[str, tuple[str, ...]]:

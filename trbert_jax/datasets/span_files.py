@@ -140,7 +140,7 @@ def known_or_withheld(
 
 
 def _find(item: Any, context: str) -> Span:
-    """Returns the span of an answer. What nobody sees may differ: a copied context loses or gains some."""
+    """Returns the span of an answer, which may differ from the context in characters that are not shown."""
     answer, start = item["text"], reading.integer(item, "answer_start", 0, len(context) - 1)
     if context.startswith(answer, start):
         end = start + len(answer)

@@ -91,9 +91,8 @@ class Table:
         self._path, self._bad, self._fields = path, bad, fields or Fields()
         self._format, self._given = format or format_of(path), lines
         self.name = "standard input" if str(path) == "-" else str(path)
-        self.first_label = (
-            0  # number of the first class; 1 for CSV without header, as the Yelp reviews have it
-        )
+        # Number of the first class; 1 for CSV without a header, as the Yelp reviews have it.
+        self.first_label = 0
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         if self._format in _DELIMITERS:

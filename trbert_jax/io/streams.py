@@ -23,9 +23,8 @@ _closed = list[Any]()  # the streams that stand for closed ones
 
 def prepare() -> None:
     """Opens closed standard streams, to nothing, and escapes what the encoding of standard output lacks."""
-    for number in range(
-        3
-    ):  # else the next file that is opened gets the number, and the messages of libraries
+    # Else the next file that is opened gets the number of a closed one, and the messages of libraries.
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:

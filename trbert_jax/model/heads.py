@@ -105,9 +105,8 @@ class Head:
     class_suffix: str = "Model"  # end of the class name in config.json; some tasks have no class of their own
     # Whether it reads every token, a dropped one in the state it had when dropped; otherwise [CLS] alone.
     reads_all_tokens: bool = True
-    data: str = (
-        ""  # data set like whose questions a checkpoint of another origin is asked; "" if there is none
-    )
+    # The data set whose questions a checkpoint of another origin can be asked; "" for none.
+    data: str = ""
     num_outputs: int | None = None  # of its last layer, per token or per [CLS]; None for one per label
     # Entries of a batch that it reads besides the states -> shape of a row in the smallest example.
     inputs: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)

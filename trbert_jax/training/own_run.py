@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trbert_jax.config import RunConfig, build_config
+from trbert_jax.config import STAGES, RunConfig, build_config
 from trbert_jax.datasets.registry import FAMILIES
 from trbert_jax.errors import MissingSplitError, UserError
 from trbert_jax.io import find_path
@@ -24,7 +24,6 @@ from trbert_jax.tasks.text_encoder import TextEncoder
 logger = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
-STAGES = ["finetune", "score", "init", "policy", "teacher", "joint", "evaluate"]
 _LONGEST = 512  # tokens of a text at most
 _STEP = 16  # the longest text is a multiple of it
 _SAMPLE = 2000  # examples whose length is measured
@@ -73,7 +72,7 @@ def choose_settings(
     longest, width = _fit(config, splits.task.texts([records[i] for i in sorted(chosen.tolist())]))
     values["model"] |= {"max_length": longest, **({"scratch": _SHAPE} if model == SCRATCH else {})}
     values |= _training(len(records), longest, width)
-    values["stages"] = STAGES
+    values["stages"] = [stage for stage in STAGES if stage in (*RunConfig.stages, "init")]
     values["evaluate"] = {"split": "test" if has_test else "dev", "baselines": ["random"]}
     logger.info(
         "%s: %d examples of %d classes for training; texts are cut at %d tokens, results are those of %s",
