@@ -22,7 +22,9 @@ def unpack(archive: str, folder: Path, prefix: str) -> Path:
         pytest.skip(f"{DATA / archive} does not exist")
     with tarfile.open(DATA / archive) as tar:
         members = (member for member in tar if member.isfile() and member.name.startswith(prefix))
-        tar.extractall(folder, itertools.islice(members, 800), filter="data")
+        # Python 3.11.2 and 3.11.3 have neither this nor an argument for it.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(folder, itertools.islice(members, 800))
     return folder / prefix
 
 
