@@ -113,9 +113,9 @@ def load_pretrained(
     if max_positions is not None:
         config = _resize_positions(config, tree, whole_number("max_positions", max_positions, 1))
     if max_length is not None:
-        max_length = whole_number("max_length", max_length, 2)
+        max_length = whole_number("max_length", max_length, 3)  # [CLS], one token, [SEP]
         if max_length > config.max_positions:
-            expected = f"2 up to the model's {config.max_positions} positions; set max_positions to have more"
+            expected = f"3 up to the model's {config.max_positions} positions; set max_positions to have more"
             raise UserError(f"max_length is {max_length}; expected {expected}")
         config = dataclasses.replace(config, max_length=max_length)
     _check_finite(config, tree, directory)
