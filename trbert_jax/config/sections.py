@@ -1,0 +1,271 @@
+"""Define the settings of a run, a class a section.
+
+The defaults are the hyper-parameters published for classification (docs/method.md, "Hyper-parameters").
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from trbert_jax.datasets.labels import class_name
+from trbert_jax.datasets.registry import DEV_SHARE
+from trbert_jax.errors import UserError
+from trbert_jax.io import find_path
+from trbert_jax.model.backbones import BACKBONES
+from trbert_jax.reduction.rules import DEFAULT_RULE, rule_names
+
+
+def _name_from(names: Callable[[], Collection[str]]) -> AfterValidator:
+    """Restricts a text to the names of a registry, as they are when the settings are loaded."""
+
+    def check(value: str) -> str:
+        if value not in names():
+            raise PydanticCustomError("name", "should be one of {expected}", {"expected": ", ".join(names())})
+        return value
+
+    return AfterValidator(check)
+
+
+def _find(path: str) -> str:
+    try:
+        return str(find_path(path)) if path.startswith("~") or not path.isascii() else path
+    except UserError as error:
+        raise PydanticCustomError("path", "{reason}", {"reason": str(error)}) from error
+
+
+def _label(value: Any) -> Any:
+    """Returns the class name of a number or boolean, as `datasets.labels` names it."""
+    return class_name(value) if isinstance(value, bool | int | float) else value
+
+
+# Strict: a quoted "8" is not a number, 1 is not true.
+Text = Annotated[str, Field(strict=True, min_length=1)]
+FilePath = Annotated[Text, AfterValidator(_find)]  # a file or folder, `~` expanded; or a name on the hub
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Index = Annotated[int, Field(strict=True, ge=0)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Threshold = Annotated[Number, Field(gt=0, lt=1)]
+Labels = tuple[Annotated[Text, BeforeValidator(_label)], ...]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+# The baseline of a sample is the mean over all samples of its example: with one, every advantage is 0.
+NumSamples = Annotated[int, Field(strict=True, ge=2)]
+MaxLength = Annotated[int, Field(strict=True, ge=3)]  # [CLS], one token, [SEP]
+Backend = Literal["packed", "masked"]  # see `model.packed`
+StageName = Annotated[Text, _name_from(lambda: STAGES)]
+RuleName = Annotated[Text, _name_from(rule_names)]
+BackboneName = Annotated[Text, _name_from(lambda: tuple(BACKBONES))]
+BaselineName = Annotated[Text, _name_from(lambda: rule_names("baseline"))]
+
+
+class Section:
+    """A group of settings. A comment explains each field: on its line, or on the lines before it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """The examples."""
+
+    name: Text  # a registered data set, text for one's own texts, hf:NAME or tfds:NAME for a library's
+    path: FilePath | None = None  # folder of the files; hf, tfds and stdlib have their own unless it is given
+    train: FilePath | None = None  # file of rows, or a folder of some; text only; null for that of `path`
+    dev: FilePath | None = None  # the same; without a dev set, a part of the training examples serves as one
+    test: FilePath | None = None  # the same; without a test set, set evaluate.split to dev
+    text_field: Text = "text"  # field of the text; text, hf and tfds only, as the next two
+    text_pair_field: Text | None = None  # field of a second text; null for single texts
+    label_field: Text = "label"  # field of the label
+    labels: Labels | None = None  # names of the classes in order, text and hf only; null for those of train
+    dev_share: Threshold = DEV_SHARE  # share of the training examples for dev, without a dev set; text, hf
+    # balanced: weight the loss of an example by the inverse share of its class, 1 on average; texts only
+    class_weights: Literal["balanced"] | None = None
+    max_train_examples: Count | None = None  # largest number of training examples; null for all
+    max_eval_examples: Count | None = None  # the same for the dev split and for the test split
+    cache_dir: FilePath | None = None  # folder for tokenized examples; null for WORKDIR/cache
+    # Folder of `trbert prepare-data`, from which training reads in the background; null to read `path`.
+    prepared: FilePath | None = None
+    skip_bad_records: Flag = False  # skip and count invalid records; else the first is an error
+    # Form of a multiple choice, race only. pairs: each option is an example, right or wrong; independent: a
+    # softmax over the options, each with its own selection; shared: one selection for the tokens they share.
+    choices: Literal["pairs", "independent", "shared"] = "pairs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScratchConfig(Section):
+    """The shape of a model with random weights; used only if model.init is scratch."""
+
+    model_type: BackboneName = "bert"  # the architecture, see `model.backbones`
+    vocab_size: Count = 30522  # entries of the vocabulary; an upper limit if the tokenizer is trained
+    hidden_size: Count = 768  # width, a multiple of num_heads
+    num_layers: Count = 12  # encoder layers
+    num_heads: Count = 12  # attention heads
+    intermediate_size: Count = 3072  # width of the feed-forward layers
+    initializer_range: Positive = 0.02  # of the random weights; a narrow model learns faster with more
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig(Section):
+    """The model before training."""
+
+    init: FilePath  # folder or hub id of a Hugging Face BERT or DistilBERT, or scratch for random weights
+    max_length: MaxLength = 512  # in tokens, special tokens included; longer texts are cut
+    max_positions: Count | None = None  # rows of the position table; null for the checkpoint's, or max_length
+    keep_layers: tuple[Index, ...] | None = None  # layers to take from the checkpoint, 0-based; null for all
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters and losses are float32
+    # Folder or hub id; null for the one of the checkpoint, or from scratch one trained on the training texts.
+    tokenizer: FilePath | None = None
+    line_breaks_as_spaces: Flag = False  # read `<br />` as one space, here and in the trained model
+    # Longest question in word pieces (with its options for race); null for the data set's default.
+    max_question_length: Count | None = None
+    # Word pieces between the starts of the windows over a long context; null for the data set's default.
+    window_step: Count | None = None
+    max_segments: Count = 1  # largest number of segments of a long document; triviaqa and wikihop only
+    scratch: ScratchConfig = ScratchConfig()  # the shape if init is scratch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """How all devices of all processes share each batch; affects no result but dropout's masks."""
+
+    strategy: Literal["jit", "pmap"] = "jit"  # one program over a mesh of all devices, or one per device
+    fsdp: Count = 1  # devices that share one copy of parameters and optimizer state; more than 1 needs jit
+    remat: Flag = False  # recompute activations in the backward pass: less memory, more time
+
+
+class StageConfig(Section):
+    """The settings of a stage. Each field of `RunConfig` of such a type is a stage of that name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(StageConfig):
+    """The settings that all trained stages share. A step is one update of the parameters."""
+
+    batch_size: Count = 8  # examples per forward and backward pass
+    accumulation_steps: Count = 4  # passes per update, of batch_size x accumulation_steps examples
+    learning_rate: Positive = 3e-5  # the peak; the rate rises linearly from 0, then falls linearly to 0
+    epochs: Count = 3  # passes over the training examples
+    max_steps: Count | None = None  # number of steps in place of epochs
+    warmup_fraction: Fraction = 0.1  # share of the steps in which the learning rate rises
+    warmup_steps: Count | None = None  # number of these steps, in place of the share
+    weight_decay: NonNegative = 0.0  # of AdamW, on everything except biases and LayerNorm weights
+    clip_norm: Positive = 1.0  # largest global L2 norm of a gradient; larger ones are scaled down to it
+    adam_epsilon: Positive = 1e-8  # of AdamW
+    eval_steps: Count | None = None  # steps between evaluations on the dev split; null for once per epoch
+    save_steps: Count = 2000  # steps between checkpoints, about the most that an interruption loses
+    keep_checkpoints: Count = 2  # number of latest checkpoints to keep, in addition to the best one
+    output: Literal["last", "best"] = "last"  # the checkpoint that the next stage starts from, best on dev
+    dropout: Flag = True  # whether dropout is on
+    # Let padding, as states of zeros, take part in the softmax and the maximum over positions and in
+    # distillation, as in the published code. Not for classification.
+    published_padding: Flag = False
+    # packed computes the kept tokens only; masked all of them, with the same results but for dropout's masks.
+    backend: Backend = "packed"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Stage finetune: train the dense model on the task."""
+
+    epochs: Count = 5  # as in TrainingConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig(StageConfig):
+    """Stage score: compute the residual score of every training token."""
+
+    batch_size: Count = 8  # examples per forward and backward pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig(TrainingConfig):
+    """Stage init: train the selectors to rank tokens like the residual scores."""
+
+    dropout: Flag = False  # as in TrainingConfig
+    per_length_scale: Flag = False  # multiply the loss by the batch's mean of 1 / length, see docs/method.md
+    keep: tuple[Threshold, ...] | None = None  # share of tokens that each point keeps; null for one half
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig(TrainingConfig):
+    """Stage policy: train the selectors with REINFORCE; everything else is frozen."""
+
+    dropout: Flag = False  # as in TrainingConfig
+    num_samples: NumSamples = 8  # selections drawn per example, K in the paper
+    alpha: NonNegative = 1.0  # weight of the length penalty (harmonic coefficient); a larger one drops more
+    guide_rate: Fraction = 0.5  # share of the steps in which one sample imitates the residual scores
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig(StageConfig):
+    """Stage teacher: store the fine-tuned model's logits for the training examples."""
+
+    batch_size: Count = 32  # examples per forward pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JointConfig(TrainingConfig):
+    """Stage joint: train selectors and encoder together."""
+
+    num_samples: NumSamples | None = None  # selections drawn per example; null for policy.num_samples
+    alpha: NonNegative = 1.0  # weight of the length penalty, as in PolicyConfig
+    distill: Flag = True  # learn from the fine-tuned model's logits (stage teacher), not from the labels
+    temperature: Positive = 1.0  # divides teacher and student logits in distillation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(StageConfig):
+    """Stage evaluate: evaluate the models; also the evaluations during training."""
+
+    batch_size: Count = 32  # examples per forward pass; affects predictions only under rule batch_max
+    split: Literal["test", "dev"] = "test"  # evaluations during training always use dev
+    rule: RuleName = DEFAULT_RULE  # how tokens are selected, see `reduction.rules`
+    backend: Backend = "packed"  # as in TrainingConfig
+    baselines: tuple[BaselineName, ...] = ()  # untrained selections to evaluate at the same kept counts
+    thresholds: tuple[Threshold, ...] = ()  # keep probabilities to evaluate at, besides 0.5; lower keeps more
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """A whole run, from raw text to results, with a section for each stage."""
+
+    workdir: FilePath  # folder for all outputs of the run, relative to the current directory
+    data: DataConfig
+    model: BackboneConfig
+    seed: Seed = 42  # of data order, new weights, dropout and sampled selections
+    # The stages to run, in the order of their sections; init is optional.
+    stages: tuple[StageName, ...] = ("finetune", "score", "policy", "teacher", "joint", "evaluate")
+    finetune: FinetuneConfig = FinetuneConfig()
+    score: ScoreConfig = ScoreConfig()
+    init: InitConfig = InitConfig()
+    policy: PolicyConfig = PolicyConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    joint: JointConfig = JointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    parallel: ParallelConfig = ParallelConfig()  # may change between calls of one run
+
+
+# The stages in their order: name -> settings.
+STAGES: dict[str, type[StageConfig]] = {
+    f.name: type(f.default) for f in dataclasses.fields(RunConfig) if isinstance(f.default, StageConfig)
+}
+_run_class: type[RunConfig] = RunConfig
+
+
+def run_class() -> type[RunConfig]:
+    """Returns `RunConfig` with the sections of all stages added so far."""
+    return _run_class
+
+
+def add_section(name: str, settings: type[StageConfig]) -> None:
+    """Adds the section of a new stage, before that of stage evaluate; all its fields need defaults."""
+    global _run_class
+    section, options = (name, settings, settings()), dict[str, Any](frozen=True, kw_only=True)
+    _run_class = dataclasses.make_dataclass("RunConfig", [section], bases=(_run_class,), **options)
+    STAGES.update({name: settings, "evaluate": STAGES.pop("evaluate")})
