@@ -87,7 +87,11 @@ WRONG: dict[str, list[str]] = {
     "--batch-size": [f"{EVALUATE} --batch-size 0", "predict --model m --batch-size many"],
     "'warp'": [f"{EVALUATE} --rule warp"],
     "--rule and --backend": [f"{EVALUATE} --execution masked"],
-    "--threshold": [f"{EVALUATE} --threshold 1", "predict --model m --threshold half a"],
+    "--threshold": [
+        f"{EVALUATE} --threshold 1",
+        "predict --model m --threshold half a",
+        f"{EVALUATE} --threshold .5,",
+    ],
     "--rule dense": [f"{EVALUATE} --rule dense --baselines"],
     "--model": ["predict text"],
     "--file": ["predict --model m text --file f"],

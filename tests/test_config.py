@@ -126,6 +126,12 @@ def mistake(tmp_path: Path, text: str, *overrides: str) -> str:
         ("stages: [policy, score]", 4, "stages", "in this order"),
         ("evaluate: {rule: dens}", 4, "evaluate.rule", 'batch_max, dense, got "dens"; did you mean dense?'),
         ("evaluate: {baselines: [sample]}", 4, "evaluate.baselines", "random, first_k"),
+        (
+            "evaluate: {thresholds: [0.3, [0.5, 1.0]]}",
+            4,
+            "evaluate.thresholds",
+            "point of reduction, got [0.5, 1.0]",
+        ),
         ("evaluate: {rule: batch_max, thresholds: [0.3]}", 4, "evaluate.thresholds", "batch_max"),
         ("joint: {backend: mask}", 4, "joint.backend", "did you mean masked?"),
         ("joint: {published_padding: true}", 4, "joint.published_padding", "stdlib"),

@@ -102,6 +102,10 @@ def test_lower_threshold_keeps_more(folder: Path, result: dict[str, Any], tmp_pa
     assert main(f"evaluate {files} --batch-size 8 --threshold 0.4".split()) == 0
     more = json.loads((tmp_path / "new/out.json").read_text(encoding="utf-8"))
     assert more["threshold"] == 0.4
+    assert main(f"evaluate {files} --batch-size 8 --threshold 0.4,0.5".split()) == 0
+    split = json.loads((tmp_path / "new/out.json").read_text(encoding="utf-8"))
+    assert split["threshold"] == [0.4, 0.5]
+    assert split["kept"][0] == more["kept"][0] > split["kept"][1]
     assert more["flops"] > result["flops"]
     assert more["kept"][0] > result["kept"][0]
 

@@ -210,11 +210,20 @@ def test_finished_stages_are_skipped(
 
 
 def test_evaluation_settings_may_change(copy: Path, finished: Finished) -> None:
-    results = tiny_runs.train(copy, "evaluate.thresholds=[0.6]", "evaluate.batch_size=5")
-    assert list(results["thresholds"]) == ["0.6"]
+    results = tiny_runs.train(copy, "evaluate.thresholds=[0.6, [0.3, 0.6]]", "evaluate.batch_size=5")
+    assert list(results["thresholds"]) == ["0.6", "0.3,0.6"]
+    both, second = (results["thresholds"][name]["kept"] for name in ("0.6", "0.3,0.6"))
+    assert second[0] > both[0]
     for name in ("dense", "policy", "reduced"):
         assert results[name]["accuracy"] == finished.results[name]["accuracy"]
         assert results[name]["flops"] == pytest.approx(finished.results[name]["flops"])
+
+
+def test_thresholds_that_the_model_cannot_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Are refused before the training."""
+    command = ["train", "--config", str(tiny_runs.write_config(tmp_path)), "--stages", "finetune"]
+    assert main([*command, "evaluate.thresholds=[[0.3, 0.4, 0.5]]"]) == 2
+    assert "evaluate.thresholds is (0.3, 0.4, 0.5); expected 1 or 2" in capsys.readouterr().err
 
 
 def test_some_stages(copy: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:

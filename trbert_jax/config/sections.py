@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from trbert_jax.datasets.labels import class_name
@@ -15,7 +15,7 @@ from trbert_jax.datasets.registry import DEV_SHARE
 from trbert_jax.errors import UserError
 from trbert_jax.io import find_path
 from trbert_jax.model.backbones import BACKBONES
-from trbert_jax.reduction.rules import DEFAULT_RULE, rule_names
+from trbert_jax.reduction.rules import DEFAULT_RULE, point_thresholds, rule_names
 
 
 def _name_from(names: Callable[[], Collection[str]]) -> AfterValidator:
@@ -41,6 +41,15 @@ def _label(value: Any) -> Any:
     return class_name(value) if isinstance(value, bool | int | float) else value
 
 
+def _thresholds(value: Any) -> float | tuple[float, ...]:
+    try:
+        values = point_thresholds(value)
+    except UserError:
+        expected = "should be a probability above 0 and below 1, or a list of one for each point of reduction"
+        raise PydanticCustomError("threshold", expected) from None
+    return values if isinstance(value, list | tuple) else values[0]
+
+
 # Strict: a quoted "8" is not a number, 1 is not true.
 Text = Annotated[str, Field(strict=True, min_length=1)]
 FilePath = Annotated[Text, AfterValidator(_find)]  # a file or folder, `~` expanded; or a name on the hub
@@ -51,6 +60,7 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Threshold = Annotated[Number, Field(gt=0, lt=1)]
+PointThresholds = Annotated[float | tuple[float, ...], PlainValidator(_thresholds)]
 Labels = tuple[Annotated[Text, BeforeValidator(_label)], ...]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -228,7 +238,8 @@ class EvaluateConfig(StageConfig):
     rule: RuleName = DEFAULT_RULE  # how tokens are selected, see `reduction.rules`
     backend: Backend = "packed"  # as in TrainingConfig
     baselines: tuple[BaselineName, ...] = ()  # untrained selections to evaluate at the same kept counts
-    thresholds: tuple[Threshold, ...] = ()  # keep probabilities to evaluate at, besides 0.5; lower keeps more
+    # Keep probabilities to evaluate at, besides 0.5; lower keeps more. [0.5, 0.7] has one for each point.
+    thresholds: tuple[PointThresholds, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

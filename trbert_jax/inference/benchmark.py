@@ -57,6 +57,7 @@ class Workload:
     examples: Examples  # n tokenized texts, or questions of R rows
     max_length: int  # width of the full-length variants
     actions: np.ndarray | None = None  # bool [n, stages, max_length], tokens to keep; None: the model decides
+    min_logit: tuple[float, ...] = (0.0, 0.0)  # of each point of reduction, see `selection.min_logit`
 
     def whole_batches(self, batch_size: int) -> Examples:
         """Returns the examples of full batches; the others are not run."""
@@ -65,14 +66,14 @@ class Workload:
     def batches(self, batch_size: int, widths: Sequence[int]) -> Iterator[tuple[np.ndarray, Inputs]]:
         """Pads the full batches, in order, each to the smallest width (ascending) that holds it.
 
-        Yields positions of the texts, int [B], and arrays with the rule's inputs `min_logit` float32 [B * G]
-        and, if actions are given, `actions` bool [B, stages, W].
+        Yields positions of the texts, int [B], and arrays with the rule's inputs `min_logit` float32 [B * G,
+        stages] and, if actions are given, `actions` bool [B, stages, W].
         """
         for index in np.arange(len(self.whole_batches(batch_size))).reshape(-1, batch_size):
             longest = self.examples.lengths[index].max()
             width = next(width for width in widths if width >= longest)
             batch = pad_batch(self.examples, index, batch_size, width)
-            batch["min_logit"] = np.zeros(len(batch["input_ids"]), np.float32)
+            batch["min_logit"] = np.tile(np.array(self.min_logit, np.float32), (len(batch["input_ids"]), 1))
             if self.actions is not None:
                 batch["actions"] = self.actions[index, :, :width]
             yield index, batch

@@ -17,7 +17,15 @@ from trbert_jax.model.heads import Logits
 from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.packed import BACKENDS, DEFAULT_BACKEND
 from trbert_jax.parallel import KEPT, ROWS, DeviceMesh, single_device
-from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, RULES, RuleSpec, check_rule
+from trbert_jax.reduction.rules import (
+    DEFAULT_RULE,
+    DEFAULT_THRESHOLD,
+    RULES,
+    RuleSpec,
+    Threshold,
+    check_rule,
+    point_thresholds,
+)
 from trbert_jax.reduction.selection import min_logit, random_key
 from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
@@ -200,7 +208,7 @@ class InferenceEngine:
         *,
         rule: str = DEFAULT_RULE,
         backend: str = DEFAULT_BACKEND,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: Threshold = DEFAULT_THRESHOLD,
         num_kept: np.ndarray | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
@@ -213,7 +221,7 @@ class InferenceEngine:
           params, examples: the model's parameters, and n examples of R rows.
           rule: a rule of evaluation, or with `num_kept` a baseline.
           backend: key of `BACKENDS`.
-          threshold: keep probability from which rule `threshold` keeps a token.
+          threshold: keep probability from which rule `threshold` keeps a token, or one for each point.
           num_kept: int [R, stages], tokens that a baseline keeps of each row.
           seed: of rule `random`.
           progress: called after each batch with the number of batches done and the batch's examples.
@@ -225,7 +233,7 @@ class InferenceEngine:
         """
         check_backend(backend)
         if num_kept is None:
-            check_rule(rule, threshold)
+            check_rule(rule, threshold, self.model.config.num_reductions)
             inputs = self.rule_inputs(examples, threshold)
         else:
             if "shared_length" in examples.row_targets:  # a rule decides on shared tokens only
@@ -273,10 +281,13 @@ class InferenceEngine:
         logits = store.logits if store else None
         return Outputs(logits, kept, examples.row_lengths, examples.labels, seconds)
 
-    def rule_inputs(self, examples: Examples, threshold: float = DEFAULT_THRESHOLD) -> dict[str, np.ndarray]:
+    def rule_inputs(
+        self, examples: Examples, threshold: Threshold = DEFAULT_THRESHOLD
+    ) -> dict[str, np.ndarray]:
         """Inputs of the rules of evaluation, one entry per row."""
-        # The threshold is an input of the compiled program, which all thresholds share.
-        return {"min_logit": np.full(examples.num_rows, min_logit(threshold), np.float32)}
+        # Thresholds are an input of the compiled program, which all thresholds share.
+        least = [min_logit(x) for x in point_thresholds(threshold, self.model.config.num_reductions)]
+        return {"min_logit": np.tile(np.array(least, np.float32), (examples.num_rows, 1))}
 
     def batch(
         self, examples: Examples, index: np.ndarray, width: int, inputs: Mapping[str, np.ndarray]

@@ -19,7 +19,7 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.reduction import flops
-from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES
+from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES, Threshold, point_thresholds
 from trbert_jax.tasks import encode_usable, notes_of
 from trbert_jax.tasks.examples import Examples
 
@@ -33,7 +33,7 @@ def evaluate_file(
     batch_size: int = 32,
     rule: str | None = None,
     backend: str = DEFAULT_BACKEND,
-    threshold: float = DEFAULT_THRESHOLD,
+    threshold: Threshold = DEFAULT_THRESHOLD,
     predictions: Path | None = None,
     plot: Path | None = None,
     baselines: Sequence[str] = (),
@@ -88,12 +88,10 @@ def evaluate_file(
             predictions
         ):  # the official scorer of SQuAD 2.0 reads both
             write_json(predictions.with_suffix(".null_odds.json"), score.files["null_odds.json"])
-    settings = {
-        "rule": rule,
-        "backend": backend,
-        "batch_size": engine.batch_size,
-        "threshold": float(threshold),
-    }
+    settings = {"rule": rule, "backend": backend, "batch_size": engine.batch_size}
+    settings["threshold"] = (
+        [*thresholds] if len(thresholds := point_thresholds(threshold)) > 1 else thresholds[0]
+    )
     result = {**settings, **summarize(outputs, model.config, score.report)}
     if plot is not None:
         plot_confusion({rule: result}, plot)

@@ -40,7 +40,7 @@ from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, copy_tokenizer
 from trbert_jax.parallel import is_forked
-from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
+from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, Threshold, check_rule
 from trbert_jax.tasks import Task, saved_task
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples, Ragged
@@ -237,7 +237,7 @@ class TRBert:
         batch_size: int = 32,
         rule: str | None = None,
         backend: str = DEFAULT_BACKEND,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: Threshold = DEFAULT_THRESHOLD,
     ) -> list[Prediction]:
         """Classifies texts.
 
@@ -251,8 +251,8 @@ class TRBert:
             `dense` drops nothing. None takes `default_rule`.
           backend: `packed` computes no padding and no dropped tokens; `masked` computes every position and
             gives the same results.
-          threshold: keep probability from which rule `threshold` keeps a token. A lower one keeps more
-            tokens, takes longer and is usually more accurate.
+          threshold: keep probability from which rule `threshold` keeps a token, or one for each point of
+            reduction, `(0.5, 0.7)`. A lower one keeps more tokens, takes longer and is usually more accurate.
 
         Returns predictions in the order of the texts. Raises UserError for something else than a list of
         strings, an invalid option, a model without tokenizer or one that answers questions.
@@ -325,12 +325,12 @@ class TRBert:
         batch_size: int,
         rule: str | None = None,
         backend: str = DEFAULT_BACKEND,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: Threshold = DEFAULT_THRESHOLD,
     ) -> dict[str, Any]:
         """Checks the options of a prediction and fills in their defaults."""
         self.engine(batch_size)
         rule = rule or self.default_rule
-        check_rule(rule, threshold)
+        check_rule(rule, threshold, self.config.num_reductions)
         check_backend(backend)
         return {"rule": rule, "backend": backend, "threshold": threshold}
 

@@ -129,9 +129,9 @@ def keep_probable(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
     return (logits >= 0) & valid
 
 
-def keep_above(min_logit: float | jax.Array) -> Rule:
-    """Returns `keep_probable` with another threshold, see `min_logit`."""
-    return lambda stage, logits, valid: (logits >= min_logit) & valid
+def keep_above(min_logit: jax.Array) -> Rule:
+    """Returns `keep_probable` with other thresholds, see `min_logit`; float32 [B, stages], each row's own."""
+    return lambda stage, logits, valid: (logits >= min_logit[:, stage, None]) & valid
 
 
 def min_logit(threshold: float) -> float:

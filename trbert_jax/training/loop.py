@@ -22,6 +22,7 @@ from trbert_jax.model.model import Params
 from trbert_jax.model.pretrained import Pretrained, save_pretrained
 from trbert_jax.parallel import stop_request
 from trbert_jax.reduction.flops import known_peak
+from trbert_jax.reduction.rules import point_thresholds
 from trbert_jax.reduction.selection import random_key
 from trbert_jax.tasks.examples import Examples, batch_rows, epoch_order, pad_batch, width_buckets
 from trbert_jax.training import step as updates
@@ -95,6 +96,8 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
     if shares is not None and len(shares) != model.num_reductions:
         expected = f"{model.num_reductions}: one for each point of reduction of this model"
         raise UserError(f"init.keep: {list(shares)} are {len(shares)} shares, expected {expected}")
+    for threshold in experiment.config.evaluate.thresholds:  # now rather than after the training
+        point_thresholds(threshold, model.num_reductions, "evaluate.thresholds")
     examples = experiment.features("train", start)
     source = stage.inputs(settings)
     inputs = source[1](experiment, stage.name, examples, model.task) if source else {}

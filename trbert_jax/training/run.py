@@ -26,6 +26,7 @@ from trbert_jax.model.config import model_config_to_dict
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.pretrained import Pretrained, check_replaceable
 from trbert_jax.parallel import check_batch, find_devices
+from trbert_jax.reduction.rules import threshold_name
 from trbert_jax.tasks import Score
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import made_from
@@ -175,7 +176,7 @@ def evaluate_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     if outputs.kept:  # of the last model
         variants = {
             "baselines": baseline_runs(outputs, settings.baselines, experiment.config.seed),
-            "thresholds": {str(x): {**options, "threshold": x} for x in settings.thresholds},
+            "thresholds": {threshold_name(x): {**options, "threshold": x} for x in settings.thresholds},
         }
         for name, runs in variants.items():
             result[name] = evaluate_runs(
