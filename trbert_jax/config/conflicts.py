@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from trbert_jax.config.sections import STAGES, DataConfig, RunConfig
+from trbert_jax.config.sections import STAGES, DataConfig, JointConfig, RunConfig
 from trbert_jax.datasets import find_dataset
 from trbert_jax.datasets.registry import FIELD_KEYS, OWN_KEYS, SPLITS
 from trbert_jax.errors import UserError
@@ -42,6 +42,14 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
     for stage in STAGES if dataset.task == "classification" else ():
         if getattr(getattr(config, stage), "published_padding", False):
             yield f"{stage}.published_padding", f"padding takes no part for {data.name}, remove it"
+    for stage in STAGES:
+        limit, most = getattr(getattr(config, stage), "max_examples", None), data.max_train_examples
+        if limit is not None and most is not None and limit > most:
+            yield f"{stage}.max_examples", f"{limit} is more than data.max_train_examples {most}"
+        if limit is not None and data.prepared is not None:
+            yield f"{stage}.max_examples", "data.prepared is read as a whole; remove one of the two"
+    if not config.joint.distill and config.joint.temperature != JointConfig.temperature:
+        yield "joint.temperature", "is of distillation, and joint.distill is false; remove one of the two"
     evaluate, rule = config.evaluate, RULES[config.evaluate.rule]
     if evaluate.thresholds and not rule.has_threshold:
         yield "evaluate.thresholds", f"rule {rule.name} has none; use {DEFAULT_RULE}, or remove them"

@@ -154,7 +154,16 @@ class StageConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig(StageConfig):
+class ReadingConfig(StageConfig):
+    """The settings that all stages share that read the training examples."""
+
+    # Largest number of training examples; fewer are a part of more. null for all that have what the stage
+    # needs: labels, of which only finetune.max_examples are read, or scores, or a teacher's logits.
+    max_examples: Count | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(ReadingConfig):
     """The settings that all trained stages share. A step is one update of the parameters."""
 
     batch_size: Count = 8  # examples per forward and backward pass
@@ -187,7 +196,7 @@ class FinetuneConfig(TrainingConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreConfig(StageConfig):
+class ScoreConfig(ReadingConfig):
     """Stage score: compute the residual score of every training token."""
 
     batch_size: Count = 8  # examples per forward and backward pass
@@ -213,7 +222,7 @@ class PolicyConfig(TrainingConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherConfig(StageConfig):
+class TeacherConfig(ReadingConfig):
     """Stage teacher: store the fine-tuned model's logits for the training examples."""
 
     batch_size: Count = 32  # examples per forward pass
@@ -227,6 +236,13 @@ class JointConfig(TrainingConfig):
     alpha: NonNegative = 1.0  # weight of the length penalty, as in PolicyConfig
     distill: Flag = True  # learn from the fine-tuned model's logits (stage teacher), not from the labels
     temperature: Positive = 1.0  # divides teacher and student logits in distillation
+    # Selections that the task or distillation loss is computed on. sample: num_samples drawn ones; threshold:
+    # the one of prediction, with drawn ones, which train only the selectors, beside it.
+    rule: Literal["sample", "threshold"] = "sample"
+    # Last share of the steps, in which the selectors stay as they are and the encoder trains on the selection
+    # of prediction.
+    hard_fraction: Fraction = 0.0
+    selector_learning_rate: Positive | None = None  # peak for the selectors; null for learning_rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

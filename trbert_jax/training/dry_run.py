@@ -51,8 +51,10 @@ def plan(experiment: Experiment, devices: int, processes: int) -> list[StagePlan
             check_batch(stage.name, getattr(config, stage.name).batch_size, devices)
     model, plans = experiment.base_model(), []
     for stage in stages:
-        split = getattr(config, stage.name).split if stage.evaluates else "train"
-        examples = experiment.features(split, model)
+        if stage.evaluates:
+            examples = experiment.features(getattr(config, stage.name).split, model)
+        else:
+            examples = stage.examples(experiment, model)
         plans.append(_plan_stage(config, stage, model.config, examples, devices, processes))
     return plans
 

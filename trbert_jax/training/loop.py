@@ -32,7 +32,7 @@ from trbert_jax.training.logging import Profile, StageReport, StepClock
 from trbert_jax.training.made_from import FREE_IN_CHECKPOINT
 from trbert_jax.training.prepared import PreparedFeatures
 from trbert_jax.training.stage_inputs import StageInputs, class_weights
-from trbert_jax.training.stages import Stage, objective_of
+from trbert_jax.training.stages import STAGES, Stage, objective_of
 from trbert_jax.training.step import TrainState, init_state, merge_params
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class Training:
     update_size: int  # examples of an update
     steps_per_epoch: int  # the last update of an epoch may have fewer examples
     total_steps: int
+    hard_from: int  # the first update that leaves the selectors as they are
     schedule: Any  # learning rate
     optimizer: Any
     checkpoints: CheckpointStore
@@ -70,11 +71,13 @@ class Training:
             examples = self.experiment.data.resample(examples, epoch)
         return examples, epoch_order(len(examples), self.experiment.config.seed, epoch)
 
-    def update(self) -> Any:
-        """Returns the compiled update; see `step.update_step`."""
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the stage
+    def update(self, hard: bool = False) -> Any:
+        """Returns the compiled update, or that from `hard_from` on; see `step.update_step`."""
         experiment, module = self.experiment, self.experiment.module(self.start.config)
-        objective = objective_of(self.stage, experiment.config, module, self.total_steps)
-        return updates.update_step(objective, self.optimizer, experiment.devices)
+        objective = objective_of(self.stage, experiment.config, module, self.total_steps, hard)
+        rates = self.stage.rates(experiment.config, hard)
+        return updates.update_step(objective, self.optimizer, experiment.devices, rates)
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """Evaluates parameters on the development set."""
@@ -98,11 +101,12 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
         raise UserError(f"init.keep: {list(shares)} are {len(shares)} shares, expected {expected}")
     for threshold in experiment.config.evaluate.thresholds:  # now rather than after the training
         point_thresholds(threshold, model.num_reductions, "evaluate.thresholds")
-    examples = experiment.features("train", start)
-    source = stage.inputs(settings)
-    inputs = source[1](experiment, stage.name, examples, model.task) if source else {}
+    examples, inputs, source = stage.examples(experiment, start), StageInputs(), stage.inputs(settings)
+    if source:
+        name, read = source
+        inputs = read(experiment, stage.name, examples, STAGES[name].examples(experiment, start), model.task)
     if experiment.config.data.class_weights == "balanced":
-        inputs["class_weight"] = class_weights(examples.labels)
+        inputs["class_weight"] = class_weights(examples.labels, stage.name)
     experiment.features("dev", start)  # read now: mistakes in it show before the training
 
     # Outputs of earlier stages are about the inputs of epoch 0.
@@ -133,6 +137,7 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
         update_size=size,
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
+        hard_from=stage.hard_from(experiment.config, total),
         schedule=schedule,
         optimizer=_optimizer(settings, schedule, model),
         checkpoints=CheckpointStore(
@@ -240,7 +245,7 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
     like = jax.eval_shape(functools.partial(init_state, optimizer=training.optimizer), training.trained)
     start, restored = latest_state(training, like)
 
-    update, placed = training.update(), updates.place(training.frozen, devices)
+    placed = updates.place(training.frozen, devices)
     first = functools.partial(updates.first_state, training.trained, training.optimizer, devices)
     state = first() if restored is None else updates.place(restored, devices)
     # Each stage draws its own random numbers: the first letters of its name are a number.
@@ -271,6 +276,7 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
             with clock.part("input"):
                 batch = next(batches)
                 arrays = updates.place_batches(batch.arrays, devices)
+            update = training.update(step >= training.hard_from)
             state, metrics = update(state, placed, arrays, rng)
             done = step + 1
             unchecked.append((done, metrics))

@@ -30,6 +30,7 @@ from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.losses import Rows
 
 Execute = Callable[..., ModelOutput]
+sg = jax.lax.stop_gradient
 
 
 @struct.dataclass
@@ -171,6 +172,23 @@ def joint_objective(batch: Batch, samples: PolicySamples) -> Objective:
     objective = policy_objective(batch, samples)
     total = samples.task_loss.mean(0) + objective.total
     return Objective(total, objective.weight, objective.metrics)
+
+
+def thresholded_joint_objective(batch: Batch, kept: PolicySamples, samples: PolicySamples) -> Objective:
+    """Returns the task or distillation loss of the selections of prediction, `kept`, plus the REINFORCE loss.
+
+    `samples` are of the same batch and train the selectors only, see `only_selectors`.
+    """
+    encoder, selectors = policy_objective(batch, kept), policy_objective(batch, samples)
+    learning = {name: selectors.metrics[name] for name in ("policy_loss", "reward")}
+    total = kept.task_loss.mean(0) + selectors.total
+    return Objective(total, encoder.weight, {**encoder.metrics, **learning})
+
+
+def only_selectors(params: Params) -> Params:
+    """Returns the parameters without gradient except of the selectors."""
+    encoder = {k: x if k.startswith("selector_") else sg(x) for k, x in params["encoder"].items()}
+    return {**sg(params), "encoder": encoder}
 
 
 def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax.Array | bool) -> tokens.Rule:

@@ -68,6 +68,8 @@ def train(
     experiment = Experiment(config, profile_steps)
     devices = experiment.devices
     for stage in chosen:
+        if not stage.evaluates:
+            stage.max_examples(config)  # before any long computation
         if stage.trains:
             check_batch(stage.name, getattr(config, stage.name).batch_size, devices.num_devices)
     if not devices.is_single:

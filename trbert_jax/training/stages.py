@@ -14,6 +14,7 @@ import numpy as np
 
 from trbert_jax import config as settings
 from trbert_jax.config import RunConfig, TrainingConfig
+from trbert_jax.errors import UserError
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params, TokenReducingModel
 from trbert_jax.model.packed import BACKENDS
@@ -21,12 +22,13 @@ from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.reduction import flops
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction.flops import EncoderShape
+from trbert_jax.reduction.selection import keep_probable
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import objectives, stage_inputs, step
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.objectives import Objective
 from trbert_jax.training.stage_inputs import StageInputs
-from trbert_jax.training.step import ObjectiveFn, Trains
+from trbert_jax.training.step import ObjectiveFn, Rates, Trains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,11 @@ class Update:
     rng: jax.Array  # key of the update
     step: jax.Array  # int32 scalar, number of the update (0-based)
     total_steps: int  # updates of the stage
+    hard: bool  # whether it belongs to the last part of the stage, in which selectors do not change
     forward: dict[str, Any]  # arguments of the model's pass, for the functions of `objectives`
 
 
+ReadInputs = Callable[[Experiment, str, Examples, Examples, str], StageInputs]
 StageFlops = Callable[[RunConfig, ModelConfig, np.ndarray, Sequence[float] | None], np.ndarray]
 
 
@@ -74,9 +78,22 @@ def _joint_samples(config: RunConfig) -> int:
     return config.joint.num_samples or config.policy.num_samples
 
 
+def _joint_flops(
+    config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
+) -> np.ndarray:
+    """Counts the samples, the selection of prediction, or both, over all updates of the stage."""
+    hard, arguments = config.joint.hard_fraction, (config, model, lengths, shares)
+    kept = _sampled(3, lambda config: 1)(*arguments)
+    if config.joint.rule == "sample":
+        return (1 - hard) * _sampled(3, _joint_samples)(*arguments) + hard * kept
+    return (1 - hard) * _sampled(1, _joint_samples)(*arguments) + kept
+
+
 def _joint_layers(config: RunConfig, model: ModelConfig) -> float:
     first, *others = EncoderShape.of(model).segments
-    kept = (_joint_samples(config) * n * flops.ASSUMED_KEPT ** (i + 1) for i, n in enumerate(others))
+    sampled = config.joint.rule == "sample" and config.joint.hard_fraction < 1
+    copies = _joint_samples(config) if sampled else 1
+    kept = (copies * n * flops.ASSUMED_KEPT ** (i + 1) for i, n in enumerate(others))
     return first + sum(kept)
 
 
@@ -91,9 +108,9 @@ class Stage:
     trains: Callable[[ModelConfig], Trains] | None = None
     objective: Callable[[Update], Objective] | None = None
     # Settings -> another stage, and the function of `stage_inputs` that reads its outputs for batches.
-    inputs: Callable[[Any], tuple[str, Callable[[Experiment, str, Examples, str], StageInputs]] | None] = (
-        lambda _: None
-    )
+    inputs: Callable[[Any], tuple[str, ReadInputs] | None] = lambda _: None
+    # Settings -> whether it reads the labels of the training examples, or other answers.
+    reads_labels: Callable[[Any], bool] = lambda _: True
     # Computes the stage, given the stage itself, writes its files and returns its summary.
     run: Callable[[Experiment, Any], dict[str, Any]] | None = None
     reduces: bool = False  # whether its model is evaluated with token reduction
@@ -128,6 +145,42 @@ class Stage:
     def _start(self, config: RunConfig) -> str | None:
         return next((x for x in self.starts_from if x in config.stages), [None, *self.starts_from][-1])
 
+    def hard_from(self, config: RunConfig, total_steps: int) -> int:
+        """Returns the first update of the last part of the stage, in which selectors do not change."""
+        share = getattr(getattr(config, self.name), "hard_fraction", 0.0)
+        return total_steps - int(share * total_steps)
+
+    def rates(self, config: RunConfig, hard: bool = False) -> Rates | None:
+        """Returns the rate of each component as a multiple of the learning rate; None if all are 1."""
+        section = getattr(config, self.name)
+        own = getattr(section, "selector_learning_rate", None)
+        if own is None and not hard:
+            return None
+        selectors = 0.0 if hard else own / section.learning_rate
+        return lambda name: selectors if name.startswith("selector_") else 1.0
+
+    def max_examples(self, config: RunConfig) -> int | None:
+        """Returns how many training examples it reads at most; None for all that there are.
+
+        Raises `UserError` if its settings ask for more than have a label, or an output of the stage it reads.
+        """
+        section = getattr(config, self.name)
+        limits, source = dict[str, int | None](), self.inputs(section)
+        if self.reads_labels(section):
+            limits["finetune.max_examples"] = config.finetune.max_examples
+        if source:
+            limits[f"{source[0]}.max_examples"] = STAGES[source[0]].max_examples(config)
+        most, key = min((limit, key) for key, limit in [*limits.items(), ("", math.inf)] if limit is not None)
+        asked = getattr(section, "max_examples", None)
+        if asked is not None and asked > most:
+            raise UserError(f"{self.name}.max_examples: {asked} is more than the {most} of {key}")
+        return asked if asked is not None else int(most) if key else None
+
+    def examples(self, experiment: Experiment, model: Pretrained) -> Examples:
+        """Returns the training examples that it reads; labels beyond `finetune.max_examples` are -1."""
+        labeled = experiment.config.finetune.max_examples
+        return experiment.training_examples(model, self.max_examples(experiment.config), labeled)
+
     def reads(self, config: RunConfig) -> tuple[str, ...]:
         """Returns the stages whose outputs decide its result."""
         if self.evaluates:
@@ -139,7 +192,8 @@ class Stage:
         """Returns the data that decides its result, see `Experiment.data_digest`."""
         section = getattr(experiment.config, self.name)
         if not self.evaluates:
-            return ("train", "labels", *["dev"] * (getattr(section, "output", "last") == "best"))
+            train = experiment.data.part(self.max_examples(experiment.config))
+            return (train, "labels", *["dev"] * (getattr(section, "output", "last") == "best"))
         tunes = experiment.data.task.inputs.unanswerable and section.split != "dev"
         return (section.split, f"{section.split}.ids", *["dev"] * tunes)
 
@@ -159,8 +213,13 @@ def compared_models(config: RunConfig) -> list[Stage]:
     return [dense, *compared]
 
 
-def objective_of(stage: Stage, config: RunConfig, model: TokenReducingModel, total_steps: int) -> ObjectiveFn:
-    """Returns a training stage's objective as a function of parameters, micro-batch, key and step."""
+def objective_of(
+    stage: Stage, config: RunConfig, model: TokenReducingModel, total_steps: int, hard: bool = False
+) -> ObjectiveFn:
+    """Returns a training stage's objective as a function of parameters, micro-batch, key and step.
+
+    `hard` asks for that of the last part of the stage, see `Stage.hard_from`.
+    """
     section: TrainingConfig = getattr(config, stage.name)
     compute = stage.objective
     if compute is None:
@@ -176,7 +235,7 @@ def objective_of(stage: Stage, config: RunConfig, model: TokenReducingModel, tot
             "dropout_rng": _dropout_rng(rng, batch) if section.dropout else None,
             "execute": BACKENDS[section.backend],
         }
-        result = compute(Update(config, batch, rng, step, total_steps, forward))
+        result = compute(Update(config, batch, rng, step, total_steps, hard, forward))
         if "class_weight" in batch:
             result = dataclasses.replace(result, total=result.total * batch["class_weight"])
         return result
@@ -214,10 +273,26 @@ def _policy(update: Update) -> Objective:
 
 
 def _joint(update: Update) -> Objective:
-    section = update.config.joint
+    section, num_samples = update.config.joint, _joint_samples(update.config)
     options = {"alpha": section.alpha, "temperature": section.temperature}
-    samples = _samples(update, _joint_samples(update.config), False, **options)
-    return objectives.joint_objective(update.batch, samples)
+    if not update.hard and section.rule == "sample":
+        samples = _samples(update, num_samples, False, **options)
+        return objectives.joint_objective(update.batch, samples)
+    kept = _kept(update, **options)
+    if update.hard:
+        return objectives.joint_objective(update.batch, kept)
+    params = objectives.only_selectors(update.forward["params"])
+    drawn = dataclasses.replace(update, forward={**update.forward, "params": params})
+    samples = _samples(drawn, num_samples, False, **options)
+    return objectives.thresholded_joint_objective(update.batch, kept, samples)
+
+
+def _kept(update: Update, **options: Any) -> objectives.PolicySamples:
+    """Runs every example once, with the selection of prediction."""
+    max_length = update.forward["model"].config.max_length
+    return objectives.sample_policy(
+        **update.forward, rule=keep_probable, num_samples=1, max_length=max_length, **options
+    )
 
 
 def _samples(
@@ -275,6 +350,7 @@ for _stage in (
         starts_from=("finetune",),
         trains=step.trains_selectors,
         objective=_init,
+        reads_labels=lambda section: False,
         inputs=lambda section: ("score", stage_inputs.ranks),
         reduces=True,
     ),
@@ -293,6 +369,7 @@ for _stage in (
         settings=settings.TeacherConfig,
         starts_from=("finetune",),
         run=stage_inputs.teacher_stage,
+        reads_labels=lambda section: False,
         flops=_dense(1),
         kept_layers=None,
     ),
@@ -301,10 +378,11 @@ for _stage in (
         starts_from=("policy",),
         trains=step.trains_all,
         objective=_joint,
+        reads_labels=lambda section: not section.distill,
         inputs=lambda section: ("teacher", stage_inputs.teacher_logits) if section.distill else None,
         reduces=True,
         compared=True,
-        flops=_sampled(3, _joint_samples),
+        flops=_joint_flops,
         kept_layers=_joint_layers,
     ),
     Stage(settings=settings.EvaluateConfig, run=_evaluate, evaluates=True, flops=_dense(1), kept_layers=None),

@@ -22,6 +22,7 @@ from trbert_jax.training.objectives import Objective, mean_over_examples
 # (all parameters, micro-batch, PRNG key of the update, number of the update) -> Objective
 ObjectiveFn = Callable[[Params, Batch, jax.Array, jax.Array], Objective]
 Trains = Callable[[str], bool]  # name of a component ("layer_3", "head") -> whether it is trained
+Rates = Callable[[str], float]  # name of a component -> multiple of the learning rate
 _DEVICES = "devices"  # axis of pmap
 
 
@@ -40,7 +41,10 @@ def init_state(trained: Params, optimizer: optax.GradientTransformation) -> Trai
 
 
 def update_step(
-    objective: ObjectiveFn, optimizer: optax.GradientTransformation, layout: DeviceMesh | None = None
+    objective: ObjectiveFn,
+    optimizer: optax.GradientTransformation,
+    layout: DeviceMesh | None = None,
+    rates: Rates | None = None,
 ) -> Any:
     """Returns the compiled update of a stage, `(state, frozen, batches, rng) -> (state, metrics)`.
 
@@ -48,9 +52,9 @@ def update_step(
     key, from which `state.step` derives the update's. Metrics are means over examples and the gradient's
     global norm. The loss is the mean over all real examples of the update, however they are divided into
     micro-batches and over devices. `layout` is None for one device; `place` and `place_batches` lay out
-    arguments.
+    arguments. `rates` multiply the change of each component, its moments aside; None for 1.
     """
-    step = functools.partial(train_step, objective, optimizer)
+    step = functools.partial(train_step, objective, optimizer, rates=rates)
     if layout is not None and layout.strategy == "pmap":
         step = functools.partial(step, axis_name=_DEVICES)
         options: dict[str, Any] = {"in_axes": (0, 0, 0, None), "donate_argnums": (0,)}
@@ -68,6 +72,7 @@ def train_step(
     *,
     axis_name: str | tuple[str, ...] | None = None,
     layout: DeviceMesh | None = None,
+    rates: Rates | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update as a pure function; see `update_step`. `axis_name` is the axis of pmap to add up over."""
 
@@ -85,8 +90,19 @@ def train_step(
     if layout is not None:
         grads = layout.keep_divided(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    if rates is not None:
+        updates = _scaled(updates, rates)
     metrics = {**mean_over_examples(sums), "gradient_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
+
+
+def _scaled(updates: Params, rates: Rates) -> Params:
+    def one(name: str, tree: Any) -> Any:
+        return jax.tree.map(lambda x: rates(name) * x, tree)
+
+    encoder = {name: one(name, tree) for name, tree in updates["encoder"].items()}
+    others = {name: one(name, tree) for name, tree in updates.items() if name != "encoder"}
+    return {"encoder": encoder, **others}
 
 
 def accumulated_gradients(

@@ -1,0 +1,173 @@
+"""Options beyond the paper: which examples a stage reads, and how stage joint trains."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+import tiny_runs
+from tiny_models import random_batch
+
+from trbert_jax.config import load_config
+from trbert_jax.errors import UserError
+from trbert_jax.model.model import Params, TokenReducingModel
+from trbert_jax.model.pretrained import load_pretrained
+from trbert_jax.tasks.examples import Counts, Examples
+from trbert_jax.training import step as steps
+from trbert_jax.training.experiment import Experiment
+from trbert_jax.training.loop import saved_params
+from trbert_jax.training.stage_inputs import places_in
+from trbert_jax.training.stages import STAGES, objective_of
+
+LABELED = 16
+ONE_POINT = dataclasses.replace(tiny_models.BERT, num_layers=1)
+
+
+def test_labels_of_other_examples_are_not_read(tmp_path: Path) -> None:
+    """A run with few labels and many texts: fine-tuned like one with few texts, whatever other labels say."""
+    changes: dict[str, Any] = {
+        "stages": ["finetune", "score", "policy", "teacher", "joint"],
+        "model": tiny_runs.ONE_LAYER,
+        "finetune": {"max_examples": LABELED, "epochs": 1, "backend": "masked"},
+        "score": {"max_examples": 12},
+        "policy": {"max_examples": 8, "epochs": 1, "backend": "masked"},
+        "teacher": {"max_examples": 40},
+        "joint": {"rule": "threshold", "hard_fraction": 0.5, "epochs": 1, "save_steps": 1},
+    }
+    changes["joint"] |= {"keep_checkpoints": 5, "selector_learning_rate": 1e-2, "backend": "masked"}
+    folders = [tmp_path / name for name in ("right", "wrong", "few")]
+    for folder in folders:
+        folder.mkdir()
+    right = tiny_runs.write_config(folders[0], **changes)
+    results = tiny_runs.train(right)
+    splits = Experiment(load_config(right)).data
+    known = {x.id for x in splits.records(f"train[:{LABELED}]")}
+    tiny_runs.write_dataset(folders[1] / "data")
+    path = folders[1] / "data" / "train.jsonl"
+    lines = tiny_runs.read_lines(path)
+    for record, example in zip(lines, splits.records("train"), strict=True):
+        record["label"] = record["label"] if example.id in known else 1 - record["label"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in lines), encoding="utf-8")
+    tiny_runs.train(tiny_runs.write_config(folders[1], **changes))
+    model = {"model": {**tiny_runs.ONE_LAYER, "tokenizer": str(folders[0] / "work" / "finetune" / "model")}}
+    limit = {"data": {"max_train_examples": LABELED}, "stages": ["finetune"], "finetune": changes["finetune"]}
+    limit["finetune"] = {**changes["finetune"], "max_examples": None}
+    tiny_runs.train(tiny_runs.write_config(folders[2], **model, **limit))
+
+    def params(folder: Path, stage: str) -> Params:
+        return load_pretrained(folder / "work" / stage / "model", seed=3).params
+
+    for other, stage in ((1, "finetune"), (1, "policy"), (1, "joint"), (2, "finetune")):
+        tiny_models.assert_same_params(params(folders[0], stage), params(folders[other], stage))
+    sizes = {p.parent.name: len(np.load(p)) for p in (folders[0] / "work").glob("*/*.npy")}
+    assert sizes == {"score": 12, "teacher": 40}
+    assert [results["stages"][x]["steps"] for x in ("finetune", "policy", "joint")] == [2, 1, 5]
+    _, _, params_at = saved_params(Experiment(load_config(right)), STAGES["joint"])
+    encoders = [params_at(step)["encoder"] for step in (2, 3, 5)]  # the last two of five updates are hard
+    selectors, layers = ([x[name] for x in encoders] for name in ("selector_0", "layer_0"))
+    jax.tree.map(np.testing.assert_array_equal, selectors[1], selectors[2])
+    assert (selectors[0]["hidden"]["kernel"] != selectors[1]["hidden"]["kernel"]).any()
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, layers[1:]), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("score.max_examples=30", "finetune.max_examples"),
+        ("policy.max_examples=11", "score.max_examples"),
+        ("joint.max_examples=21", "teacher.max_examples"),
+        ("joint.max_examples=17 joint.distill=false", "finetune.max_examples"),
+    ],
+)
+def test_more_examples_than_there_are_answers_of_are_refused(tmp_path: Path, override: str, key: str) -> None:
+    limits = {"finetune": {"max_examples": LABELED}, "teacher": {"max_examples": 20}}
+    path = tiny_runs.write_config(tmp_path, **limits, score={"max_examples": 10})
+    config = load_config(path)
+    found = {name: stage.max_examples(config) for name, stage in STAGES.items() if name != "evaluate"}
+    assert found == {"finetune": 16, "score": 10, "init": 10, "policy": 10, "teacher": 20, "joint": 20}
+    other, stage = load_config(path, override.split()), override.partition(".")[0]
+    with pytest.raises(UserError, match=f"^{stage}.max_examples: .* of {key}"):
+        STAGES[stage].max_examples(other)
+
+
+def test_places() -> None:
+    """Windows have the id of their question; entries are found by example, their rows by number."""
+    rows = [[(np.array([7, i], np.int32), np.array([i] * (i % 3), np.int32))] for i in range(8)]
+
+    def make(questions: list[int], group: int = 1) -> Examples:
+        ids = [f"q{i // 2}" for i in questions[::group]]
+        first = np.arange(0, len(questions) + 1, group) if group > 1 else None
+        pieces = [([a], [b]) for i in questions for a, b in rows[i]]
+        options: dict[str, Any] = {"digest": "", "first_row": first, "group": group}
+        return Examples.of_pairs(pieces, ids, counts=Counts(), **options)
+
+    whole = make(list(range(8)))
+
+    def found(source: Examples, examples: Examples) -> list[list[int]]:
+        return [x.tolist() for x in places_in(source, examples) or ()]
+
+    assert found(whole, make([2, 3, 6, 7])) == [[2, 3, 6, 7]] * 2
+    assert found(make(list(range(8)), 2), make([4, 5], 2)) == [[2], [4, 5]]
+    assert places_in(whole, make([3, 2])) is None
+    assert places_in(make([0, 1]), make([2, 3])) is None
+
+
+@functools.cache
+def gradients(settings: str, hard: bool = False, components: str = "") -> tuple[Any, Any]:
+    """Loss and gradient of stage joint on one batch."""
+    config = load_config(
+        Path(__file__).parents[2] / "configs/quickstart.yaml",
+        ["joint.backend=masked", "policy.num_samples=3", *settings.split()],
+    )
+    model = TokenReducingModel(tiny_models.BERT)
+    objective = objective_of(STAGES["joint"], config, model, 10, hard)
+    batch = random_batch(tiny_models.BERT, [12, 9, 5, 12], 12)
+
+    def loss(params: Params) -> jax.Array:
+        return objective(params, batch, jax.random.key(1), jnp.int32(0)).sums()["loss"]
+
+    return jax.jit(jax.value_and_grad(loss))(tiny_models.params_of(tiny_models.BERT))
+
+
+def test_threshold_trains_the_encoder_on_the_selection_of_prediction() -> None:
+    """And the selectors by the samples, as published."""
+    _, sampled = gradients("joint.rule=sample")
+    _, hard = gradients("joint.rule=sample", hard=True)
+    _, kept = gradients("joint.rule=threshold")
+    for name, tree in kept["encoder"].items():
+        expected = (sampled if name.startswith("selector") else hard)["encoder"][name]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), tree, expected)
+    assert not np.allclose(
+        sampled["encoder"]["layer_2"]["output"]["bias"], hard["encoder"]["layer_2"]["output"]["bias"]
+    )
+    assert all(not x.any() for x in jax.tree.leaves(hard["encoder"]["selector_0"]))
+
+
+def test_selectors_have_their_own_rate() -> None:
+    """AdamW with another rate for some parameters; moments are the same."""
+    config = load_config(
+        Path(__file__).parents[2] / "configs/quickstart.yaml",
+        ["joint.learning_rate=1e-3", "joint.selector_learning_rate=2e-2"],
+    )
+    params = jax.tree.map(jnp.asarray, tiny_models.tiny_params(ONE_POINT))
+    batch = random_batch(ONE_POINT, [6, 5], 6)
+    batches = jax.tree.map(lambda x: x[None], batch)
+    objective = objective_of(STAGES["joint"], config, TokenReducingModel(ONE_POINT), 10)
+    trained, frozen = steps.split_params(params, steps.trains_all(ONE_POINT))
+
+    def after(rate: float, rates: Any) -> Any:
+        optimizer = steps.adamw(lambda _: rate, ONE_POINT, weight_decay=0.1)
+        step = jax.jit(functools.partial(steps.train_step, objective, optimizer, rates=rates))
+        return step(steps.init_state(trained, optimizer), frozen, batches, jax.random.key(0))[0]
+
+    slow, fast, both = after(1e-3, None), after(2e-2, None), after(1e-3, STAGES["joint"].rates(config))
+    for name, tree in both.trained["encoder"].items():
+        expected = (fast if name.startswith("selector") else slow).trained["encoder"][name]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), tree, expected)
+    jax.tree.map(np.testing.assert_array_equal, both.opt_state, slow.opt_state)
