@@ -98,13 +98,15 @@ class TransformerLayer(nn.Module):
         self.attention_dropout = nn.Dropout(config.attention_dropout)
         self.hidden_dropout = nn.Dropout(config.hidden_dropout)
 
-    def __call__(self, states: jax.Array, valid: jax.Array, deterministic: bool) -> jax.Array:
-        """[B, S, H], bool [B, S] -> [B, S, H]; only valid tokens are attended to."""
+    def __call__(
+        self, states: jax.Array, valid: jax.Array, deterministic: bool, key_bias: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, S, H], bool [B, S] -> [B, S, H]; only valid tokens are attended to, see `attend`."""
         # Token-wise parts run on flat tokens: products of two matrices, of which XLA makes a better
         # backward pass on a CPU (a quarter of a layer's time) than of products over [B, S].
         shape, flat = states.shape, states.reshape(-1, states.shape[-1])  # [B * S, H]
         query, key, value = (x.reshape(shape) for x in self.attention_inputs(flat))
-        context = self.attend(query, key, value, valid, deterministic)
+        context = self.attend(query, key, value, valid, deterministic, key_bias)
         return self.finish(flat, context.reshape(flat.shape), deterministic).reshape(shape)
 
     def attention_inputs(self, states: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -121,11 +123,18 @@ class TransformerLayer(nn.Module):
         return self.key(states), self.value(states)
 
     def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array, deterministic: bool
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        valid: jax.Array,
+        deterministic: bool,
+        key_bias: jax.Array | None = None,
     ) -> jax.Array:
         """Multi-head attention over padded rows: query [B, Q, H], key and value [B, S, H] -> [B, Q, H].
 
-        Only `valid` tokens, bool [B, S], are attended to.
+        Only `valid` tokens, bool [B, S], are attended to. `key_bias`, float32 [B, S], is added to every score
+        of a key.
         """
         shape = query.shape
         # Heads in front and plain batched products: half the time of the einsum over [B, S, N, d]
@@ -133,8 +142,11 @@ class TransformerLayer(nn.Module):
         query, key, value = (self._split_heads(x) for x in (query, key, value))  # [B, N, Q or S, d]
         product = precision(self.dtype)
         scores = jnp.matmul(query, key.swapaxes(-1, -2), precision=product)  # [B, N, Q, S]
+        scores = scores.astype(jnp.float32)
+        if key_bias is not None:
+            scores = scores + key_bias[:, None, None, :]
         # A large finite number, not -inf: a row without any valid token must not become NaN.
-        scores = jnp.where(valid[:, None, None, :], scores.astype(jnp.float32), -1e30)
+        scores = jnp.where(valid[:, None, None, :], scores, -1e30)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         total = weights.sum(-1, keepdims=True)
         weights = self.attention_dropout(weights, deterministic=deterministic).astype(self.dtype)

@@ -11,6 +11,7 @@ from flax import struct
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.encoder import Encoder
 from trbert_jax.model.heads import HEADS, Logits
+from trbert_jax.reduction.gate import Gate
 from trbert_jax.reduction.selection import Rule, Selection, SharedPassage, TokenSet, keep_all
 
 Params = Any  # nested dict of arrays
@@ -38,7 +39,13 @@ class TokenReducingModel(nn.Module):
         self.head = self.config.head.module(self.config, self.dtype)
 
     def __call__(
-        self, batch: Batch, *, rule: Rule | None, num_copies: int = 1, deterministic: bool = True
+        self,
+        batch: Batch,
+        *,
+        rule: Rule | None,
+        num_copies: int = 1,
+        gate: Gate | None = None,
+        deterministic: bool = True,
     ) -> ModelOutput:
         """Runs a batch.
 
@@ -50,6 +57,7 @@ class TokenReducingModel(nn.Module):
           rule: how tokens are selected (`trbert_jax.reduction.selection`); None runs the dense encoder.
           num_copies: samples of each example, K. The layers before the first point of reduction run once
             for all; outputs have K * B rows, row `j * B + i` is copy j of example i.
+          gate: makes the output differentiable in the selectors' logits (`trbert_jax.reduction.gate`).
           deterministic: no dropout; otherwise the `dropout` RNG is needed.
         """
         tokens = self.encoder.embed(
@@ -59,7 +67,7 @@ class TokenReducingModel(nn.Module):
         if num_copies > 1:
             tokens = tokens.repeat(num_copies)
         passage = shared_passage(batch, num_copies)
-        tokens, selections = self.encoder.from_selection(tokens, rule, deterministic, passage)
+        tokens, selections = self.encoder.from_selection(tokens, rule, deterministic, passage, gate)
         return ModelOutput(self.answer(tokens, head_inputs(batch, num_copies), deterministic), selections)
 
     def answer(self, tokens: TokenSet, inputs: Batch, deterministic: bool = True) -> Logits:
@@ -80,6 +88,7 @@ def forward(
     *,
     rule: Rule | None,
     num_copies: int = 1,
+    gate: Gate | None = None,
     dropout_rng: jax.Array | None = None,
 ) -> ModelOutput:
     """Runs the model on a batch, with dropout if given a key for it."""
@@ -88,6 +97,7 @@ def forward(
         batch,
         rule=rule,
         num_copies=num_copies,
+        gate=gate,
         deterministic=dropout_rng is None,
         rngs=None if dropout_rng is None else {"dropout": dropout_rng},
     )

@@ -28,6 +28,7 @@ from trbert_jax.model.model import (
     shared_passage,
 )
 from trbert_jax.model.tiles import Tiling
+from trbert_jax.reduction.gate import Gate, add_bias, gate_states
 from trbert_jax.reduction.selection import Rule, Selection, TokenSet, restore, select
 
 
@@ -40,6 +41,7 @@ class PackedTokens:
     slot: jax.Array  # int32 [R, S], the index of each token in `states`
     order: jax.Array  # int32 [R], the order of the rows; neighbors have similar lengths: little to pad
     scratch: tuple[jax.Array, ...]  # four arrays [C, H] for layers to write to; no layer has to clear memory
+    key_bias: jax.Array | None = None  # float32 [C], added to the attention scores of a key; None: nothing
 
     @property
     def length(self) -> jax.Array:
@@ -60,6 +62,12 @@ class PackedTokens:
         """Puts the tokens at their positions in the padded batch, 0 elsewhere; stacks copies of the rows."""
         states = jnp.where(self.valid[..., None], self.states[self.slot], 0)
         return TokenSet(states, self.valid).repeat(num_copies)
+
+    def with_bias(self, values: jax.Array) -> "PackedTokens":
+        """Sets `key_bias` to values of tokens, float32 [R, S]."""
+        slots = jnp.where(self.valid, self.slot, len(self.states))
+        empty = jnp.zeros(len(self.states), jnp.float32)
+        return dataclasses.replace(self, key_bias=empty.at[slots].set(values, mode="drop"))
 
     def to_rows(self, values: jax.Array) -> jax.Array:
         """Puts values of tokens, [C], at their positions in the padded batch: [R, S], 0 elsewhere."""
@@ -100,6 +108,7 @@ def packed_forward(
     *,
     rule: Rule | None,
     num_copies: int = 1,
+    gate: Gate | None = None,
     dropout_rng: jax.Array | None = None,
     tiling: Tiling | None = None,
 ) -> ModelOutput:
@@ -116,6 +125,8 @@ def packed_forward(
     inputs = head_inputs(batch, num_copies)
     selections: list[Selection] = []
     dropped: TokenSet | None = None
+    gated: list[tuple[jax.Array, jax.Array]] = []
+    bias: jax.Array | None = None  # float32 [R, S]
     for stage, (start, stop) in enumerate(itertools.pairwise(points)):
         copies = num_copies if stage == 0 else 1
         if rule is None:
@@ -129,9 +140,14 @@ def packed_forward(
                 before = packed.unpack(copies)
                 dropped = before if dropped is None else restore(dropped, before)
             packed = encoder.keep(packed, selections[-1].keep, copies)
+            if gate is not None:
+                bias = add_bias(bias, opened := gate(stage, selections[-1]))
+                packed = packed.with_bias(bias)
+                if config.reads_all_tokens:
+                    gated.append((opened, before.states))
         if stop < config.num_layers:
             packed = encoder.run_layers(params, packed, range(start, stop), dropout_rng)
-    logits = encoder.finish(params, packed, range(start, stop), inputs, dropout_rng, dropped)
+    logits = encoder.finish(params, packed, range(start, stop), inputs, dropout_rng, dropped, gated)
     return ModelOutput(logits, tuple(selections))
 
 
@@ -204,8 +220,9 @@ class PackedEncoder:
         into, rows = packed.scratch[:2], _rows(packed)
         keys = tiles.map_tokens(project, params, (packed.states,), into, packed.count, self.tiling)
         attend = functools.partial(_attend, layer)
+        qkv = (query, *keys, *_bias(packed))
         context = tiles.attend_rows(
-            attend, (query, *keys), jnp.zeros_like(first), *rows, self.tiling, attention_rng, one_query=True
+            attend, qkv, jnp.zeros_like(first), *rows, self.tiling, attention_rng, one_query=True
         )
         (first,) = _finish(layer, params, token_rng, first, context)
         return jnp.zeros_like(first).at[packed.order].set(first)
@@ -218,15 +235,17 @@ class PackedEncoder:
         inputs: Batch,
         dropout_rng: jax.Array | None = None,
         dropped: TokenSet | None = None,
+        gated: Sequence[tuple[jax.Array, jax.Array]] = (),
     ) -> Logits:
         """Runs the last layers, which may be none, and the head, whose inputs `head_inputs` returns.
 
         `dropped` are the tokens to restore for a head that reads all tokens; None if none were dropped.
+        `gated` are the points of `reduction.gate.gate_states`.
         """
         config = self.model.config
         if config.reads_all_tokens:
             tokens = self.run_layers(params, packed, layers, dropout_rng).unpack()
-            tokens = tokens if dropped is None else restore(dropped, tokens)
+            tokens = tokens if dropped is None else gate_states(restore(dropped, tokens), gated)
         else:
             if layers:
                 packed = self.run_layers(params, packed, layers[:-1], dropout_rng)
@@ -254,7 +273,8 @@ class PackedEncoder:
         states, (*into, into_context) = packed.states, packed.scratch
         attention_rng, token_rng = (None, None) if rng is None else jax.random.split(rng)
         qkv = tiles.map_tokens(project, params, (states,), tuple(into), count, tiling)
-        context = tiles.attend_rows(attend, qkv, into_context, *_rows(packed), tiling, attention_rng)
+        inputs = (*qkv, *_bias(packed))
+        context = tiles.attend_rows(attend, inputs, into_context, *_rows(packed), tiling, attention_rng)
         (states,) = tiles.map_tokens(finish, params, (states, context), (states,), count, tiling, token_rng)
         return dataclasses.replace(packed, states=states, scratch=(*qkv, context))
 
@@ -271,12 +291,25 @@ def _rows(packed: PackedTokens) -> tuple[jax.Array, jax.Array, int]:
     return packed.start[packed.order], packed.length[packed.order], packed.valid.shape[-1]
 
 
+def _bias(packed: PackedTokens) -> tuple[jax.Array, ...]:
+    return () if packed.key_bias is None else (packed.key_bias,)
+
+
 def _embed(model: TokenReducingModel, *inputs: Any) -> TokenSet:
     return model.encoder.embed(*inputs)
 
 
-def _attend(layer: TransformerLayer, *arrays: jax.Array, rng: jax.Array | None) -> jax.Array:
-    return layer.apply({}, *arrays, rng is None, rngs=_rngs(rng), method="attend")
+def _attend(
+    layer: TransformerLayer,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *bias_and_mask: jax.Array,
+    rng: jax.Array | None,
+) -> jax.Array:
+    *bias, mask = bias_and_mask
+    arrays = (query, key, value, mask)
+    return layer.apply({}, *arrays, rng is None, *bias, rngs=_rngs(rng), method="attend")
 
 
 def _finish(

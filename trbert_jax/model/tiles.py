@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 Arrays = tuple[jax.Array, ...]
 TokenFn = Callable[..., Arrays]  # (params, rng, *tiles [t, ...]) -> tiles [t, ...]
-AttentionFn = Callable[..., jax.Array]  # (q, k, v [g, w, H], mask [g, w], rng=) -> [g, w, H]
+AttentionFn = Callable[..., jax.Array]  # (q, k, v [g, w, H], [bias,] mask [g, w], rng=) -> [g, w, H]
 SMALL_REQUEST = 4  # rows
 
 
@@ -166,8 +166,8 @@ def attend_rows(
     """Attends within rows, whose tokens follow each other in flat arrays.
 
     Args:
-      fn: `(query [g, q, H], key, value [g, w, H], mask [g, w], rng=) -> [g, q, H]`.
-      qkv: query, key and value, [C, H] each; differentiated.
+      fn: `(query [g, q, H], key, value [g, w, H], ..., mask [g, w], rng=) -> [g, q, H]`.
+      qkv: query, key and value, [C, H] each, and more arrays of keys, [C, ...]; differentiated.
       into: [C, H], overwritten.
       start, length: int32 [R], first slot and number of tokens of each row, the longest row first.
       width: the largest possible length.

@@ -32,6 +32,7 @@ class TokenSet:
 
     states: jax.Array  # float [B, S, H]
     valid: jax.Array  # bool [B, S]; False for padding and for dropped tokens
+    key_bias: jax.Array | None = None  # float32 [B, S], added to the attention scores of a key; None: nothing
 
     def repeat(self, num_copies: int) -> "TokenSet":
         """Stacks copies of the batch: row `j * B + i` is copy j of example i."""
