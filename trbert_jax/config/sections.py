@@ -197,9 +197,12 @@ class FinetuneConfig(TrainingConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreConfig(ReadingConfig):
-    """Stage score: compute the residual score of every training token."""
+    """Stage score: compute the score of every training token."""
 
     batch_size: Count = 8  # examples per forward and backward pass
+    # How much the loss depends on the later work on a token (residual), or how sure the model is on the token
+    # as a key of attention (gate); gate reads no labels.
+    kind: Literal["residual", "gate"] = "residual"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -117,6 +117,17 @@ def distillation(
     return -jnp.sum(target * jax.nn.log_softmax(logits, axis=-1), axis=-1)
 
 
+def margin(logits: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Log odds of the most probable answer: float [..., C], bool [..., C] -> float [...].
+
+    Its derivative, unlike that of the loss, does not vanish where the model is sure.
+    """
+    if mask is not None:
+        logits = _only(logits, jnp.broadcast_to(mask, logits.shape))
+    best = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool)
+    return logits.max(-1) - jax.nn.logsumexp(jnp.where(best, _MASKED, logits), axis=-1)
+
+
 def any_of(logits: jax.Array, gold: jax.Array, mask: jax.Array) -> jax.Array:
     """Negative log-likelihood that any of the gold positions is the answer's, in nats.
 

@@ -20,7 +20,7 @@ from flax import struct
 
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.model import Batch, ModelOutput, Params, TokenReducingModel, forward, head_inputs
-from trbert_jax.model.packed import PackedEncoder, PackedTokens
+from trbert_jax.model.packed import PackedEncoder, PackedTokens, packed_forward
 from trbert_jax.reduction import policy_loss as policy
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction import selection as tokens
@@ -84,6 +84,36 @@ def score_tokens(
         return TASKS[model.config.task].loss(logits, Rows(batch)), logits
 
     return residual.residual_scores(model.config, encoder, params, batch, loss)
+
+
+def gate_scores(
+    model: TokenReducingModel, params: Params, batch: Batch
+) -> tuple[jax.Array, Logits, jax.Array]:
+    """Computes the gate scores of a batch, `| d margin / d b |`, with the dense model and without labels.
+
+    b is the log of a token's gate from a point of reduction on (`reduction.gate`), 0 here, and the margin is
+    how sure the model is (`Task.margin`). Returns scores float32 [B * G, stages, S], 0 on padding, the dense
+    logits, and the margins [B].
+    """
+    config = model.config
+
+    def total(bias: jax.Array) -> tuple[jax.Array, tuple[Logits, jax.Array]]:
+        logits = packed_forward(
+            model, params, batch, rule=tokens.keep_all, gate=lambda stage, selection: bias[stage]
+        ).logits
+        margins = TASKS[config.task].margin(logits, Rows(batch))
+        return margins.sum(), (logits, margins)
+
+    bias = jnp.zeros((config.num_reductions, *batch["mask"].shape))
+    gradient, (logits, margins) = jax.grad(total, has_aux=True)(bias)
+    # As residual scores, one for each selector, also of a shallow model with a single point.
+    points = jnp.minimum(jnp.arange(config.num_selectors), config.num_reductions - 1)
+    score = jnp.where(batch["mask"], jnp.abs(gradient[points]), 0.0)
+    return score.swapaxes(0, 1), logits, margins
+
+
+# Kinds of scores -> the function (model, parameters, batch) that computes them, the logits and a value [B].
+SCORES = {"residual": score_tokens, "gate": gate_scores}
 
 
 def initialization_objective(

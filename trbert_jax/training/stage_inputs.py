@@ -173,16 +173,17 @@ def _load(
 
 
 def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
-    """Writes residual scores of all training tokens, `scores.npy`, float32 [rows, stages, max_length]."""
+    """Writes scores of all training tokens, `scores.npy`, float32 [rows, stages, max_length]."""
     devices, model = experiment.devices, stage.start(experiment)
     experiment.check_inputs(stage.name, model, (experiment.data.part(stage.max_examples(experiment.config)),))
     examples, module = stage.examples(experiment, model), experiment.module(model.config)
-    max_length = model.config.max_length
+    max_length, kind = model.config.max_length, experiment.config.score.kind
+    value = {"residual": "loss", "gate": "margin"}[kind]
     size = devices.rounded(experiment.config.score.batch_size)
     batches = list(length_batches(examples, size, width_buckets(max_length)))
 
     def scores_and_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        values, _, loss = objectives.score_tokens(module, params, batch)
+        values, _, loss = objectives.SCORES[kind](module, params, batch)
         return values, loss
 
     mapped = devices.by_rows(scores_and_losses, out_specs=ROWS)
@@ -194,7 +195,7 @@ def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         for done, (index, width) in enumerate(batches[arrays.start :], arrays.start + 1):
             result = score(params, devices.place_rows(pad_batch(examples, index, size, width)))
             values, loss = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
-            check_finite(examples, index, size, {"loss": loss, "score": values})
+            check_finite(examples, index, size, {value: loss, "score": values})
             rows = batch_rows(examples, index, size)
             scores[rows[rows >= 0], :, :width] = values[rows >= 0]
             losses[index] = loss[: len(index)]
@@ -204,7 +205,7 @@ def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         if not devices.is_main:  # only the main process has the arrays
             return {}
         arrays.finish(LOSSES)
-        summary = {"loss": float(np.asarray(losses).mean(dtype=np.float64))}
+        summary = {value: float(np.asarray(losses).mean(dtype=np.float64))}
         report.log(len(batches), summary)
     return {**summary, DATA_DIGEST: examples.digest}
 

@@ -65,11 +65,16 @@ def _sampled(passes: int, num_samples: Callable[[RunConfig], int]) -> StageFlops
     )
 
 
+def _scored_layers(config: RunConfig, model: ModelConfig) -> int:
+    first = {"residual": residual.score_layers(model)[1] + 1, "gate": model.reduction_layers[0]}
+    return model.num_layers - first[config.score.kind]
+
+
 def _score_flops(
     config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
 ) -> np.ndarray:
-    """Adds the gradient of states, not of parameters, through the last layers."""
-    layers = model.num_layers - 1 - residual.score_layers(model)[1]
+    """Adds the gradient of states, not of parameters, through the layers that the scores depend on."""
+    layers = _scored_layers(config, model)
     layer = EncoderShape.of(model).layer_macs(lengths)
     return _dense(1)(config, model, lengths, shares) + 2.0 * layers * layer
 
@@ -343,7 +348,8 @@ for _stage in (
         starts_from=("finetune",),
         run=stage_inputs.score_stage,
         flops=_score_flops,
-        kept_layers=lambda config, model: model.num_layers - residual.score_layers(model)[1],
+        reads_labels=lambda section: section.kind == "residual",
+        kept_layers=lambda config, model: 1 + _scored_layers(config, model),
     ),
     Stage(
         settings=settings.InitConfig,
