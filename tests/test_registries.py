@@ -29,7 +29,8 @@ from trbert_jax.tasks import TASKS, register_task
 from trbert_jax.tasks.classification import ClassificationTask
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import objectives, step
-from trbert_jax.training.stages import STAGES, Stage, Update, register_stage
+from trbert_jax.training.stage_objectives import Update
+from trbert_jax.training.stages import STAGES, Stage, register_stage
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 # Compiled once for most tests that only need some run.

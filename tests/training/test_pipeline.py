@@ -19,7 +19,7 @@ from trbert_jax import TRBert
 from trbert_jax.cli import main
 from trbert_jax.datasets import DATASETS
 from trbert_jax.reduction import flops
-from trbert_jax.training import stages
+from trbert_jax.training import stage_objectives, stages
 from trbert_jax.training.logging import read_metrics
 from trbert_jax.training.stages import Stage
 
@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder, traces, out = tmp_path_factory.mktemp("all"), Counter[str](), io.StringIO()
 
     def counting(stage: Stage) -> Stage:
-        def objective(update: stages.Update) -> Any:
+        def objective(update: stage_objectives.Update) -> Any:
             traces[stage.name] += 1
             return stage.objective(update) if stage.objective else None
 

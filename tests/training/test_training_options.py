@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.pretrained import load_pretrained
 from trbert_jax.tasks.examples import Counts, Examples
 from trbert_jax.training import step as steps
+from trbert_jax.training.checkpoints import CheckpointStore
 from trbert_jax.training.experiment import Experiment
-from trbert_jax.training.loop import saved_params
+from trbert_jax.training.loop import restore_state, saved_params, to_checkpoint
 from trbert_jax.training.stage_inputs import places_in
 from trbert_jax.training.stages import STAGES, objective_of
 
@@ -171,3 +173,72 @@ def test_selectors_have_their_own_rate() -> None:
         expected = (fast if name.startswith("selector") else slow).trained["encoder"][name]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), tree, expected)
     jax.tree.map(np.testing.assert_array_equal, both.opt_state, slow.opt_state)
+
+
+def controlled(updates: int, *settings: str, passes: int = 1) -> tuple[Any, Params, list[Any]]:
+    """Updates of stage joint with a target, on one batch; returns state, frozen parameters and metrics."""
+    options = ["joint.backend=masked", "policy.num_samples=4", "joint.dropout=false", *settings]
+    config = load_config(Path(__file__).parents[2] / "configs/quickstart.yaml", options)
+    stage, model = STAGES["joint"], TokenReducingModel(ONE_POINT)
+    batch = random_batch(ONE_POINT, [18 - i % 5 for i in range(16)], 18)
+    batches = jax.tree.map(lambda x: x.reshape(passes, -1, *x.shape[1:]), batch)
+    optimizer = steps.adamw(lambda _: config.joint.learning_rate, ONE_POINT)
+    params = jax.tree.map(jnp.asarray, tiny_models.tiny_params(ONE_POINT))
+    trained, frozen = steps.split_params(params, stage.trained(ONE_POINT))
+    state, metrics = steps.init_state(trained, optimizer, stage.control(config)), list[Any]()
+    hard_from = stage.hard_from(config, updates)
+
+    @functools.cache
+    def update(hard: bool) -> Any:
+        objective = objective_of(stage, config, model, updates, hard)
+        rates, hold = stage.rates(config, hard), stage.hold(config, updates, hard)
+        return steps.update_step(objective, optimizer, None, rates, hold)
+
+    for step in range(updates):
+        state, found = update(step >= hard_from)(state, frozen, batches, jax.random.key(0))
+        metrics.append(jax.device_get(found))
+    return state, frozen, metrics
+
+
+TARGET = ["joint.target_speedup=1.5", "joint.penalty=flops", "joint.penalty_gradient=exact"]
+TARGET += ["joint.rule=threshold"]
+
+
+def test_a_speed_that_is_asked_for_is_reached() -> None:
+    """Even where dropping does no harm, as here; the last part holds it while the encoder changes."""
+    settings = ["joint.hard_fraction=0.4", "joint.alpha=0.1", "joint.selector_learning_rate=3e-3"]
+    _, _, metrics = controlled(200, *TARGET, *settings)
+    assert metrics[0]["speedup"] < 1  # the selectors' own cost
+    speeds = [float(x["speedup"]) for x in metrics]
+    assert abs(np.mean(speeds[-10:]) / 1.5 - 1) < 0.05, speeds[::10]
+    assert metrics[0]["multiplier"] == np.float32(0.1)
+    assert len({float(x["multiplier"]) for x in metrics[120:]}) == 1
+
+
+def test_accumulation_does_not_change_the_multiplier() -> None:
+    """Nor the shift of the last part."""
+    for hard in ("joint.hard_fraction=0", "joint.hard_fraction=1"):
+        whole, parts = (controlled(3, *TARGET, hard, passes=passes)[0] for passes in (1, 4))
+        for one, other in zip(*map(jax.tree.leaves, (whole.control, parts.control)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5)
+        biases = [x.trained["encoder"]["selector_0"]["output"]["bias"] for x in (whole, parts)]
+        np.testing.assert_allclose(biases[0], biases[1], rtol=1e-4)
+        if hard.endswith("1"):
+            assert biases[0] != tiny_models.tiny_params(ONE_POINT)["encoder"]["selector_0"]["output"]["bias"]
+
+
+def test_control_is_saved(tmp_path: Path) -> None:
+    """A checkpoint has it; one without a target has none, as before."""
+    state = controlled(2, *TARGET)[0]
+    for control in (state.control, None):
+        path = tmp_path / str(control is None)
+        saved: Any = dataclasses.replace(state, control=control)
+        run = types.SimpleNamespace(config=types.SimpleNamespace(seed=1))
+        training: Any = types.SimpleNamespace(steps_per_epoch=1, update_size=1, experiment=run)
+        with CheckpointStore(path, 1, {}) as store:
+            store.save(2, to_checkpoint(training, jax.device_get(saved)))
+        like = jax.eval_shape(lambda saved=saved: saved)
+        restored = restore_state(store, 2, like)
+        jax.tree.map(np.testing.assert_array_equal, restored, saved)
+        names = json.loads((path / "step_00000002/manifest.json").read_text())["arrays"].keys()
+        assert ("control/multiplier" in names) == (control is not None)

@@ -68,6 +68,9 @@ NonNegative = Annotated[Number, Field(ge=0)]
 NumSamples = Annotated[int, Field(strict=True, ge=2)]
 MaxLength = Annotated[int, Field(strict=True, ge=3)]  # [CLS], one token, [SEP]
 Backend = Literal["packed", "masked"]  # see `model.packed`
+Speedup = Annotated[Number, Field(gt=1)]
+Penalty = Literal["ratio", "flops"]  # see `reduction.budget`
+PenaltyGradient = Literal["reward", "exact"]
 StageName = Annotated[Text, _name_from(lambda: STAGES)]
 RuleName = Annotated[Text, _name_from(rule_names)]
 BackboneName = Annotated[Text, _name_from(lambda: tuple(BACKBONES))]
@@ -221,6 +224,14 @@ class PolicyConfig(TrainingConfig):
     dropout: Flag = False  # as in TrainingConfig
     num_samples: NumSamples = 8  # selections drawn per example, K in the paper
     alpha: NonNegative = 1.0  # weight of the length penalty (harmonic coefficient); a larger one drops more
+    # Speed-up in FLOPs to reach: the weight of the penalty starts at alpha and follows; null for alpha alone.
+    target_speedup: Speedup | None = None
+    # Cost that the penalty counts. ratio: kept tokens over model.max_length, the mean over the points of
+    # reduction; flops: those of the encoder over the dense ones of model.max_length tokens.
+    penalty: Penalty = "ratio"
+    # How the selectors learn from the penalty. reward: as a part of the reward; exact: by the derivative of
+    # its expectation, without the noise of the samples.
+    penalty_gradient: PenaltyGradient = "reward"
     guide_rate: Fraction = 0.5  # share of the steps in which one sample imitates the residual scores
 
 
@@ -237,13 +248,16 @@ class JointConfig(TrainingConfig):
 
     num_samples: NumSamples | None = None  # selections drawn per example; null for policy.num_samples
     alpha: NonNegative = 1.0  # weight of the length penalty, as in PolicyConfig
+    target_speedup: Speedup | None = None  # as in PolicyConfig
+    penalty: Penalty = "ratio"  # as in PolicyConfig
+    penalty_gradient: PenaltyGradient = "reward"  # as in PolicyConfig
     distill: Flag = True  # learn from the fine-tuned model's logits (stage teacher), not from the labels
     temperature: Positive = 1.0  # divides teacher and student logits in distillation
     # Selections that the task or distillation loss is computed on. sample: num_samples drawn ones; threshold:
     # the one of prediction, with drawn ones, which train only the selectors, beside it.
     rule: Literal["sample", "threshold"] = "sample"
-    # Last share of the steps, in which the selectors stay as they are and the encoder trains on the selection
-    # of prediction.
+    # Last share of the steps, in which the selectors stay as they are, but for a shift of their logits that
+    # holds target_speedup, and the encoder trains on the selection of prediction.
     hard_fraction: Fraction = 0.0
     selector_learning_rate: Positive | None = None  # peak for the selectors; null for learning_rate
 

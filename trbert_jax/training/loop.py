@@ -77,7 +77,8 @@ class Training:
         experiment, module = self.experiment, self.experiment.module(self.start.config)
         objective = objective_of(self.stage, experiment.config, module, self.total_steps, hard)
         rates = self.stage.rates(experiment.config, hard)
-        return updates.update_step(objective, self.optimizer, experiment.devices, rates)
+        hold = self.stage.hold(experiment.config, self.total_steps, hard)
+        return updates.update_step(objective, self.optimizer, experiment.devices, rates, hold)
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """Evaluates parameters on the development set."""
@@ -164,7 +165,7 @@ def saved_params(
     params = jax.tree.map(np.asarray, start.params)
     trained, frozen = updates.split_params(params, stage.trained(start.config))
     schedule = updates.linear_schedule(settings.learning_rate, 1, 0)  # its form alone counts
-    like = init_state(trained, _optimizer(settings, schedule, start.config))
+    like = init_state(trained, _optimizer(settings, schedule, start.config), stage.control(experiment.config))
     folder, free = experiment.workdir / stage.name / "checkpoints", {*FREE_IN_CHECKPOINT, "examples", "data"}
     store = CheckpointStore(folder, settings.keep_checkpoints, experiment.fingerprint(stage.name), free)
     return start, store, lambda step: merge_params(restore_state(store, step, like).trained, frozen)
@@ -242,11 +243,13 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
     experiment, stage, settings = training.experiment, training.stage, training.settings
     devices, total, store = experiment.devices, training.total_steps, training.checkpoints
     directory = experiment.workdir / stage.name
-    like = jax.eval_shape(functools.partial(init_state, optimizer=training.optimizer), training.trained)
+    control = stage.control(experiment.config)
+    init = functools.partial(init_state, optimizer=training.optimizer, control=control)
+    like = jax.eval_shape(init, training.trained)
     start, restored = latest_state(training, like)
 
     placed = updates.place(training.frozen, devices)
-    first = functools.partial(updates.first_state, training.trained, training.optimizer, devices)
+    first = functools.partial(updates.first_state, training.trained, training.optimizer, devices, control)
     state = first() if restored is None else updates.place(restored, devices)
     # Each stage draws its own random numbers: the first letters of its name are a number.
     number = int.from_bytes(stage.name.encode()[:4].ljust(4, b"\0"), "big") & 0x7FFFFFFF
@@ -338,6 +341,7 @@ def to_checkpoint(training: Training, state: TrainState) -> dict[str, Any]:
     return {
         "trained": state.trained,
         "opt_state": state.opt_state,
+        "control": state.control,
         "step": np.asarray(state.step, np.int32),
         "seed": np.asarray(training.experiment.config.seed, np.int64),
         "epoch": np.asarray(epoch, np.int64),
@@ -350,10 +354,11 @@ def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainS
 
     Raises `DamagedCheckpointError` if a file is missing or changed.
     """
-    template = {"trained": like.trained, "opt_state": like.opt_state, "step": np.asarray(0, np.int32)}
+    template = {"trained": like.trained, "opt_state": like.opt_state, "control": like.control}
+    template["step"] = np.asarray(0, np.int32)
     template |= {name: np.asarray(0, np.int64) for name in ("seed", "epoch", "position")}
     saved = store.restore(step, template)
-    return TrainState(saved["step"], saved["trained"], saved["opt_state"])
+    return TrainState(saved["step"], saved["trained"], saved["opt_state"], saved["control"])
 
 
 def latest_state(training: Training, like: TrainState) -> tuple[int, TrainState | None]:

@@ -11,6 +11,7 @@ Examples are averaged only in `mean_over_examples`: micro-batches and devices do
 Source: paper, section 3.3; docs/method.md, "Training stages".
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -21,10 +22,12 @@ from flax import struct
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.model import Batch, ModelOutput, Params, TokenReducingModel, forward, head_inputs
 from trbert_jax.model.packed import PackedEncoder, PackedTokens, packed_forward
+from trbert_jax.reduction import budget
 from trbert_jax.reduction import policy_loss as policy
 from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction import selector_init as initialization
+from trbert_jax.reduction.flops import EncoderShape
 from trbert_jax.reduction.rules import RULES
 from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.losses import Rows
@@ -150,6 +153,9 @@ class PolicySamples:
     selector_nll: jax.Array
     kept_ratio: jax.Array
     reward: jax.Array
+    penalty: jax.Array  # to be minimized directly; 0 if it is a part of the reward
+    flops: jax.Array  # reported, over those of a dense text of the maximum length
+    dense_flops: jax.Array  # of the dense model
     logits: Logits
     selections: tuple[tokens.Selection, ...]
 
@@ -161,15 +167,18 @@ def sample_policy(
     *,
     rule: tokens.Rule,
     num_samples: int,
-    alpha: float,
+    alpha: float | jax.Array,
     max_length: int,
+    penalty: str = "ratio",
+    penalty_gradient: str = "reward",
     temperature: float = 1.0,
     dropout_rng: jax.Array | None = None,
     execute: Execute = forward,
 ) -> PolicySamples:
     """Runs every example K times with a sampling rule and computes the rewards.
 
-    Their task loss is the distillation loss if the batch has `teacher_logits`, else that of the labels.
+    Their task loss is the distillation loss if the batch has `teacher_logits`, else that of the labels. The
+    length penalty is `alpha` times the kept ratio or share of FLOPs; `exact`, it is no part of the reward.
     """
     output = execute(model, params, batch, rule=rule, num_copies=num_samples, dropout_rng=dropout_rng)
     task, rows = TASKS[model.config.task], Rows(batch, num_samples)
@@ -178,16 +187,30 @@ def sample_policy(
     else:
         loss = task.loss(output.logits, rows)
     kept = rows.kept(output.selections)
-    ratio = rows.mean(policy.kept_ratio(kept, max_length))
-    nll = rows.mean(policy.selector_nll(output.selections))
-    task_loss, ratio, nll = (x.reshape(num_samples, -1) for x in (loss, ratio, nll))
-    reward = policy.reward(task_loss, ratio, alpha)
-    return PolicySamples(task_loss, nll, ratio, reward, output.logits, kept)
+    nll = policy.selector_nll(output.selections)
+    ratio = policy.kept_ratio([s.num_kept for s in kept], max_length)
+    shape, length = EncoderShape.of(model.config), rows.get("mask").sum(-1)
+    flops = budget.flops_share(shape, [length, *(s.num_kept for s in kept)], max_length)
+    dense = budget.flops_share(shape, [length], max_length)
+    expected = jnp.zeros_like(flops)
+    if penalty_gradient == "exact":
+        # As the policy loss, which is a mean over tokens and whose baseline includes the sample itself.
+        scale = [(1 - 1 / num_samples) / jnp.maximum(s.scored.sum(-1), 1) for s in kept]
+        counts = budget.expected_counts(kept, scale)
+        if penalty == "ratio":
+            expected = policy.kept_ratio(counts, max_length)
+        else:
+            expected = budget.flops_share(shape, [length, *counts], max_length)
+    values = (loss, *map(rows.mean, (nll, ratio, expected, flops, dense)))
+    loss, nll, ratio, expected, flops, dense = (x.reshape(num_samples, -1) for x in values)
+    cost = {"ratio": ratio, "flops": flops}[penalty]
+    reward = policy.reward(loss, cost, 0.0 if penalty_gradient == "exact" else alpha)
+    return PolicySamples(loss, nll, ratio, reward, alpha * expected, flops, dense, output.logits, kept)
 
 
 def policy_objective(batch: Batch, samples: PolicySamples) -> Objective:
-    """Returns the REINFORCE loss, which trains the selectors (stage policy)."""
-    loss = policy.policy_loss(samples.selector_nll, samples.reward)
+    """Returns the REINFORCE loss, with the exact penalty if any; it trains the selectors (stage policy)."""
+    loss = policy.policy_loss(samples.selector_nll, samples.reward) + samples.penalty.mean(0)
     metrics = {"task_loss": samples.task_loss.mean(0), "policy_loss": loss}
     metrics |= {"reward": samples.reward.mean(0), "kept_ratio": samples.kept_ratio.mean(0)}
     for stage, selection in enumerate(samples.selections):
@@ -213,6 +236,12 @@ def thresholded_joint_objective(batch: Batch, kept: PolicySamples, samples: Poli
     learning = {name: selectors.metrics[name] for name in ("policy_loss", "reward")}
     total = kept.task_loss.mean(0) + selectors.total
     return Objective(total, encoder.weight, {**encoder.metrics, **learning})
+
+
+def with_speed(objective: Objective, samples: PolicySamples) -> Objective:
+    """Adds the FLOPs of the samples to the metrics, from which `step.train_step` computes a speed-up."""
+    flops = {"flops": samples.flops.mean(0), "dense_flops": samples.dense_flops.mean(0)}
+    return dataclasses.replace(objective, metrics={**objective.metrics, **flops})
 
 
 def only_selectors(params: Params) -> Params:

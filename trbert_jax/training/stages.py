@@ -19,30 +19,17 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params, TokenReducingModel
 from trbert_jax.model.packed import BACKENDS
 from trbert_jax.model.pretrained import Pretrained
-from trbert_jax.reduction import flops
+from trbert_jax.reduction import budget, flops
 from trbert_jax.reduction import residual_scores as residual
+from trbert_jax.reduction.budget import Control, first_control
 from trbert_jax.reduction.flops import EncoderShape
-from trbert_jax.reduction.selection import keep_probable
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.training import objectives, stage_inputs, step
+from trbert_jax.training import stage_inputs, stage_objectives, step
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.objectives import Objective
 from trbert_jax.training.stage_inputs import StageInputs
-from trbert_jax.training.step import ObjectiveFn, Rates, Trains
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """One micro-batch of an update, as a stage's objective receives it."""
-
-    config: RunConfig
-    batch: Batch
-    rng: jax.Array  # key of the update
-    step: jax.Array  # int32 scalar, number of the update (0-based)
-    total_steps: int  # updates of the stage
-    hard: bool  # whether it belongs to the last part of the stage, in which selectors do not change
-    forward: dict[str, Any]  # arguments of the model's pass, for the functions of `objectives`
-
+from trbert_jax.training.stage_objectives import Update, joint_samples
+from trbert_jax.training.step import Hold, ObjectiveFn, Rates, Trains, shift_selectors
 
 ReadInputs = Callable[[Experiment, str, Examples, Examples, str], StageInputs]
 StageFlops = Callable[[RunConfig, ModelConfig, np.ndarray, Sequence[float] | None], np.ndarray]
@@ -79,10 +66,6 @@ def _score_flops(
     return _dense(1)(config, model, lengths, shares) + 2.0 * layers * layer
 
 
-def _joint_samples(config: RunConfig) -> int:
-    return config.joint.num_samples or config.policy.num_samples
-
-
 def _joint_flops(
     config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
 ) -> np.ndarray:
@@ -90,14 +73,14 @@ def _joint_flops(
     hard, arguments = config.joint.hard_fraction, (config, model, lengths, shares)
     kept = _sampled(3, lambda config: 1)(*arguments)
     if config.joint.rule == "sample":
-        return (1 - hard) * _sampled(3, _joint_samples)(*arguments) + hard * kept
-    return (1 - hard) * _sampled(1, _joint_samples)(*arguments) + kept
+        return (1 - hard) * _sampled(3, joint_samples)(*arguments) + hard * kept
+    return (1 - hard) * _sampled(1, joint_samples)(*arguments) + kept
 
 
 def _joint_layers(config: RunConfig, model: ModelConfig) -> float:
     first, *others = EncoderShape.of(model).segments
     sampled = config.joint.rule == "sample" and config.joint.hard_fraction < 1
-    copies = _joint_samples(config) if sampled else 1
+    copies = joint_samples(config) if sampled else 1
     kept = (copies * n * flops.ASSUMED_KEPT ** (i + 1) for i, n in enumerate(others))
     return first + sum(kept)
 
@@ -163,6 +146,28 @@ class Stage:
             return None
         selectors = 0.0 if hard else own / section.learning_rate
         return lambda name: selectors if name.startswith("selector_") else 1.0
+
+    def control(self, config: RunConfig) -> Control | None:
+        """Returns the control before the first update if the stage has a target speed-up."""
+        section = getattr(config, self.name)
+        return first_control(section.alpha) if getattr(section, "target_speedup", None) else None
+
+    def hold(self, config: RunConfig, total_steps: int, hard: bool = False) -> Hold | None:
+        """Returns what holds the target speed-up: the penalty, and in the last part a shift of logits."""
+        section = getattr(config, self.name)
+        target = getattr(section, "target_speedup", None)
+        if target is None:
+            return None
+        learning = self.hard_from(config, total_steps)
+
+        def hold(
+            trained: Params, control: Control, speedup: jax.Array, step: jax.Array
+        ) -> tuple[Params, Control]:
+            if hard:
+                return shift_selectors(trained, budget.shift(speedup, target)), control
+            return trained, budget.follow(control, speedup, target, step, learning, section.alpha)
+
+        return hold
 
     def max_examples(self, config: RunConfig) -> int | None:
         """Returns how many training examples it reads at most; None for all that there are.
@@ -230,7 +235,9 @@ def objective_of(
     if compute is None:
         raise ValueError(f"stage {stage.name} has no objective")
 
-    def objective(params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> Objective:
+    def objective(
+        params: Params, batch: Batch, rng: jax.Array, step: jax.Array, multiplier: jax.Array | None = None
+    ) -> Objective:
         if section.published_padding and model.config.reads_all_tokens:
             batch = {**batch, "head_mask": jnp.ones_like(batch["mask"])}
         forward = {
@@ -240,7 +247,7 @@ def objective_of(
             "dropout_rng": _dropout_rng(rng, batch) if section.dropout else None,
             "execute": BACKENDS[section.backend],
         }
-        result = compute(Update(config, batch, rng, step, total_steps, hard, forward))
+        result = compute(Update(config, batch, rng, step, total_steps, hard, multiplier, forward))
         if "class_weight" in batch:
             result = dataclasses.replace(result, total=result.total * batch["class_weight"])
         return result
@@ -257,57 +264,6 @@ def _dropout_rng(rng: jax.Array, batch: Batch) -> jax.Array:
     key = jax.random.fold_in(jax.random.fold_in(rng, 1), batch["index"][0])
     data = jax.random.key_data(key)
     return jax.random.wrap_key_data(jnp.concatenate([data, data]), impl="rbg")
-
-
-# Objectives ---------------------------------------------------------------------------------------
-
-
-def _init(update: Update) -> Objective:
-    section = update.config.init
-    return objectives.initialization_objective(
-        **update.forward, per_length_scale=section.per_length_scale, keep=section.keep
-    )
-
-
-def _policy(update: Update) -> Objective:
-    section = update.config.policy
-    guided = update.step < math.ceil(section.guide_rate * update.total_steps)
-    imitating = "guide" in update.batch and guided
-    samples = _samples(update, section.num_samples, imitating, alpha=section.alpha)
-    return objectives.policy_objective(update.batch, samples)
-
-
-def _joint(update: Update) -> Objective:
-    section, num_samples = update.config.joint, _joint_samples(update.config)
-    options = {"alpha": section.alpha, "temperature": section.temperature}
-    if not update.hard and section.rule == "sample":
-        samples = _samples(update, num_samples, False, **options)
-        return objectives.joint_objective(update.batch, samples)
-    kept = _kept(update, **options)
-    if update.hard:
-        return objectives.joint_objective(update.batch, kept)
-    params = objectives.only_selectors(update.forward["params"])
-    drawn = dataclasses.replace(update, forward={**update.forward, "params": params})
-    samples = _samples(drawn, num_samples, False, **options)
-    return objectives.thresholded_joint_objective(update.batch, kept, samples)
-
-
-def _kept(update: Update, **options: Any) -> objectives.PolicySamples:
-    """Runs every example once, with the selection of prediction."""
-    max_length = update.forward["model"].config.max_length
-    return objectives.sample_policy(
-        **update.forward, rule=keep_probable, num_samples=1, max_length=max_length, **options
-    )
-
-
-def _samples(
-    update: Update, num_samples: int, imitating: jax.Array | bool, **options: Any
-) -> objectives.PolicySamples:
-    rule = objectives.sampling_rule(update.rng, update.batch, num_samples, imitating)
-    max_length = update.forward["model"].config.max_length
-    return objectives.sample_policy(
-        **update.forward, rule=rule, num_samples=num_samples, max_length=max_length, **options
-    )
 
 
 # The stages ---------------------------------------------------------------------------------------
@@ -340,7 +296,7 @@ for _stage in (
     Stage(
         settings=settings.FinetuneConfig,
         trains=step.trains_dense,
-        objective=lambda update: objectives.dense_objective(**update.forward),
+        objective=stage_objectives.finetune,
         compared=True,
     ),
     Stage(
@@ -355,7 +311,7 @@ for _stage in (
         settings=settings.InitConfig,
         starts_from=("finetune",),
         trains=step.trains_selectors,
-        objective=_init,
+        objective=stage_objectives.init,
         reads_labels=lambda section: False,
         inputs=lambda section: ("score", stage_inputs.ranks),
         reduces=True,
@@ -364,7 +320,7 @@ for _stage in (
         settings=settings.PolicyConfig,
         starts_from=("init", "finetune"),
         trains=step.trains_selectors,
-        objective=_policy,
+        objective=stage_objectives.policy,
         inputs=lambda section: ("score", stage_inputs.guide) if section.guide_rate > 0 else None,
         reduces=True,
         compared=True,
@@ -383,7 +339,7 @@ for _stage in (
         settings=settings.JointConfig,
         starts_from=("policy",),
         trains=step.trains_all,
-        objective=_joint,
+        objective=stage_objectives.joint,
         reads_labels=lambda section: not section.distill,
         inputs=lambda section: ("teacher", stage_inputs.teacher_logits) if section.distill else None,
         reduces=True,
