@@ -21,7 +21,7 @@ RAMP = 0.5  # share of the updates in which the asked speed-up rises to the targ
 
 @struct.dataclass
 class Control:
-    """What holds the speed-up; part of the train state. Float32 scalars."""
+    """Holds the speed-up; part of the train state. Float32 scalars."""
 
     weight: jax.Array  # of the length penalty in the next update, in place of alpha; may be negative
     multiplier: jax.Array  # the part of it that changes slowly
