@@ -11,7 +11,8 @@ import tiny_models
 from common import random_examples
 
 from trbert_jax.inference import engine
-from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Outputs, bucket_widths
+from trbert_jax.inference.engine import CompiledForward, InferenceEngine, bucket_widths
+from trbert_jax.inference.outputs import Outputs
 from trbert_jax.model.model import ModelOutput, TokenReducingModel, forward
 from trbert_jax.model.packed import BACKENDS
 from trbert_jax.reduction.selection import Rule, keep_probable

@@ -209,6 +209,8 @@ def found_path(text: str) -> Path:
 NAME = kind("names with commas between them", str, bool)
 INDEX = kind("a number of at least 0", digits, lambda n: n >= 0)
 COUNT = kind("a number of at least 1", digits, lambda n: n >= 1)
+FACTOR = kind("a number above 1", float, lambda x: 1 < x < math.inf)
+AMOUNT = kind("a number of at least 0", float, lambda x: 0 <= x < math.inf)
 PROBABILITY = kind("a number above 0 and below 1", float, lambda p: 0 < p < 1)
 NUMBER = kind("a number", float, math.isfinite)
 N_BEST = kind("a number from 1 to 20", digits, lambda n: 1 <= n <= 20)
@@ -241,6 +243,9 @@ RULE = (
     former("--execution", "--rule and --backend"),
 )
 THRESHOLD = option("--threshold", "P[,P]", thresholds, THRESHOLD_HELP, default=DEFAULT_THRESHOLD)
+OPERATING_POINT = option(
+    "--operating-point", "NAME", str, "use thresholds that are stored with the model, 3x say (see calibrate)"
+)
 FIELDS = (
     option("--text-field", "NAME", str, "field of the text (default that of the training data, or text)"),
     option("--text-pair-field", "NAME", str, "field of a second text"),

@@ -53,5 +53,7 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
     evaluate, rule = config.evaluate, RULES[config.evaluate.rule]
     if evaluate.thresholds and not rule.has_threshold:
         yield "evaluate.thresholds", f"rule {rule.name} has none; use {DEFAULT_RULE}, or remove them"
+    if evaluate.frontier and not rule.has_threshold:
+        yield "evaluate.frontier", f"rule {rule.name} has no thresholds; use {DEFAULT_RULE}, or remove it"
     if evaluate.baselines and not rule.drops:
         yield "evaluate.baselines", f"rule {rule.name} drops nothing to compare with, remove them"

@@ -60,9 +60,10 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Threshold = Annotated[Number, Field(gt=0, lt=1)]
-PointThresholds = Annotated[float | tuple[float, ...], PlainValidator(_thresholds)]
+PointThresholds = Annotated[Any, PlainValidator(_thresholds)]  # a number, or one for each point
 Labels = tuple[Annotated[Text, BeforeValidator(_label)], ...]
 Positive = Annotated[Number, Field(gt=0)]
+SpeedUp = Annotated[Number, Field(gt=1)]
 NonNegative = Annotated[Number, Field(ge=0)]
 # The baseline of a sample is the mean over all samples of its example: with one, every advantage is 0.
 NumSamples = Annotated[int, Field(strict=True, ge=2)]
@@ -273,6 +274,10 @@ class EvaluateConfig(StageConfig):
     baselines: tuple[BaselineName, ...] = ()  # untrained selections to evaluate at the same kept counts
     # Keep probabilities to evaluate at, besides 0.5; lower keeps more. [0.5, 0.7] has one for each point.
     thresholds: tuple[PointThresholds, ...] = ()
+    # Find the best thresholds for many speeds on dev, report them, and store operating points with the model.
+    frontier: Flag = False
+    speedups: tuple[SpeedUp, ...] = (2.0, 3.0, 4.0)  # of the operating points: dense FLOPs over reduced ones
+    points_lost: tuple[NonNegative, ...] = (0.5, 1.0)  # of others: percentage points of the metric, on dev
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,18 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.errors import UserError, iterable, whole_number
-from trbert_jax.inference.engine import (
-    FEWER,
-    CompiledForward,
-    InferenceEngine,
-    check_backend,
-    fitting_size,
-)
+from trbert_jax.inference.engine import FEWER, CompiledForward, InferenceEngine, check_backend, fitting_size
 from trbert_jax.inference.forked import ForkedEngine, Helper
 from trbert_jax.inference.questions import WINDOW, answer_pairs, windows
 from trbert_jax.io import check_unicode
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
+from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, copy_tokenizer
@@ -238,6 +233,7 @@ class TRBert:
         rule: str | None = None,
         backend: str = DEFAULT_BACKEND,
         threshold: Threshold = DEFAULT_THRESHOLD,
+        operating_point: str | None = None,
     ) -> list[Prediction]:
         """Classifies texts.
 
@@ -253,11 +249,14 @@ class TRBert:
             gives the same results.
           threshold: keep probability from which rule `threshold` keeps a token, or one for each point of
             reduction, `(0.5, 0.7)`. A lower one keeps more tokens, takes longer and is usually more accurate.
+          operating_point: name of thresholds that the model has stored, `3x` say, in place of `threshold`;
+            see `trbert calibrate`.
 
         Returns predictions in the order of the texts. Raises UserError for something else than a list of
         strings, an invalid option, a model without tokenizer or one that answers questions.
         """
         options = {"rule": rule, "backend": backend, "threshold": threshold}
+        options["operating_point"] = operating_point
         return list(self.predict_stream(texts, batch_size, **options))
 
     def predict_stream(
@@ -326,10 +325,12 @@ class TRBert:
         rule: str | None = None,
         backend: str = DEFAULT_BACKEND,
         threshold: Threshold = DEFAULT_THRESHOLD,
+        operating_point: str | None = None,
     ) -> dict[str, Any]:
         """Checks the options of a prediction and fills in their defaults."""
         self.engine(batch_size)
         rule = rule or self.default_rule
+        threshold = find_thresholds(self.config.operating_points, operating_point, rule, threshold)
         check_rule(rule, threshold, self.config.num_reductions)
         check_backend(backend)
         return {"rule": rule, "backend": backend, "threshold": threshold}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, Any]  # arrays, one entry per row
 Threshold = float | Sequence[float]  # a keep probability for all points of reduction, or one for each
-Use = Literal["evaluate", "baseline", "train"]
+Use = Literal["evaluate", "baseline", "given", "train"]
 
 DEFAULT_RULE = "threshold"
 DEFAULT_THRESHOLD = 0.5  # the published rule
@@ -32,16 +32,18 @@ class RuleSpec:
     # Makes the rule from the entries of `inputs`; returns None to run the dense encoder. May be called inside
     # a compiled function.
     build: Callable[[Inputs], Rule | None]
-    use: Use = "evaluate"  # or `baseline` (selects without having learned anything), or `train`
+    # Or `baseline` (selects without having learned anything), `given` (by scores of the caller), or `train`.
+    use: Use = "evaluate"
     # The entries that `build` reads:
     #   `min_logit` float32 [R, stages], the lowest selector logits that keep a token (`selection.min_logit`);
     #   `num_kept` int32 [R, stages], tokens each row keeps;
     #   `row_keys` PRNG keys [R], one per row (`tasks.losses.Rows.keys`);
-    #   `guide` float32 [R, stages, S], residual scores;
+    #   `guide` float32 [R, stages, S], residual scores, or those of the caller;
     #   `imitating` bool [R], the rows that follow the guide.
     inputs: tuple[str, ...] = ()
     exact: bool = True  # whether a row's selection is independent of the other rows of its batch
     drops: bool = True  # whether the rule asks the selectors at all; False for the dense encoder
+    judges: bool = False  # whether a pass gives the logits by which tokens are kept, in place of the decision
 
     @property
     def has_threshold(self) -> bool:
@@ -131,6 +133,13 @@ for _spec in (
         lambda inputs: _selection().keep_first(inputs["num_kept"].T),
         use="baseline",
         inputs=("num_kept",),
+    ),
+    RuleSpec(
+        "scores",
+        "keep the tokens with the highest given scores",
+        lambda inputs: _selection().keep_scored(inputs["num_kept"].T, inputs["guide"]),
+        use="given",
+        inputs=("num_kept", "guide"),
     ),
     RuleSpec(
         "sample",

@@ -222,6 +222,18 @@ def keep_random(counts: jax.Array, row_keys: jax.Array) -> Rule:
     return rule
 
 
+def keep_scored(counts: jax.Array, scores: jax.Array) -> Rule:
+    """Keeps [CLS] and the tokens with the highest scores, `counts[stage, row]` in all.
+
+    `counts` int32 [stages, B], `scores` float32 [B, stages, S]. With scores of the dense model, an oracle.
+    """
+
+    def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
+        return top_tokens(scores[:, stage].at[:, 0].set(jnp.inf), valid, counts[stage])
+
+    return rule
+
+
 def top_tokens(score: jax.Array, valid: jax.Array, count: jax.Array) -> jax.Array:
     """Selects the `count[row]` valid tokens with the highest score; among equals, the first ones.
 

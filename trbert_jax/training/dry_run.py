@@ -15,8 +15,8 @@ from trbert_jax.model.model import init_params
 from trbert_jax.parallel import SMALLEST_DIVIDED, check_batch, check_mesh
 from trbert_jax.reduction import flops
 from trbert_jax.tasks.examples import Examples
+from trbert_jax.training.evaluation import num_passes
 from trbert_jax.training.experiment import Experiment
-from trbert_jax.training.run import num_passes
 from trbert_jax.training.stages import Stage, configured
 from trbert_jax.training.step import split_params
 

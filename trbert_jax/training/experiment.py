@@ -193,7 +193,7 @@ class Experiment:
             raise UserError(f"model.init: {model.init} has no tokenizer files; {advice}")
         if model.line_breaks_as_spaces:
             read_line_breaks_as_spaces(tokenizer)
-        config = dataclasses.replace(base.config, inputs=task.inputs, score="")
+        config = dataclasses.replace(base.config, inputs=task.inputs, score="", operating_points=())
         return dataclasses.replace(base, config=config, tokenizer=tokenizer)
 
     def _scratch(self, tokenizer: Any) -> Pretrained:

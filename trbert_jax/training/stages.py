@@ -204,7 +204,7 @@ class Stage:
         if not self.evaluates:
             train = experiment.data.part(self.max_examples(experiment.config))
             return (train, "labels", *["dev"] * (getattr(section, "output", "last") == "best"))
-        tunes = experiment.data.task.inputs.unanswerable and section.split != "dev"
+        tunes = (experiment.data.task.inputs.unanswerable or section.frontier) and section.split != "dev"
         return (section.split, f"{section.split}.ids", *["dev"] * tunes)
 
 
@@ -270,7 +270,7 @@ def _dropout_rng(rng: jax.Array, batch: Batch) -> jax.Array:
 
 
 def _evaluate(experiment: Experiment, stage: Stage) -> dict[str, Any]:
-    from trbert_jax.training.run import evaluate_stage  # imports this module
+    from trbert_jax.training.evaluation import evaluate_stage  # imports this module
 
     return evaluate_stage(experiment, stage)
 
