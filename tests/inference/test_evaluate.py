@@ -147,7 +147,7 @@ def test_dense(folder: Path, result: dict[str, Any], tmp_path: Path) -> None:
 def test_calibrated_points_are_used(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By evaluate and predict, from a folder that is otherwise as before; evaluate --frontier stores nothing."""
+    """By evaluate and predict, from a folder that is otherwise as before; --frontier stores nothing."""
     monkeypatch.setattr(frontier, "SPEEDUPS", (1.5,))
     model, data = shutil.copytree(folder / "model", tmp_path / "model"), f"--data {folder}/data.jsonl"
     out, picture = tmp_path / "out.json", tmp_path / "x.png"

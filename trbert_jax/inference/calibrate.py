@@ -61,12 +61,15 @@ def calibrate_file(
     batch_size: int = 32,
     skip_bad_records: bool = False,
     max_length: int | None = None,
-    **fields: str | None,
+    text_field: str | None = None,
+    text_pair_field: str | None = None,
+    label_field: str | None = None,
 ) -> dict[str, Any]:
     """Measures a model on a file at many speeds, and stores its operating points if `stored`.
 
     Args:
-      model_dir, data_file, batch_size, skip_bad_records, max_length, fields: see `evaluate_file`.
+      model_dir, data_file, batch_size, skip_bad_records, max_length: see `evaluate_file`.
+      text_field, text_pair_field, label_field: fields of the file.
       dense_dir: the dense model to compare with; None for the same model without reduction.
       speedups, points_lost: operating points to name.
       plot: PNG file to draw.
@@ -78,7 +81,8 @@ def calibrate_file(
     bad, model = BadRecords(skip=skip_bad_records), TRBert.from_pretrained(model_dir, max_length=max_length)
     if "selectors" in model.newly_initialized:
         raise UserError(f"{model_dir}: its selectors are not trained; train them first: `trbert train`")
-    examples = read_examples(model, Path(data_file), bad, model.config.inputs.fields(**fields))
+    fields = model.config.inputs.fields(text_field, text_pair_field, label_field)
+    examples = read_examples(model, Path(data_file), bad, fields)
     reference = model if dense_dir is None else TRBert.from_pretrained(dense_dir, max_length=max_length)
     same = ("task", "labels", "inputs", "max_length", "vocab_size")
     if other := [name for name in same if getattr(reference.config, name) != getattr(model.config, name)]:
