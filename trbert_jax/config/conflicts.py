@@ -50,6 +50,16 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"{stage}.max_examples", "data.prepared is read as a whole; remove one of the two"
     if not config.joint.distill and config.joint.temperature != JointConfig.temperature:
         yield "joint.temperature", "is of distillation, and joint.distill is false; remove one of the two"
+    joint, samples = config.joint, {"policy": config.policy.num_samples}
+    samples["joint"] = joint.num_samples or config.policy.num_samples
+    for stage, count in samples.items():
+        section = getattr(config, stage)
+        if section.credit == "gate" and section.penalty_gradient != "exact":
+            yield f"{stage}.penalty_gradient", f"{stage}.credit gate has no reward; expected exact"
+        if section.credit == "reward" and count < 2:  # the baseline is the mean over an example's samples
+            yield f"{stage}.num_samples", "expected 2 or more, to compare the rewards of samples"
+    if joint.num_samples is not None and joint.rule == "threshold" and joint.credit == "gate":
+        yield "joint.num_samples", "rule threshold draws no samples with credit gate; remove it"
     evaluate, rule = config.evaluate, RULES[config.evaluate.rule]
     if evaluate.thresholds and not rule.has_threshold:
         yield "evaluate.thresholds", f"rule {rule.name} has none; use {DEFAULT_RULE}, or remove them"

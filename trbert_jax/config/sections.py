@@ -65,13 +65,12 @@ Labels = tuple[Annotated[Text, BeforeValidator(_label)], ...]
 Positive = Annotated[Number, Field(gt=0)]
 SpeedUp = Annotated[Number, Field(gt=1)]
 NonNegative = Annotated[Number, Field(ge=0)]
-# The baseline of a sample is the mean over all samples of its example: with one, every advantage is 0.
-NumSamples = Annotated[int, Field(strict=True, ge=2)]
 MaxLength = Annotated[int, Field(strict=True, ge=3)]  # [CLS], one token, [SEP]
 Backend = Literal["packed", "masked"]  # see `model.packed`
 Speedup = Annotated[Number, Field(gt=1)]
 Penalty = Literal["ratio", "flops"]  # see `reduction.budget`
 PenaltyGradient = Literal["reward", "exact"]
+Credit = Literal["reward", "gate"]  # see `reduction.gate`
 StageName = Annotated[Text, _name_from(lambda: STAGES)]
 RuleName = Annotated[Text, _name_from(rule_names)]
 BackboneName = Annotated[Text, _name_from(lambda: tuple(BACKBONES))]
@@ -223,7 +222,7 @@ class PolicyConfig(TrainingConfig):
     """Stage policy: train the selectors with REINFORCE; everything else is frozen."""
 
     dropout: Flag = False  # as in TrainingConfig
-    num_samples: NumSamples = 8  # selections drawn per example, K in the paper
+    num_samples: Count = 8  # selections drawn per example, K in the paper
     alpha: NonNegative = 1.0  # weight of the length penalty (harmonic coefficient); a larger one drops more
     # Speed-up in FLOPs to reach: the weight of the penalty starts at alpha and follows; null for alpha alone.
     target_speedup: Speedup | None = None
@@ -233,6 +232,9 @@ class PolicyConfig(TrainingConfig):
     # How the selectors learn from the penalty. reward: as a part of the reward; exact: by the derivative of
     # its expectation, without the noise of the samples.
     penalty_gradient: PenaltyGradient = "reward"
+    # How the selectors learn from the task loss. reward: by REINFORCE, from the loss of each sample; gate: by
+    # its derivative by the weight of each kept token, which takes a backward pass and needs fewer samples.
+    credit: Credit = "reward"
     guide_rate: Fraction = 0.5  # share of the steps in which one sample imitates the residual scores
 
 
@@ -247,11 +249,13 @@ class TeacherConfig(ReadingConfig):
 class JointConfig(TrainingConfig):
     """Stage joint: train selectors and encoder together."""
 
-    num_samples: NumSamples | None = None  # selections drawn per example; null for policy.num_samples
+    num_samples: Count | None = None  # selections drawn per example; null for policy.num_samples
     alpha: NonNegative = 1.0  # weight of the length penalty, as in PolicyConfig
     target_speedup: Speedup | None = None  # as in PolicyConfig
     penalty: Penalty = "ratio"  # as in PolicyConfig
     penalty_gradient: PenaltyGradient = "reward"  # as in PolicyConfig
+    # As in PolicyConfig; with rule threshold, from the selection of prediction, and no samples are drawn.
+    credit: Credit = "reward"
     distill: Flag = True  # learn from the fine-tuned model's logits (stage teacher), not from the labels
     temperature: Positive = 1.0  # divides teacher and student logits in distillation
     # Selections that the task or distillation loss is computed on. sample: num_samples drawn ones; threshold:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from trbert_jax.reduction.flops import EncoderShape
+from trbert_jax.reduction.gate import log_gate
 from trbert_jax.reduction.selection import Selection
 
 RATE = 0.05  # relative change of the multiplier in an update for a relative error of 1
@@ -56,12 +57,14 @@ def shift(speedup: jax.Array, target: float) -> jax.Array:
     return -SHIFT * jnp.clip(target / speedup - 1, -1, 1)
 
 
-def expected_counts(selections: Sequence[Selection], scale: Sequence[jax.Array]) -> list[jax.Array]:
+def expected_counts(
+    selections: Sequence[Selection], scale: Sequence[jax.Array], sampled: bool | jax.Array = True
+) -> list[jax.Array]:
     """Computes the tokens that each point keeps on average, given the tokens it judges: float32 [rows] each.
 
     Differentiable in the logits of the point, and in those of earlier points: a token kept there with
-    probability p has the gate 1, with the derivative 1 - p (`reduction.gate`). `scale`, [rows] for each
-    point, multiplies the gradients.
+    probability p has a gate (`reduction.gate.log_gate`, also for `sampled`). `scale`, [rows] for each point,
+    multiplies the gradients.
     """
     gate, counts = jnp.zeros(()), []
     for selection, factor in zip(selections, scale, strict=True):
@@ -74,8 +77,7 @@ def expected_counts(selections: Sequence[Selection], scale: Sequence[jax.Array])
         # [CLS] and tokens that are not judged here may have been drawn at an earlier point.
         others = jnp.where(selection.keep & ~drawn, gate, 0.0)
         counts.append(jnp.sum(kept + change + others, axis=-1))
-        slope = jnp.where(drawn & selection.keep, 1 - jax.nn.sigmoid(fixed), 0.0)
-        gate = gate + slope * (logits - fixed)
+        gate = gate + factor[:, None] * log_gate(selection, sampled)
     return counts
 
 

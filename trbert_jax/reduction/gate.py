@@ -33,8 +33,16 @@ def log_gate(selection: Selection, sampled: bool | jax.Array = True) -> jax.Arra
 
 
 def gates(sampled: bool | jax.Array = True) -> Gate:
-    """Returns the gates of a run that trains its selectors, see `log_gate`."""
-    return lambda stage, selection: log_gate(selection, sampled)
+    """Returns the gates of a run that trains its selectors, see `log_gate`.
+
+    Divides by the number of tokens judged, as the policy loss is a mean over them.
+    """
+    return lambda stage, selection: log_gate(selection, sampled) / num_judged(selection)[:, None]
+
+
+def num_judged(selection: Selection) -> jax.Array:
+    """Counts the tokens judged at a point, at least 1: int32 [B]."""
+    return jnp.maximum(selection.scored.sum(-1), 1)
 
 
 def add_bias(bias: jax.Array | None, gate: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction import selector_init as initialization
 from trbert_jax.reduction.flops import EncoderShape
+from trbert_jax.reduction.gate import gates, num_judged
 from trbert_jax.reduction.rules import RULES
 from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.losses import Rows
@@ -158,6 +159,7 @@ class PolicySamples:
     dense_flops: jax.Array  # of the dense model
     logits: Logits
     selections: tuple[tokens.Selection, ...]
+    credit: str = struct.field(pytree_node=False, default="reward")  # or gate
 
 
 def sample_policy(
@@ -171,6 +173,8 @@ def sample_policy(
     max_length: int,
     penalty: str = "ratio",
     penalty_gradient: str = "reward",
+    credit: str = "reward",
+    sampled: bool | jax.Array = True,
     temperature: float = 1.0,
     dropout_rng: jax.Array | None = None,
     execute: Execute = forward,
@@ -179,8 +183,13 @@ def sample_policy(
 
     Their task loss is the distillation loss if the batch has `teacher_logits`, else that of the labels. The
     length penalty is `alpha` times the kept ratio or share of FLOPs; `exact`, it is no part of the reward.
+    With `credit` gate the task loss is differentiable in the selectors, see `reduction.gate.gates`, which
+    also explains `sampled`, bool or bool [K * B * G].
     """
-    output = execute(model, params, batch, rule=rule, num_copies=num_samples, dropout_rng=dropout_rng)
+    gate = gates(sampled) if credit == "gate" else None
+    output = execute(
+        model, params, batch, rule=rule, num_copies=num_samples, gate=gate, dropout_rng=dropout_rng
+    )
     task, rows = TASKS[model.config.task], Rows(batch, num_samples)
     if "teacher_logits" in batch:
         loss = task.distillation_loss(output.logits, rows, temperature)
@@ -195,8 +204,8 @@ def sample_policy(
     expected = jnp.zeros_like(flops)
     if penalty_gradient == "exact":
         # As the policy loss, which is a mean over tokens and whose baseline includes the sample itself.
-        scale = [(1 - 1 / num_samples) / jnp.maximum(s.scored.sum(-1), 1) for s in kept]
-        counts = budget.expected_counts(kept, scale)
+        whole = 1.0 if credit == "gate" else 1 - 1 / num_samples
+        counts = budget.expected_counts(kept, [whole / num_judged(s) for s in kept], sampled)
         if penalty == "ratio":
             expected = policy.kept_ratio(counts, max_length)
         else:
@@ -205,25 +214,32 @@ def sample_policy(
     loss, nll, ratio, expected, flops, dense = (x.reshape(num_samples, -1) for x in values)
     cost = {"ratio": ratio, "flops": flops}[penalty]
     reward = policy.reward(loss, cost, 0.0 if penalty_gradient == "exact" else alpha)
-    return PolicySamples(loss, nll, ratio, reward, alpha * expected, flops, dense, output.logits, kept)
+    values = (loss, nll, ratio, reward, alpha * expected, flops, dense)
+    return PolicySamples(*values, output.logits, kept, credit)
 
 
 def policy_objective(batch: Batch, samples: PolicySamples) -> Objective:
-    """Returns the REINFORCE loss, with the exact penalty if any; it trains the selectors (stage policy)."""
-    loss = policy.policy_loss(samples.selector_nll, samples.reward) + samples.penalty.mean(0)
+    """Returns the loss that trains the selectors (stage policy).
+
+    With credit reward this is the REINFORCE loss, with the exact penalty if any; with credit gate the task
+    loss, which then has a derivative by the selectors, and the penalty.
+    """
+    loss, task_loss = samples.penalty.mean(0), samples.task_loss.mean(0)
+    if samples.credit == "reward":
+        loss, task_loss = loss + policy.policy_loss(samples.selector_nll, samples.reward), jnp.zeros(())
     metrics = {"task_loss": samples.task_loss.mean(0), "policy_loss": loss}
     metrics |= {"reward": samples.reward.mean(0), "kept_ratio": samples.kept_ratio.mean(0)}
     for stage, selection in enumerate(samples.selections):
         # The kept tokens of each sample of an example, a mean over its rows, [K, B].
         kept = selection.num_kept.reshape(*samples.task_loss.shape, -1).astype(jnp.float32).mean(-1)
         metrics[f"kept_tokens_{stage}"] = kept.mean(0)
-    return Objective(loss, batch["valid"].astype(jnp.float32), metrics)
+    return Objective(loss + task_loss, batch["valid"].astype(jnp.float32), metrics)
 
 
 def joint_objective(batch: Batch, samples: PolicySamples) -> Objective:
-    """Returns the task or distillation loss plus the REINFORCE loss (stage joint)."""
+    """Returns the task or distillation loss plus the loss of the selectors (stage joint)."""
     objective = policy_objective(batch, samples)
-    total = samples.task_loss.mean(0) + objective.total
+    total = samples.task_loss.mean(0) + objective.metrics["policy_loss"]
     return Objective(total, objective.weight, objective.metrics)
 
 
@@ -260,8 +276,12 @@ def sampling_rule(rng: jax.Array, batch: Batch, num_samples: int, imitating: jax
     inputs = {"row_keys": jax.vmap(Rows(batch).keys)(copy_rngs).reshape(-1)}
     if imitating is False:
         return cast(tokens.Rule, RULES["sample"].build(inputs))
-    rows = batch["input_ids"].shape[0]
-    first_copy = jnp.arange(num_samples * rows) < rows
-    guide = jnp.tile(batch["guide"], (num_samples, 1, 1))
-    rule = RULES["imitate"].build({**inputs, "guide": guide, "imitating": first_copy & imitating})
+    guide, follow = jnp.tile(batch["guide"], (num_samples, 1, 1)), imitators(batch, num_samples, imitating)
+    rule = RULES["imitate"].build({**inputs, "guide": guide, "imitating": follow})
     return cast(tokens.Rule, rule)
+
+
+def imitators(batch: Batch, num_samples: int, imitating: jax.Array | bool) -> jax.Array:
+    """Returns the rows that follow the guide while `imitating`: those of the first copy, bool [K * B * G]."""
+    rows = batch["input_ids"].shape[0]
+    return (jnp.arange(num_samples * rows) < rows) & imitating

@@ -49,11 +49,12 @@ def init(update: Update) -> Objective:
 
 
 def policy(update: Update) -> Objective:
-    """Stage policy: REINFORCE, in the first updates with one imitating sample."""
+    """Stage policy: REINFORCE or credit by gates, in the first updates with one imitating sample."""
     section = update.config.policy
     guided = update.step < math.ceil(section.guide_rate * update.total_steps)
     imitating = "guide" in update.batch and guided
-    samples = _samples(update, section.num_samples, imitating, **_penalty(update, section))
+    options = {**_penalty(update, section), "credit": section.credit}
+    samples = _samples(update, section.num_samples, imitating, **options)
     return _counted(update, objectives.policy_objective(update.batch, samples), samples)
 
 
@@ -62,10 +63,11 @@ def joint(update: Update) -> Objective:
     section, num_samples = update.config.joint, joint_samples(update.config)
     options = {**_penalty(update, section), "temperature": section.temperature}
     if not update.hard and section.rule == "sample":
-        samples = _samples(update, num_samples, False, **options)
+        samples = _samples(update, num_samples, False, credit=section.credit, **options)
         return _counted(update, objectives.joint_objective(update.batch, samples), samples)
-    kept = _kept(update, **options)
-    if update.hard:
+    by_gates = section.credit == "gate" and not update.hard
+    kept = _kept(update, credit="gate" if by_gates else "reward", **options)
+    if update.hard or by_gates:
         return _counted(update, objectives.joint_objective(update.batch, kept), kept)
     params = objectives.only_selectors(update.forward["params"])
     drawn = dataclasses.replace(update, forward={**update.forward, "params": params})
@@ -86,7 +88,7 @@ def _kept(update: Update, **options: Any) -> objectives.PolicySamples:
     """Runs every example once, with the selection of prediction."""
     max_length = update.forward["model"].config.max_length
     return objectives.sample_policy(
-        **update.forward, rule=keep_probable, num_samples=1, max_length=max_length, **options
+        **update.forward, rule=keep_probable, num_samples=1, sampled=False, max_length=max_length, **options
     )
 
 
@@ -94,7 +96,6 @@ def _samples(
     update: Update, num_samples: int, imitating: jax.Array | bool, **options: Any
 ) -> objectives.PolicySamples:
     rule = objectives.sampling_rule(update.rng, update.batch, num_samples, imitating)
-    max_length = update.forward["model"].config.max_length
-    return objectives.sample_policy(
-        **update.forward, rule=rule, num_samples=num_samples, max_length=max_length, **options
-    )
+    sampled = imitating is False or ~objectives.imitators(update.batch, num_samples, imitating)
+    options |= {"sampled": sampled, "max_length": update.forward["model"].config.max_length}
+    return objectives.sample_policy(**update.forward, rule=rule, num_samples=num_samples, **options)

@@ -66,6 +66,14 @@ def _score_flops(
     return _dense(1)(config, model, lengths, shares) + 2.0 * layers * layer
 
 
+def _policy_flops(
+    config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
+) -> np.ndarray:
+    """Counts the samples, and the gradient of their states if gates give credit."""
+    passes = 2 if config.policy.credit == "gate" else 1
+    return _sampled(passes, lambda config: config.policy.num_samples)(config, model, lengths, shares)
+
+
 def _joint_flops(
     config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
 ) -> np.ndarray:
@@ -74,6 +82,8 @@ def _joint_flops(
     kept = _sampled(3, lambda config: 1)(*arguments)
     if config.joint.rule == "sample":
         return (1 - hard) * _sampled(3, joint_samples)(*arguments) + hard * kept
+    if config.joint.credit == "gate":
+        return kept
     return (1 - hard) * _sampled(1, joint_samples)(*arguments) + kept
 
 
@@ -324,7 +334,7 @@ for _stage in (
         inputs=lambda section: ("score", stage_inputs.guide) if section.guide_rate > 0 else None,
         reduces=True,
         compared=True,
-        flops=_sampled(1, lambda config: config.policy.num_samples),
+        flops=_policy_flops,
         kept_layers=None,
     ),
     Stage(
