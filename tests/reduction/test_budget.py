@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny_models
 
 from trbert_jax.reduction import budget, flops
@@ -15,6 +16,7 @@ from trbert_jax.reduction.flops import EncoderShape
 from trbert_jax.reduction.selection import Selection
 
 SHAPE = EncoderShape.of(tiny_models.BERT)
+BERT_BASE = EncoderShape(12, 768, 3072, 2, (1, 6))
 # Six tokens, the first is [CLS]; the logits of both points, which depend on no other token.
 LOGITS = jnp.array([[0.3, -1.0, 0.5, 2.0, -0.2, 1.1], [0.1, 0.8, -0.6, 0.4, 1.5, -2.0]])
 ACTIONS = np.array([(True, *x) for x in itertools.product([False, True], repeat=5)])  # [32, 6]
@@ -85,13 +87,14 @@ def test_exact_penalty_is_the_mean_of_its_policy_gradient() -> None:
     assert (np.asarray(gradient[1:]) > 5e-4).all()
 
 
-def test_price_is_the_reported_flops() -> None:
+@pytest.mark.parametrize("shape", [SHAPE, BERT_BASE], ids=["tiny", "base"])
+def test_price_is_the_reported_flops(shape: EncoderShape) -> None:
     lengths, kept = np.array([18, 7, 1]), np.array([[9, 4], [7, 1], [1, 1]])
-    share = budget.flops_share(SHAPE, [jnp.asarray(lengths), *jnp.asarray(kept).T], 18)
-    full = flops.dense_flops(SHAPE, 18)
-    np.testing.assert_allclose(share, flops.reduced_flops(SHAPE, lengths, kept) / full, rtol=1e-6)
-    dense = budget.flops_share(SHAPE, [jnp.asarray(lengths)], 18)
-    np.testing.assert_allclose(dense, flops.dense_flops(SHAPE, lengths) / full, rtol=1e-6)
+    share = budget.flops_share(shape, [jnp.asarray(lengths), *jnp.asarray(kept).T], 512)
+    full = flops.dense_flops(shape, 512)
+    np.testing.assert_allclose(share, flops.reduced_flops(shape, lengths, kept) / full, rtol=1e-6)
+    dense = budget.flops_share(shape, [jnp.asarray(lengths)], 512)
+    np.testing.assert_allclose(dense, flops.dense_flops(shape, lengths) / full, rtol=1e-6)
 
 
 def test_multiplier_follows_the_error() -> None:

@@ -87,7 +87,7 @@ def flops_share(shape: EncoderShape, tokens: Sequence[jax.Array], max_length: in
     `tokens` are the numbers before reduction and after each point, or the first alone for the dense model;
     arrays of one shape, and so is the result.
     """
-    dense = shape.num_layers * int(shape.layer_macs(max_length)) + shape.classifier_macs
+    dense = float(shape.num_layers * shape.layer_macs(max_length) + shape.classifier_macs)  # above int32
     counts = [jnp.asarray(x, jnp.float32) for x in tokens]
     layers = shape.segments if len(counts) > 1 else (shape.num_layers,)
     macs = sum(q * shape.macs(n) for q, n in zip(layers, counts, strict=True))
