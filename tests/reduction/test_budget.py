@@ -14,6 +14,7 @@ from trbert_jax.reduction import budget, flops
 from trbert_jax.reduction import policy_loss as policy
 from trbert_jax.reduction.flops import EncoderShape
 from trbert_jax.reduction.selection import Selection
+from trbert_jax.reduction.selector_init import rank_error
 
 SHAPE = EncoderShape.of(tiny_models.BERT)
 BERT_BASE = EncoderShape(12, 768, 3072, 2, (1, 6))
@@ -124,3 +125,17 @@ def test_shift() -> None:
     for speedup, share in ((3.0, 0), (2.0, -1 / 2), (6.0, 1 / 2), (1.0, -1)):
         change = budget.shift(jnp.float32(speedup), 3.0)
         np.testing.assert_allclose(change, share * budget.SHIFT, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("keep", [None, (0.3, 0.8)])
+def test_bce_learns_the_tokens_to_keep(keep: tuple[float, ...] | None) -> None:
+    """The cross entropy with the top share of the ranks; its minimum keeps as many on average."""
+    rng, length = np.random.default_rng(0), 10
+    rank = 1 - rng.permuted(np.tile(np.arange(length), (2, 1)), axis=1).astype(np.float32) / length
+    found = selections(jnp.asarray(rng.normal(size=(2, length))), *[np.ones((1, length), bool)] * 2)
+    shares, loss = keep or (0.5, 0.5), np.zeros(length)
+    for selection, target, share in zip(found, rank, shares, strict=True):
+        p, top = 1 / (1 + np.exp(-selection.logits[0])), np.argsort(-target)[: round(share * length)]
+        wanted = np.isin(np.arange(length), top)
+        loss = loss - np.log(np.where(wanted, p, 1 - p))
+    np.testing.assert_allclose(rank_error(found, jnp.asarray(rank[None]), keep, "bce")[0], loss, rtol=1e-5)

@@ -17,14 +17,18 @@ from tiny_models import random_batch
 
 from trbert_jax.config import load_config
 from trbert_jax.errors import UserError
-from trbert_jax.model.model import Params, TokenReducingModel
-from trbert_jax.model.pretrained import load_pretrained
-from trbert_jax.tasks.examples import Counts, Examples
+from trbert_jax.io import write_json
+from trbert_jax.model.model import Params, TokenReducingModel, forward
+from trbert_jax.model.packed import packed_forward
+from trbert_jax.model.pretrained import Pretrained, load_pretrained
+from trbert_jax.reduction.selection import keep_probable
+from trbert_jax.tasks.examples import Counts, Examples, pad_batch
+from trbert_jax.training import objectives
 from trbert_jax.training import step as steps
 from trbert_jax.training.checkpoints import CheckpointStore
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.loop import restore_state, saved_params, to_checkpoint
-from trbert_jax.training.stage_inputs import places_in
+from trbert_jax.training.stage_inputs import StageInput, places_in, teacher_logits
 from trbert_jax.training.stages import STAGES, objective_of
 
 LABELED = 16
@@ -242,3 +246,100 @@ def test_control_is_saved(tmp_path: Path) -> None:
         jax.tree.map(np.testing.assert_array_equal, restored, saved)
         names = json.loads((path / "step_00000002/manifest.json").read_text())["arrays"].keys()
         assert ("control/multiplier" in names) == (control is not None)
+
+
+def test_jitter_shifts_all_selections_but_the_first() -> None:
+    """Uniformly, by example and point; half of the examples if they have one selection."""
+    batch = {**random_batch(ONE_POINT, [6] * 400, 6), "shared": jnp.ones((400, 6), bool)}
+    batch |= {"valid": jnp.ones(200, bool), "index": jnp.arange(200)}  # two rows an example
+    one, two = (np.asarray(objectives.draw_shift(jax.random.key(0), batch, k, 2, 0.8)) for k in (1, 2))
+    for shift in (one, two[400:]):
+        np.testing.assert_array_equal(shift[::2], shift[1::2])
+        drawn = shift[::2][shift[::2].any(-1)]
+        assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.2
+        np.testing.assert_allclose(np.quantile(drawn, [0, 0.25, 0.75, 1]), [-0.8, -0.4, 0.4, 0.8], atol=0.1)
+    assert not two[:400].any()
+    assert abs(one[::2].any(-1).mean() - 0.5) < 0.1
+    few = {key: x[: 3 if key in ("valid", "index") else 6] for key, x in batch.items()}
+    other = objectives.draw_shift(jax.random.key(0), few, 1, 2, 0.8)
+    np.testing.assert_array_equal(other, one[:6])
+
+
+def test_a_shift_is_another_threshold() -> None:
+    """For selections and their log-probability; the speed-up is that of the rows without shift."""
+    model, params = TokenReducingModel(ONE_POINT), tiny_models.params_of(ONE_POINT)
+    batch = random_batch(ONE_POINT, [18, 12], 18)
+    options: dict[str, Any] = {"rule": keep_probable, "num_samples": 1, "alpha": 1.0, "max_length": 18}
+    run = functools.partial(objectives.sample_policy, model, params, batch, **options)
+    shift = jnp.array([[0.0], [-1.5]])
+    plain, shifted = jax.jit(run)(), jax.jit(run)(shift=shift)
+    logits = np.asarray(plain.selections[0].logits)
+    keep = (logits >= -np.asarray(shift)) & np.asarray(batch["mask"])
+    keep[:, 0] = True
+    np.testing.assert_array_equal(shifted.selections[0].keep, keep)
+    assert (keep != np.asarray(plain.selections[0].keep)).any(-1).tolist() == [False, True]
+    np.testing.assert_allclose(shifted.selections[0].logits, logits + shift, atol=1e-6)
+    p = 1 / (1 + np.exp(-np.asarray(shifted.selections[0].logits, np.float64)))
+    nll = -(np.log(np.where(keep, p, 1 - p) + 1e-6) * batch["mask"]).sum(-1) / batch["mask"].sum(-1)
+    np.testing.assert_allclose(shifted.selector_nll[0], nll, rtol=1e-5)
+    objective = objectives.with_speed(objectives.policy_objective(batch, shifted), shifted)
+    speedup = objective.metrics["dense_flops"].sum() / objective.metrics["flops"].sum()
+    np.testing.assert_allclose(speedup, plain.dense_flops[0, 0] / plain.flops[0, 0], rtol=1e-4)
+
+
+def test_temperature_and_states() -> None:
+    """The distillation loss of stage joint, by NumPy."""
+    model, params = TokenReducingModel(ONE_POINT), tiny_models.params_of(ONE_POINT)
+    batch = random_batch(ONE_POINT, [18, 12], 18)
+    teacher_state = np.random.default_rng(0).normal(3, 2, (2, 16)).astype(np.float32)
+    batch = {**batch, "teacher_state": jnp.asarray(teacher_state)}
+
+    def run() -> tuple[Any, ...]:
+        output, packed = (f(model, params, batch, rule=keep_probable) for f in (forward, packed_forward))
+        options: dict[str, Any] = {"num_samples": 1, "alpha": 1.0, "max_length": 18, "rule": keep_probable}
+        options |= {"temperature": 2.0, "state_weight": 0.3}
+        samples = objectives.sample_policy(model, params, batch, **options)
+        return output.logits, output.first, samples.task_loss, packed.first
+
+    logits, first, loss, packed = map(np.asarray, jax.jit(run)())
+    teacher = np.asarray(batch["teacher_logits"])
+    ours, theirs = (x / 2 - np.log(np.exp(x / 2).sum(-1, keepdims=True)) for x in (logits, teacher))
+
+    def normed(x: np.ndarray) -> np.ndarray:
+        return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+
+    states = ((normed(first) - normed(teacher_state)) ** 2).mean(-1)
+    np.testing.assert_allclose(loss[0], -(np.exp(theirs) * ours).sum(-1) + 0.3 * states, rtol=1e-4)
+    np.testing.assert_allclose(packed, first, atol=1e-4)
+
+
+def test_teacher_stores_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a run example by example, with the logits that it stores without them; joint reads both."""
+    shape = dataclasses.replace(tiny_models.BERT, num_layers=1)
+    model = Pretrained(shape, tiny_models.tiny_params(shape), tiny_models.tiny_tokenizer())
+    monkeypatch.setattr(Experiment, "load", lambda run, stage, needed_by: model)
+    path = tiny_runs.write_config(tmp_path, joint={"distill_states": 1}, teacher={"states": True})
+    config = load_config(path, ["model.max_length=18"])
+    runs, teacher = list[Experiment](), STAGES["teacher"]
+    for states in (True, False):
+        settings = dataclasses.replace(config.teacher, states=states)
+        folder = str(tmp_path / str(states))
+        runs.append(Experiment(dataclasses.replace(config, workdir=folder, teacher=settings)))
+    for run in runs:
+        assert teacher.run is not None
+        write_json(run.workdir / "teacher" / "done.json", teacher.run(run, teacher))
+    assert runs[0].finished("teacher") == runs[1].finished("teacher")
+    one, other = (np.load(run.workdir / "teacher" / "logits.npy") for run in runs)
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    examples = STAGES["joint"].examples(runs[0], model)
+    entry = teacher_logits(runs[0], "joint", examples, examples, "classification")["teacher_state"]
+    assert isinstance(entry, StageInput)
+    found = entry.take(np.array([3]), np.array([3]), 18)
+    batch = jax.tree.map(jnp.asarray, pad_batch(examples, np.array([3]), 1, 18))
+    expected = forward(TokenReducingModel(shape), model.params, batch, rule=None).first
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    (runs[0].workdir / "teacher" / "states.npy").unlink()
+    with pytest.raises(UserError, match=r"states\.npy"):
+        teacher_logits(runs[0], "joint", examples, examples, "classification")
+    with pytest.raises(UserError, match=r"joint\.distill_states: .* teacher\.states"):
+        load_config(path, ["teacher.states=false"])

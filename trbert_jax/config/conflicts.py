@@ -60,6 +60,8 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"{stage}.num_samples", "expected 2 or more, to compare the rewards of samples"
     if joint.num_samples is not None and joint.rule == "threshold" and joint.credit == "gate":
         yield "joint.num_samples", "rule threshold draws no samples with credit gate; remove it"
+    if config.joint.distill_states and not (config.joint.distill and config.teacher.states):
+        yield "joint.distill_states", "needs joint.distill: true and teacher.states: true"
     evaluate, rule = config.evaluate, RULES[config.evaluate.rule]
     if evaluate.thresholds and not rule.has_threshold:
         yield "evaluate.thresholds", f"rule {rule.name} has none; use {DEFAULT_RULE}, or remove them"

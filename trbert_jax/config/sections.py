@@ -215,6 +215,8 @@ class InitConfig(TrainingConfig):
     dropout: Flag = False  # as in TrainingConfig
     per_length_scale: Flag = False  # multiply the loss by the batch's mean of 1 / length, see docs/method.md
     keep: tuple[Threshold, ...] | None = None  # share of tokens that each point keeps; null for one half
+    # l1: the keep probability learns the rank of the token; bce: whether it is in the share to keep.
+    loss: Literal["l1", "bce"] = "l1"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,6 +245,7 @@ class TeacherConfig(ReadingConfig):
     """Stage teacher: store the fine-tuned model's logits for the training examples."""
 
     batch_size: Count = 32  # examples per forward pass
+    states: Flag = False  # store the last layer's states of [CLS] too, for joint.distill_states
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,6 +267,10 @@ class JointConfig(TrainingConfig):
     # Last share of the steps, in which the selectors stay as they are, but for a shift of their logits that
     # holds target_speedup, and the encoder trains on the selection of prediction.
     hard_fraction: Fraction = 0.0
+    distill_states: NonNegative = 0.0  # weight of the distance to the teacher's state of [CLS]
+    # Largest shift of the selectors' logits, drawn for each point and selection but the first of an example,
+    # or for half of the examples if they have one: the encoder then learns to work with other thresholds too.
+    jitter: NonNegative = 0.0
     selector_learning_rate: Positive | None = None  # peak for the selectors; null for learning_rate
 
 

@@ -24,6 +24,7 @@ class ModelOutput:
 
     logits: Logits
     selections: tuple[Selection, ...]
+    first: jax.Array  # the last layer's state of each row's first token, [rows, H]
 
 
 class TokenReducingModel(nn.Module):
@@ -68,7 +69,8 @@ class TokenReducingModel(nn.Module):
             tokens = tokens.repeat(num_copies)
         passage = shared_passage(batch, num_copies)
         tokens, selections = self.encoder.from_selection(tokens, rule, deterministic, passage, gate)
-        return ModelOutput(self.answer(tokens, head_inputs(batch, num_copies), deterministic), selections)
+        logits = self.answer(tokens, head_inputs(batch, num_copies), deterministic)
+        return ModelOutput(logits, selections, tokens.states[:, 0])
 
     def answer(self, tokens: TokenSet, inputs: Batch, deterministic: bool = True) -> Logits:
         """Computes float32 logits from the encoder's output and the `head_inputs`.

@@ -147,8 +147,9 @@ def packed_forward(
                     gated.append((opened, before.states))
         if stop < config.num_layers:
             packed = encoder.run_layers(params, packed, range(start, stop), dropout_rng)
-    logits = encoder.finish(params, packed, range(start, stop), inputs, dropout_rng, dropped, gated)
-    return ModelOutput(logits, tuple(selections))
+    last = range(start, stop)
+    logits, first = encoder.finish(params, packed, last, inputs, dropout_rng, dropped, gated)
+    return ModelOutput(logits, tuple(selections), first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,8 +237,10 @@ class PackedEncoder:
         dropout_rng: jax.Array | None = None,
         dropped: TokenSet | None = None,
         gated: Sequence[tuple[jax.Array, jax.Array]] = (),
-    ) -> Logits:
+    ) -> tuple[Logits, jax.Array]:
         """Runs the last layers, which may be none, and the head, whose inputs `head_inputs` returns.
+
+        Returns the logits and the first token's state of each row, [R, H].
 
         `dropped` are the tokens to restore for a head that reads all tokens; None if none were dropped.
         `gated` are the points of `reduction.gate.gate_states`.
@@ -253,7 +256,8 @@ class PackedEncoder:
             else:
                 first = packed.states[packed.start]
             tokens = TokenSet(first[:, None], jnp.ones((len(first), 1), bool))
-        return self._apply(params, "answer", dropout_rng, config.num_layers + 1, tokens, inputs)
+        logits = self._apply(params, "answer", dropout_rng, config.num_layers + 1, tokens, inputs)
+        return logits, tokens.states[:, 0]
 
     def _layer(
         self, params: Params, number: int, dropout_rng: jax.Array | None

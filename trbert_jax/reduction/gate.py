@@ -32,12 +32,18 @@ def log_gate(selection: Selection, sampled: bool | jax.Array = True) -> jax.Arra
     return slope * (logits - jax.lax.stop_gradient(logits))
 
 
-def gates(sampled: bool | jax.Array = True) -> Gate:
+def gates(sampled: bool | jax.Array = True, shift: jax.Array | None = None) -> Gate:
     """Returns the gates of a run that trains its selectors, see `log_gate`.
 
-    Divides by the number of tokens judged, as the policy loss is a mean over them.
+    Divides by the number of tokens judged, as the policy loss is a mean over them. `shift`, float32
+    [B, stages], has been added to the logits when the tokens were chosen.
     """
-    return lambda stage, selection: log_gate(selection, sampled) / num_judged(selection)[:, None]
+
+    def gate(stage: int, selection: Selection) -> jax.Array:
+        selection = selection if shift is None else selection.shifted(shift[:, stage])
+        return log_gate(selection, sampled) / num_judged(selection)[:, None]
+
+    return gate
 
 
 def num_judged(selection: Selection) -> jax.Array:

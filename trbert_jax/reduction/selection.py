@@ -74,6 +74,10 @@ class Selection:
         """int32 [B]."""
         return jnp.sum(self.keep, axis=-1, dtype=jnp.int32)
 
+    def shifted(self, shift: jax.Array) -> "Selection":
+        """Adds `shift`, float32 [B], to the logits of the rows."""
+        return dataclasses.replace(self, logits=self.logits + shift[:, None])
+
 
 def select(
     logits: jax.Array, valid: jax.Array, stage: int, rule: Rule, passage: SharedPassage | None = None
@@ -133,6 +137,11 @@ def keep_probable(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
 def keep_above(min_logit: jax.Array) -> Rule:
     """Returns `keep_probable` with other thresholds, see `min_logit`; float32 [B, stages], each row's own."""
     return lambda stage, logits, valid: (logits >= min_logit[:, stage, None]) & valid
+
+
+def shifted(rule: Rule, shift: jax.Array) -> Rule:
+    """Adds `shift`, float32 [B, stages], to the logits that a rule reads."""
+    return lambda stage, logits, valid: rule(stage, logits + shift[:, stage, None], valid)
 
 
 def min_logit(threshold: float) -> float:

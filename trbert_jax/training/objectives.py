@@ -31,7 +31,7 @@ from trbert_jax.reduction.flops import EncoderShape
 from trbert_jax.reduction.gate import gates, num_judged
 from trbert_jax.reduction.rules import RULES
 from trbert_jax.tasks import TASKS
-from trbert_jax.tasks.losses import Rows
+from trbert_jax.tasks.losses import Rows, state_distance
 
 Execute = Callable[..., ModelOutput]
 sg = jax.lax.stop_gradient
@@ -84,7 +84,7 @@ def score_tokens(
     encoder = PackedEncoder.of(model, len(batch["input_ids"]))
 
     def loss(tokens: PackedTokens, layers: range) -> tuple[jax.Array, Logits]:
-        logits = encoder.finish(params, tokens, layers, head_inputs(batch))
+        logits, _ = encoder.finish(params, tokens, layers, head_inputs(batch))
         return TASKS[model.config.task].loss(logits, Rows(batch)), logits
 
     return residual.residual_scores(model.config, encoder, params, batch, loss)
@@ -127,10 +127,11 @@ def initialization_objective(
     *,
     per_length_scale: bool = False,
     keep: Sequence[float] | None = None,
+    loss: str = "l1",
     dropout_rng: jax.Array | None = None,
     execute: Execute = forward,
 ) -> Objective:
-    """Returns the mean over tokens of |keep probability - rank| (`rank_error`), summed over selectors.
+    """Returns the mean over tokens of the probability's error (`rank_error`), summed over selectors.
 
     `per_length_scale` multiplies by the mean of 1 / length over the micro-batch, as the published code does.
     """
@@ -139,7 +140,7 @@ def initialization_objective(
     judged = output.selections[0].scored & rows.valid[:, None]
     num_tokens = jnp.maximum(rows.grouped(judged.sum(-1)).sum(1), 1)
     valid = batch["valid"].astype(jnp.float32)
-    error = initialization.rank_error(output.selections, batch["rank"], keep)
+    error = initialization.rank_error(output.selections, batch["rank"], keep, loss)
     error = rows.grouped(jnp.where(judged, error, 0.0).sum(-1)).sum(1) / num_tokens
     if per_length_scale:
         error = error * jnp.sum(valid / num_tokens) / jnp.maximum(valid.sum(), 1.0)
@@ -176,27 +177,36 @@ def sample_policy(
     credit: str = "reward",
     sampled: bool | jax.Array = True,
     temperature: float = 1.0,
+    state_weight: float = 0.0,
+    shift: jax.Array | None = None,
     dropout_rng: jax.Array | None = None,
     execute: Execute = forward,
 ) -> PolicySamples:
     """Runs every example K times with a sampling rule and computes the rewards.
 
-    Their task loss is the distillation loss if the batch has `teacher_logits`, else that of the labels. The
-    length penalty is `alpha` times the kept ratio or share of FLOPs; `exact`, it is no part of the reward.
-    With `credit` gate the task loss is differentiable in the selectors, see `reduction.gate.gates`, which
-    also explains `sampled`, bool or bool [K * B * G].
+    Their task loss is the distillation loss if the batch has `teacher_logits`, else that of the labels. To it
+    adds `state_weight` times the distance to `teacher_state`, if the batch has that. The length penalty is
+    `alpha` times the kept ratio or share of FLOPs; `exact`, it is no part of the reward. With `credit` gate
+    the task loss is differentiable in the selectors, see `reduction.gate.gates`, which also explains
+    `sampled`, bool or bool [K * B * G]. `shift`, float32 [K * B * G, stages], is added to the logits of the
+    selectors.
     """
-    gate = gates(sampled) if credit == "gate" else None
+    rule = rule if shift is None else tokens.shifted(rule, shift)
+    gate = gates(sampled, shift) if credit == "gate" else None
     output = execute(
         model, params, batch, rule=rule, num_copies=num_samples, gate=gate, dropout_rng=dropout_rng
     )
-    task, rows = TASKS[model.config.task], Rows(batch, num_samples)
+    task, rows, selections = TASKS[model.config.task], Rows(batch, num_samples), output.selections
+    if shift is not None:
+        selections = tuple(s.shifted(x) for s, x in zip(selections, shift.T, strict=True))
     if "teacher_logits" in batch:
         loss = task.distillation_loss(output.logits, rows, temperature)
     else:
         loss = task.loss(output.logits, rows)
-    kept = rows.kept(output.selections)
-    nll = policy.selector_nll(output.selections)
+    if "teacher_state" in batch:
+        loss += state_weight * rows.mean(state_distance(output.first, rows.get("teacher_state")))
+    kept = rows.kept(selections)
+    nll = policy.selector_nll(selections)
     ratio = policy.kept_ratio([s.num_kept for s in kept], max_length)
     shape, length = EncoderShape.of(model.config), rows.get("mask").sum(-1)
     flops = budget.flops_share(shape, [length, *(s.num_kept for s in kept)], max_length)
@@ -213,6 +223,9 @@ def sample_policy(
     values = (loss, *map(rows.mean, (nll, ratio, expected, flops, dense)))
     loss, nll, ratio, expected, flops, dense = (x.reshape(num_samples, -1) for x in values)
     cost = {"ratio": ratio, "flops": flops}[penalty]
+    if shift is not None:  # the speed-up is that of the logits as they are, if any of these runs has them
+        plain = rows.mean((shift == 0).all(-1).astype(jnp.float32)).reshape(num_samples, -1)
+        flops, dense = (jnp.where(plain > 0, x, 1e-6 * x) for x in (flops, dense))
     reward = policy.reward(loss, cost, 0.0 if penalty_gradient == "exact" else alpha)
     values = (loss, nll, ratio, reward, alpha * expected, flops, dense)
     return PolicySamples(*values, output.logits, kept, credit)
@@ -252,6 +265,25 @@ def thresholded_joint_objective(batch: Batch, kept: PolicySamples, samples: Poli
     learning = {name: selectors.metrics[name] for name in ("policy_loss", "reward")}
     total = kept.task_loss.mean(0) + selectors.total
     return Objective(total, encoder.weight, {**encoder.metrics, **learning})
+
+
+def draw_shift(rng: jax.Array, batch: Batch, num_samples: int, num_points: int, largest: float) -> jax.Array:
+    """Draws a shift of the selectors' logits for each point: float32 [K * B * G, stages], uniform.
+
+    The first of several selections of an example has none, and neither has half of the examples with one.
+    """
+    rows = Rows(batch)
+
+    def one(key: jax.Array) -> jax.Array:
+        coin, value = jax.random.split(key)
+        shift = jax.random.uniform(value, (num_points,), minval=-largest, maxval=largest)
+        return jnp.where((num_samples > 1) | jax.random.bernoulli(coin), shift, 0.0)
+
+    keys = [tokens.row_keys(key, batch["index"]) for key in jax.random.split(rng, num_samples)]
+    shifts = jnp.stack([jax.vmap(one)(k) for k in keys])  # [K, B, stages]
+    if num_samples > 1:
+        shifts = shifts.at[0].set(0.0)
+    return jnp.repeat(shifts.reshape(-1, num_points), rows.group, axis=0)
 
 
 def with_speed(objective: Objective, samples: PolicySamples) -> Objective:

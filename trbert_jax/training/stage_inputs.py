@@ -12,18 +12,21 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.errors import UserError
 from trbert_jax.model.model import Batch, Params
+from trbert_jax.model.packed import packed_forward
 from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.parallel import ROWS
 from trbert_jax.reduction.residual_scores import rank_targets
 from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
+from trbert_jax.tasks.losses import Rows
 from trbert_jax.training import objectives
 from trbert_jax.training.experiment import Experiment, params_digest
 from trbert_jax.training.logging import StageReport
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 DATA_DIGEST = "data_digest"  # key of a stage's summary: digest of the examples its arrays are about
 SCORES, LOGITS = "scores.npy", "logits{}.npy"
+STATES = "states.npy"  # of [CLS] in the last layer
 LOSSES = "losses.npy"  # of the scored examples; only their mean is kept
 
 
@@ -97,7 +101,7 @@ def class_weights(labels: np.ndarray, stage: str) -> StageInput:
 def teacher_logits(
     experiment: Experiment, stage: str, examples: Examples, source: Examples, task: str
 ) -> StageInputs:
-    """Returns the logits of the fine-tuned model."""
+    """Returns the logits of the fine-tuned model, and its [CLS] states if the stage learns from them."""
     head = TASKS[task]
 
     def one(name: str | None = None) -> StageInput:
@@ -105,7 +109,12 @@ def teacher_logits(
         read = _load(experiment, path, examples, source, head.by_row)
         return StageInput(read, head.by_row, head.is_by_token(name))
 
-    return {"teacher_logits": {name: one(name) for name in head.logits} if head.logits else one()}
+    inputs: StageInputs = {"teacher_logits": {x: one(x) for x in head.logits} if head.logits else one()}
+    if getattr(getattr(experiment.config, stage), "distill_states", 0):
+        path = experiment.output_of("teacher", STATES, stage)
+        read = _load(experiment, path, examples, source, by_row=True)
+        inputs["teacher_state"] = StageInput(read, by_row=True)
+    return inputs
 
 
 def residual_scores(
@@ -174,47 +183,27 @@ def _load(
 
 def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     """Writes scores of all training tokens, `scores.npy`, float32 [rows, stages, max_length]."""
-    devices, model = experiment.devices, stage.start(experiment)
-    experiment.check_inputs(stage.name, model, (experiment.data.part(stage.max_examples(experiment.config)),))
-    examples, module = stage.examples(experiment, model), experiment.module(model.config)
-    max_length, kind = model.config.max_length, experiment.config.score.kind
-    value = {"residual": "loss", "gate": "margin"}[kind]
-    size = devices.rounded(experiment.config.score.batch_size)
-    batches = list(length_batches(examples, size, width_buckets(max_length)))
+    model, kind = stage.start(experiment), experiment.config.score.kind
+    module, value = experiment.module(model.config), {"residual": "loss", "gate": "margin"}[kind]
+    shape = (model.config.num_selectors, model.config.max_length)
 
-    def scores_and_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        values, _, loss = objectives.SCORES[kind](module, params, batch)
-        return values, loss
+    def compute(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        scores, _, loss = objectives.SCORES[kind](module, params, batch)
+        return {"score": scores, value: loss}
 
-    mapped = devices.by_rows(scores_and_losses, out_specs=ROWS)
-    score = jax.jit(mapped) if devices.is_single else jax.jit(mapped, out_shardings=devices.whole)
-    params = devices.replicate(model.params)
-    with _outputs(experiment, stage.name, model, examples, size, len(batches)) as (report, arrays):
-        scores = arrays.array(SCORES, (examples.num_rows, model.config.num_selectors, max_length))
-        losses = arrays.array(LOSSES, (len(examples),))
-        for done, (index, width) in enumerate(batches[arrays.start :], arrays.start + 1):
-            result = score(params, devices.place_rows(pad_batch(examples, index, size, width)))
-            values, loss = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
-            check_finite(examples, index, size, {value: loss, "score": values})
-            rows = batch_rows(examples, index, size)
-            scores[rows[rows >= 0], :, :width] = values[rows >= 0]
-            losses[index] = loss[: len(index)]
-            report.progress(done, len(index))
-            arrays.progress(done)
-            devices.stop_here(f"in {stage.name}")
-        if not devices.is_main:  # only the main process has the arrays
-            return {}
-        arrays.finish(LOSSES)
-        summary = {value: float(np.asarray(losses).mean(dtype=np.float64))}
-        report.log(len(batches), summary)
-    return {**summary, DATA_DIGEST: examples.digest}
+    files = {"score": Output(SCORES, shape, by_row=True), value: Output(LOSSES)}
+    return _write(experiment, stage, model, compute, files, lambda arrays: {value: _mean(arrays[value])})
 
 
 def teacher_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
-    """Writes the dense logits of training examples to `logits.npy`; several arrays to `logits_NAME.npy`."""
-    devices, model = experiment.devices, stage.start(experiment)
-    experiment.check_inputs(stage.name, model, (experiment.data.part(stage.max_examples(experiment.config)),))
-    examples = stage.examples(experiment, model)
+    """Writes the dense logits of training examples to `logits.npy`; several arrays to `logits_NAME.npy`.
+
+    With `teacher.states` also the last layer's states of [CLS], `states.npy`, float32 [rows, hidden_size].
+    """
+    model = stage.start(experiment)
+    if experiment.config.teacher.states:
+        return _teacher_with_states(experiment, stage, model)
+    devices, examples = experiment.devices, _examples(experiment, stage, model)
     size = devices.rounded(experiment.config.teacher.batch_size)
     engine = experiment.engine(model.config, size)
     steps = engine.num_batches(examples)
@@ -239,6 +228,87 @@ def teacher_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     return {**summary, DATA_DIGEST: examples.digest}
 
 
+def _teacher_with_states(experiment: Experiment, stage: Stage, model: Pretrained) -> dict[str, Any]:
+    module, config = experiment.module(model.config), model.config
+    task = TASKS[config.task]
+    if config.reads_all_tokens:
+        wrong = f"the head of {config.task} reads all tokens, not [CLS] alone"
+        raise UserError(f"teacher.states: {wrong}; set it to false, and joint.distill_states to 0")
+
+    def compute(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        output = packed_forward(module, params, batch, rule=None)
+        logits = task.example_logits(output.logits, Rows(batch))
+        return {"logits": logits, "states": output.first.astype(jnp.float32)}
+
+    examples = stage.examples(experiment, model)
+    width = examples.group if examples.group > 1 else config.num_outputs
+    states = Output(STATES, (config.hidden_size,), by_row=True)
+    files = {"logits": Output(LOGITS.format(""), (width,)), "states": states}
+
+    def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+        known = examples.labels >= 0
+        right = np.asarray(arrays["logits"]).argmax(-1)[known] == examples.labels[known]
+        return {"accuracy": float(right.mean())} if known.any() else {}
+
+    return _write(experiment, stage, model, compute, files, summary)
+
+
+class Output(NamedTuple):
+    """An array that a stage writes."""
+
+    file: str
+    shape: tuple[int, ...] = ()  # of an entry
+    by_row: bool = False  # whether it has an entry per row rather than per example
+
+
+def _examples(experiment: Experiment, stage: Stage, model: Pretrained) -> Examples:
+    part = experiment.data.part(stage.max_examples(experiment.config))
+    experiment.check_inputs(stage.name, model, (part,))
+    return stage.examples(experiment, model)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.asarray(values).mean(dtype=np.float64))
+
+
+def _write(
+    experiment: Experiment,
+    stage: Stage,
+    model: Pretrained,
+    compute: Callable[[Params, Batch], dict[str, jax.Array]],
+    files: Mapping[str, Output],
+    summarize: Callable[[Mapping[str, np.ndarray]], dict[str, float]],
+) -> dict[str, Any]:
+    """Writes what `compute` returns of each batch of training examples; `losses.npy` only for the summary."""
+    devices, examples = experiment.devices, _examples(experiment, stage, model)
+    size = devices.rounded(getattr(experiment.config, stage.name).batch_size)
+    batches = list(length_batches(examples, size, width_buckets(model.config.max_length)))
+    mapped = devices.by_rows(compute, out_specs=ROWS)
+    run = jax.jit(mapped) if devices.is_single else jax.jit(mapped, out_shardings=devices.whole)
+    params = devices.replicate(model.params)
+    with _outputs(experiment, stage.name, model, examples, size, len(batches)) as (report, arrays):
+        count = {True: examples.num_rows, False: len(examples)}
+        written = {name: arrays.array(x.file, (count[x.by_row], *x.shape)) for name, x in files.items()}
+        for done, (index, width) in enumerate(batches[arrays.start :], arrays.start + 1):
+            result = run(params, devices.place_rows(pad_batch(examples, index, size, width)))
+            values = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
+            check_finite(stage.name, examples, index, size, values)
+            rows = batch_rows(examples, index, size)
+            for name, output in files.items():
+                places, chosen = (rows[rows >= 0], rows >= 0) if output.by_row else (index, slice(len(index)))
+                found = values[name][chosen]
+                written[name][(places, ..., *[slice(n) for n in found.shape[1:]])] = found
+            report.progress(done, len(index))
+            arrays.progress(done)
+            devices.stop_here(f"in {stage.name}")
+        if not devices.is_main:  # only the main process has the arrays
+            return {}
+        arrays.finish(*[x.file for x in files.values() if x.file == LOSSES])
+        summary = summarize(written)
+        report.log(len(batches), summary)
+    return {**summary, DATA_DIGEST: examples.digest}
+
+
 @contextlib.contextmanager
 def _outputs(
     experiment: Experiment, stage: str, model: Pretrained, examples: Examples, size: int, steps: int
@@ -255,7 +325,9 @@ def _outputs(
         yield report, arrays
 
 
-def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapping[str, np.ndarray]) -> None:
+def check_finite(
+    stage: str, examples: Examples, index: np.ndarray, size: int, results: Mapping[str, np.ndarray]
+) -> None:
     """Raises a UserError that names the first example of a batch with a value that is not finite.
 
     `index` int [b] are the examples, `size` their number with padding; `results` have an entry per example or
@@ -267,6 +339,6 @@ def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapp
         bad &= rows >= 0 if len(array) == len(rows) else np.arange(size) < len(index)
         if bad.any():
             example = examples.ids[int(index[int(bad.argmax()) * size // len(array)])]
-            wrong = f"score: {name} of example {example} is not finite, from the fine-tuned model"
+            wrong = f"{stage}: {name} of example {example} is not finite, from the fine-tuned model"
             advice = "try a smaller finetune.learning_rate or model.dtype float32"
             raise UserError(f"{wrong}; look at finetune/metrics.jsonl, {advice}")

@@ -11,7 +11,7 @@ import jax
 
 from trbert_jax.config import JointConfig, PolicyConfig, RunConfig
 from trbert_jax.model.model import Batch
-from trbert_jax.reduction.selection import keep_probable
+from trbert_jax.reduction.selection import Rule, keep_probable
 from trbert_jax.training import objectives
 from trbert_jax.training.objectives import Objective
 
@@ -44,7 +44,7 @@ def init(update: Update) -> Objective:
     """Stage init: the selectors learn the ranks of the residual scores."""
     section = update.config.init
     return objectives.initialization_objective(
-        **update.forward, per_length_scale=section.per_length_scale, keep=section.keep
+        **update.forward, per_length_scale=section.per_length_scale, keep=section.keep, loss=section.loss
     )
 
 
@@ -62,11 +62,12 @@ def joint(update: Update) -> Objective:
     """Stage joint: task and policy loss of samples, of the selection of prediction, or both."""
     section, num_samples = update.config.joint, joint_samples(update.config)
     options = {**_penalty(update, section), "temperature": section.temperature}
+    options["state_weight"] = section.distill_states
     if not update.hard and section.rule == "sample":
-        samples = _samples(update, num_samples, False, credit=section.credit, **options)
+        samples = _samples(update, num_samples, False, section.jitter, credit=section.credit, **options)
         return _counted(update, objectives.joint_objective(update.batch, samples), samples)
     by_gates = section.credit == "gate" and not update.hard
-    kept = _kept(update, credit="gate" if by_gates else "reward", **options)
+    kept = _kept(update, section.jitter, credit="gate" if by_gates else "reward", **options)
     if update.hard or by_gates:
         return _counted(update, objectives.joint_objective(update.batch, kept), kept)
     params = objectives.only_selectors(update.forward["params"])
@@ -84,18 +85,26 @@ def _counted(update: Update, objective: Objective, samples: objectives.PolicySam
     return objective if update.multiplier is None else objectives.with_speed(objective, samples)
 
 
-def _kept(update: Update, **options: Any) -> objectives.PolicySamples:
+def _kept(update: Update, jitter: float, **options: Any) -> objectives.PolicySamples:
     """Runs every example once, with the selection of prediction."""
-    max_length = update.forward["model"].config.max_length
-    return objectives.sample_policy(
-        **update.forward, rule=keep_probable, num_samples=1, sampled=False, max_length=max_length, **options
-    )
+    return _run(update, keep_probable, 1, jitter, {"sampled": False, **options})
 
 
 def _samples(
-    update: Update, num_samples: int, imitating: jax.Array | bool, **options: Any
+    update: Update, num_samples: int, imitating: jax.Array | bool, jitter: float = 0.0, **options: Any
 ) -> objectives.PolicySamples:
     rule = objectives.sampling_rule(update.rng, update.batch, num_samples, imitating)
     sampled = imitating is False or ~objectives.imitators(update.batch, num_samples, imitating)
-    options |= {"sampled": sampled, "max_length": update.forward["model"].config.max_length}
-    return objectives.sample_policy(**update.forward, rule=rule, num_samples=num_samples, **options)
+    return _run(update, rule, num_samples, jitter, {"sampled": sampled, **options})
+
+
+def _run(
+    update: Update, rule: Rule, num_samples: int, jitter: float, options: dict[str, Any]
+) -> objectives.PolicySamples:
+    model = update.forward["model"].config
+    if jitter:
+        rng = jax.random.fold_in(update.rng, 2)
+        options["shift"] = objectives.draw_shift(rng, update.batch, num_samples, model.num_reductions, jitter)
+    return objectives.sample_policy(
+        **update.forward, rule=rule, num_samples=num_samples, max_length=model.max_length, **options
+    )
