@@ -191,6 +191,10 @@ def test_file_that_is_no_configuration(tmp_path: Path, text: str, place: str) ->
         ("data.train=a.csv", "data.train", "is for text only"),
         ("data.name=text data.path=d data.labels=[1,1.0]", "data.labels", "different"),
         ("data.name=tickets", "data.name", "`text`"),
+        ("data.prepared=d joint.max_examples=3", "joint.max_examples", "data.prepared"),
+        ("joint.distill=false joint.temperature=2", "joint.temperature", "joint.distill"),
+        ("joint.distill_states=1", "joint.distill_states", "teacher.states"),
+        ("joint.target_speedup=1", "joint.target_speedup", "greater than 1"),
         ("model.max_positions=511", "model.max_positions", "512"),
         ("model.keep_layers=[0,2]", "model.keep_layers", "pretrained"),
         ("model.init=m model.keep_layers=[0,0]", "model.keep_layers", "rising"),
@@ -242,7 +246,7 @@ def test_configuration_loads_and_its_header_says_what_it_is(path: Path) -> None:
 def test_base_loads_and_something_builds_on_it(path: Path) -> None:
     keep_layers = ["model.keep_layers=null"]  # cannot go with init: scratch
     assert load_config(path, REQUIRED + keep_layers).policy.num_samples == 8
-    users = [p for p in CONFIGS if f"base: base/{path.name}" in p.read_text(encoding="utf-8")]
+    users = [p for p in CONFIGS if f"base/{path.name}" in p.read_text(encoding="utf-8")]
     users += [p for p in BASES if f"base: {path.name}" in p.read_text(encoding="utf-8")]
     assert users
 

@@ -97,6 +97,9 @@ def test_more_examples_than_there_are_answers_of_are_refused(tmp_path: Path, ove
     config = load_config(path)
     found = {name: stage.max_examples(config) for name, stage in STAGES.items() if name != "evaluate"}
     assert found == {"finetune": 16, "score": 10, "init": 10, "policy": 10, "teacher": 20, "joint": 20}
+    few = load_config(path, ["data.max_train_examples=12", "teacher.max_examples=99"])
+    assert [STAGES[x].max_examples(few) for x in ("finetune", "joint")] == [16, 99]
+    assert Experiment(few).data.part(16) == "train"
     other, stage = load_config(path, override.split()), override.partition(".")[0]
     with pytest.raises(UserError, match=f"^{stage}.max_examples: .* of {key}"):
         STAGES[stage].max_examples(other)

@@ -43,10 +43,7 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
         if getattr(getattr(config, stage), "published_padding", False):
             yield f"{stage}.published_padding", f"padding takes no part for {data.name}, remove it"
     for stage in STAGES:
-        limit, most = getattr(getattr(config, stage), "max_examples", None), data.max_train_examples
-        if limit is not None and most is not None and limit > most:
-            yield f"{stage}.max_examples", f"{limit} is more than data.max_train_examples {most}"
-        if limit is not None and data.prepared is not None:
+        if getattr(getattr(config, stage), "max_examples", None) and data.prepared is not None:
             yield f"{stage}.max_examples", "data.prepared is read as a whole; remove one of the two"
     if not config.joint.distill and config.joint.temperature != JointConfig.temperature:
         yield "joint.temperature", "is of distillation, and joint.distill is false; remove one of the two"

@@ -119,7 +119,7 @@ class Splits:
         is `limit`.
         """
         most = self._config.data.max_train_examples
-        return "train" if limit is None or limit == most else f"train[:{limit}]"
+        return "train" if limit is None or (most is not None and limit >= most) else f"train[:{limit}]"
 
     def require_test_set(self) -> None:
         """Raises `UserError` if there is no test set; before a training that ends with it."""

@@ -192,7 +192,7 @@ class Stage:
             limits[f"{source[0]}.max_examples"] = STAGES[source[0]].max_examples(config)
         most, key = min((limit, key) for key, limit in [*limits.items(), ("", math.inf)] if limit is not None)
         asked = getattr(section, "max_examples", None)
-        if asked is not None and asked > most:
+        if asked is not None and min(asked, config.data.max_train_examples or asked) > most:
             raise UserError(f"{self.name}.max_examples: {asked} is more than the {most} of {key}")
         return asked if asked is not None else int(most) if key else None
 
@@ -347,7 +347,7 @@ for _stage in (
     ),
     Stage(
         settings=settings.JointConfig,
-        starts_from=("policy",),
+        starts_from=("policy", "init", "policy"),  # policy too if neither is configured
         trains=step.trains_all,
         objective=stage_objectives.joint,
         reads_labels=lambda section: not section.distill,
