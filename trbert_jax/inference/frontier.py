@@ -4,7 +4,8 @@
     results = evaluate_points(engine, params, test, task, points, dense_on_test)
 
 Two cheap passes give the selectors' logits, from which the FLOPs of any thresholds follow without the model;
-only thresholds of the speeds asked for are then evaluated. Source: docs/method.md, "Beyond the paper".
+only thresholds of the speeds asked for are then evaluated.
+Source: docs/method.md, "Frontier and operating points".
 """
 
 import dataclasses

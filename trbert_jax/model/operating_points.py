@@ -1,6 +1,6 @@
 """Thresholds that run a model at a known speed, stored with it under `trbert.operating_points`.
 
-Source: docs/method.md, "Beyond the paper".
+Source: docs/method.md, "Frontier and operating points".
 """
 
 import dataclasses
