@@ -1,5 +1,6 @@
 """Stages policy and joint with `credit: gate`."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,21 @@ KEY = jax.random.key(1)
 
 
 @functools.cache
-def gradient(stage: str, *settings: str, hard: bool = False, step: int = 9) -> tuple[Any, Params]:
+def gradient(
+    stage: str, *settings: str, hard: bool = False, step: int = 9, num_layers: int = 4
+) -> tuple[Any, Params]:
     """Loss and gradient of a stage on one batch."""
     samples = (f"policy.num_samples={K}", f"joint.num_samples={K}")
     keys = (*(x for x in samples if "joint.rule=threshold" not in settings or "joint" not in x), *settings)
-    objective = objective_of(STAGES[stage], load_config(QUICKSTART, [*SETTINGS, *keys]), MODEL, 10, hard)
+    shape = dataclasses.replace(BERT, num_layers=num_layers)
+    config, model = load_config(QUICKSTART, [*SETTINGS, *keys]), TokenReducingModel(shape)
+    objective = objective_of(STAGES[stage], config, model, 10, hard)
     batch = {k: x for k, x in BATCH.items() if stage == "joint" or k != "teacher_logits"}
 
     def loss(params: Params) -> jax.Array:
         return objective(params, batch, KEY, jnp.int32(step)).sums()["loss"]
 
-    return jax.jit(jax.value_and_grad(loss))(PARAMS)
+    return jax.jit(jax.value_and_grad(loss))(params_of(shape))
 
 
 def by_hand(thresholded: bool) -> list[np.ndarray]:
@@ -119,6 +124,16 @@ def test_gates_change_no_loss() -> None:
         np.testing.assert_array_equal(metrics[0][name], metrics[1][name])
     _, hard = gradient("joint", "joint.backend=masked", hard=True)
     assert not any(x.any() for x in jax.tree.leaves(hard["encoder"]["selector_0"]))
+
+
+def test_both_is_the_sum() -> None:
+    """Of the gradients of the selector, of a model with one."""
+    backend, credits = "policy.backend=masked", ("reward", "gate", "both")
+    found = [gradient("policy", backend, f"policy.credit={x}", num_layers=2)[1] for x in credits]
+    reward, gate, both = (x["encoder"]["selector_0"] for x in found)
+    assert max(jnp.abs(x).max() for x in jax.tree.leaves(reward)) > 1e-4
+    total = jax.tree.map(jnp.add, reward, gate)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), both, total)
 
 
 @pytest.mark.parametrize(

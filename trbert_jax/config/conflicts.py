@@ -51,9 +51,9 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
     samples["joint"] = joint.num_samples or config.policy.num_samples
     for stage, count in samples.items():
         section = getattr(config, stage)
-        if section.credit == "gate" and section.penalty_gradient != "exact":
-            yield f"{stage}.penalty_gradient", f"{stage}.credit gate has no reward; expected exact"
-        if section.credit == "reward" and count < 2:  # the baseline is the mean over an example's samples
+        if section.credit != "reward" and section.penalty_gradient != "exact":
+            yield f"{stage}.penalty_gradient", f"{stage}.credit {section.credit} needs exact"
+        if section.credit != "gate" and count < 2:  # the baseline is the mean over an example's samples
             yield f"{stage}.num_samples", "expected 2 or more, to compare the rewards of samples"
     if joint.num_samples is not None and joint.rule == "threshold" and joint.credit == "gate":
         yield "joint.num_samples", "rule threshold draws no samples with credit gate; remove it"

@@ -160,7 +160,7 @@ class PolicySamples:
     dense_flops: jax.Array  # of the dense model
     logits: Logits
     selections: tuple[tokens.Selection, ...]
-    credit: str = struct.field(pytree_node=False, default="reward")  # or gate
+    credit: str = struct.field(pytree_node=False, default="reward")  # or gate, or both
 
 
 def sample_policy(
@@ -187,12 +187,12 @@ def sample_policy(
     Their task loss is the distillation loss if the batch has `teacher_logits`, else that of the labels. To it
     adds `state_weight` times the distance to `teacher_state`, if the batch has that. The length penalty is
     `alpha` times the kept ratio or share of FLOPs; `exact`, it is no part of the reward. With `credit` gate
-    the task loss is differentiable in the selectors, see `reduction.gate.gates`, which also explains
+    or both the task loss is differentiable in the selectors, see `reduction.gate.gates`, which also explains
     `sampled`, bool or bool [K * B * G]. `shift`, float32 [K * B * G, stages], is added to the logits of the
     selectors.
     """
     rule = rule if shift is None else tokens.shifted(rule, shift)
-    gate = gates(sampled, shift) if credit == "gate" else None
+    gate = None if credit == "reward" else gates(sampled, shift)
     output = execute(
         model, params, batch, rule=rule, num_copies=num_samples, gate=gate, dropout_rng=dropout_rng
     )
@@ -214,7 +214,7 @@ def sample_policy(
     expected = jnp.zeros_like(flops)
     if penalty_gradient == "exact":
         # As the policy loss, which is a mean over tokens and whose baseline includes the sample itself.
-        whole = 1.0 if credit == "gate" else 1 - 1 / num_samples
+        whole = (credit != "reward") + (credit != "gate") * (1 - 1 / num_samples)
         counts = budget.expected_counts(kept, [whole / num_judged(s) for s in kept], sampled)
         if penalty == "ratio":
             expected = policy.kept_ratio(counts, max_length)
@@ -235,11 +235,13 @@ def policy_objective(batch: Batch, samples: PolicySamples) -> Objective:
     """Returns the loss that trains the selectors (stage policy).
 
     With credit reward this is the REINFORCE loss, with the exact penalty if any; with credit gate the task
-    loss, which then has a derivative by the selectors, and the penalty.
+    loss, which then has a derivative by the selectors, and the penalty; with both, the sum.
     """
     loss, task_loss = samples.penalty.mean(0), samples.task_loss.mean(0)
+    if samples.credit != "gate":
+        loss += policy.policy_loss(samples.selector_nll, samples.reward)
     if samples.credit == "reward":
-        loss, task_loss = loss + policy.policy_loss(samples.selector_nll, samples.reward), jnp.zeros(())
+        task_loss = jnp.zeros(())
     metrics = {"task_loss": samples.task_loss.mean(0), "policy_loss": loss}
     metrics |= {"reward": samples.reward.mean(0), "kept_ratio": samples.kept_ratio.mean(0)}
     for stage, selection in enumerate(samples.selections):

@@ -72,7 +72,7 @@ def joint(update: Update) -> Objective:
         return _counted(update, objectives.joint_objective(update.batch, kept), kept)
     params = objectives.only_selectors(update.forward["params"])
     drawn = dataclasses.replace(update, forward={**update.forward, "params": params})
-    samples = _samples(drawn, num_samples, False, **options)
+    samples = _samples(drawn, num_samples, False, credit=section.credit, **options)
     return _counted(update, objectives.thresholded_joint_objective(update.batch, kept, samples), kept)
 
 

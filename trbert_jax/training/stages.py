@@ -70,7 +70,7 @@ def _policy_flops(
     config: RunConfig, model: ModelConfig, lengths: np.ndarray, shares: Sequence[float] | None
 ) -> np.ndarray:
     """Counts the samples, and the gradient of their states if gates give credit."""
-    passes = 2 if config.policy.credit == "gate" else 1
+    passes = 1 if config.policy.credit == "reward" else 2
     return _sampled(passes, lambda config: config.policy.num_samples)(config, model, lengths, shares)
 
 
@@ -84,7 +84,8 @@ def _joint_flops(
         return (1 - hard) * _sampled(3, joint_samples)(*arguments) + hard * kept
     if config.joint.credit == "gate":
         return kept
-    return (1 - hard) * _sampled(1, joint_samples)(*arguments) + kept
+    passes = 1 if config.joint.credit == "reward" else 2
+    return (1 - hard) * _sampled(passes, joint_samples)(*arguments) + kept
 
 
 def _joint_layers(config: RunConfig, model: ModelConfig) -> float:
