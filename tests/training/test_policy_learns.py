@@ -31,8 +31,10 @@ def save_deaf_model(folder: Path) -> None:
 BOTH = {"credit": "both", "penalty_gradient": "exact", "num_samples": 4}
 
 
-@pytest.mark.parametrize("credit", [{"num_samples": 8}, BOTH], ids=["reward", "both"])
-def test_policy_keeps_what_decides(tmp_path: Path, credit: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("credit", "kind"), [({"num_samples": 8}, "residual"), (BOTH, "gate")], ids=["reward", "both"]
+)
+def test_policy_keeps_what_decides(tmp_path: Path, credit: dict[str, Any], kind: str) -> None:
     """The policy finds the word, and other selections of as many tokens do not."""
     tiny_runs.write_dataset(tmp_path / "data", {"train": 400, "dev": 20, "test": 200})
     save_deaf_model(tmp_path / "start")
@@ -42,6 +44,7 @@ def test_policy_keeps_what_decides(tmp_path: Path, credit: dict[str, Any]) -> No
         seed=1,
         stages=["finetune", "score", "policy", "evaluate"],
         model={"init": str(tmp_path / "start")},
+        score={"kind": kind},
         finetune={**training, "learning_rate": 5e-3, "epochs": 8, "dropout": False},
         policy={**training, "learning_rate": 1e-2, "epochs": 4, **credit},
     )
