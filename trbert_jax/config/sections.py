@@ -150,6 +150,7 @@ class ParallelConfig(Section):
     strategy: Literal["jit", "pmap"] = "jit"  # one program over a mesh of all devices, or one per device
     fsdp: Count = 1  # devices that share one copy of parameters and optimizer state; more than 1 needs jit
     remat: Flag = False  # recompute activations in the backward pass: less memory, more time
+    activation_memory: NonNegative = 4.0  # GiB of a device that the packed backward pass may keep instead
 
 
 class StageConfig(Section):

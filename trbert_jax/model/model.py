@@ -34,6 +34,7 @@ class TokenReducingModel(nn.Module):
     # Compute dtype; parameters, selector logits, softmax, LayerNorm statistics and logits stay float32.
     dtype: Any = jnp.float32
     remat: bool = False  # recompute a layer's inner values in the backward pass instead of storing them
+    activation_memory: float = 4 * 2**30  # bytes that the packed backward pass may store instead
 
     def setup(self) -> None:
         self.encoder = Encoder(self.config, self.dtype, self.remat)

@@ -216,7 +216,8 @@ class Experiment:
 
     def module(self, config: ModelConfig) -> TokenReducingModel:
         """Returns the Flax module of a model, in the configured dtype."""
-        return TokenReducingModel(config, DTYPES[self.config.model.dtype], self.config.parallel.remat)
+        dtype, parallel = DTYPES[self.config.model.dtype], self.config.parallel
+        return TokenReducingModel(config, dtype, parallel.remat, parallel.activation_memory * 2**30)
 
     def engine(
         self, config: ModelConfig, batch_size: int, after_batch: AfterBatch | None = None

@@ -267,14 +267,8 @@ def objective_of(
 
 
 def _dropout_rng(rng: jax.Array, batch: Batch) -> jax.Array:
-    """Returns the dropout key of a micro-batch; those of one update differ by their examples.
-
-    The key is of the `rbg` kind: the masks of a step are as many random numbers as its attention weights, and
-    the default generator would take half of a step's time on a CPU.
-    """
-    key = jax.random.fold_in(jax.random.fold_in(rng, 1), batch["index"][0])
-    data = jax.random.key_data(key)
-    return jax.random.wrap_key_data(jnp.concatenate([data, data]), impl="rbg")
+    """Returns the dropout key of a micro-batch; those of one update differ by their examples."""
+    return jax.random.fold_in(jax.random.fold_in(rng, 1), batch["index"][0])
 
 
 # The stages ---------------------------------------------------------------------------------------
