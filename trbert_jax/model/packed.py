@@ -132,10 +132,7 @@ def packed_forward(
     bias: jax.Array | None = None  # float32 [R, S]
     for number, (start, stop) in enumerate(itertools.pairwise(points)):
         copies = num_copies if number == 1 else 1
-        if number and rule is None:
-            if copies > 1:
-                packed = encoder.keep(packed, jnp.tile(packed.valid, (copies, 1)), copies)
-        elif number:
+        if number and rule is not None:
             logits = encoder.selector_logits(params, packed, number - 1)
             valid = jnp.tile(packed.valid, (copies, 1))
             selections.append(select(jnp.tile(logits, (copies, 1)), valid, number - 1, rule, passage))
@@ -148,6 +145,8 @@ def packed_forward(
                 packed = packed.with_bias(bias)
                 if config.reads_all_tokens:
                     gated.append((opened, before.states))
+        elif copies > 1:
+            packed = encoder.keep(packed, jnp.tile(packed.valid, (copies, 1)), copies)
         if number < len(points) - 2:
             packed = encoder.run_layers(params, packed, range(start, stop), dropout_rng)
     last = range(start, stop)
