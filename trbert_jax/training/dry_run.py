@@ -117,15 +117,16 @@ def _activation_bytes(config: RunConfig, stage: Stage, model: ModelConfig, rows:
     full.
     """
     size = 1 if config.model.dtype == "bfloat16" else 2
-    layers = stage.kept_layers(config, model) if stage.kept_layers else 1
+    kept = stage.kept_layers(config, model) if stage.kept_layers else None
+    layers = kept or 1
     tokens = rows * model.max_length
-    if stage.trains and stage.kept_layers and getattr(config, stage.name).backend == "packed":
+    if stage.trains and kept and getattr(config, stage.name).backend == "packed":
         least, *_, most = (2 * size * tokens * layers * x for x in kept_numbers(model).values())
         limit = 0.0 if config.parallel.remat else config.parallel.activation_memory * GIB
         return int(max(least, min(most, limit)))
     full = size * (34 * model.hidden_size + 5 * model.num_heads * model.max_length)
     per_token = layers * full
-    if config.parallel.remat and stage.trains and stage.kept_layers:
+    if config.parallel.remat and stage.trains and kept:
         per_token = layers * 2 * size * model.hidden_size + layers / model.num_layers * full
     return int(tokens * per_token)
 

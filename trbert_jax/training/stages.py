@@ -89,11 +89,20 @@ def _joint_flops(
 
 
 def _joint_layers(config: RunConfig, model: ModelConfig) -> float:
-    first, *others = EncoderShape.of(model).segments
-    sampled = config.joint.rule == "sample" and config.joint.hard_fraction < 1
-    copies = joint_samples(config) if sampled else 1
-    kept = (copies * n * flops.ASSUMED_KEPT ** (i + 1) for i, n in enumerate(others))
-    return first + sum(kept)
+    joint, samples = config.joint, joint_samples(config)
+    copies = {"sample": samples, "threshold": 1 + samples * (joint.credit == "both")}[joint.rule]
+    copies = copies if joint.hard_fraction < 1 else 1
+    return EncoderShape.of(model).segments[0] + _reduced_layers(model, copies)
+
+
+def _policy_layers(config: RunConfig, model: ModelConfig) -> float | None:
+    reward = config.policy.credit == "reward"
+    return None if reward else _reduced_layers(model, config.policy.num_samples)
+
+
+def _reduced_layers(model: ModelConfig, copies: int) -> float:
+    others = EncoderShape.of(model).segments[1:]
+    return sum(copies * n * flops.ASSUMED_KEPT ** (i + 1) for i, n in enumerate(others))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +127,7 @@ class Stage:
     # Settings, model, row lengths int [R], kept shares (`flops.assumed_flops`) -> FLOPs of one pass [R].
     flops: StageFlops = _DENSE_UPDATE
     # Layers whose inner values the backward pass keeps, for all tokens; None without an encoder gradient.
-    kept_layers: Callable[[RunConfig, ModelConfig], float] | None = lambda _, model: model.num_layers
+    kept_layers: Callable[[RunConfig, ModelConfig], float | None] | None = lambda _, model: model.num_layers
 
     @property
     def name(self) -> str:
@@ -330,7 +339,7 @@ for _stage in (
         reduces=True,
         compared=True,
         flops=_policy_flops,
-        kept_layers=None,
+        kept_layers=_policy_layers,
     ),
     Stage(
         settings=settings.TeacherConfig,
