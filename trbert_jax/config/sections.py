@@ -63,7 +63,6 @@ Threshold = Annotated[Number, Field(gt=0, lt=1)]
 PointThresholds = Annotated[Any, PlainValidator(_thresholds)]  # a number, or one for each point
 Labels = tuple[Annotated[Text, BeforeValidator(_label)], ...]
 Positive = Annotated[Number, Field(gt=0)]
-SpeedUp = Annotated[Number, Field(gt=1)]
 NonNegative = Annotated[Number, Field(ge=0)]
 MaxLength = Annotated[int, Field(strict=True, ge=3)]  # [CLS], one token, [SEP]
 Backend = Literal["packed", "masked"]  # see `model.packed`
@@ -289,7 +288,7 @@ class EvaluateConfig(StageConfig):
     thresholds: tuple[PointThresholds, ...] = ()
     # Find the best thresholds for many speeds on dev, report them, and store operating points with the model.
     frontier: Flag = False
-    speedups: tuple[SpeedUp, ...] = (2.0, 3.0, 4.0)  # of the operating points: dense FLOPs over reduced ones
+    speedups: tuple[Speedup, ...] = (2.0, 3.0, 4.0)  # of the operating points: dense FLOPs over reduced ones
     points_lost: tuple[NonNegative, ...] = (0.5, 1.0)  # of others: percentage points of the metric, on dev
 
 

@@ -34,12 +34,16 @@ def calibrate(
 ) -> tuple[list[frontier.Point], tuple[OperatingPoint, ...]]:
     """Finds a model's frontier on development data and names its operating points.
 
-    `dense` are the dense model's outputs; for `options` see `find_frontier`.
+    `dense` are the dense model's outputs; for `options` see `find_frontier`. Raises `UserError` for examples
+    without a known answer.
     """
+    metrics = task.score(examples, dense.logits).metrics
+    if task.metric not in metrics:
+        raise UserError("calibration needs development data with answers; it has none")
     wanted = (*frontier.SPEEDUPS, *speedups)
     points = frontier.find_frontier(engine, params, examples, task, dense, wanted, **options)
-    value = task.score(examples, dense.logits).metrics[task.metric]
-    named = frontier.operating_points(points, task, value, len(examples), speedups, points_lost)
+    arguments = (metrics[task.metric], len(examples), speedups, points_lost)
+    named = frontier.operating_points(points, task, *arguments)
     return points, named
 
 
@@ -138,17 +142,19 @@ def plot_frontier(result: Mapping[str, Any], path: Path, metric: str, full_score
     axes = figure.subplots()
     speeds = [row["flops_speedup"] for row in rows]
     for name, style in (("reduced", "o-"), *zip(rule_names("baseline"), _MARKERS, strict=False)):
-        values = [row[metric] if name == "reduced" else row.get(name, {}).get(metric) for row in rows]
+        values = [(row if name == "reduced" else row.get(name, {})).get(metric) for row in rows]
         if rows and None not in values:
             shown = [100 * value / full_score for value in values]
             label = "model" if name == "reduced" else f"{name}, same counts"
             axes.plot(speeds, shown, style, color=_COLORS.get(name), label=label)
-    dense = 100 * result["dense"][metric] / full_score
-    axes.plot([1], [dense], "D", color=_COLORS["dense"], label="dense model")
-    axes.axhline(dense, color=_COLORS["dense"], linewidth=1, linestyle=":")
+    if metric in result["dense"]:  # the examples have answers
+        dense = 100 * result["dense"][metric] / full_score
+        axes.plot([1], [dense], "D", color=_COLORS["dense"], label="dense model")
+        axes.axhline(dense, color=_COLORS["dense"], linewidth=1, linestyle=":")
     axes.set(xlabel="times fewer encoder FLOPs", ylabel=f"{metric}, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)
-    axes.legend(loc="lower left", frameon=False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="lower left", frameon=False)
     with atomic_file(path, "wb") as stream:
         figure.savefig(stream, format="png")

@@ -99,7 +99,10 @@ def _frontier(
     """
     settings, task, dev = experiment.config.evaluate, experiment.data.task, experiment.features("dev", model)
     copies, options = calibrate.copying(engine), dict[str, Any](backend=settings.backend)
-    wanted = (settings.speedups, settings.points_lost)
+    last = getattr(experiment.config, compared_models(experiment.config)[-1].name)
+    target = getattr(last, "target_speedup", None)
+    speedups = sorted({*settings.speedups, *([target] if target else [])})
+    wanted = (speedups, settings.points_lost)
     found, points = calibrate.calibrate(copies, params, dev, task, dense_dev, *wanted, **options)
     options |= {"baselines": settings.baselines, "seed": experiment.config.seed}
     rows = evaluate_points(copies, params, examples, task, best(found), dense, **options)
