@@ -129,7 +129,7 @@ def test_sizes() -> None:
     assert len(FLOORS) <= 8
     assert len(list(PACKAGE.rglob("*.py"))) <= 102
     assert lines(PACKAGE) <= 20_100
-    assert lines(ROOT / "tests") <= 15_150
+    assert lines(ROOT / "tests") <= 15_250
 
 
 @pytest.mark.parametrize("module", MODULES)
