@@ -35,6 +35,7 @@ LABELED = 16
 ONE_POINT = dataclasses.replace(tiny_models.BERT, num_layers=1)
 
 
+@pytest.mark.slow
 def test_labels_of_other_examples_are_not_read(tmp_path: Path) -> None:
     """A run with few labels and many texts: fine-tuned like one with few texts, whatever other labels say."""
     changes: dict[str, Any] = {
