@@ -247,7 +247,7 @@ class Experiment:
         """Returns `limit` training examples, None for all; the label is -1 except of `labeled` of them."""
         whole, part = self.data.part(limit), self.data.part(labeled)
         key = (whole, part, model.tokenizer)
-        if whole == part or not self.features(whole, model).has_labels:
+        if labeled is None or whole == part or not self.features(whole, model).has_labels:
             return self.features(whole, model)
         if key not in self._features:
             examples, known = self.features(whole, model), {x.id for x in self.data.records(part)}
