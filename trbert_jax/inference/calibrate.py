@@ -78,8 +78,9 @@ def calibrate_file(
       speedups, points_lost: operating points to name.
       plot: PNG file to draw.
 
-    Returns `dense`, `frontier` (the numbers of each speed's best thresholds, with `random` and `first_k`
-    tokens) and `operating_points`. Raises `UserError` for a model or file that cannot be read or written.
+    Returns `dense`, `frontier` (the numbers of each speed's best thresholds; of operating points also with
+    `random` and `first_k` tokens) and `operating_points`. Raises `UserError` for a model or file that cannot
+    be read or written.
     """
     check_outputs([plot], inputs=[data_file], models=[] if stored else [model_dir])
     bad, model = BadRecords(skip=skip_bad_records), TRBert.from_pretrained(model_dir, max_length=max_length)
@@ -96,9 +97,9 @@ def calibrate_file(
     points, named = calibrate(engine, model.params, examples, task, dense, speedups, points_lost)
     result: dict[str, Any] = {"metric": task.metric}
     result["dense"] = summarize(dense, reference.config, task.score(examples, dense.logits).metrics)
-    chosen, baselines = frontier.best(points), rule_names("baseline")
-    arguments = (engine, model.params, examples, task, chosen, dense, baselines)
-    result |= {"frontier": frontier.evaluate_points(*arguments), "operating_points": to_dict(named)}
+    arguments = (engine, model.params, examples, task, frontier.best(points), dense)
+    rows = frontier.evaluate_points(*arguments, rule_names("baseline"), named=named)
+    result |= {"frontier": rows, "operating_points": to_dict(named)}
     if notes := notes_of(examples, bad):
         result["data"] = notes
     if stored:
@@ -121,7 +122,8 @@ def frontier_table(result: Mapping[str, Any]) -> Iterator[str]:
         thresholds = ",".join(f"{x:.4g}" for x in row["threshold"])
         others = ", ".join(f"{row[name][metric]:.4g}" for name in baselines if name in row)
         speedup, value = f"{row['flops_speedup']:.2f}x", f"{row[metric]:.4g}"
-        yield f"{speedup:>8}  {value:>9}  {flips:>6}  {kept:<15}  {thresholds}  ({others})"
+        others = f"  ({others})" if others else ""
+        yield f"{speedup:>8}  {value:>9}  {flips:>6}  {kept:<15}  {thresholds}{others}"
     for name, point in result["operating_points"].items():
         yield f"{name}: {point['speedup']:.2f}x, {metric} {point['value']:.4g} on these examples"
 
@@ -140,13 +142,12 @@ def plot_frontier(result: Mapping[str, Any], path: Path, metric: str, full_score
     rows = result["frontier"]
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
-    speeds = [row["flops_speedup"] for row in rows]
     for name, style in (("reduced", "o-"), *zip(rule_names("baseline"), _MARKERS, strict=False)):
-        values = [(row if name == "reduced" else row.get(name, {})).get(metric) for row in rows]
-        if rows and None not in values:
-            shown = [100 * value / full_score for value in values]
+        found = [(row["flops_speedup"], row if name == "reduced" else row.get(name, {})) for row in rows]
+        values = [(x, 100 * metrics[metric] / full_score) for x, metrics in found if metric in metrics]
+        if values:
             label = "model" if name == "reduced" else f"{name}, same counts"
-            axes.plot(speeds, shown, style, color=_COLORS.get(name), label=label)
+            axes.plot(*zip(*values, strict=True), style, color=_COLORS.get(name), label=label)
     if metric in result["dense"]:  # the examples have answers
         dense = 100 * result["dense"][metric] / full_score
         axes.plot([1], [dense], "D", color=_COLORS["dense"], label="dense model")

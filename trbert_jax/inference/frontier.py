@@ -11,7 +11,7 @@ Source: docs/method.md, "Frontier and operating points".
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
-SPEEDUPS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)  # dense FLOPs over reduced ones
+SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)  # dense FLOPs over reduced ones; one pass for all
 _SHARES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the tokens, to keep at the first of two points
 _LARGEST = 30.0  # largest logit whose probability is below 1 in double precision, by a margin
 
@@ -69,7 +69,9 @@ def find_frontier(
     """
     tried = _candidates(engine, params, examples, sorted(set(speedups)), backend)
     logger.info("frontier: %d thresholds for %d speeds", len(tried), len({target for target, _ in tried}))
-    values = np.array([logits for _, logits in tried], np.float32).reshape(len(tried), -1)
+    if not tried:
+        return []
+    values = np.array([logits for _, logits in tried], np.float32)
     points = []
     outputs = run_copies(engine, params, examples, "min_logit", values, RULES[DEFAULT_RULE], backend)
     for (target, logits), output in zip(tried, outputs, strict=True):
@@ -191,19 +193,24 @@ def evaluate_points(
     baselines: Sequence[str] = (),
     backend: str = DEFAULT_BACKEND,
     seed: int = 0,
+    named: Iterable[OperatingPoint] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluates thresholds on other data than they were chosen on.
 
-    Returns for each point `target`, `threshold`, the numbers of `summarize`, `divergence`, `flips`, and each
-    baseline's metrics at the same kept counts.
+    Returns for each point `target`, `threshold`, the numbers of `summarize`, `divergence` and `flips`; and
+    each baseline's metrics at the same kept counts, of all points or those that are `named`.
     """
+    if not points:
+        return []
     logits = np.array([[min_logit(x) for x in point.thresholds] for point in points], np.float32)
     outputs = [*run_copies(engine, params, examples, "min_logit", logits, RULES[DEFAULT_RULE], backend)]
     kept = np.array([output.num_kept for output in outputs], np.int32)
     if "shared_length" in examples.row_targets:  # a rule decides on shared tokens only
         kept -= (examples.row_lengths - examples.row_targets["shared_length"])[:, None].astype(np.int32)
+    thresholds = [point.thresholds for point in (points if named is None else named)]
+    is_named = np.array([point.thresholds in thresholds for point in points])
     others = {
-        name: run_copies(engine, params, examples, "num_kept", kept, RULES[name], backend, seed)
+        name: run_copies(engine, params, examples, "num_kept", kept[is_named], RULES[name], backend, seed)
         for name in baselines
     }
     results = []
@@ -213,7 +220,7 @@ def evaluate_points(
         result = summarize(output, engine.model.config, metrics)
         result |= {"target": point.target, "threshold": [*point.thresholds]}
         result |= {"divergence": divergence, "flips": flips}
-        for name, runs in others.items():
+        for name, runs in others.items() if point.thresholds in thresholds else ():
             result[name] = dict(task.score(examples, next(runs).logits).metrics)
         del result["examples_per_second"]
         results.append(result)

@@ -104,7 +104,7 @@ def _frontier(
     speedups = sorted({*settings.speedups, *([target] if target else [])})
     wanted = (speedups, settings.points_lost)
     found, points = calibrate.calibrate(copies, params, dev, task, dense_dev, *wanted, **options)
-    options |= {"baselines": settings.baselines, "seed": experiment.config.seed}
+    options |= {"baselines": settings.baselines, "seed": experiment.config.seed, "named": points}
     rows = evaluate_points(copies, params, examples, task, best(found), dense, **options)
     tried = [dataclasses.asdict(point) for point in found]
     named = operating_points.to_dict(points)
