@@ -153,7 +153,7 @@ class Step:
         # Copies: the step donates its state.
         state = init_state(jax.tree.map(jnp.copy, trained), adamw)
         self._state, self._frozen = steps.place(state, layout), steps.place(frozen, layout)
-        rng = jax.random.key(0, impl="rbg")  # the generator of the stages for dropout
+        rng = jax.random.key(0)
         self._rng = rng if strategy == "pmap" else layout.replicate(rng)
         # [accumulation steps, B, ...], on the device: loading is not measured.
         placed = [steps.place_batches({k: v[None] for k, v in b.items()}, layout) for b in batches]

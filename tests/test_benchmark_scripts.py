@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
+import tiny_runs
+
+from trbert_jax import TRBert
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -71,3 +75,31 @@ def test_scaling(tmp_path: Path) -> None:
     result = run("scaling", target=tmp_path / "r.json")
     assert len(result["records"]) == 3 * 2 * 3
     assert all(0 < record["efficiency"] < 1 for record in result["records"])
+
+
+def test_diagnose(tmp_path: Path) -> None:
+    """All selections at the model's counts, on both encoders; the model's own have recall 1."""
+    dense, model = (tiny_models.tiny_model(tmp_path / str(seed), seed=seed) for seed in (1, tiny_models.SEED))
+    lines = (json.dumps(record) + "\n" for record in tiny_runs.records(24, seed=7))
+    (tmp_path / "data.jsonl").write_text("".join(lines), encoding="utf-8")
+    files = ["--dense", str(dense), "--model", str(model), "--data", str(tmp_path / "data.jsonl")]
+    options = ["--signal-texts", "4", "--signal-seeds", "2", "--speedups", "1.5", "--batch-size", "8"]
+    result = run("diagnose", *files, *options, target=tmp_path / "r.json")
+    kinds = ["residual", "gate", "attention", "learned", "random", "first_k"]
+    records = result["selection"]
+    assert [r["selection"] for r in records] == kinds * 4
+    assert {(r["point"], r["encoder"]) for r in records} == {
+        (point, encoder) for point in ("0.5", "1.5x") for encoder in ("dense", "reducing")
+    }
+    for first in range(0, len(records), 6):
+        assert len({tuple(r["kept"]) for r in records[first : first + 6]}) == 1
+    assert all(r["recall"] == [1, 1] for r in records if r["selection"] == "learned")
+    own = TRBert.from_pretrained(model)
+    texts = [record["text"] for record in tiny_runs.records(24, seed=7)]
+    found = [prediction.label for prediction in own.predict(texts)]
+    other = [prediction.label for prediction in TRBert.from_pretrained(dense).predict(texts, rule="dense")]
+    assert records[9]["flips"] == sum(a != b for a, b in zip(found, other, strict=True)) / 24
+    matched = result["sampling"]["same counts"]["kept"]
+    assert matched == pytest.approx(result["sampling"]["sampled"]["kept"], abs=0.1)
+    assert all(sum(p["histogram"]) == pytest.approx(1) for p in result["sampling"]["keep_probability"])
+    assert {"reinforce, K=8", "reinforce, K=2", "gate, K=2"} < result["signal"].keys()

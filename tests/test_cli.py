@@ -87,7 +87,11 @@ WRONG: dict[str, list[str]] = {
     "--batch-size": [f"{EVALUATE} --batch-size 0", "predict --model m --batch-size many"],
     "'warp'": [f"{EVALUATE} --rule warp"],
     "--rule and --backend": [f"{EVALUATE} --execution masked"],
-    "--threshold": [f"{EVALUATE} --threshold 1", "predict --model m --threshold half a"],
+    "--threshold": [
+        f"{EVALUATE} --threshold 1",
+        "predict --model m --threshold half a",
+        f"{EVALUATE} --threshold .5,",
+    ],
     "--rule dense": [f"{EVALUATE} --rule dense --baselines"],
     "--model": ["predict text"],
     "--file": ["predict --model m text --file f"],
@@ -205,7 +209,9 @@ def test_predict_texts_from_arguments(predict: Predict, caplog: pytest.LogCaptur
     five = {"kept": [[0, 1, 2, 3, 4], [0]], "num_tokens": 5}
     options = ["--batch-size", "1", "--backend", "masked", "--threshold", "0.4"]
     assert predict("one", *options, "three") == [{**expected, **three}, {**expected, **five}]
-    assert FakeModel.asked == [{"batch_size": 1, "threshold": 0.4, "rule": None, "backend": "masked"}]
+    assert FakeModel.asked == [
+        {"batch_size": 1, "threshold": 0.4, "rule": None, "backend": "masked", "operating_point": None}
+    ]
     assert caplog.messages == []
     assert [line["truncated"] for line in predict("short", "x" * 100, "y" * 200)] == [False, True, True]
     assert caplog.messages == ["2 of 3 texts are longer than 99 tokens and were cut"]

@@ -10,8 +10,16 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from trbert_jax import config
-from trbert_jax.config import RunConfig, diff_configs, dotted_keys, load_config, load_stored, to_dict, upgrade
+from trbert_jax.config import (
+    RunConfig,
+    diff_configs,
+    dotted_keys,
+    load_config,
+    load_stored,
+    sections,
+    to_dict,
+    upgrade,
+)
 from trbert_jax.errors import UserError
 from trbert_jax.model.packed import BACKENDS
 
@@ -90,7 +98,7 @@ def test_renamed_keys_are_refused_and_stored_ones_upgraded(tmp_path: Path) -> No
 
 
 def test_backends_are_those_of_the_model() -> None:
-    assert set(get_args(config.Backend)) == set(BACKENDS)
+    assert set(get_args(sections.Backend)) == set(BACKENDS)
 
 
 def mistake(tmp_path: Path, text: str, *overrides: str) -> str:
@@ -118,6 +126,12 @@ def mistake(tmp_path: Path, text: str, *overrides: str) -> str:
         ("stages: [policy, score]", 4, "stages", "in this order"),
         ("evaluate: {rule: dens}", 4, "evaluate.rule", 'batch_max, dense, got "dens"; did you mean dense?'),
         ("evaluate: {baselines: [sample]}", 4, "evaluate.baselines", "random, first_k"),
+        (
+            "evaluate: {thresholds: [0.3, [0.5, 1.0]]}",
+            4,
+            "evaluate.thresholds",
+            "point of reduction, got [0.5, 1.0]",
+        ),
         ("evaluate: {rule: batch_max, thresholds: [0.3]}", 4, "evaluate.thresholds", "batch_max"),
         ("joint: {backend: mask}", 4, "joint.backend", "did you mean masked?"),
         ("joint: {published_padding: true}", 4, "joint.published_padding", "stdlib"),
@@ -177,6 +191,10 @@ def test_file_that_is_no_configuration(tmp_path: Path, text: str, place: str) ->
         ("data.train=a.csv", "data.train", "is for text only"),
         ("data.name=text data.path=d data.labels=[1,1.0]", "data.labels", "different"),
         ("data.name=tickets", "data.name", "`text`"),
+        ("data.prepared=d joint.max_examples=3", "joint.max_examples", "data.prepared"),
+        ("joint.distill=false joint.temperature=2", "joint.temperature", "joint.distill"),
+        ("joint.distill_states=1", "joint.distill_states", "teacher.states"),
+        ("joint.target_speedup=1", "joint.target_speedup", "greater than 1"),
         ("model.max_positions=511", "model.max_positions", "512"),
         ("model.keep_layers=[0,2]", "model.keep_layers", "pretrained"),
         ("model.init=m model.keep_layers=[0,0]", "model.keep_layers", "rising"),
@@ -228,7 +246,7 @@ def test_configuration_loads_and_its_header_says_what_it_is(path: Path) -> None:
 def test_base_loads_and_something_builds_on_it(path: Path) -> None:
     keep_layers = ["model.keep_layers=null"]  # cannot go with init: scratch
     assert load_config(path, REQUIRED + keep_layers).policy.num_samples == 8
-    users = [p for p in CONFIGS if f"base: base/{path.name}" in p.read_text(encoding="utf-8")]
+    users = [p for p in CONFIGS if f"base/{path.name}" in p.read_text(encoding="utf-8")]
     users += [p for p in BASES if f"base: {path.name}" in p.read_text(encoding="utf-8")]
     assert users
 
@@ -282,7 +300,7 @@ def test_three_layer_runs_are_dense() -> None:
 
 def test_every_field_is_explained() -> None:
     """By a comment on its line, or on the one before."""
-    lines = Path(config.__file__).read_text(encoding="utf-8").splitlines()
+    lines = Path(sections.__file__).read_text(encoding="utf-8").splitlines()
     fields = {key.rpartition(".")[2] for key in dotted_keys(RunConfig)} - {"stages"}
     for number, line in enumerate(lines):
         name, _, value = line.partition(":")
@@ -294,7 +312,7 @@ def test_every_key_is_read_by_something() -> None:
     """As an attribute or by its name."""
     read = set[str]()
     for path in (ROOT / "trbert_jax").rglob("*.py"):
-        if path.parent.name != "trbert_jax":
+        if path.parent.name not in ("trbert_jax", "config"):
             nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
             read |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
             read |= {str(node.value) for node in nodes if isinstance(node, ast.Constant)}

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from tiny_models import BERT, tiny_model, tiny_params, tiny_tokenizer
 
 from trbert_jax import TRBert, answer_questions
-from trbert_jax import config as settings
 from trbert_jax.cli import main
 from trbert_jax.config import load_config
+from trbert_jax.config import sections as settings
 from trbert_jax.datasets import DATASETS, BadRecords, DataSet, find_dataset, reading, register_dataset
 from trbert_jax.datasets.reading import read_lines
 from trbert_jax.datasets.records import Example
@@ -29,7 +29,8 @@ from trbert_jax.tasks import TASKS, register_task
 from trbert_jax.tasks.classification import ClassificationTask
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.training import objectives, step
-from trbert_jax.training.stages import STAGES, Stage, Update, register_stage
+from trbert_jax.training.stage_objectives import Update
+from trbert_jax.training.stages import STAGES, Stage, register_stage
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 # Compiled once for most tests that only need some run.

@@ -11,10 +11,11 @@ import tiny_models
 from common import random_examples
 
 from trbert_jax.inference import engine
-from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Outputs, bucket_widths
-from trbert_jax.model.model import TokenReducingModel, forward
+from trbert_jax.inference.engine import CompiledForward, InferenceEngine, bucket_widths
+from trbert_jax.inference.outputs import Outputs
+from trbert_jax.model.model import ModelOutput, TokenReducingModel, forward
 from trbert_jax.model.packed import BACKENDS
-from trbert_jax.reduction.selection import keep_probable
+from trbert_jax.reduction.selection import Rule, keep_probable
 
 MAX_LENGTH = 48
 CONFIG = dataclasses.replace(tiny_models.BERT, max_positions=MAX_LENGTH, max_length=MAX_LENGTH)
@@ -37,6 +38,15 @@ def masks(outputs: Outputs) -> np.ndarray:
     return outputs.kept_masks(MAX_LENGTH).swapaxes(0, 1)
 
 
+def one_batch(rule: Rule) -> ModelOutput:
+    """All examples, padded to the full length."""
+    mask = np.arange(MAX_LENGTH) < EXAMPLES.lengths[:, None]
+    ids = np.zeros(mask.shape, np.int32)
+    ids[mask] = EXAMPLES.tokens
+    batch = {"input_ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
+    return jax.jit(lambda params: forward(MODEL, params, batch, rule=rule))(PARAMS)
+
+
 def assert_same(left: Outputs, right: Outputs) -> None:
     np.testing.assert_allclose(left.logits, right.logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(masks(left), masks(right))
@@ -49,11 +59,7 @@ def pick(outputs: Outputs, rows: list[int]) -> Outputs:
 
 def test_outputs_are_the_models(packed: Outputs) -> None:
     """In the order of the examples, here one batch that is padded to the full length."""
-    mask = np.arange(MAX_LENGTH) < EXAMPLES.lengths[:, None]
-    ids = np.zeros(mask.shape, np.int32)
-    ids[mask] = EXAMPLES.tokens
-    batch = {"input_ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
-    output = jax.jit(lambda params: forward(MODEL, params, batch, rule=keep_probable))(PARAMS)
+    output = one_batch(keep_probable)
     np.testing.assert_allclose(packed.logits, output.logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(masks(packed), [s.keep for s in output.selections])
     np.testing.assert_array_equal(packed.num_kept.T, [s.num_kept for s in output.selections])
@@ -64,6 +70,18 @@ def test_outputs_are_the_models(packed: Outputs) -> None:
     first, second = packed.num_kept.T
     assert min((first < packed.lengths).mean(), (second < first).mean(), (second > 1).mean()) > 0.5
     assert set(packed.logits.argmax(-1)) == {0, 1}
+
+
+def test_a_threshold_for_each_point() -> None:
+    """Keeps what the probabilities of the model's own logits say, point by point."""
+    outputs = RUNNER.run(PARAMS, EXAMPLES, threshold=(0.3, 0.6))
+
+    def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
+        return (jax.nn.sigmoid(logits) >= (0.3, 0.6)[stage]) & valid
+
+    output = one_batch(rule)
+    np.testing.assert_array_equal(masks(outputs), [s.keep for s in output.selections])
+    assert (outputs.num_kept[:, 0] > outputs.num_kept[:, 1]).mean() > 0.5
 
 
 def test_batch_max_fills_rows_up(packed: Outputs) -> None:
@@ -130,6 +148,7 @@ def test_compiles_once_for_each_rule_and_width(monkeypatch: pytest.MonkeyPatch, 
     for _ in range(2):
         fresh.run(PARAMS, EXAMPLES, backend="masked")
         fresh.run(PARAMS, EXAMPLES.take(range(23)), backend="masked", threshold=0.3)
+        fresh.run(PARAMS, EXAMPLES, backend="masked", threshold=(0.3, 0.6))
     assert traces == dict.fromkeys(widths, 1)
     for seed in (0, 1):
         fresh.run(PARAMS, EXAMPLES, rule="random", backend="masked", num_kept=packed.num_kept, seed=seed)

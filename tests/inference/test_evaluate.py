@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import tiny_runs
 from trbert_jax import TRBert
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
+from trbert_jax.inference import frontier
 from trbert_jax.inference.class_report import class_table, plot_confusion
 from trbert_jax.inference.evaluate import evaluate_file
 from trbert_jax.model.config import InputConfig
@@ -102,6 +104,10 @@ def test_lower_threshold_keeps_more(folder: Path, result: dict[str, Any], tmp_pa
     assert main(f"evaluate {files} --batch-size 8 --threshold 0.4".split()) == 0
     more = json.loads((tmp_path / "new/out.json").read_text(encoding="utf-8"))
     assert more["threshold"] == 0.4
+    assert main(f"evaluate {files} --batch-size 8 --threshold 0.4,0.5".split()) == 0
+    split = json.loads((tmp_path / "new/out.json").read_text(encoding="utf-8"))
+    assert split["threshold"] == [0.4, 0.5]
+    assert split["kept"][0] == more["kept"][0] > split["kept"][1]
     assert more["flops"] > result["flops"]
     assert more["kept"][0] > result["kept"][0]
 
@@ -136,6 +142,45 @@ def test_dense(folder: Path, result: dict[str, Any], tmp_path: Path) -> None:
     model = TRBert.from_pretrained(folder / "model")
     save_pretrained(tmp_path, model.config, model.params, model.tokenizer, exclude=("selectors",))
     assert evaluate_file(tmp_path, folder / "data.jsonl")["rule"] == "dense"
+
+
+def test_calibrated_points_are_used(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By evaluate and predict, from a folder that is otherwise as before; --frontier stores nothing."""
+    monkeypatch.setattr(frontier, "SPEEDUPS", (1.5,))
+    model, data = shutil.copytree(folder / "model", tmp_path / "model"), f"--data {folder}/data.jsonl"
+    out, picture = tmp_path / "out.json", tmp_path / "x.png"
+    before = (model / "config.json").read_text()
+    assert main(f"evaluate --frontier --model {model} {data} --json {out}".split()) == 0
+    assert (model / "config.json").read_text() == before
+    command = (
+        f"calibrate --model {model} {data} --speedups 1.8,50 --points-lost 100 --json {out} --plot {picture}"
+    )
+    assert main(command.split()) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "operating point 50x: left out" in capsys.readouterr().err
+    found = json.loads(out.read_text(encoding="utf-8"))
+    stored = json.loads((model / "config.json").read_text())
+    points = stored["trbert"].pop("operating_points")
+    assert stored == json.loads(before)
+    assert points == found["operating_points"]
+    assert list(points) == ["1.8x", "within_100"]
+    rows = {row["target"]: row for row in found["frontier"]}
+    assert list(rows) == [1.5, 1.8]
+    assert main(f"evaluate --model {model} {data} --operating-point 1.8x --json {out}".split()) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["flops_speedup"] == pytest.approx(points["1.8x"]["speedup"]) == pytest.approx(1.8, rel=0.05)
+    assert result["threshold"] == points["1.8x"]["thresholds"] == rows[1.8]["threshold"]
+    assert result["accuracy"] == rows[1.8]["accuracy"] == points["1.8x"]["value"]
+    loaded, texts = TRBert.from_pretrained(model), [record["text"] for record in RECORDS]
+    predictions = loaded.predict(texts, operating_point="1.8x")
+    assert [np.mean([len(p.kept[i]) for p in predictions]) for i in (0, 1)] == pytest.approx(result["kept"])
+    loaded.save_pretrained(tmp_path / "copy")
+    assert TRBert.from_pretrained(tmp_path / "copy").config == loaded.config
+    capsys.readouterr()
+    assert main(f"predict --model {model} --operating-point 3x good".split()) == 2
+    assert "'3x' is unknown; the model has 1.8x, within_100" in capsys.readouterr().err
 
 
 def test_pairs_are_evaluated_and_predicted_alike(tmp_path: Path) -> None:

@@ -324,6 +324,8 @@ def test_a_forked_process_answers(model: TRBert, tmp_path: Path) -> None:
         (["a"], {"rule": "fast"}, "threshold, batch_max, dense"),
         (["a"], {"threshold": 1}, "threshold is 1; expected a probability"),
         (["a"], {"threshold": float("nan")}, "threshold is nan"),
+        (["a"], {"threshold": (0.5, 0.6, 0.7)}, r"\(0.5, 0.6, 0.7\); expected 1 or 2 thresholds"),
+        (["a"], {"threshold": [0.5, 2]}, r"\[0.5, 2\]; expected a probability"),
         (["a"], {"rule": "dense", "threshold": 0.3}, "rule dense has none"),
         (["a"], {"rule": "batch_max", "threshold": 0.3}, "rule batch_max has none"),
     ],

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 import tiny_models
 from tiny_qa import VOCABULARY, qa_tokenizer
@@ -17,9 +19,14 @@ from tiny_qa_files import SAMPLES, write_lines
 from trbert_jax import TRBert, answer_questions
 from trbert_jax.cli import main
 from trbert_jax.config import BackboneConfig, DataConfig, RunConfig, load_config
+from trbert_jax.datasets import BadRecords
 from trbert_jax.errors import UserError
+from trbert_jax.inference.copies import run_copies
+from trbert_jax.inference.evaluate import read_examples
+from trbert_jax.inference.frontier import compare
 from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.model.pretrained import save_pretrained
+from trbert_jax.reduction.rules import RULES
 from trbert_jax.tasks import Splits
 from trbert_jax.training.run import results_table
 
@@ -212,6 +219,27 @@ def test_evaluate_reads_the_published_file(models: dict[str, Path], tmp_path: Pa
     assert (again, metric in result) == (found, False)
     if ids and kind != "choice":
         assert answered == set(ids)
+
+
+@pytest.mark.parametrize("kind", ["span", "choice", "segments", "candidates", "multi_hop"])
+def test_thresholds_in_one_pass(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Have the answers and kept tokens of passes of their own, and the same distance from the dense model."""
+    form = SAMPLES[KINDS[kind][3]]
+    data = Path(form.write(tmp_path / form.path, form.fresh()))
+    model = TRBert.from_pretrained(models[kind])
+    examples, engine = read_examples(model, data, BadRecords()), model.engine(2)
+    values = (-1.0, 0.5)
+    logits, rule = np.array(values, np.float32)[:, None], RULES["threshold"]
+    copies = run_copies(engine, model.params, examples, "min_logit", logits, rule, "masked")
+    dense = engine.run(model.params, examples, rule="dense", backend="masked")
+    for logit, found in zip(values, copies, strict=True):
+        threshold = 1 / (1 + np.exp(-logit))
+        expected = engine.run(model.params, examples, threshold=threshold, backend="masked")
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found.logits, expected.logits)
+        np.testing.assert_array_equal(found.num_kept, expected.num_kept)
+        divergence, flips = compare(dense, found)
+        assert (divergence is None) == (flips is None) == (kind == "multi_hop")
+        assert divergence is None or divergence > 0
 
 
 def test_benchmark_runs_questions(models: dict[str, Path], tmp_path: Path) -> None:

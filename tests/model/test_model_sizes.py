@@ -40,7 +40,7 @@ def test_packed_execution_needs_less_memory_than_masked() -> None:
         "input_ids": jax.ShapeDtypeStruct((rows, width), jnp.int32),
         "mask": jax.ShapeDtypeStruct((rows, width), bool),
         "valid": jax.ShapeDtypeStruct((rows,), bool),
-        "min_logit": jax.ShapeDtypeStruct((rows,), jnp.float32),
+        "min_logit": jax.ShapeDtypeStruct((rows, 2), jnp.float32),
     }
     programs, peak = CompiledForward(TokenReducingModel(config)), {}
     for backend in ("packed", "masked"):

@@ -15,9 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import params_of, random_batch
 
+from trbert_jax.model import packed as packed_module
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import ModelOutput, TokenReducingModel, forward
 from trbert_jax.model.packed import pack, packed_forward
+from trbert_jax.model.segment import KEPT, Segment, kept_numbers
 from trbert_jax.model.tiles import Tiling
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction.policy_loss import advantage
@@ -154,8 +156,36 @@ def test_buckets_end_at_the_width_and_are_few(width: int) -> None:
         assert tiling.capacity(3 * width, width) >= -(-3 * width // tiling.tokens) * tiling.tokens
 
 
-@pytest.mark.parametrize("execute", [forward, packed_forward], ids=["masked", "packed"])
-def test_remat_changes_no_gradient(execute: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("kept", [*KEPT, "remat"])
+def test_memory_changes_no_gradient(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout: whatever is computed again is computed with the same masks; so with other tiles."""
+    params, batch = params_of(BERT), random_batch(BERT, [18, 1, 7], width=WIDTH)
+    used: list[str] = []
+
+    def segment(layer: Any, num_layers: int, tiling: Tiling, kept: str) -> Segment:
+        used.append(kept)
+        return Segment(layer, num_layers, tiling, kept)
+
+    monkeypatch.setattr(packed_module, "Segment", segment)
+
+    def gradient(model: TokenReducingModel, tiling: Tiling) -> Any:
+        def loss(params: Any) -> jax.Array:
+            options: Any = {"rule": tokens.keep_probable, "num_copies": 2, "tiling": tiling}
+            output = packed_forward(model, params, batch, dropout_rng=jax.random.key(1), **options)
+            return jnp.square(output.logits).sum()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    slots = TILING.capacity(2 * batch["mask"].size, WIDTH)
+    memory = 4.0 * BERT.num_layers * slots * kept_numbers(BERT).get(kept, 10**6)
+    found = gradient(TokenReducingModel(BERT, remat=kept == "remat", activation_memory=memory), TILING)
+    assert used[-1] == ("states" if kept == "remat" else kept)
+    expected = gradient(TokenReducingModel(BERT), dataclasses.replace(TILING, tokens=8, group_tokens=40))
+    assert used[-1] == "all"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+def test_remat_of_the_masked_backend_changes_no_gradient() -> None:
     config = dataclasses.replace(tiny_models.BERT, num_layers=2)
     params, batch = params_of(config), random_batch(config, [18, 1, 7], width=18)
 
@@ -164,7 +194,7 @@ def test_remat_changes_no_gradient(execute: Callable[..., Any]) -> None:
 
         def loss(params: Any) -> jax.Array:
             rng = jax.random.key(1)
-            output = execute(model, params, batch, rule=tokens.keep_probable, dropout_rng=rng)
+            output = forward(model, params, batch, rule=tokens.keep_probable, dropout_rng=rng)
             return jnp.square(output.logits).sum()
 
         return jax.jit(jax.grad(loss))(params), str(jax.make_jaxpr(loss)(params))

@@ -98,8 +98,8 @@ def test_kept_ratio_is_of_the_maximum_length() -> None:
             with_logits(logits, scored + padding, keep + padding)
             for scored, keep in (("1111", "1110"), ("1110", "1000"))
         ]
-        np.testing.assert_allclose(policy.kept_ratio(selections, 10), [0.2], rtol=1e-6)
-        np.testing.assert_allclose(policy.kept_ratio(selections[:1], 10), [0.3], rtol=1e-6)
+        np.testing.assert_allclose(policy.kept_ratio([s.num_kept for s in selections], 10), [0.2], rtol=1e-6)
+        np.testing.assert_allclose(policy.kept_ratio([selections[0].num_kept], 10), [0.3], rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_samples", [2, 3])

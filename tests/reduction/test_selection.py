@@ -70,10 +70,18 @@ def test_top_tokens_of_short_rows() -> None:
 def test_keep_above_a_threshold(threshold: float) -> None:
     logits = [[-5.0, -4.0, -1.0, -0.1, 0.0, 0.1, 1.0, 9.0]]
     assert tokens.min_logit(0.5) == 0.0
-    selection = apply(tokens.keep_above(tokens.min_logit(threshold)), logits, bools("11111110"))
+    selection = apply(
+        tokens.keep_above(jnp.array([[tokens.min_logit(threshold)]])), logits, bools("11111110")
+    )
     expected = (1 / (1 + np.exp(-np.array(logits))) >= threshold) & np.array(bools("11111110"))
     expected[:, 0] = True
     np.testing.assert_array_equal(selection.keep, expected)
+
+
+def test_each_point_and_row_has_its_own_threshold() -> None:
+    least, logits = jnp.array([[0.0, 1.0], [2.0, -1.0]]), [[9.0, -1.5, -0.5, 0.5, 1.5, 2.5]] * 2
+    for stage, rows in enumerate([("100111", "100001"), ("100011", "101111")]):
+        assert_kept(apply(tokens.keep_above(least), logits, bools(*["111111"] * 2), stage).keep, *rows)
 
 
 @pytest.mark.parametrize("cls", [-5.0, 5.0])

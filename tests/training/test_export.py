@@ -126,7 +126,7 @@ def export_predictor(rule: str, backend: str, layout: DeviceMesh, dtype: Any) ->
     rows = DEVICES * ROWS_A_DEVICE
     batch = StageStep("finetune", "packed", MODEL).batch(0, 1, rows)
     inputs = {k: v[0] for k, v in batch.items()} | {
-        "min_logit": np.zeros(rows, np.float32),
+        "min_logit": np.zeros((rows, MODEL.num_reductions), np.float32),
         "num_kept": np.ones((rows, MODEL.num_reductions), np.int32),
         "seed": np.zeros(rows, np.int32),
     }

@@ -18,8 +18,10 @@ from safetensors.numpy import load_file
 from trbert_jax import TRBert
 from trbert_jax.cli import main
 from trbert_jax.datasets import DATASETS
+from trbert_jax.inference.frontier import SPEEDUPS
+from trbert_jax.model.operating_points import to_dict
 from trbert_jax.reduction import flops
-from trbert_jax.training import stages
+from trbert_jax.training import stage_objectives, stages
 from trbert_jax.training.logging import read_metrics
 from trbert_jax.training.stages import Stage
 
@@ -49,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder, traces, out = tmp_path_factory.mktemp("all"), Counter[str](), io.StringIO()
 
     def counting(stage: Stage) -> Stage:
-        def objective(update: stages.Update) -> Any:
+        def objective(update: stage_objectives.Update) -> Any:
             traces[stage.name] += 1
             return stage.objective(update) if stage.objective else None
 
@@ -209,12 +211,37 @@ def test_finished_stages_are_skipped(
     assert (copy.parent / "work" / "joint" / "done.json").stat().st_mtime_ns == before
 
 
+FRONTIER = ("evaluate.frontier=true", "evaluate.speedups=[1.5]", "evaluate.points_lost=[100]")
+
+
 def test_evaluation_settings_may_change(copy: Path, finished: Finished) -> None:
-    results = tiny_runs.train(copy, "evaluate.thresholds=[0.6]", "evaluate.batch_size=5")
-    assert list(results["thresholds"]) == ["0.6"]
+    changes = ("evaluate.thresholds=[0.6, [0.3, 0.6]]", "evaluate.batch_size=5", *FRONTIER)
+    results = tiny_runs.train(copy, *changes)
+    assert list(results["thresholds"]) == ["0.6", "0.3,0.6"]
+    both, second = (results["thresholds"][name]["kept"] for name in ("0.6", "0.3,0.6"))
+    assert second[0] > both[0]
+    targets = [row["target"] for row in results["frontier"]]
+    assert 1.5 in targets
+    assert targets == [*SPEEDUPS[: len(targets)]]
+    assert all({"accuracy", "flips"} <= set(row) for row in results["frontier"])
+    assert {"random", "first_k"} <= set(results["frontier"][targets.index(1.5)])
+    model = TRBert.from_pretrained(copy.parent / "work" / "model")
+    assert to_dict(model.config.operating_points).keys() == {"1.5x", "within_100"}
+    assert (copy.parent / "work" / "frontier.png").is_file()
+    row = next(row for row in results["frontier"] if row["target"] == 1.5)
+    texts = [record["text"] for record in tiny_runs.records(NUM_TEST, 2)]
+    kept = [prediction.kept[0] for prediction in model.predict(texts, operating_point="1.5x")]
+    assert np.mean([*map(len, kept)]) == pytest.approx(row["kept"][0])
     for name in ("dense", "policy", "reduced"):
         assert results[name]["accuracy"] == finished.results[name]["accuracy"]
         assert results[name]["flops"] == pytest.approx(finished.results[name]["flops"])
+
+
+def test_thresholds_that_the_model_cannot_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Are refused before the training."""
+    command = ["train", "--config", str(tiny_runs.write_config(tmp_path)), "--stages", "finetune"]
+    assert main([*command, "evaluate.thresholds=[[0.3, 0.4, 0.5]]"]) == 2
+    assert "evaluate.thresholds is (0.3, 0.4, 0.5); expected 1 or 2" in capsys.readouterr().err
 
 
 def test_some_stages(copy: Path, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:

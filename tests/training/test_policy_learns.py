@@ -3,9 +3,11 @@
 import collections
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import tiny_models
 import tiny_runs
 
@@ -26,7 +28,13 @@ def save_deaf_model(folder: Path) -> None:
     save_pretrained(folder, config, params, tiny_models.tiny_tokenizer())
 
 
-def test_policy_keeps_what_decides(tmp_path: Path) -> None:
+BOTH = {"credit": "both", "penalty_gradient": "exact", "num_samples": 4}
+
+
+@pytest.mark.parametrize(
+    ("credit", "kind"), [({"num_samples": 8}, "residual"), (BOTH, "gate")], ids=["reward", "both"]
+)
+def test_policy_keeps_what_decides(tmp_path: Path, credit: dict[str, Any], kind: str) -> None:
     """The policy finds the word, and other selections of as many tokens do not."""
     tiny_runs.write_dataset(tmp_path / "data", {"train": 400, "dev": 20, "test": 200})
     save_deaf_model(tmp_path / "start")
@@ -36,8 +44,9 @@ def test_policy_keeps_what_decides(tmp_path: Path) -> None:
         seed=1,
         stages=["finetune", "score", "policy", "evaluate"],
         model={"init": str(tmp_path / "start")},
+        score={"kind": kind},
         finetune={**training, "learning_rate": 5e-3, "epochs": 8, "dropout": False},
-        policy={**training, "learning_rate": 1e-2, "epochs": 4, "num_samples": 8},
+        policy={**training, "learning_rate": 1e-2, "epochs": 4, **credit},
     )
     results = tiny_runs.train(config)
     dense, reduced = results["dense"], results["reduced"]

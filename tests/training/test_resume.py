@@ -31,13 +31,15 @@ def assert_same_run(left: Path, right: Path, stages: list[str]) -> None:
     assert next(results) == next(results)
 
 
-# Shallow, masked, and two stages: compilation is most of the time.
+# Shallow, masked, and three stages: compilation is most of the time.
 # With a rate of the guide, `policy` would need stage score.
+JOINT = {"rule": "threshold", "credit": "gate", "penalty_gradient": "exact", "jitter": 0.5}
 SHORT: dict[str, Any] = {
-    "stages": ["finetune", "policy"],
+    "stages": ["finetune", "policy", "joint"],
     "model": tiny_runs.ONE_LAYER,
     "finetune": {"backend": "masked"},
     "policy": {"backend": "masked", "guide_rate": 0},
+    "joint": {**JOINT, "backend": "masked", "distill": False, "target_speedup": 1.2, "hard_fraction": 0.5},
 }
 
 
@@ -80,23 +82,27 @@ def use_old_keys(work: Path) -> None:
 def test_interrupted_runs_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In updates 8 and 10 of 12, by an older version; checkpoints are of steps 4, 6, 8 and 12."""
+    """In updates 8 and 10 of 12, by an older version; checkpoints are of steps 4, 6, 8 and 12.
+
+    Stage joint holds a target speed-up, and has begun its last part.
+    """
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     tiny_runs.train(tiny_runs.write_config(tmp_path / "whole", **SHORT))
     config = tiny_runs.write_config(tmp_path / "parts", **SHORT)
-    interruptions = Interruptions(monkeypatch, ("finetune", 7), ("policy", 9))
+    interruptions = Interruptions(monkeypatch, ("finetune", 7), ("policy", 9), ("joint", 9))
     capsys.readouterr()
     said = []
-    for code in (130, 130, 0):
+    for code in (130, 130, 130, 0):
         use_old_keys(tmp_path / "parts" / "work")
         assert main(["train", "--config", str(config)]) == code
         said.append([line for line in capsys.readouterr().err.splitlines() if "resuming" in line])
     resumed = [["finetune: resuming from step 6 of 12"], ["policy: resuming from step 8 of 12"]]
+    resumed.append(["joint: resuming from step 8 of 12"])
     assert said == [[], *resumed]
     repeated = {place for place, times in interruptions.begun.items() if times > 1}
-    assert repeated == {("finetune", 6), ("policy", 8)}
+    assert repeated == {("finetune", 6), ("policy", 8), ("joint", 8)}
     assert {step for _, step in interruptions.begun} == set(range(12))
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", ["finetune", "policy"])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", ["finetune", "policy", "joint"])
     one, two = (read_json(tmp_path / name / "work" / "config.json") for name in ("whole", "parts"))
     assert tiny_runs.without_times(two) == tiny_runs.without_times(one)

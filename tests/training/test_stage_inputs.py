@@ -23,10 +23,10 @@ from trbert_jax.model.pretrained import Pretrained
 from trbert_jax.parallel import DeviceMesh, single_device
 from trbert_jax.reduction import selection
 from trbert_jax.reduction.residual_scores import rank_targets
-from trbert_jax.training import stage_inputs
+from trbert_jax.training import resumable_arrays, stage_inputs
 from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.objectives import Objective
-from trbert_jax.training.stage_inputs import ResumableArrays
+from trbert_jax.training.resumable_arrays import ResumableArrays
 from trbert_jax.training.stages import STAGES, objective_of
 
 BATCHES, SHAPE = 5, (10, 3)
@@ -53,7 +53,7 @@ def fill(folder: Path, fingerprint: Any = "a", kill_in: int | None = None) -> in
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records progress after every batch."""
-    monkeypatch.setattr(stage_inputs, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(resumable_arrays, "SAVE_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("eager")
@@ -63,7 +63,7 @@ def test_untrusted_files_are_replaced(tmp_path: Path, damage: str) -> None:
     assert [path.name for path in (tmp_path / "whole").iterdir()] == ["x.npy"]
     with pytest.raises(Killed):
         fill(tmp_path / "p", kill_in=3)
-    partial, progress = tmp_path / "p" / "x.npy.partial", tmp_path / "p" / stage_inputs.PROGRESS
+    partial, progress = tmp_path / "p" / "x.npy.partial", tmp_path / "p" / resumable_arrays.PROGRESS
     if damage == "cut":
         os.truncate(partial, 150)
     elif damage == "gone":
@@ -90,7 +90,7 @@ def test_no_files_remain_without_progress_or_in_other_processes(
 
 def test_space_is_reserved(tmp_path: Path) -> None:
     path = tmp_path / "x.npy.partial"
-    stage_inputs._reserve_npy(path, (1_000, 1_000))
+    resumable_arrays._reserve_npy(path, (1_000, 1_000))
     assert path.stat().st_size == 128 + 4_000_000
     assert path.stat().st_blocks * 512 >= 4_000_000, "the file is not sparse"
     assert not np.load(path).any()
@@ -119,7 +119,7 @@ def read(path: Path, row_targets: dict[str, Any], name: str = "guide") -> Callab
     }
     examples: Any = types.SimpleNamespace(row_targets=row_targets, digest="", **shape)
     reader = stage_inputs.guide if name == "guide" else stage_inputs.ranks
-    stage_input = reader(experiment, "policy", examples, "classification")[name]
+    stage_input = reader(experiment, "policy", examples, examples, "classification")[name]
     assert isinstance(stage_input, stage_inputs.StageInput)
     return stage_input.read
 
@@ -199,7 +199,7 @@ def test_a_killed_stage_resumes_and_ends_with_the_same_files(
 
 def test_balanced_classes_weigh_the_same(tmp_path: Path) -> None:
     """In every objective; metrics are not weighted."""
-    weight = stage_inputs.class_weights(np.array([0, 0, 0, 1, 3, 0])).read(np.arange(6))
+    weight = stage_inputs.class_weights(np.array([0, 0, 0, 1, 3, 0]), "joint").read(np.arange(6))
     assert weight.dtype == np.float32
     np.testing.assert_allclose(weight, [0.5, 0.5, 0.5, 2, 2, 0.5])  # of six, three classes of 4, 1 and 1
     config = load_config(tiny_runs.write_config(tmp_path, data={"class_weights": "balanced"}))

@@ -178,12 +178,12 @@ def test_an_example_with_a_value_that_is_not_finite_is_named() -> None:
     index = np.array([2, 1])  # in a batch of three: c and a row that fills, both rows of b, fillers
     rows = np.zeros((6, 2, 4), np.float32)
     rows[[1, 4, 5]] = np.nan  # none of them is a row of an example
-    check_finite(features, index, 3, {"score": rows, "loss": np.array([0, 0, np.nan])})
+    check_finite("score", features, index, 3, {"score": rows, "loss": np.array([0, 0, np.nan])})
     rows[3, 1, 2] = np.inf
     with pytest.raises(UserError, match="score: score of example b is not finite"):
-        check_finite(features, index, 3, {"score": rows})
+        check_finite("score", features, index, 3, {"score": rows})
     with pytest.raises(UserError, match="loss of example c is not finite"):
-        check_finite(features, index, 3, {"loss": np.array([np.nan, 0, 0])})
+        check_finite("score", features, index, 3, {"loss": np.array([np.nan, 0, 0])})
 
 
 def test_speed_and_a_profile_are_not_among_the_metrics(whole: Path) -> None:

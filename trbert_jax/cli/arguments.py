@@ -209,6 +209,8 @@ def found_path(text: str) -> Path:
 NAME = kind("names with commas between them", str, bool)
 INDEX = kind("a number of at least 0", digits, lambda n: n >= 0)
 COUNT = kind("a number of at least 1", digits, lambda n: n >= 1)
+FACTOR = kind("a number above 1", float, lambda x: 1 < x < math.inf)
+AMOUNT = kind("a number of at least 0", float, lambda x: 0 <= x < math.inf)
 PROBABILITY = kind("a number above 0 and below 1", float, lambda p: 0 < p < 1)
 NUMBER = kind("a number", float, math.isfinite)
 N_BEST = kind("a number from 1 to 20", digits, lambda n: 1 <= n <= 20)
@@ -218,8 +220,17 @@ STEPS = kind(
     lambda steps: len(steps) == 2 and 0 <= steps[0] < steps[1],
 )
 
+
+def thresholds(text: str) -> float | tuple[float, ...]:
+    """Converts the keep probability of all points of reduction, or one for each."""
+    values = list_of(PROBABILITY)(text)
+    return values[0] if len(values) == 1 else tuple(values)
+
+
 BACKEND_HELP = "packed: compute only the kept tokens (default); masked: compute all, with the same results"
-THRESHOLD_HELP = "keep tokens whose keep probability is at least P (default 0.5, as published)"
+THRESHOLD_HELP = (
+    "keep tokens whose keep probability is at least P (default 0.5, as published), or P at each point"
+)
 PREDICTIONS_HELP = "write a JSON line per text, or the official scorer's input"
 CONFIG = path_option("inputs", "--config", "FILE", "YAML file with the settings of the run", required=True)
 OVERRIDES = option("overrides", "key=value", str, "settings that replace those of the file", nargs="*")
@@ -231,7 +242,10 @@ RULE = (
     option("--backend", None, str, BACKEND_HELP, choices=backends, default="packed"),
     former("--execution", "--rule and --backend"),
 )
-THRESHOLD = option("--threshold", "P", PROBABILITY, THRESHOLD_HELP, default=DEFAULT_THRESHOLD)
+THRESHOLD = option("--threshold", "P[,P]", thresholds, THRESHOLD_HELP, default=DEFAULT_THRESHOLD)
+OPERATING_POINT = option(
+    "--operating-point", "NAME", str, "use thresholds that are stored with the model, 3x say (see calibrate)"
+)
 FIELDS = (
     option("--text-field", "NAME", str, "field of the text (default that of the training data, or text)"),
     option("--text-pair-field", "NAME", str, "field of a second text"),

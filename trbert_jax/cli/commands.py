@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from trbert_jax import io
 from trbert_jax.cli.arguments import (
+    AMOUNT,
     ANSWERS,
     BATCH_SIZE,
     CONFIG,
     COUNT,
+    FACTOR,
     FIELDS,
     INDEX,
     LABEL_FIELD,
@@ -22,6 +24,7 @@ from trbert_jax.cli.arguments import (
     MODEL,
     N_BEST,
     NAME,
+    OPERATING_POINT,
     OVERRIDES,
     PREDICTIONS_HELP,
     RULE,
@@ -154,10 +157,12 @@ def _train(args: Arguments) -> None:
     BATCH_SIZE,
     *RULE,
     THRESHOLD,
+    OPERATING_POINT,
     *ANSWERS,
     path_option("outputs", "--json", "FILE", "write the numbers to this file"),
     path_option("outputs", "--predictions", "FILE", PREDICTIONS_HELP, beside=".null_odds.json"),
-    path_option("outputs", "--plot", "FILE", "draw the confusion matrix to this PNG file"),
+    path_option("outputs", "--plot", "FILE", "draw the confusion matrix, or the frontier, to this PNG file"),
+    switch("--frontier", "find the best thresholds for many speeds instead; calibrate stores some"),
     switch("--baselines", lambda: f"also {', '.join(rule_names('baseline'))}, at the same kept counts"),
     SKIP,
     path_option("inputs", "--config", "FILE", "settings, for --all-checkpoints"),
@@ -185,21 +190,26 @@ def _evaluate(args: Arguments) -> None:
         raise UserError("--config and key=value need --all-checkpoints; one model takes --model and --data")
     elif not (args.model and args.data):
         raise UserError("--model and --data are needed, or --config with --all-checkpoints")
+    elif args.frontier and (other := [name for name in _SINGLE if getattr(args, name)]):
+        raise UserError(f"--{other[0].replace('_', '-')} is not for --frontier, which tries many thresholds")
     elif args.baselines and args.rule is not None and not RULES[args.rule].drops:
         raise UserError(f"--baselines keep as many tokens as the model; --rule {args.rule} drops none")
+    if args.frontier:
+        _calibrate(args)
+        return
     if not (args.json or args.predictions):
         streams.check_output_is_read("--json")
     io.enable_compilation_cache()
     if args.all_checkpoints:
-        from trbert_jax.training.run import evaluate_all_checkpoints
+        from trbert_jax.training.evaluation import evaluate_all_checkpoints
 
         result = evaluate_all_checkpoints(_config(args), args.json)
     else:
         from trbert_jax.inference.evaluate import evaluate_file
 
         baselines = rule_names("baseline") if args.baselines else ()
-        names = "batch_size rule backend threshold predictions plot skip_bad_records max_length"
-        names += " null_threshold max_answer_length"
+        names = "batch_size rule backend threshold operating_point predictions plot skip_bad_records"
+        names += " max_length null_threshold max_answer_length"
         options = _chosen(args, f"{names} text_field text_pair_field label_field")
         result = evaluate_file(args.model, args.data, baselines=baselines, **options)
     if args.json:
@@ -210,6 +220,49 @@ def _evaluate(args: Arguments) -> None:
     streams.show(*_table(shown))
     if lines := [*class_table(result)]:
         streams.show("", *lines)
+
+
+_SINGLE = ("rule", "operating_point", "predictions", "null_threshold", "max_answer_length")
+
+
+@command(
+    "calibrate",
+    MODEL,
+    path_option("inputs", "--data", "FILE", data_help, required=True),
+    *FIELDS,
+    LABEL_FIELD,
+    MAX_LENGTH,
+    BATCH_SIZE,
+    path_option("models", "--dense", "DIR", "dense model to compare with (default the model, unreduced)"),
+    option("--speedups", "X,X", list_of(FACTOR), "times fewer FLOPs, of operating points (default 2,3,4)"),
+    option("--points-lost", "X,X", list_of(AMOUNT), "points of the metric, of others (default 0.5,1)"),
+    path_option("outputs", "--json", "FILE", "write the numbers to this file"),
+    path_option("outputs", "--plot", "FILE", "draw the metric against the speed-up to this PNG file"),
+    SKIP,
+)
+def _calibrate(args: Arguments) -> None:
+    """Store thresholds for wanted speeds with a model.
+
+    Finds the best thresholds for each speed on development data, not those that measure the result, and
+    stores operating points in DIR/config.json: 2x, 3x and 4x fewer FLOPs, and the fastest within 0.5 and
+    within 1 point of the dense model. --operating-point of predict, evaluate and benchmark uses them.
+
+    Examples:
+      trbert calibrate --model work/imdb/model --data dev.jsonl --plot frontier.png
+      trbert predict --model work/imdb/model --operating-point 3x "some text"
+    """
+    io.enable_compilation_cache()
+    from trbert_jax.inference.calibrate import calibrate_file, frontier_table
+
+    names = "batch_size plot skip_bad_records max_length text_field text_pair_field label_field"
+    options = _chosen(args, names)
+    if args.command == "calibrate":
+        given = {"dense_dir": args.dense, "speedups": args.speedups, "points_lost": args.points_lost}
+        options |= {"stored": True, **{name: value for name, value in given.items() if value}}
+    result = calibrate_file(args.model, args.data, **options)
+    if args.json:
+        io.write_json(args.json, result)
+    streams.show(*frontier_table(result))
 
 
 @command(
@@ -230,6 +283,7 @@ def _evaluate(args: Arguments) -> None:
     BATCH_SIZE,
     *RULE,
     THRESHOLD,
+    OPERATING_POINT,
     option("--n-best", "N", N_BEST, "list the N best answers to each question"),
     *ANSWERS,
     switch("--with-text", "repeat the text, or the question, in each line"),
@@ -270,7 +324,7 @@ def _predict(args: Arguments) -> None:
     model = TRBert.from_pretrained(args.model, max_length=args.max_length)
     fields = model.config.inputs.fields(args.text_field, args.text_pair_field)
     bad = BadRecords(args.skip_bad_records)
-    options = _chosen(args, "batch_size rule backend threshold")
+    options = _chosen(args, "batch_size rule backend threshold operating_point")
     asked = _chosen(args, "n_best null_threshold max_answer_length")
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked and not model.answers_questions:
@@ -331,6 +385,8 @@ def _compile(args: Arguments) -> None:
     option("--max-texts", "N", COUNT, "use only the first N texts of the file"),
     SKIP,
     MAX_LENGTH,
+    THRESHOLD,
+    OPERATING_POINT,
     option("--repeats", "N", COUNT, "time everything N times (default 5)", default=5),
     option("--dtype", None, str, "of activations", choices=("float32", "bfloat16"), default="float32"),
     path_option("outputs", "--json", "FILE", "write a list of records to this file"),
@@ -355,7 +411,8 @@ def _benchmark(args: Arguments) -> None:
     from trbert_jax.inference.benchmark import benchmark_file
     from trbert_jax.inference.benchmark_report import plot_benchmark, table
 
-    names = "random batch_sizes variants max_texts max_length repeats dtype skip_bad_records"
+    names = "random batch_sizes variants max_texts max_length repeats dtype skip_bad_records threshold"
+    names += " operating_point"
     options = _chosen(args, names) | {"model_dir": args.model, "replay_dir": args.replay}
     records = benchmark_file(args.data, command=args.command_line, **options)
     streams.show(*table(records))

@@ -26,10 +26,11 @@ from trbert_jax.inference.lines import PAUSE, Source, Text
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
+from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction.flops import EncoderShape, dense_flops, reduced_flops
-from trbert_jax.reduction.rules import RULES, RuleSpec
-from trbert_jax.reduction.selection import Rule, keep_batch_max, random_key
+from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES, RuleSpec, Threshold, point_thresholds
+from trbert_jax.reduction.selection import Rule, keep_batch_max, min_logit, random_key
 from trbert_jax.tasks.classification import encode_texts
 from trbert_jax.tasks.examples import Examples, pad_batch
 
@@ -57,6 +58,7 @@ class Workload:
     examples: Examples  # n tokenized texts, or questions of R rows
     max_length: int  # width of the full-length variants
     actions: np.ndarray | None = None  # bool [n, stages, max_length], tokens to keep; None: the model decides
+    min_logit: tuple[float, ...] = (0.0, 0.0)  # of each point of reduction, see `selection.min_logit`
 
     def whole_batches(self, batch_size: int) -> Examples:
         """Returns the examples of full batches; the others are not run."""
@@ -65,14 +67,14 @@ class Workload:
     def batches(self, batch_size: int, widths: Sequence[int]) -> Iterator[tuple[np.ndarray, Inputs]]:
         """Pads the full batches, in order, each to the smallest width (ascending) that holds it.
 
-        Yields positions of the texts, int [B], and arrays with the rule's inputs `min_logit` float32 [B * G]
-        and, if actions are given, `actions` bool [B, stages, W].
+        Yields positions of the texts, int [B], and arrays with the rule's inputs `min_logit` float32 [B * G,
+        stages] and, if actions are given, `actions` bool [B, stages, W].
         """
         for index in np.arange(len(self.whole_batches(batch_size))).reshape(-1, batch_size):
             longest = self.examples.lengths[index].max()
             width = next(width for width in widths if width >= longest)
             batch = pad_batch(self.examples, index, batch_size, width)
-            batch["min_logit"] = np.zeros(len(batch["input_ids"]), np.float32)
+            batch["min_logit"] = np.tile(np.array(self.min_logit, np.float32), (len(batch["input_ids"]), 1))
             if self.actions is not None:
                 batch["actions"] = self.actions[index, :, :width]
             yield index, batch
@@ -220,6 +222,8 @@ def benchmark_file(
     max_length: int | None = None,
     repeats: int = 5,
     dtype: str = "float32",
+    threshold: Threshold = DEFAULT_THRESHOLD,
+    operating_point: str | None = None,
     command: str | None = None,
     skip_bad_records: bool = False,
 ) -> list[Record]:
@@ -235,6 +239,8 @@ def benchmark_file(
       variants: keys of `VARIANTS`; None takes all that can run.
       max_texts: number of texts (of questions: inputs) to read; None reads all.
       repeats: passes over all variants.
+      threshold, operating_point: see `TRBert.predict`; of the replayed model if one is given. Variant
+        batch_max has neither.
       command: what the user typed, for the records.
       skip_bad_records: skip malformed records, instead of raising an error.
 
@@ -252,6 +258,13 @@ def benchmark_file(
         model = TRBert.from_pretrained(model_dir, max_length=max_length, dtype=dtype)
     else:
         raise ValueError("model_dir or random is needed")
+    selecting = replayed or model
+    threshold = find_thresholds(selecting.config.operating_points, operating_point, threshold=threshold)
+    thresholds = point_thresholds(threshold, selecting.config.num_reductions)
+    if set(thresholds) != {DEFAULT_THRESHOLD}:
+        if "batch_max" in (variants or ()):
+            raise UserError("--variants: batch_max keeps tokens from keep probability 0.5 on only")
+        names = [name for name in names if name != "batch_max"]
     actions = None
     if model.answers_questions:
         if replayed is not None:
@@ -269,8 +282,9 @@ def benchmark_file(
         examples = _encode(texts, model, str(data))
         if replayed is not None:
             logger.info("computing the tokens that %s keeps", replay_dir)
-            actions = _actions_of(replayed, str(replay_dir), texts, model, examples)
-    workload, count = Workload(examples, model.config.max_length, actions), len(examples)
+            actions = _actions_of(replayed, str(replay_dir), texts, model, examples, thresholds)
+    least = tuple(map(min_logit, thresholds))
+    workload, count = Workload(examples, model.config.max_length, actions, least), len(examples)
     sizes = list(dict.fromkeys(batch_sizes or [size for size in BATCH_SIZES if size <= count]))
     if max(sizes) > count:
         raise UserError(f"--batch-sizes: {max(sizes)} is more than the {count} texts of {data}")
@@ -279,6 +293,7 @@ def benchmark_file(
         "model": str(random or model_dir),
         "replay": None if replay_dir is None else str(replay_dir),
         "max_length": model.config.max_length,
+        "thresholds": thresholds,
         "repeats": repeats,
         "command": command,
         **report.described(Path(data)),
@@ -334,7 +349,12 @@ def _encode(texts: Sequence[Text], model: TRBert, source: str) -> Examples:
 
 
 def _actions_of(
-    replayed: TRBert, name: str, texts: Sequence[Text], model: TRBert, examples: Examples
+    replayed: TRBert,
+    name: str,
+    texts: Sequence[Text],
+    model: TRBert,
+    examples: Examples,
+    thresholds: tuple[float, ...],
 ) -> np.ndarray:
     """Returns what the replayed model keeps, bool [n, stages, max_length]."""
     for field in ("num_reductions", "max_length"):
@@ -344,5 +364,6 @@ def _actions_of(
     if not np.array_equal(_encode(texts, replayed, name).tokens, examples.tokens):
         raise UserError(f"--replay: {name} splits the texts into other tokens; it needs the same tokenizer")
     engine = replayed.engine(min(_REFERENCE_BATCH, len(examples)))
-    outputs = engine.run(replayed.params, examples, rule=replayed.default_rule)
+    options: Any = {} if replayed.default_rule == "dense" else {"threshold": thresholds}
+    outputs = engine.run(replayed.params, examples, rule=replayed.default_rule, **options)
     return outputs.kept_masks(model.config.max_length)

@@ -1,6 +1,5 @@
 """Run a model over a data set, in compiled passes of few static shapes."""
 
-import dataclasses
 import itertools
 import time
 import warnings
@@ -12,24 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.errors import UserError
-from trbert_jax.model.config import ModelConfig
+from trbert_jax.inference.outputs import Allocate, Collector, Outputs
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.packed import BACKENDS, DEFAULT_BACKEND
 from trbert_jax.parallel import KEPT, ROWS, DeviceMesh, single_device
-from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, RULES, RuleSpec, check_rule
-from trbert_jax.reduction.selection import min_logit, random_key
+from trbert_jax.reduction.rules import (
+    DEFAULT_RULE,
+    DEFAULT_THRESHOLD,
+    RULES,
+    RuleSpec,
+    Threshold,
+    check_rule,
+    point_thresholds,
+)
+from trbert_jax.reduction.selection import Selection, min_logit, random_key
 from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
 from trbert_jax.tasks.losses import Rows
-from trbert_jax.tasks.scorers import accuracy
 
 Inputs = Mapping[str, Any]  # arrays [B, ...]
 Program = Callable[[Params, Inputs], tuple[Logits, jax.Array]]
 Key = tuple[str, str, tuple[tuple[str, tuple[int, ...], str], ...]]
 AfterBatch = Callable[[Examples, np.ndarray, Logits], None]
-# Name of the logits ("" where there is one array) and shape -> zeros, float32.
-Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
 
 # Sizes of batches of fewer examples than the batch size, so that memory follows the examples. Few and far
 # between: each is compiled.
@@ -87,6 +91,10 @@ class CompiledForward:
         Takes arrays, those of the batch [B * G, ...] with the rule's inputs, or their shapes. Returns
         `(params, batch) -> (logits, keep bool [stages, B * G, S])`: the logits that answers are read from
         (`Task.example_logits`); keep is bool [0, 1] for a rule that drops nothing.
+
+        `min_logit` or `num_kept` [B * G, K, stages] makes K copies of each row, each with its own entry; the
+        copies share the layers before the first point of reduction. Logits are then [B, K, ...] and keep is
+        [stages, B * G, K, S].
         """
         spec = RULES[rule] if isinstance(rule, str) else rule
         key = self.key(batch, spec, backend)
@@ -103,13 +111,19 @@ class CompiledForward:
             forward = BACKENDS[backend]
 
             def program(params: Params, batch: Inputs) -> tuple[Logits, jax.Array]:
-                inputs = batch
+                inputs, count = _copies(batch)
                 if "row_keys" in spec.inputs:
-                    inputs = {**batch, "row_keys": Rows(batch).keys(random_key(batch["seed"][0]))}
-                output = forward(self.model, params, batch, rule=spec.build(inputs))
-                keep = [s.keep for s in output.selections]
-                logits = TASKS[self.model.config.task].example_logits(output.logits, Rows(batch))
-                return logits, jnp.stack(keep) if keep else jnp.zeros((0, 1), bool)
+                    keys = Rows(batch).keys(random_key(batch["seed"][0]))
+                    inputs["row_keys"] = jnp.concatenate([keys] * (count or 1))
+                output = forward(self.model, params, batch, rule=spec.build(inputs), num_copies=count or 1)
+                keep = [_judged(s) if spec.judges else s.keep for s in output.selections]
+                kept = jnp.stack(keep) if keep else jnp.zeros((0, 1), bool)
+                rows, task = Rows(batch, count or 1), TASKS[self.model.config.task]
+                logits = task.example_logits(output.logits, rows)
+                if count:  # rows first, which devices share
+                    logits = jax.tree.map(lambda x: _rows_first(x, count), logits)
+                    kept = jax.vmap(lambda x: _rows_first(x, count))(kept)
+                return logits, kept
 
             start = time.perf_counter()
             # Rows that depend on each other are all computed by every device.
@@ -132,42 +146,25 @@ class CompiledForward:
         return run
 
 
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-    """Outputs for n examples of R rows in all, in the order of the examples."""
+def _copies(batch: Inputs) -> tuple[dict[str, Any], int]:
+    """Returns the inputs of a rule, those that differ by copy [K * R, ...], and K; 0 without copies."""
+    inputs, count = dict(batch), 0
+    for name in {"min_logit", "num_kept"} & batch.keys():
+        if batch[name].ndim == 3:
+            inputs[name] = jnp.swapaxes(batch[name], 0, 1).reshape(-1, batch[name].shape[-1])
+            count = batch[name].shape[1]
+    return inputs, count
 
-    # float32 [n, C], or the logits of another head (`model.heads`): an array or a dict of arrays, one entry
-    # per example; of the span head one entry per row, [R, 2, max_length], 0 behind a row's end.
-    logits: Logits
-    kept: tuple[list[np.ndarray], ...]  # for each point of reduction R int arrays, the positions kept
-    lengths: np.ndarray  # int [R], tokens before reduction, special tokens included
-    labels: np.ndarray  # int [n], -1 for an unknown label
-    seconds: float  # time in the compiled programs, without compilation
 
-    @property
-    def num_kept(self) -> np.ndarray:
-        """int32 [R, stages]."""
-        counts = [list(map(len, stage)) for stage in self.kept]
-        return np.array(counts, np.int32).reshape(len(self.kept), len(self.lengths)).T
+def _rows_first(x: jax.Array, count: int) -> jax.Array:
+    """Copies one after the other [K * B, ...] -> [B, K, ...]."""
+    return jnp.swapaxes(x.reshape(count, -1, *x.shape[1:]), 0, 1)
 
-    @property
-    def probabilities(self) -> np.ndarray:
-        """float32 [n, C], the softmax of a classifier's logits."""
-        scores = np.exp(self.logits - self.logits.max(-1, keepdims=True))
-        return scores / scores.sum(-1, keepdims=True)
 
-    @property
-    def accuracy(self) -> float:
-        """Share of examples whose highest logit is the label's."""
-        return accuracy(self.logits.argmax(-1), self.labels)
-
-    def kept_masks(self, width: int) -> np.ndarray:
-        """The kept positions as masks, bool [R, stages, width]."""
-        masks = np.zeros((len(self.lengths), len(self.kept), width), bool)
-        for stage, rows in enumerate(self.kept):
-            for row, positions in enumerate(rows):
-                masks[row, stage, positions] = True
-        return masks
+def _judged(selection: Selection) -> jax.Array:
+    """Returns the logit from which a threshold drops each token: inf if none does, -inf for no token."""
+    always = selection.keep & (~selection.scored | (jnp.arange(selection.keep.shape[-1]) == 0))
+    return jnp.where(always, jnp.inf, jnp.where(selection.scored, selection.logits, -jnp.inf))
 
 
 class InferenceEngine:
@@ -185,7 +182,7 @@ class InferenceEngine:
         programs: CompiledForward | None = None,
         after_batch: AfterBatch | None = None,
     ) -> None:
-        self.model, self._after_batch = model, after_batch
+        self.model, self.after_batch = model, after_batch
         self.programs = programs or CompiledForward(model)
         self.batch_size = self.programs.devices.rounded(batch_size)
 
@@ -200,8 +197,9 @@ class InferenceEngine:
         *,
         rule: str = DEFAULT_RULE,
         backend: str = DEFAULT_BACKEND,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: Threshold = DEFAULT_THRESHOLD,
         num_kept: np.ndarray | None = None,
+        scores: np.ndarray | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
         allocate: Allocate | None = None,
@@ -211,10 +209,11 @@ class InferenceEngine:
 
         Args:
           params, examples: the model's parameters, and n examples of R rows.
-          rule: a rule of evaluation, or with `num_kept` a baseline.
+          rule: a rule of evaluation, or with `num_kept` a baseline or `scores`.
           backend: key of `BACKENDS`.
-          threshold: keep probability from which rule `threshold` keeps a token.
+          threshold: keep probability from which rule `threshold` keeps a token, or one for each point.
           num_kept: int [R, stages], tokens that a baseline keeps of each row.
+          scores: float32 [R, stages, max_length], of rule `scores`.
           seed: of rule `random`.
           progress: called after each batch with the number of batches done and the batch's examples.
           allocate: makes the arrays for the logits, for example on disk; None makes them in memory.
@@ -225,7 +224,7 @@ class InferenceEngine:
         """
         check_backend(backend)
         if num_kept is None:
-            check_rule(rule, threshold)
+            check_rule(rule, threshold, self.model.config.num_reductions)
             inputs = self.rule_inputs(examples, threshold)
         else:
             if "shared_length" in examples.row_targets:  # a rule decides on shared tokens only
@@ -233,6 +232,8 @@ class InferenceEngine:
             # The seed is an input of the compiled program, which all seeds share.
             seeds = np.full(examples.num_rows, seed, np.int32)
             inputs = {"num_kept": num_kept.astype(np.int32), "seed": seeds}
+            if scores is not None:
+                inputs["guide"] = scores
         widths = bucket_widths(backend, self.model.config.max_length)
         indices = itertools.islice(length_batches(examples, self.batch_size, widths), start, None)
         batches = ((index, self.batch(examples, index, width, inputs)) for index, width in indices)
@@ -250,33 +251,27 @@ class InferenceEngine:
         start: int = 0,
     ) -> Outputs:
         """Runs batches that are made already: positions of the examples, int [b], and arrays from `batch`."""
-        stages = self.model.config.num_reductions if rule.drops else 0
-        kept = tuple([np.zeros(0, np.int32)] * examples.num_rows for _ in range(stages))
-        store, seconds = None, 0.0
+        collected, seconds = Collector(self.model.config, examples, rule.drops, allocate), 0.0
         params = self.programs.devices.replicate(params)
         for step, (index, batch) in enumerate(batches, start + 1):
             program = self.programs.get(params, batch, rule, backend)
             begun = time.perf_counter()
             output, keep = jax.block_until_ready(program(params, batch))
             seconds += time.perf_counter() - begun
-            if self._after_batch:
-                self._after_batch(examples, index, output)
-            rows = batch_rows(examples, index, len(batch["input_ids"]) // examples.group)
-            valid = np.flatnonzero(rows >= 0)
-            store = store or LogitStore(self.model.config, examples, output, allocate)
-            store.put(index, rows, output)
-            for positions, masks in zip(kept, np.asarray(keep), strict=True):
-                for row, mask in zip(rows[valid], masks[valid], strict=True):
-                    positions[row] = np.flatnonzero(mask).astype(np.int32)
+            if self.after_batch:
+                self.after_batch(examples, index, output)
+            collected.put(index, len(batch["input_ids"]) // examples.group, output, np.asarray(keep))
             if progress:
                 progress(step, len(index))
-        logits = store.logits if store else None
-        return Outputs(logits, kept, examples.row_lengths, examples.labels, seconds)
+        return collected.outputs(seconds)
 
-    def rule_inputs(self, examples: Examples, threshold: float = DEFAULT_THRESHOLD) -> dict[str, np.ndarray]:
+    def rule_inputs(
+        self, examples: Examples, threshold: Threshold = DEFAULT_THRESHOLD
+    ) -> dict[str, np.ndarray]:
         """Inputs of the rules of evaluation, one entry per row."""
-        # The threshold is an input of the compiled program, which all thresholds share.
-        return {"min_logit": np.full(examples.num_rows, min_logit(threshold), np.float32)}
+        # Thresholds are an input of the compiled program, which all thresholds share.
+        least = [min_logit(x) for x in point_thresholds(threshold, self.model.config.num_reductions)]
+        return {"min_logit": np.tile(np.array(least, np.float32), (examples.num_rows, 1))}
 
     def batch(
         self, examples: Examples, index: np.ndarray, width: int, inputs: Mapping[str, np.ndarray]
@@ -295,7 +290,8 @@ class InferenceEngine:
     ) -> dict[str, np.ndarray]:
         batch = pad_batch(examples, index, size, width)
         rows = np.maximum(batch_rows(examples, index, size), 0)
-        return batch | {name: values[rows] for name, values in inputs.items()}
+        inputs = {name: values[rows] for name, values in inputs.items()}
+        return batch | inputs | ({"guide": inputs["guide"][..., :width]} if "guide" in inputs else {})
 
     def compile(
         self, params: Params, example: Examples, rule: str = DEFAULT_RULE, backend: str = DEFAULT_BACKEND
@@ -313,48 +309,3 @@ class InferenceEngine:
             self.programs.get(params, batch, rule, backend)
             seconds = self.programs.compile_seconds[self.programs.key(batch, rule, backend)]
             yield f"{rule}, {backend}, {len(batch['input_ids'])} x {width} tokens", seconds
-
-
-class LogitStore:
-    """Collects the logits of batches into those of all examples."""
-
-    def __init__(
-        self, config: ModelConfig, examples: Examples, like: Logits, allocate: Allocate | None = None
-    ) -> None:
-        self._examples, task = examples, TASKS[config.task]
-        self._by_row = task.by_row
-        count = examples.num_rows if self._by_row else len(examples)
-
-        def empty(path: Any, x: jax.Array) -> np.ndarray:
-            name = path[0].key if path else ""
-            *inner, last = x.shape[1:]
-            shape = (count, *inner, config.max_length if task.is_by_token(name or None) else last)
-            return allocate(name, shape) if allocate else np.zeros(shape, np.float32)
-
-        self.logits = jax.tree_util.tree_map_with_path(empty, like)
-
-    def put(self, index: np.ndarray, rows: np.ndarray, output: Logits) -> None:
-        """Stores the logits of a batch: examples `index`, int [b], and `rows`, int [B * G], -1 for padding.
-
-        Raises UserError if one of them is NaN or infinite; names the example.
-        """
-        valid = np.flatnonzero(rows >= 0) if self._by_row else np.arange(len(index))
-        to = rows[valid] if self._by_row else index
-
-        def put(into: np.ndarray, x: jax.Array) -> None:
-            values = np.asarray(x)[valid]
-            finite = np.isfinite(values.reshape(len(values), -1)).all(-1)
-            if not finite.all():
-                raise UserError(
-                    f"example {self._name(to[finite.argmin()])}: the model's logits are not finite (NaN or "
-                    "infinity); its weights are damaged, or too large for the dtype it computes in"
-                )
-            into[to, ..., : values.shape[-1]] = values
-
-        jax.tree.map(put, self.logits, output)
-
-    def _name(self, entry: int) -> str:
-        """Name of the example that an entry of the logits belongs to."""
-        if self._by_row and self._examples.first_row is not None:
-            entry = int(np.searchsorted(self._examples.first_row, entry, side="right")) - 1
-        return self._examples.ids[entry]

@@ -9,17 +9,19 @@ from trbert_jax.datasets.own_texts import read_labeled
 from trbert_jax.datasets.tables import Fields
 from trbert_jax.errors import UserError
 from trbert_jax.inference.class_report import plot_confusion
-from trbert_jax.inference.engine import InferenceEngine, Outputs
+from trbert_jax.inference.engine import InferenceEngine
 from trbert_jax.inference.lines import RecordWriter, check_kind
+from trbert_jax.inference.outputs import Outputs
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.inference.questions import answering
 from trbert_jax.io import atomic_file, write_json
 from trbert_jax.io.outputs import check_outputs, is_stream
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params
+from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.reduction import flops
-from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES
+from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES, Threshold, point_thresholds
 from trbert_jax.tasks import encode_usable, notes_of
 from trbert_jax.tasks.examples import Examples
 
@@ -33,7 +35,8 @@ def evaluate_file(
     batch_size: int = 32,
     rule: str | None = None,
     backend: str = DEFAULT_BACKEND,
-    threshold: float = DEFAULT_THRESHOLD,
+    threshold: Threshold = DEFAULT_THRESHOLD,
+    operating_point: str | None = None,
     predictions: Path | None = None,
     plot: Path | None = None,
     baselines: Sequence[str] = (),
@@ -52,7 +55,7 @@ def evaluate_file(
       model_dir: see `TRBert.from_pretrained`.
       data_file: texts and labels in any format of `datasets.tables`; for a model that answers questions a
         file in the published format of its data set.
-      batch_size, rule, backend, threshold: see `TRBert.predict`.
+      batch_size, rule, backend, threshold, operating_point: see `TRBert.predict`.
       predictions: output file, see `write_predictions`; of questions the JSON that the official scorer reads,
         with `NAME.null_odds.json` beside `NAME.json` if questions may have no answer.
       plot: output file, a PNG image of the confusion matrix of texts.
@@ -73,6 +76,7 @@ def evaluate_file(
     check_kind(predictions)
     model, bad = TRBert.from_pretrained(model_dir, max_length=max_length), BadRecords(skip=skip_bad_records)
     rule, task = rule or model.default_rule, answering(model, null_threshold, max_answer_length)
+    threshold = find_thresholds(model.config.operating_points, operating_point, rule, threshold)
     if plot is not None and model.answers_questions:
         raise UserError(f"--plot draws the confusion matrix of classes; {model_dir} answers questions")
     fields = model.config.inputs.fields(text_field, text_pair_field, label_field)
@@ -88,12 +92,10 @@ def evaluate_file(
             predictions
         ):  # the official scorer of SQuAD 2.0 reads both
             write_json(predictions.with_suffix(".null_odds.json"), score.files["null_odds.json"])
-    settings = {
-        "rule": rule,
-        "backend": backend,
-        "batch_size": engine.batch_size,
-        "threshold": float(threshold),
-    }
+    settings = {"rule": rule, "backend": backend, "batch_size": engine.batch_size}
+    settings["threshold"] = (
+        [*thresholds] if len(thresholds := point_thresholds(threshold)) > 1 else thresholds[0]
+    )
     result = {**settings, **summarize(outputs, model.config, score.report)}
     if plot is not None:
         plot_confusion({rule: result}, plot)

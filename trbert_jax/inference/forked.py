@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from trbert_jax.errors import UserError
-from trbert_jax.inference.engine import InferenceEngine, Outputs
+from trbert_jax.inference.engine import InferenceEngine
+from trbert_jax.inference.outputs import Outputs
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.parallel import FORKED

@@ -24,23 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.errors import UserError, iterable, whole_number
-from trbert_jax.inference.engine import (
-    FEWER,
-    CompiledForward,
-    InferenceEngine,
-    check_backend,
-    fitting_size,
-)
+from trbert_jax.inference.engine import FEWER, CompiledForward, InferenceEngine, check_backend, fitting_size
 from trbert_jax.inference.forked import ForkedEngine, Helper
 from trbert_jax.inference.questions import WINDOW, answer_pairs, windows
 from trbert_jax.io import check_unicode
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Params, TokenReducingModel
+from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, copy_tokenizer
 from trbert_jax.parallel import is_forked
-from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, check_rule
+from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, Threshold, check_rule
 from trbert_jax.tasks import Task, saved_task
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples, Ragged
@@ -237,7 +232,8 @@ class TRBert:
         batch_size: int = 32,
         rule: str | None = None,
         backend: str = DEFAULT_BACKEND,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: Threshold = DEFAULT_THRESHOLD,
+        operating_point: str | None = None,
     ) -> list[Prediction]:
         """Classifies texts.
 
@@ -251,13 +247,16 @@ class TRBert:
             `dense` drops nothing. None takes `default_rule`.
           backend: `packed` computes no padding and no dropped tokens; `masked` computes every position and
             gives the same results.
-          threshold: keep probability from which rule `threshold` keeps a token. A lower one keeps more
-            tokens, takes longer and is usually more accurate.
+          threshold: keep probability from which rule `threshold` keeps a token, or one for each point of
+            reduction, `(0.5, 0.7)`. A lower one keeps more tokens, takes longer and is usually more accurate.
+          operating_point: name of thresholds that the model has stored, `3x` say, in place of `threshold`;
+            see `trbert calibrate`.
 
         Returns predictions in the order of the texts. Raises UserError for something else than a list of
         strings, an invalid option, a model without tokenizer or one that answers questions.
         """
         options = {"rule": rule, "backend": backend, "threshold": threshold}
+        options["operating_point"] = operating_point
         return list(self.predict_stream(texts, batch_size, **options))
 
     def predict_stream(
@@ -325,12 +324,14 @@ class TRBert:
         batch_size: int,
         rule: str | None = None,
         backend: str = DEFAULT_BACKEND,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: Threshold = DEFAULT_THRESHOLD,
+        operating_point: str | None = None,
     ) -> dict[str, Any]:
         """Checks the options of a prediction and fills in their defaults."""
         self.engine(batch_size)
         rule = rule or self.default_rule
-        check_rule(rule, threshold)
+        threshold = find_thresholds(self.config.operating_points, operating_point, rule, threshold)
+        check_rule(rule, threshold, self.config.num_reductions)
         check_backend(backend)
         return {"rule": rule, "backend": backend, "threshold": threshold}
 

@@ -13,8 +13,8 @@ import numpy as np
 from trbert_jax.datasets import BadRecords
 from trbert_jax.datasets.reading import UnusableRecords
 from trbert_jax.errors import UserError, iterable, whole_number
-from trbert_jax.inference.engine import Outputs
 from trbert_jax.inference.lines import PAUSE
+from trbert_jax.inference.outputs import Outputs
 from trbert_jax.tasks import Task, log_counts
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples
@@ -35,9 +35,9 @@ def answer_questions(
       model: trained on a data set of questions.
       requests: JSON objects; docs/question_answering.md lists their fields.
       source: name of the questions in messages, before their number.
-      options: `batch_size`, `rule`, `backend` and `threshold`, see `TRBert.predict`; `n_best`, the number of
-        best answers to list; `null_threshold`, the null odds above which a question has no answer;
-        `max_answer_length` in word pieces.
+      options: `batch_size`, `rule`, `backend`, `threshold` and `operating_point`, see `TRBert.predict`;
+        `n_best`, the number of best answers to list; `null_threshold`, the null odds above which a question
+        has no answer; `max_answer_length` in word pieces.
 
     Returns:
       For each question `id`, `answer` (text, letter of the option, or candidate), `score` (its probability),

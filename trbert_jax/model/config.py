@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from trbert_jax.datasets.tables import Fields
 from trbert_jax.errors import UserError, first_lines
+from trbert_jax.model import operating_points
 from trbert_jax.model.backbones import BACKBONES, Backbone, find_backbone
+from trbert_jax.model.operating_points import OperatingPoint
 
 if TYPE_CHECKING:
     from trbert_jax.model.heads import Head
@@ -27,7 +29,7 @@ _PRETRAINING = ("PreTraining", "MaskedLM", "NextSentencePrediction")
 # How one output becomes a score -> `problem_type` in config.json.
 _SCORES = {"sigmoid": "multi_label_classification", "identity": "regression"}
 _LABELS = "single_label_classification"
-_OWN_KEYS = ("task", "selector_hidden", "max_length", "inputs")
+_OWN_KEYS = ("task", "selector_hidden", "max_length", "inputs", "operating_points")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,7 @@ class ModelConfig:
     selector_hidden: int = 32  # width of a selector's hidden layer
     max_length: int = 512  # padded length the selectors were trained with, the unit of the length penalty
     inputs: InputConfig = InputConfig()  # how records become inputs
+    operating_points: tuple[OperatingPoint, ...] = ()  # thresholds for known speeds
 
     @property
     def backbone(self) -> Backbone:
@@ -169,7 +172,9 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
 def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """Builds the contents of a `config.json` that Hugging Face's classes read."""
     backbone = config.backbone
-    own = {key: getattr(config, key) for key in _OWN_KEYS if key != "inputs"}
+    own = {key: getattr(config, key) for key in _OWN_KEYS if key not in ("inputs", "operating_points")}
+    if config.operating_points:
+        own["operating_points"] = operating_points.to_dict(config.operating_points)
     if config.inputs != InputConfig():
         own["inputs"] = dataclasses.asdict(config.inputs)
     return {
@@ -291,6 +296,9 @@ def _own_section(section: Any, source: str) -> dict[str, Any]:
         fields[key] = _number(fields[key], key, f"{source}: trbert.{key}")
     if "inputs" in fields:
         fields["inputs"] = _inputs(fields["inputs"], f"{source}: trbert.inputs")
+    if "operating_points" in fields:
+        where = f"{source}: trbert.operating_points"
+        fields["operating_points"] = operating_points.from_dict(fields["operating_points"], where)
     return fields
 
 

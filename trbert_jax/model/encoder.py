@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.layers import Embeddings, Selector, TransformerLayer, dense
+from trbert_jax.reduction.gate import Gate, add_bias, gate_states
 from trbert_jax.reduction.selection import Rule, Selection, SharedPassage, TokenSet, drop_tokens, restore
 
 
@@ -47,7 +48,7 @@ class Encoder(nn.Module):
         """Runs the given layers, without reduction."""
         states = tokens.states
         for i in layers:
-            states = self.layer[i](states, tokens.valid, deterministic)
+            states = self.layer[i](states, tokens.valid, deterministic, tokens.key_bias)
         return dataclasses.replace(tokens, states=states)
 
     def before_selection(self, tokens: TokenSet, deterministic: bool = True) -> TokenSet:
@@ -60,10 +61,12 @@ class Encoder(nn.Module):
         rule: Rule | None,
         deterministic: bool = True,
         passage: SharedPassage | None = None,
+        gate: Gate | None = None,
     ) -> tuple[TokenSet, tuple[Selection, ...]]:
         """Runs the other layers on the output of `before_selection`; drops tokens at each point of reduction.
 
-        Without a `rule` runs the dense encoder; `passage` is as in `select`.
+        Without a `rule` runs the dense encoder; `passage` is as in `select`. A `gate` changes the gradient
+        alone, see `reduction.gate`.
 
         Returns:
           The tokens after the last layer, and one `Selection` for each point of reduction. If the head reads
@@ -74,15 +77,22 @@ class Encoder(nn.Module):
             return self.run_layers(tokens, range(points[0], self.config.num_layers), deterministic), ()
         selections: list[Selection] = []
         dropped = tokens  # if the head reads all tokens: each in its latest state
+        gated: list[tuple[jax.Array, jax.Array]] = []
         for stage, (start, stop) in enumerate(
             zip(points, (*points[1:], self.config.num_layers), strict=True)
         ):
             logits = self.selector[stage](tokens.states)
             dropped = restore(dropped, tokens)
+            before = tokens.states
             tokens, selection = drop_tokens(tokens, logits, stage, rule, passage)
             selections.append(selection)
+            if gate is not None:
+                gated.append((gate(stage, selection), before))
+                tokens = dataclasses.replace(tokens, key_bias=add_bias(tokens.key_bias, gated[-1][0]))
             tokens = self.run_layers(tokens, range(start, stop), deterministic)
-        return restore(dropped, tokens) if self.config.reads_all_tokens else tokens, tuple(selections)
+        if self.config.reads_all_tokens:
+            tokens = gate_states(restore(dropped, tokens), gated)
+        return tokens, tuple(selections)
 
     def sentence_state(self, tokens: TokenSet) -> jax.Array:
         """Returns [B, H], the state of [CLS] that a head reads, behind the pooler if the backbone has one."""

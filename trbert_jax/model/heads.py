@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.dropout import Dropout
 from trbert_jax.model.layers import dense
 
 Logits = Any  # an array, or a dict of arrays by what they are of
@@ -26,13 +27,13 @@ class ClassificationHead(nn.Module):
         if not self.config.backbone.pooler:
             self.pre_classifier = dense(self.config.hidden_size, self.config, self.dtype)
         self.classifier = dense(self.config.num_outputs, self.config, jnp.float32)
-        self.dropout = nn.Dropout(self.config.classifier_dropout)
+        self.dropout = Dropout(self.config.classifier_dropout)
 
     def __call__(self, sentence: jax.Array, deterministic: bool) -> jax.Array:
         """[B, H] -> float32 logits [B, C]; [B, 1] in multiple choice."""
         if not self.config.backbone.pooler:
             sentence = jax.nn.relu(self.pre_classifier(sentence))
-        return self.classifier(self.dropout(sentence, deterministic=deterministic))
+        return self.classifier(self.dropout(sentence, deterministic))
 
 
 class SpanHead(nn.Module):
@@ -43,11 +44,11 @@ class SpanHead(nn.Module):
 
     def setup(self) -> None:
         self.qa_outputs = dense(2, self.config, jnp.float32)
-        self.dropout = nn.Dropout(self.config.backbone.span_dropout)
+        self.dropout = Dropout(self.config.backbone.span_dropout)
 
     def __call__(self, states: jax.Array, mask: jax.Array, batch: Inputs, deterministic: bool) -> jax.Array:
         """States [B, S, H] -> float32 logits [B, 2, S], of the start and of the end."""
-        states = self.dropout(states, deterministic=deterministic)
+        states = self.dropout(states, deterministic)
         return jnp.swapaxes(self.qa_outputs(states), 1, 2)
 
 

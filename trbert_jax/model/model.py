@@ -11,6 +11,7 @@ from flax import struct
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.encoder import Encoder
 from trbert_jax.model.heads import HEADS, Logits
+from trbert_jax.reduction.gate import Gate
 from trbert_jax.reduction.selection import Rule, Selection, SharedPassage, TokenSet, keep_all
 
 Params = Any  # nested dict of arrays
@@ -23,6 +24,7 @@ class ModelOutput:
 
     logits: Logits
     selections: tuple[Selection, ...]
+    first: jax.Array  # the last layer's state of each row's first token, [rows, H]
 
 
 class TokenReducingModel(nn.Module):
@@ -32,13 +34,20 @@ class TokenReducingModel(nn.Module):
     # Compute dtype; parameters, selector logits, softmax, LayerNorm statistics and logits stay float32.
     dtype: Any = jnp.float32
     remat: bool = False  # recompute a layer's inner values in the backward pass instead of storing them
+    activation_memory: float = 4 * 2**30  # bytes that the packed backward pass may store instead
 
     def setup(self) -> None:
         self.encoder = Encoder(self.config, self.dtype, self.remat)
         self.head = self.config.head.module(self.config, self.dtype)
 
     def __call__(
-        self, batch: Batch, *, rule: Rule | None, num_copies: int = 1, deterministic: bool = True
+        self,
+        batch: Batch,
+        *,
+        rule: Rule | None,
+        num_copies: int = 1,
+        gate: Gate | None = None,
+        deterministic: bool = True,
     ) -> ModelOutput:
         """Runs a batch.
 
@@ -50,6 +59,7 @@ class TokenReducingModel(nn.Module):
           rule: how tokens are selected (`trbert_jax.reduction.selection`); None runs the dense encoder.
           num_copies: samples of each example, K. The layers before the first point of reduction run once
             for all; outputs have K * B rows, row `j * B + i` is copy j of example i.
+          gate: makes the output differentiable in the selectors' logits (`trbert_jax.reduction.gate`).
           deterministic: no dropout; otherwise the `dropout` RNG is needed.
         """
         tokens = self.encoder.embed(
@@ -59,8 +69,9 @@ class TokenReducingModel(nn.Module):
         if num_copies > 1:
             tokens = tokens.repeat(num_copies)
         passage = shared_passage(batch, num_copies)
-        tokens, selections = self.encoder.from_selection(tokens, rule, deterministic, passage)
-        return ModelOutput(self.answer(tokens, head_inputs(batch, num_copies), deterministic), selections)
+        tokens, selections = self.encoder.from_selection(tokens, rule, deterministic, passage, gate)
+        logits = self.answer(tokens, head_inputs(batch, num_copies), deterministic)
+        return ModelOutput(logits, selections, tokens.states[:, 0])
 
     def answer(self, tokens: TokenSet, inputs: Batch, deterministic: bool = True) -> Logits:
         """Computes float32 logits from the encoder's output and the `head_inputs`.
@@ -80,6 +91,7 @@ def forward(
     *,
     rule: Rule | None,
     num_copies: int = 1,
+    gate: Gate | None = None,
     dropout_rng: jax.Array | None = None,
 ) -> ModelOutput:
     """Runs the model on a batch, with dropout if given a key for it."""
@@ -88,6 +100,7 @@ def forward(
         batch,
         rule=rule,
         num_copies=num_copies,
+        gate=gate,
         deterministic=dropout_rng is None,
         rngs=None if dropout_rng is None else {"dropout": dropout_rng},
     )

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from trbert_jax.model import tiles
+from trbert_jax.model.dropout import seeds
 from trbert_jax.model.heads import Logits
-from trbert_jax.model.layers import Selector, TransformerLayer
+from trbert_jax.model.layers import NUM_MASKS, Selector, TransformerLayer
 from trbert_jax.model.model import (
     Batch,
     ModelOutput,
@@ -27,7 +28,9 @@ from trbert_jax.model.model import (
     head_inputs,
     shared_passage,
 )
-from trbert_jax.model.tiles import Tiling
+from trbert_jax.model.segment import KEPT, Segment, attend_group, kept_numbers
+from trbert_jax.model.tiles import Rows, Tiling
+from trbert_jax.reduction.gate import Gate, add_bias, gate_states
 from trbert_jax.reduction.selection import Rule, Selection, TokenSet, restore, select
 
 
@@ -40,6 +43,7 @@ class PackedTokens:
     slot: jax.Array  # int32 [R, S], the index of each token in `states`
     order: jax.Array  # int32 [R], the order of the rows; neighbors have similar lengths: little to pad
     scratch: tuple[jax.Array, ...]  # four arrays [C, H] for layers to write to; no layer has to clear memory
+    key_bias: jax.Array | None = None  # float32 [C], added to the attention scores of a key; None: nothing
 
     @property
     def length(self) -> jax.Array:
@@ -60,6 +64,12 @@ class PackedTokens:
         """Puts the tokens at their positions in the padded batch, 0 elsewhere; stacks copies of the rows."""
         states = jnp.where(self.valid[..., None], self.states[self.slot], 0)
         return TokenSet(states, self.valid).repeat(num_copies)
+
+    def with_bias(self, values: jax.Array) -> "PackedTokens":
+        """Sets `key_bias` to values of tokens, float32 [R, S]."""
+        slots = jnp.where(self.valid, self.slot, len(self.states))
+        empty = jnp.zeros(len(self.states), jnp.float32)
+        return dataclasses.replace(self, key_bias=empty.at[slots].set(values, mode="drop"))
 
     def to_rows(self, values: jax.Array) -> jax.Array:
         """Puts values of tokens, [C], at their positions in the padded batch: [R, S], 0 elsewhere."""
@@ -100,6 +110,7 @@ def packed_forward(
     *,
     rule: Rule | None,
     num_copies: int = 1,
+    gate: Gate | None = None,
     dropout_rng: jax.Array | None = None,
     tiling: Tiling | None = None,
 ) -> ModelOutput:
@@ -109,30 +120,38 @@ def packed_forward(
     """
     config = model.config
     encoder = PackedEncoder.of(model, len(batch["input_ids"]) * num_copies, tiling)
-    points = (*config.reduction_layers, config.num_layers)
+    points = [0, *config.reduction_layers, config.num_layers]
+    if rule is None and num_copies == 1:
+        points = [0, config.num_layers]  # nothing happens at the others
     packed = encoder.embed(params, batch, dropout_rng)
-    packed = encoder.run_layers(params, packed, range(points[0]), dropout_rng)
     passage = shared_passage(batch, num_copies)
     inputs = head_inputs(batch, num_copies)
     selections: list[Selection] = []
     dropped: TokenSet | None = None
-    for stage, (start, stop) in enumerate(itertools.pairwise(points)):
-        copies = num_copies if stage == 0 else 1
-        if rule is None:
-            if copies > 1:
-                packed = encoder.keep(packed, jnp.tile(packed.valid, (copies, 1)), copies)
-        else:
-            logits = encoder.selector_logits(params, packed, stage)
+    gated: list[tuple[jax.Array, jax.Array]] = []
+    bias: jax.Array | None = None  # float32 [R, S]
+    for number, (start, stop) in enumerate(itertools.pairwise(points)):
+        copies = num_copies if number == 1 else 1
+        if number and rule is not None:
+            logits = encoder.selector_logits(params, packed, number - 1)
             valid = jnp.tile(packed.valid, (copies, 1))
-            selections.append(select(jnp.tile(logits, (copies, 1)), valid, stage, rule, passage))
+            selections.append(select(jnp.tile(logits, (copies, 1)), valid, number - 1, rule, passage))
             if config.reads_all_tokens:
                 before = packed.unpack(copies)
                 dropped = before if dropped is None else restore(dropped, before)
             packed = encoder.keep(packed, selections[-1].keep, copies)
-        if stop < config.num_layers:
+            if gate is not None:
+                bias = add_bias(bias, opened := gate(number - 1, selections[-1]))
+                packed = packed.with_bias(bias)
+                if config.reads_all_tokens:
+                    gated.append((opened, before.states))
+        elif copies > 1:
+            packed = encoder.keep(packed, jnp.tile(packed.valid, (copies, 1)), copies)
+        if number < len(points) - 2:
             packed = encoder.run_layers(params, packed, range(start, stop), dropout_rng)
-    logits = encoder.finish(params, packed, range(start, stop), inputs, dropout_rng, dropped)
-    return ModelOutput(logits, tuple(selections))
+    last = range(start, stop)
+    logits, first = encoder.finish(params, packed, last, inputs, dropout_rng, dropped, gated)
+    return ModelOutput(logits, tuple(selections), first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +181,7 @@ class PackedEncoder:
         """Returns float32 [R, S], 0 at positions without a token."""
         selector = Selector(self.model.config)
 
-        def judge(params: Any, rng: None, states: jax.Array) -> tuple[jax.Array]:
+        def judge(params: Any, noise: None, first: jax.Array, states: jax.Array) -> tuple[jax.Array]:
             return (selector.apply({"params": params}, states),)
 
         weights = params["encoder"][f"selector_{stage}"]
@@ -180,11 +199,20 @@ class PackedEncoder:
         self, params: Params, packed: PackedTokens, layers: Sequence[int], dropout_rng: Any = None
     ) -> PackedTokens:
         """Runs the given layers."""
-        for i in layers:
-            layer, (weights, rng) = self._layer(params, i, dropout_rng)
-            run = functools.partial(self._run_layer, layer)
-            packed = (jax.checkpoint(run) if self.model.remat else run)(weights, packed, rng)
-        return packed
+        if not layers:
+            return packed
+        layer, (weights, noise) = self._layers(params, layers, dropout_rng)
+        run = Segment(layer, len(layers), self.tiling, self._kept(packed))
+        rows = _rows(packed, self.tiling)
+        states, scratch = run(weights, noise, packed.states, _bias(packed), packed.scratch, rows)
+        return dataclasses.replace(packed, states=states, scratch=scratch)
+
+    def _kept(self, packed: PackedTokens) -> str:
+        """Returns what the backward pass keeps, of `KEPT`: the most that fits a layer's share of memory."""
+        config, numbers = self.model.config, kept_numbers(self.model.config)
+        share = self.model.activation_memory / config.num_layers / packed.states.dtype.itemsize
+        fitting = [kept for kept in KEPT[1:] if len(packed.states) * numbers[kept] <= share]
+        return KEPT[0] if self.model.remat or not fitting else fitting[-1]
 
     def run_last_layer(
         self, params: Params, packed: PackedTokens, dropout_rng: jax.Array | None = None
@@ -193,21 +221,20 @@ class PackedEncoder:
 
         The other tokens serve as keys and values only, a sixth of the layer's work.
         """
-        layer, (params, rng) = self._layer(params, self.model.config.num_layers - 1, dropout_rng)
-        attention_rng, token_rng = (None, None) if rng is None else jax.random.split(rng)
+        layer, ((params,), noise) = self._layers(params, [self.model.config.num_layers - 1], dropout_rng)
+        noise = None if noise is None else noise[0]
 
-        def project(params: Any, rng: jax.Array | None, states: jax.Array) -> tuple[jax.Array, ...]:
+        def project(params: Any, noise: Any, first: jax.Array, states: jax.Array) -> tuple[jax.Array, ...]:
             return layer.apply({"params": params}, states, method="keys_and_values")
 
         first = packed.states[packed.start[packed.order]]  # [R, H], the longest row first
         query = layer.apply({"params": params}, first, method="queries")
-        into, rows = packed.scratch[:2], _rows(packed)
+        into = packed.scratch[:2]
         keys = tiles.map_tokens(project, params, (packed.states,), into, packed.count, self.tiling)
-        attend = functools.partial(_attend, layer)
-        context = tiles.attend_rows(
-            attend, (query, *keys), jnp.zeros_like(first), *rows, self.tiling, attention_rng, one_query=True
-        )
-        (first,) = _finish(layer, params, token_rng, first, context)
+        attend = functools.partial(attend_group, layer)
+        rows = _rows(packed, self.tiling)
+        context = tiles.attend_from_first(attend, query, (*keys, *_bias(packed)), rows, self.tiling, noise)
+        first = layer.apply({"params": params}, first, context, noise, method="finish")
         return jnp.zeros_like(first).at[packed.order].set(first)
 
     def finish(
@@ -218,15 +245,19 @@ class PackedEncoder:
         inputs: Batch,
         dropout_rng: jax.Array | None = None,
         dropped: TokenSet | None = None,
-    ) -> Logits:
+        gated: Sequence[tuple[jax.Array, jax.Array]] = (),
+    ) -> tuple[Logits, jax.Array]:
         """Runs the last layers, which may be none, and the head, whose inputs `head_inputs` returns.
 
+        Returns the logits and the first token's state of each row, [R, H].
+
         `dropped` are the tokens to restore for a head that reads all tokens; None if none were dropped.
+        `gated` are the points of `reduction.gate.gate_states`.
         """
         config = self.model.config
         if config.reads_all_tokens:
             tokens = self.run_layers(params, packed, layers, dropout_rng).unpack()
-            tokens = tokens if dropped is None else restore(dropped, tokens)
+            tokens = tokens if dropped is None else gate_states(restore(dropped, tokens), gated)
         else:
             if layers:
                 packed = self.run_layers(params, packed, layers[:-1], dropout_rng)
@@ -234,59 +265,39 @@ class PackedEncoder:
             else:
                 first = packed.states[packed.start]
             tokens = TokenSet(first[:, None], jnp.ones((len(first), 1), bool))
-        return self._apply(params, "answer", dropout_rng, config.num_layers + 1, tokens, inputs)
+        logits = self._apply(params, "answer", dropout_rng, config.num_layers + 1, tokens, inputs)
+        return logits, tokens.states[:, 0]
 
-    def _layer(
-        self, params: Params, number: int, dropout_rng: jax.Array | None
-    ) -> tuple[TransformerLayer, tuple[Any, jax.Array | None]]:
-        rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
+    def _layers(
+        self, params: Params, numbers: Sequence[int], dropout_rng: jax.Array | None
+    ) -> tuple[TransformerLayer, tuple[list[Any], jax.Array | None]]:
+        """Returns a layer, the parameters of some, and their seeds of dropout."""
         layer = TransformerLayer(self.model.config, self.model.dtype)
-        return layer, (params["encoder"][f"layer_{number}"], rng)
-
-    def _run_layer(
-        self, layer: TransformerLayer, params: Any, packed: PackedTokens, rng: jax.Array | None
-    ) -> PackedTokens:
-        def project(params: Any, rng: jax.Array | None, states: jax.Array) -> tuple[jax.Array, ...]:
-            return layer.apply({"params": params}, states, method="attention_inputs")
-
-        count, tiling = packed.count, self.tiling
-        attend, finish = functools.partial(_attend, layer), functools.partial(_finish, layer)
-        states, (*into, into_context) = packed.states, packed.scratch
-        attention_rng, token_rng = (None, None) if rng is None else jax.random.split(rng)
-        qkv = tiles.map_tokens(project, params, (states,), tuple(into), count, tiling)
-        context = tiles.attend_rows(attend, qkv, into_context, *_rows(packed), tiling, attention_rng)
-        (states,) = tiles.map_tokens(finish, params, (states, context), (states,), count, tiling, token_rng)
-        return dataclasses.replace(packed, states=states, scratch=(*qkv, context))
+        weights = [params["encoder"][f"layer_{number}"] for number in numbers]
+        if dropout_rng is None:
+            return layer, (weights, None)
+        rngs = [jax.random.fold_in(dropout_rng, number) for number in numbers]
+        return layer, (weights, jnp.stack([seeds(rng, NUM_MASKS) for rng in rngs]))
 
     def _apply(
         self, params: Params, method: Any, dropout_rng: jax.Array | None, number: int, *arguments: Any
     ) -> Any:
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
-        deterministic = rng is None
-        return self.model.apply({"params": params}, *arguments, deterministic, rngs=_rngs(rng), method=method)
+        rngs = None if rng is None else {"dropout": rng}
+        return self.model.apply({"params": params}, *arguments, rng is None, rngs=rngs, method=method)
 
 
-def _rows(packed: PackedTokens) -> tuple[jax.Array, jax.Array, int]:
-    """Returns starts and lengths of the rows in their order, and the largest possible length."""
-    return packed.start[packed.order], packed.length[packed.order], packed.valid.shape[-1]
+def _rows(packed: PackedTokens, tiling: Tiling) -> Rows:
+    start, length = packed.start[packed.order], packed.length[packed.order]
+    return Rows.of(start, length, packed.valid.shape[-1], tiling)
 
 
 def _embed(model: TokenReducingModel, *inputs: Any) -> TokenSet:
     return model.encoder.embed(*inputs)
 
 
-def _attend(layer: TransformerLayer, *arrays: jax.Array, rng: jax.Array | None) -> jax.Array:
-    return layer.apply({}, *arrays, rng is None, rngs=_rngs(rng), method="attend")
-
-
-def _finish(
-    layer: TransformerLayer, params: Any, rng: jax.Array | None, *arrays: jax.Array
-) -> tuple[jax.Array]:
-    return (layer.apply({"params": params}, *arrays, rng is None, rngs=_rngs(rng), method="finish"),)
-
-
-def _rngs(rng: jax.Array | None) -> dict[str, jax.Array] | None:
-    return None if rng is None else {"dropout": rng}
+def _bias(packed: PackedTokens) -> tuple[jax.Array, ...]:
+    return () if packed.key_bias is None else (packed.key_bias[:, None],)
 
 
 DEFAULT_BACKEND = "packed"

@@ -263,7 +263,7 @@ def _keep_layers(config: ModelConfig, tree: Tree, layers: list[int]) -> ModelCon
     all_layers = [tree["encoder"].pop(f"layer_{i}") for i in range(config.num_layers)]
     tree["encoder"].update({f"layer_{new}": all_layers[old] for new, old in enumerate(layers)})
     logger.info("kept layers %s of %d", ", ".join(map(str, layers)), config.num_layers)
-    new = dataclasses.replace(config, num_layers=len(layers))
+    new = dataclasses.replace(config, num_layers=len(layers), operating_points=())
     if "selector_0" in tree["encoder"] and layers != list(range(config.num_layers)):
         before, now = (f"before {_layers(x.reduction_layers)} of {x.num_layers}" for x in (config, new))
         logger.warning(

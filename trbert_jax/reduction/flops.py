@@ -49,7 +49,12 @@ class EncoderShape:
         Query, key, value and output projections, then the feed-forward layer, then the two products of
         attention.
         """
-        n, hidden = np.asarray(num_tokens, np.int64), self.hidden_size
+        counts: Counts = self.macs(np.asarray(num_tokens, np.int64))
+        return counts
+
+    def macs(self, n: Any) -> Any:
+        """Counts as `layer_macs` in any arithmetic."""
+        hidden = self.hidden_size
         return n * (4 * hidden**2 + 2 * hidden * self.intermediate_size) + 2 * n**2 * hidden
 
     @property

@@ -30,15 +30,15 @@ def selector_nll(selections: Sequence[Selection]) -> jax.Array:
     return sum(map(one, selections), start=jnp.zeros(()))
 
 
-def kept_ratio(selections: Sequence[Selection], max_length: int) -> jax.Array:
-    """Computes kept tokens over the configured maximum length, mean over the points: float32 [rows].
+def kept_ratio(counts: Sequence[jax.Array], max_length: int) -> jax.Array:
+    """Computes kept tokens over the maximum length, mean over the points: [rows] for each -> float32 [rows].
 
     The denominator is not the width of an array, because trimming padding must not change the reward.
     """
-    return jnp.stack([s.num_kept for s in selections]).mean(0) / max_length
+    return jnp.stack(counts).mean(0) / max_length
 
 
-def reward(task_loss: jax.Array, ratio: jax.Array, alpha: float) -> jax.Array:
+def reward(task_loss: jax.Array, ratio: jax.Array, alpha: float | jax.Array) -> jax.Array:
     """Computes log-likelihood minus alpha times the kept ratio: [K, B] (twice) -> [K, B], no gradient."""
     chex.assert_equal_shape([task_loss, ratio])
     return jax.lax.stop_gradient(-task_loss - alpha * ratio)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from trbert_jax.errors import UserError
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from trbert_jax.reduction.selection import Rule
 
 Inputs = Mapping[str, Any]  # arrays, one entry per row
-Use = Literal["evaluate", "baseline", "train"]
+Threshold = float | Sequence[float]  # a keep probability for all points of reduction, or one for each
+Use = Literal["evaluate", "baseline", "given", "train"]
 
 DEFAULT_RULE = "threshold"
 DEFAULT_THRESHOLD = 0.5  # the published rule
@@ -31,16 +32,18 @@ class RuleSpec:
     # Makes the rule from the entries of `inputs`; returns None to run the dense encoder. May be called inside
     # a compiled function.
     build: Callable[[Inputs], Rule | None]
-    use: Use = "evaluate"  # or `baseline` (selects without having learned anything), or `train`
+    # Or `baseline` (selects without having learned anything), `given` (by scores of the caller), or `train`.
+    use: Use = "evaluate"
     # The entries that `build` reads:
-    #   `min_logit` float32 [R], the lowest selector logit that keeps a token (`selection.min_logit`);
+    #   `min_logit` float32 [R, stages], the lowest selector logits that keep a token (`selection.min_logit`);
     #   `num_kept` int32 [R, stages], tokens each row keeps;
     #   `row_keys` PRNG keys [R], one per row (`tasks.losses.Rows.keys`);
-    #   `guide` float32 [R, stages, S], residual scores;
+    #   `guide` float32 [R, stages, S], residual scores, or those of the caller;
     #   `imitating` bool [R], the rows that follow the guide.
     inputs: tuple[str, ...] = ()
     exact: bool = True  # whether a row's selection is independent of the other rows of its batch
     drops: bool = True  # whether the rule asks the selectors at all; False for the dense encoder
+    judges: bool = False  # whether a pass gives the logits by which tokens are kept, in place of the decision
 
     @property
     def has_threshold(self) -> bool:
@@ -64,13 +67,36 @@ def rule_names(use: Use = "evaluate") -> tuple[str, ...]:
     return tuple(name for name, spec in RULES.items() if spec.use == use)
 
 
-def check_rule(name: str, threshold: Any = DEFAULT_THRESHOLD) -> None:
-    """Raises `UserError` for an unknown rule of evaluation or a threshold that it cannot have."""
+def point_thresholds(
+    threshold: Any, num_points: int | None = None, name: str = "threshold"
+) -> tuple[float, ...]:
+    """Returns one threshold for each of `num_points` points of reduction; None: as many as are given.
+
+    Raises `UserError`, which begins with `name`, for anything but a probability above 0 and below 1 for all
+    points, or one for each.
+    """
+    given = threshold.tolist() if hasattr(threshold, "tolist") else threshold  # of NumPy
+    values = tuple(given) if isinstance(given, list | tuple) else (given,)
+    if not values or not all(isinstance(x, numbers.Real) and 0 < float(x) < 1 for x in values):
+        expected = "a probability above 0 and below 1, or a list of one for each point of reduction"
+        raise UserError(f"{name} is {threshold!r}; expected {expected}")
+    if num_points is not None and len(values) not in (1, num_points):
+        expected = "1 threshold" if num_points == 1 else f"1 or {num_points} thresholds"
+        raise UserError(f"{name} is {threshold!r}; expected {expected}, for as many points of reduction")
+    return tuple(map(float, values * (num_points or 1) if len(values) == 1 else values))
+
+
+def threshold_name(threshold: Threshold) -> str:
+    """Returns thresholds as results name them: `0.5`, or `0.5,0.7`."""
+    return ",".join(map(str, point_thresholds(threshold)))
+
+
+def check_rule(name: str, threshold: Any = DEFAULT_THRESHOLD, num_points: int | None = None) -> None:
+    """Raises UserError for an unknown rule of evaluation, or thresholds that it or the model cannot have."""
     if name not in rule_names():
         raise UserError(f"rule is {name!r}; expected one of {', '.join(rule_names())}")
-    if not isinstance(threshold, numbers.Real) or not 0 < float(threshold) < 1:
-        raise UserError(f"threshold is {threshold!r}; expected a probability above 0 and below 1")
-    if not RULES[name].has_threshold and threshold != DEFAULT_THRESHOLD:
+    values = point_thresholds(threshold, num_points)
+    if not RULES[name].has_threshold and set(values) != {DEFAULT_THRESHOLD}:
         raise UserError(f"threshold is {threshold!r}, but rule {name} has none; use rule {DEFAULT_RULE}")
 
 
@@ -84,7 +110,7 @@ for _spec in (
     RuleSpec(
         "threshold",
         "keep each token whose keep probability reaches the threshold",
-        lambda inputs: _selection().keep_above(inputs["min_logit"][0]),
+        lambda inputs: _selection().keep_above(inputs["min_logit"]),
         inputs=("min_logit",),
     ),
     RuleSpec(
@@ -107,6 +133,13 @@ for _spec in (
         lambda inputs: _selection().keep_first(inputs["num_kept"].T),
         use="baseline",
         inputs=("num_kept",),
+    ),
+    RuleSpec(
+        "scores",
+        "keep the tokens with the highest given scores",
+        lambda inputs: _selection().keep_scored(inputs["num_kept"].T, inputs["guide"]),
+        use="given",
+        inputs=("num_kept", "guide"),
     ),
     RuleSpec(
         "sample",

@@ -32,6 +32,7 @@ class TokenSet:
 
     states: jax.Array  # float [B, S, H]
     valid: jax.Array  # bool [B, S]; False for padding and for dropped tokens
+    key_bias: jax.Array | None = None  # float32 [B, S], added to the attention scores of a key; None: nothing
 
     def repeat(self, num_copies: int) -> "TokenSet":
         """Stacks copies of the batch: row `j * B + i` is copy j of example i."""
@@ -72,6 +73,10 @@ class Selection:
     def num_kept(self) -> jax.Array:
         """int32 [B]."""
         return jnp.sum(self.keep, axis=-1, dtype=jnp.int32)
+
+    def shifted(self, shift: jax.Array) -> "Selection":
+        """Adds `shift`, float32 [B], to the logits of the rows."""
+        return dataclasses.replace(self, logits=self.logits + shift[:, None])
 
 
 def select(
@@ -129,9 +134,14 @@ def keep_probable(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
     return (logits >= 0) & valid
 
 
-def keep_above(min_logit: float | jax.Array) -> Rule:
-    """Returns `keep_probable` with another threshold, see `min_logit`."""
-    return lambda stage, logits, valid: (logits >= min_logit) & valid
+def keep_above(min_logit: jax.Array) -> Rule:
+    """Returns `keep_probable` with other thresholds, see `min_logit`; float32 [B, stages], each row's own."""
+    return lambda stage, logits, valid: (logits >= min_logit[:, stage, None]) & valid
+
+
+def shifted(rule: Rule, shift: jax.Array) -> Rule:
+    """Adds `shift`, float32 [B, stages], to the logits that a rule reads."""
+    return lambda stage, logits, valid: rule(stage, logits + shift[:, stage, None], valid)
 
 
 def min_logit(threshold: float) -> float:
@@ -217,6 +227,18 @@ def keep_random(counts: jax.Array, row_keys: jax.Array) -> Rule:
     def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
         preference = jax.vmap(lambda key: jax.random.uniform(key, logits.shape[1:]))(row_keys)
         return top_tokens(preference.at[:, 0].set(jnp.inf), valid, counts[stage])
+
+    return rule
+
+
+def keep_scored(counts: jax.Array, scores: jax.Array) -> Rule:
+    """Keeps [CLS] and the tokens with the highest scores, `counts[stage, row]` in all.
+
+    `counts` int32 [stages, B], `scores` float32 [B, stages, S]. With scores of the dense model, an oracle.
+    """
+
+    def rule(stage: int, logits: jax.Array, valid: jax.Array) -> jax.Array:
+        return top_tokens(scores[:, stage].at[:, 0].set(jnp.inf), valid, counts[stage])
 
     return rule
 

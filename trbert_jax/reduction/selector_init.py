@@ -1,4 +1,4 @@
-"""Initialize the selectors: regress the keep probabilities on the ranks of residual scores.
+"""Initialize the selectors: fit the keep probabilities to the ranks of residual scores.
 
 Source: docs/method.md, "Selector initialization".
 """
@@ -9,16 +9,22 @@ from collections.abc import Sequence
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from trbert_jax.reduction.selection import Selection
 
 
 def rank_error(
-    selections: Sequence[Selection], rank: jax.Array, keep: Sequence[float] | None = None
+    selections: Sequence[Selection],
+    rank: jax.Array,
+    keep: Sequence[float] | None = None,
+    loss: str = "l1",
 ) -> jax.Array:
-    """Computes |keep probability - target| of every token, 0 on padding, summed over the points of reduction.
+    """Computes the error of every keep probability, 0 on padding, summed over the points of reduction.
 
-    The target is the rank, or a power of it to keep another share of the tokens than one half.
+    `l1`: |keep probability - target|. The target is the rank, or a power of it to keep another share of the
+    tokens than one half. `bce`: the binary cross entropy with the target 1 for the tokens to keep, those that
+    rank highest, and 0 for the others; at its minimum the probabilities add up to their number.
 
     Args:
       selections: of a run that drops nothing.
@@ -31,10 +37,18 @@ def rank_error(
     """
     chex.assert_rank(rank, 3)
     targets = [rank[:, stage] for stage in range(len(selections))]
-    if keep is not None:
+    if loss == "bce":
+        shares = keep or [0.5] * len(selections)
+        # Float32 ranks of exactly 1 - share are not above it.
+        targets = [target > 1 - share + 1e-6 for target, share in zip(targets, shares, strict=True)]
+    elif keep is not None:
         # The share `keep` has ranks above 1 - keep, and (1 - keep) ** power is 1/2.
         powers = [math.log(0.5) / math.log1p(-share) for share in keep]
         targets = [target**power for target, power in zip(targets, powers, strict=True)]
     pairs = zip(selections, targets, strict=True)
-    errors = [jnp.where(s.scored, jnp.abs(jax.nn.sigmoid(s.logits) - target), 0.0) for s, target in pairs]
+    error = {
+        "l1": lambda logits, target: jnp.abs(jax.nn.sigmoid(logits) - target),
+        "bce": optax.sigmoid_binary_cross_entropy,
+    }[loss]
+    errors = [jnp.where(s.scored, error(s.logits, target), 0.0) for s, target in pairs]
     return sum(errors, start=jnp.zeros(()))

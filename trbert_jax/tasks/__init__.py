@@ -106,11 +106,20 @@ class Splits:
         return self._source.read_labels(self._config.data.path, bad, **self._options("train"))
 
     def digest(self, key: str) -> Any:
-        """Returns a hash of the records of a split (`train`), of their ids (`train.ids`), or the `labels`."""
+        """Returns a hash of the records of a split or `part`, of their ids (`train.ids`), or the `labels`."""
         if key == "labels":
             return list(self.labels())
         self.records(key.partition(".")[0])
         return self._digests[key]
+
+    def part(self, limit: int | None) -> str:
+        """Returns the name of a split: `limit` training examples at random, or `train` for all of them.
+
+        A smaller part lies in a larger one. It is the training set of a run whose `data.max_train_examples`
+        is `limit`.
+        """
+        most = self._config.data.max_train_examples
+        return "train" if limit is None or (most is not None and limit >= most) else f"train[:{limit}]"
 
     def require_test_set(self) -> None:
         """Raises `UserError` if there is no test set; before a training that ends with it."""
@@ -118,11 +127,13 @@ class Splits:
             self.records("test")
 
     def records(self, split: str) -> Sequence[Any]:
-        """Returns the records of a split, limited in number as configured."""
+        """Returns the records of a split or `part`, limited in number as configured."""
         if split not in self._records:
-            data = self._config.data
-            bad = self._bad[split] = BadRecords(skip=data.skip_bad_records)
-            records = self._source.read_split(data.path, split, bad, **self._options(split))
+            data, (name, _, limit) = self._config.data, split.rstrip("]").partition("[:")
+            bad, options = BadRecords(skip=data.skip_bad_records), self._options(name)
+            self._bad[split] = bad
+            options |= {"limit": int(limit)} if limit else {}
+            records = self._source.read_split(data.path, name, bad, **options)
             ids = hashlib.blake2b(
                 "\n".join(record.id for record in records).encode("utf-8", "surrogatepass"), digest_size=16
             )
@@ -147,14 +158,14 @@ class Splits:
         return frozenset(record.id for record in self.records(split))
 
     def examples(self, split: str, tokenizer: Any, cache_dir: Path | None = None) -> Examples:
-        """Tokenizes a split, `train` for training, as `encode_usable` does."""
-        records = self.records(split)
-        options = {"training": split == "train", "seed": self._config.seed, "cache_dir": cache_dir}
-        if split not in self._warned:
-            others = {name: records for name, records in self._records.items() if name != split}
-            for warning in self.task.warnings(split, records, others):
+        """Tokenizes a split or `part`, `train` for training, as `encode_usable` does."""
+        records, name = self.records(split), split.partition("[")[0]
+        options = {"training": name == "train", "seed": self._config.seed, "cache_dir": cache_dir}
+        if name not in self._warned:
+            others = {x: records for x, records in self._records.items() if x.partition("[")[0] != name}
+            for warning in self.task.warnings(name, records, others):
                 logger.warning("%s: %s", split, warning)
-            self._warned.add(split)
+            self._warned.add(name)
         examples = encode_usable(self.task, records, tokenizer, self._bad[split], split, **options)
         if len(examples.records) < len(records):
             self._records[split] = examples.records

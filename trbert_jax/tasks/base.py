@@ -14,7 +14,7 @@ from trbert_jax.datasets.reading import BadRecord, BadRecords, UnusableRecords, 
 from trbert_jax.model.config import InputConfig
 from trbert_jax.model.heads import Logits
 from trbert_jax.tasks.examples import Examples
-from trbert_jax.tasks.losses import Rows, cross_entropy, distillation
+from trbert_jax.tasks.losses import Rows, cross_entropy, distillation, margin
 
 T = TypeVar("T", bound="type[Task]")
 
@@ -124,6 +124,11 @@ class Task(abc.ABC):
     def distillation_loss(cls, logits: Logits, rows: Rows, temperature: float) -> jax.Array:
         """Computes the loss with a teacher's logits, `teacher_logits`, float32 [K * B]."""
         return distillation(cls.example_logits(logits, rows), rows.get("teacher_logits"), temperature)
+
+    @classmethod
+    def margin(cls, logits: Logits, rows: Rows) -> jax.Array:
+        """Computes how sure the model is, without a label: sums of `losses.margin`, float32 [K * B]."""
+        return margin(cls.example_logits(logits, rows))
 
     @staticmethod
     def example_logits(logits: Logits, rows: Rows) -> Logits:

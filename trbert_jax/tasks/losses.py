@@ -117,6 +117,24 @@ def distillation(
     return -jnp.sum(target * jax.nn.log_softmax(logits, axis=-1), axis=-1)
 
 
+def margin(logits: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Log odds of the most probable answer: float [..., C], bool [..., C] -> float [...].
+
+    Its derivative, unlike that of the loss, does not vanish where the model is sure.
+    """
+    if mask is not None:
+        logits = _only(logits, jnp.broadcast_to(mask, logits.shape))
+    best = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool)
+    return logits.max(-1) - jax.nn.logsumexp(jnp.where(best, _MASKED, logits), axis=-1)
+
+
+def state_distance(states: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Mean square of the difference of two states, each brought to mean 0 and variance 1: [B, H] -> [B]."""
+    chex.assert_equal_shape([states, teacher])
+    ours, theirs = (jax.nn.standardize(x.astype(jnp.float32)) for x in (states, teacher))
+    return jnp.mean((ours - jax.lax.stop_gradient(theirs)) ** 2, axis=-1)
+
+
 def any_of(logits: jax.Array, gold: jax.Array, mask: jax.Array) -> jax.Array:
     """Negative log-likelihood that any of the gold positions is the answer's, in nats.
 

@@ -16,7 +16,15 @@ from trbert_jax.datasets import reading
 from trbert_jax.datasets.records import GraphQuestion, MultiHopQuestion, Paragraph
 from trbert_jax.tasks.base import Score, Task, register_task, softmax
 from trbert_jax.tasks.examples import Examples, Ragged, digest_of
-from trbert_jax.tasks.losses import Rows, cross_entropy, distillation, mean_of, sentence_loss
+from trbert_jax.tasks.losses import (
+    Rows,
+    cross_entropy,
+    distillation,
+    margin,
+    masked_mean,
+    mean_of,
+    sentence_loss,
+)
 from trbert_jax.tasks.paragraphs import (
     NO,
     SPAN,
@@ -104,6 +112,12 @@ class MultiHopTask(Task):
         # The published sum is over all slots for sentences, empty ones included.
         counted = sentence if "head_mask" in rows.batch else jnp.where(labeled, sentence, 0.0)
         return span + kind + counted.sum(-1) / jnp.maximum(labeled.sum(-1), 1)
+
+    @classmethod
+    def margin(cls, logits: dict[str, jax.Array], rows: Rows) -> jax.Array:
+        span = margin(logits["span"], rows.mask[:, None]).sum(1)
+        sentence = masked_mean(margin(logits["sentence"]), rows.get("sentences")[..., 0] >= 0)
+        return span + margin(logits["kind"]) + sentence
 
     @staticmethod
     def is_by_token(name: str | None = None) -> bool:

@@ -19,7 +19,7 @@ from trbert_jax.datasets.records import SpanQuestion
 from trbert_jax.model.config import InputConfig
 from trbert_jax.tasks.base import Score, Task, register_task
 from trbert_jax.tasks.examples import Examples, Ragged
-from trbert_jax.tasks.losses import Rows, any_of, distillation
+from trbert_jax.tasks.losses import Rows, any_of, distillation, margin
 from trbert_jax.tasks.scorers import best_null_threshold, score_mrqa, score_squad, score_triviaqa
 from trbert_jax.tasks.windows import Pairs, WindowBuilder, Windows, WindowSettings, best_pairs
 
@@ -102,6 +102,10 @@ class SpanTask(Task):
     def distillation_loss(cls, logits: jax.Array, rows: Rows, temperature: float) -> jax.Array:
         loss = distillation(logits, rows.get("teacher_logits"), temperature, rows.mask[:, None])
         return rows.mean(loss.sum(1))  # not halved, as published
+
+    @classmethod
+    def margin(cls, logits: jax.Array, rows: Rows) -> jax.Array:
+        return rows.mean(margin(logits, rows.mask[:, None]).sum(1))
 
     @staticmethod
     def is_by_token(name: str | None = None) -> bool:

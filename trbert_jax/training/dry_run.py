@@ -12,11 +12,12 @@ from trbert_jax.config import RunConfig
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import init_params
+from trbert_jax.model.segment import kept_numbers
 from trbert_jax.parallel import SMALLEST_DIVIDED, check_batch, check_mesh
 from trbert_jax.reduction import flops
 from trbert_jax.tasks.examples import Examples
+from trbert_jax.training.evaluation import num_passes
 from trbert_jax.training.experiment import Experiment
-from trbert_jax.training.run import num_passes
 from trbert_jax.training.stages import Stage, configured
 from trbert_jax.training.step import split_params
 
@@ -51,8 +52,10 @@ def plan(experiment: Experiment, devices: int, processes: int) -> list[StagePlan
             check_batch(stage.name, getattr(config, stage.name).batch_size, devices)
     model, plans = experiment.base_model(), []
     for stage in stages:
-        split = getattr(config, stage.name).split if stage.evaluates else "train"
-        examples = experiment.features(split, model)
+        if stage.evaluates:
+            examples = experiment.features(getattr(config, stage.name).split, model)
+        else:
+            examples = stage.examples(experiment, model)
         plans.append(_plan_stage(config, stage, model.config, examples, devices, processes))
     return plans
 
@@ -109,16 +112,23 @@ def _bytes(tree: Any, parts: int) -> int:
 def _activation_bytes(config: RunConfig, stage: Stage, model: ModelConfig, rows: int) -> int:
     """Returns the bytes that the backward pass of one micro-batch keeps on a device, for rows of full length.
 
-    (34 H + 5 heads S) bytes per token and layer in 16 bit (Korthikanti et al., 2022, equation 1), twice that
-    in 32 bit; with `remat` 2 H, and one layer in full.
+    A packed stage keeps what `model.segment` says. Others keep (34 H + 5 heads S) bytes per token and layer
+    in 16 bit (Korthikanti et al., 2022, equation 1), twice that in 32 bit; with `remat` 2 H, and one layer in
+    full.
     """
     size = 1 if config.model.dtype == "bfloat16" else 2
+    kept = stage.kept_layers(config, model) if stage.kept_layers else None
+    layers = kept or 1
+    tokens = rows * model.max_length
+    if stage.trains and kept and getattr(config, stage.name).backend == "packed":
+        least, *_, most = (2 * size * tokens * layers * x for x in kept_numbers(model).values())
+        limit = 0.0 if config.parallel.remat else config.parallel.activation_memory * GIB
+        return int(max(least, min(most, limit)))
     full = size * (34 * model.hidden_size + 5 * model.num_heads * model.max_length)
-    layers = stage.kept_layers(config, model) if stage.kept_layers else 1
     per_token = layers * full
-    if config.parallel.remat and stage.trains and stage.kept_layers:
+    if config.parallel.remat and stage.trains and kept:
         per_token = layers * 2 * size * model.hidden_size + layers / model.num_layers * full
-    return int(rows * model.max_length * per_token)
+    return int(tokens * per_token)
 
 
 def lines(experiment: Experiment, devices: int, processes: int) -> Iterator[str]:

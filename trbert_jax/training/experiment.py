@@ -62,7 +62,7 @@ class Experiment:
         self._cache = Path(config.data.cache_dir or self.workdir / "cache")
         # Whether the fine-tuned model is not stale, so that it can stand for the training set.
         self.is_settled = False
-        self._features: dict[tuple[str, Any], Examples] = {}
+        self._features: dict[tuple[Any, ...], Examples] = {}
         self._programs: dict[ModelConfig, CompiledForward] = {}
 
     @functools.cached_property
@@ -193,7 +193,7 @@ class Experiment:
             raise UserError(f"model.init: {model.init} has no tokenizer files; {advice}")
         if model.line_breaks_as_spaces:
             read_line_breaks_as_spaces(tokenizer)
-        config = dataclasses.replace(base.config, inputs=task.inputs, score="")
+        config = dataclasses.replace(base.config, inputs=task.inputs, score="", operating_points=())
         return dataclasses.replace(base, config=config, tokenizer=tokenizer)
 
     def _scratch(self, tokenizer: Any) -> Pretrained:
@@ -216,7 +216,8 @@ class Experiment:
 
     def module(self, config: ModelConfig) -> TokenReducingModel:
         """Returns the Flax module of a model, in the configured dtype."""
-        return TokenReducingModel(config, DTYPES[self.config.model.dtype], self.config.parallel.remat)
+        dtype, parallel = DTYPES[self.config.model.dtype], self.config.parallel
+        return TokenReducingModel(config, dtype, parallel.remat, parallel.activation_memory * 2**30)
 
     def engine(
         self, config: ModelConfig, batch_size: int, after_batch: AfterBatch | None = None
@@ -230,16 +231,28 @@ class Experiment:
     # Data ---------------------------------------------------------------------------------------
 
     def features(self, split: str, model: Pretrained) -> Examples:
-        """Returns the tokenized examples of a split for a model."""
+        """Returns the tokenized examples of a split for a model; `Splits.part` names those of a part."""
         prepared, key = self.config.data.prepared, (split, model.tokenizer)
         if key not in self._features:
-            if not prepared or split != "train":
+            if not prepared or not split.startswith("train"):
                 self._features[key] = self.data.examples(*key, self._cache)
             elif self.data.task.resamples:
                 name = self.config.data.name
                 raise UserError(f"data.prepared: {name} draws new inputs in each epoch; leave it out")
             else:
                 self._features[key] = load_prepared(prepared, split, self.preparation(model.tokenizer))
+        return self._features[key]
+
+    def training_examples(self, model: Pretrained, limit: int | None, labeled: int | None) -> Examples:
+        """Returns `limit` training examples, None for all; the label is -1 except of `labeled` of them."""
+        whole, part = self.data.part(limit), self.data.part(labeled)
+        key = (whole, part, model.tokenizer)
+        if labeled is None or whole == part or not self.features(whole, model).has_labels:
+            return self.features(whole, model)
+        if key not in self._features:
+            examples, known = self.features(whole, model), {x.id for x in self.data.records(part)}
+            labels = [y if id in known else -1 for id, y in zip(examples.ids, examples.labels, strict=True)]
+            self._features[key] = dataclasses.replace(examples, labels=np.array(labels, np.int32))
         return self._features[key]
 
     def data_digest(self, key: str) -> Any:

@@ -22,6 +22,7 @@ from trbert_jax.model.model import Params
 from trbert_jax.model.pretrained import Pretrained, save_pretrained
 from trbert_jax.parallel import stop_request
 from trbert_jax.reduction.flops import known_peak
+from trbert_jax.reduction.rules import point_thresholds
 from trbert_jax.reduction.selection import random_key
 from trbert_jax.tasks.examples import Examples, batch_rows, epoch_order, pad_batch, width_buckets
 from trbert_jax.training import step as updates
@@ -31,7 +32,7 @@ from trbert_jax.training.logging import Profile, StageReport, StepClock
 from trbert_jax.training.made_from import FREE_IN_CHECKPOINT
 from trbert_jax.training.prepared import PreparedFeatures
 from trbert_jax.training.stage_inputs import StageInputs, class_weights
-from trbert_jax.training.stages import Stage, objective_of
+from trbert_jax.training.stages import STAGES, Stage, objective_of
 from trbert_jax.training.step import TrainState, init_state, merge_params
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Training:
     update_size: int  # examples of an update
     steps_per_epoch: int  # the last update of an epoch may have fewer examples
     total_steps: int
+    hard_from: int  # the first update that leaves the selectors as they are
     schedule: Any  # learning rate
     optimizer: Any
     checkpoints: CheckpointStore
@@ -69,11 +71,14 @@ class Training:
             examples = self.experiment.data.resample(examples, epoch)
         return examples, epoch_order(len(examples), self.experiment.config.seed, epoch)
 
-    def update(self) -> Any:
-        """Returns the compiled update; see `step.update_step`."""
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the stage
+    def update(self, hard: bool = False) -> Any:
+        """Returns the compiled update, or that from `hard_from` on; see `step.update_step`."""
         experiment, module = self.experiment, self.experiment.module(self.start.config)
-        objective = objective_of(self.stage, experiment.config, module, self.total_steps)
-        return updates.update_step(objective, self.optimizer, experiment.devices)
+        objective = objective_of(self.stage, experiment.config, module, self.total_steps, hard)
+        rates = self.stage.rates(experiment.config, hard)
+        hold = self.stage.hold(experiment.config, self.total_steps, hard)
+        return updates.update_step(objective, self.optimizer, experiment.devices, rates, hold)
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """Evaluates parameters on the development set."""
@@ -95,11 +100,14 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
     if shares is not None and len(shares) != model.num_reductions:
         expected = f"{model.num_reductions}: one for each point of reduction of this model"
         raise UserError(f"init.keep: {list(shares)} are {len(shares)} shares, expected {expected}")
-    examples = experiment.features("train", start)
-    source = stage.inputs(settings)
-    inputs = source[1](experiment, stage.name, examples, model.task) if source else {}
+    for threshold in experiment.config.evaluate.thresholds:  # now rather than after the training
+        point_thresholds(threshold, model.num_reductions, "evaluate.thresholds")
+    examples, inputs, source = stage.examples(experiment, start), StageInputs(), stage.inputs(settings)
+    if source:
+        name, read = source
+        inputs = read(experiment, stage.name, examples, STAGES[name].examples(experiment, start), model.task)
     if experiment.config.data.class_weights == "balanced":
-        inputs["class_weight"] = class_weights(examples.labels)
+        inputs["class_weight"] = class_weights(examples.labels, stage.name)
     experiment.features("dev", start)  # read now: mistakes in it show before the training
 
     # Outputs of earlier stages are about the inputs of epoch 0.
@@ -130,6 +138,7 @@ def prepare(experiment: Experiment, stage: Stage) -> Training:
         update_size=size,
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
+        hard_from=stage.hard_from(experiment.config, total),
         schedule=schedule,
         optimizer=_optimizer(settings, schedule, model),
         checkpoints=CheckpointStore(
@@ -156,7 +165,7 @@ def saved_params(
     params = jax.tree.map(np.asarray, start.params)
     trained, frozen = updates.split_params(params, stage.trained(start.config))
     schedule = updates.linear_schedule(settings.learning_rate, 1, 0)  # its form alone counts
-    like = init_state(trained, _optimizer(settings, schedule, start.config))
+    like = init_state(trained, _optimizer(settings, schedule, start.config), stage.control(experiment.config))
     folder, free = experiment.workdir / stage.name / "checkpoints", {*FREE_IN_CHECKPOINT, "examples", "data"}
     store = CheckpointStore(folder, settings.keep_checkpoints, experiment.fingerprint(stage.name), free)
     return start, store, lambda step: merge_params(restore_state(store, step, like).trained, frozen)
@@ -234,11 +243,13 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
     experiment, stage, settings = training.experiment, training.stage, training.settings
     devices, total, store = experiment.devices, training.total_steps, training.checkpoints
     directory = experiment.workdir / stage.name
-    like = jax.eval_shape(functools.partial(init_state, optimizer=training.optimizer), training.trained)
+    control = stage.control(experiment.config)
+    init = functools.partial(init_state, optimizer=training.optimizer, control=control)
+    like = jax.eval_shape(init, training.trained)
     start, restored = latest_state(training, like)
 
-    update, placed = training.update(), updates.place(training.frozen, devices)
-    first = functools.partial(updates.first_state, training.trained, training.optimizer, devices)
+    placed = updates.place(training.frozen, devices)
+    first = functools.partial(updates.first_state, training.trained, training.optimizer, devices, control)
     state = first() if restored is None else updates.place(restored, devices)
     # Each stage draws its own random numbers: the first letters of its name are a number.
     number = int.from_bytes(stage.name.encode()[:4].ljust(4, b"\0"), "big") & 0x7FFFFFFF
@@ -268,6 +279,7 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
             with clock.part("input"):
                 batch = next(batches)
                 arrays = updates.place_batches(batch.arrays, devices)
+            update = training.update(step >= training.hard_from)
             state, metrics = update(state, placed, arrays, rng)
             done = step + 1
             unchecked.append((done, metrics))
@@ -329,6 +341,7 @@ def to_checkpoint(training: Training, state: TrainState) -> dict[str, Any]:
     return {
         "trained": state.trained,
         "opt_state": state.opt_state,
+        "control": state.control,
         "step": np.asarray(state.step, np.int32),
         "seed": np.asarray(training.experiment.config.seed, np.int64),
         "epoch": np.asarray(epoch, np.int64),
@@ -341,10 +354,11 @@ def restore_state(store: CheckpointStore, step: int, like: TrainState) -> TrainS
 
     Raises `DamagedCheckpointError` if a file is missing or changed.
     """
-    template = {"trained": like.trained, "opt_state": like.opt_state, "step": np.asarray(0, np.int32)}
+    template = {"trained": like.trained, "opt_state": like.opt_state, "control": like.control}
+    template["step"] = np.asarray(0, np.int32)
     template |= {name: np.asarray(0, np.int64) for name in ("seed", "epoch", "position")}
     saved = store.restore(step, template)
-    return TrainState(saved["step"], saved["trained"], saved["opt_state"])
+    return TrainState(saved["step"], saved["trained"], saved["opt_state"], saved["control"])
 
 
 def latest_state(training: Training, like: TrainState) -> tuple[int, TrainState | None]:

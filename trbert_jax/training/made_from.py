@@ -248,7 +248,9 @@ def check_upstream(
             continue
         reasons = stale(experiment, stages[name], stages)
         made = read_made(experiment.workdir / name).get("data", {})
-        keys = [key for key in stages[needed_by].reads_data(experiment) if key in made]
+        # The stages may read parts of one split, `train` and `train[:2000]`.
+        splits = {key.partition("[")[0] for key in stages[needed_by].reads_data(experiment)}
+        keys = [key for key in made if key.partition("[")[0] in splits]
         now = {"data": {key: experiment.data_digest(key) for key in keys}}
         if reasons := [*reasons, *_changes({"data": made}, now, name)]:
             where = f"{experiment.workdir / name}: stage {needed_by} needs this, which is stale"

@@ -1,38 +1,36 @@
 """Per-example outputs of earlier stages on disk: residual scores and teacher logits.
 
-Arrays are written batch by batch and read by the rows of a batch; memory never holds a whole one.
-
-STAGE/NAME.npy.partial   an unfinished array; its space is reserved before the first batch
-STAGE/NAME.npy           a finished array
-STAGE/progress.json      number of batches in the partial files, from which a killed stage resumes
+Arrays are written batch by batch (`resumable_arrays`) and read by the rows of a batch; memory never holds a
+whole one.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import json
 import logging
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trbert_jax.errors import UserError
-from trbert_jax.io import make_directory, read_json, write_json
 from trbert_jax.model.model import Batch, Params
+from trbert_jax.model.packed import packed_forward
 from trbert_jax.model.pretrained import Pretrained
-from trbert_jax.parallel import ROWS, DeviceMesh
+from trbert_jax.parallel import ROWS
 from trbert_jax.reduction.residual_scores import rank_targets
 from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
+from trbert_jax.tasks.losses import Rows
 from trbert_jax.training import objectives
 from trbert_jax.training.experiment import Experiment, params_digest
 from trbert_jax.training.logging import StageReport
+from trbert_jax.training.resumable_arrays import ResumableArrays
 
 if TYPE_CHECKING:
     from trbert_jax.training.stages import Stage
@@ -41,10 +39,8 @@ logger = logging.getLogger(__name__)
 
 DATA_DIGEST = "data_digest"  # key of a stage's summary: digest of the examples its arrays are about
 SCORES, LOGITS = "scores.npy", "logits{}.npy"
+STATES = "states.npy"  # of [CLS] in the last layer
 LOSSES = "losses.npy"  # of the scored examples; only their mean is kept
-PROGRESS = "progress.json"
-SAVE_SECONDS = 30.0  # of work that a kill may cost
-CHUNK = 2**20  # bytes written at once
 
 
 # Reading --------------------------------------------------------------------------------------------
@@ -67,16 +63,19 @@ class StageInput:
 # Names of batch entries -> where they are read; a dict for teacher logits that are several arrays.
 StageInputs = dict[str, StageInput | dict[str, StageInput]]
 
+# The functions that read them take the examples of the stage that reads, and those (`source`, which contain
+# them) of the stage that wrote.
 
-def guide(experiment: Experiment, stage: str, examples: Examples, task: str) -> StageInputs:
+
+def guide(experiment: Experiment, stage: str, examples: Examples, source: Examples, task: str) -> StageInputs:
     """Returns the residual scores that the policy imitates."""
-    scores = residual_scores(experiment, stage, examples)
+    scores = residual_scores(experiment, stage, examples, source)
     return {"guide": StageInput(scores, by_row=True, by_token=True)}
 
 
-def ranks(experiment: Experiment, stage: str, examples: Examples, task: str) -> StageInputs:
+def ranks(experiment: Experiment, stage: str, examples: Examples, source: Examples, task: str) -> StageInputs:
     """Returns the ranks that initialize the selectors (`residual_scores.rank_targets`)."""
-    scores = residual_scores(experiment, stage, examples)
+    scores = residual_scores(experiment, stage, examples, source)
     lengths = examples.row_targets.get("shared_length", examples.row_lengths)
 
     def read(rows: np.ndarray) -> np.ndarray:
@@ -85,104 +84,126 @@ def ranks(experiment: Experiment, stage: str, examples: Examples, task: str) -> 
     return {"rank": StageInput(read, by_row=True, by_token=True)}
 
 
-def class_weights(labels: np.ndarray) -> StageInput:
+def class_weights(labels: np.ndarray, stage: str) -> StageInput:
     """Returns the weight of each example's class, n / (classes * examples of the class), 1 on average.
 
-    Classes without an example do not count.
+    Classes without an example do not count. Raises `UserError` if an example has no label.
     """
+    if (labels < 0).any():
+        known = f"{stage}.max_examples to finetune.max_examples"
+        without = f"{(labels < 0).sum()} examples of stage {stage} have no label"
+        raise UserError(f"data.class_weights: {without}; set {known}, or remove data.class_weights")
     counts = np.bincount(labels)
     weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return StageInput(weights.astype(np.float32)[labels].__getitem__)
 
 
-def teacher_logits(experiment: Experiment, stage: str, examples: Examples, task: str) -> StageInputs:
-    """Returns the logits of the fine-tuned model."""
+def teacher_logits(
+    experiment: Experiment, stage: str, examples: Examples, source: Examples, task: str
+) -> StageInputs:
+    """Returns the logits of the fine-tuned model, and its [CLS] states if the stage learns from them."""
     head = TASKS[task]
-    count = examples.num_rows if head.by_row else len(examples)
 
     def one(name: str | None = None) -> StageInput:
         path = experiment.output_of("teacher", LOGITS.format(f"_{name}" if name else ""), stage)
-        array = _load(experiment, path, examples, count)
-        return StageInput(array.__getitem__, head.by_row, head.is_by_token(name))
+        read = _load(experiment, path, examples, source, head.by_row)
+        return StageInput(read, head.by_row, head.is_by_token(name))
 
-    return {"teacher_logits": {name: one(name) for name in head.logits} if head.logits else one()}
+    inputs: StageInputs = {"teacher_logits": {x: one(x) for x in head.logits} if head.logits else one()}
+    if getattr(getattr(experiment.config, stage), "distill_states", 0):
+        path = experiment.output_of("teacher", STATES, stage)
+        read = _load(experiment, path, examples, source, by_row=True)
+        inputs["teacher_state"] = StageInput(read, by_row=True)
+    return inputs
 
 
 def residual_scores(
-    experiment: Experiment, stage: str, examples: Examples
+    experiment: Experiment, stage: str, examples: Examples, source: Examples
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a map from rows int [b] to scores float32 [b, stages, S], sums where groups share tokens."""
     path = experiment.output_of("score", SCORES, stage)
-    scores = _load(experiment, path, examples, examples.num_rows)
+    scores = _load(experiment, path, examples, source, by_row=True)
 
     first_row = np.asarray(examples.first_row)
 
     def sums(rows: np.ndarray) -> np.ndarray:
         owners, which = np.unique(np.searchsorted(first_row, rows, side="right") - 1, return_inverse=True)
-        return np.stack([scores[first_row[i] : first_row[i + 1]].sum(0) for i in owners])[which]
+        groups = (scores(np.arange(first_row[i], first_row[i + 1])) for i in owners)
+        return np.stack([group.sum(0) for group in groups])[which]
 
-    return sums if "shared_length" in examples.row_targets else scores.__getitem__
+    return sums if "shared_length" in examples.row_targets else scores
 
 
-def _load(experiment: Experiment, path: Path, examples: Examples, count: int) -> np.ndarray:
+def places_in(source: Examples, examples: Examples) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns where examples are in a set that contains them: of the examples int [n], of their rows int [R].
+
+    Returns None if it does not contain them with the same tokens.
+    """
+
+    def names(ids: Sequence[str]) -> list[tuple[str, int]]:
+        seen = collections.Counter[str]()  # windows of one question have the same id
+        return [(id, seen.update([id]) or seen[id]) for id in ids]
+
+    found = {name: i for i, name in enumerate(names(source.ids))}
+    places = np.array([found.get(name, -1) for name in names(examples.ids)], np.int64)
+    if (places < 0).any():
+        return None
+    rows = source.rows(places)
+    taken = source.take(places)
+    same = np.array_equal(taken.offsets, examples.offsets) and np.array_equal(taken.tokens, examples.tokens)
+    return (places, rows[rows >= 0]) if same else None
+
+
+def _load(
+    experiment: Experiment, path: Path, examples: Examples, source: Examples, by_row: bool
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a map from examples, or rows, int [b] to the entries that a stage wrote about `source`."""
     stage, again = path.parent.name, f"delete {path.parent} to run stage {path.parent.name} again"
     try:
         array: np.ndarray = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: damaged ({error}); {again}") from error
     # Entries are matched by position: their number does not show that the data has another order.
-    digest = (experiment.finished(stage) or {}).get(DATA_DIGEST, examples.digest)
-    if len(array) != count or digest != examples.digest:
+    digest = (experiment.finished(stage) or {}).get(DATA_DIGEST, source.digest)
+    count = source.num_rows if by_row else len(source)
+    if len(array) != count or digest != source.digest:
         other = f"has {len(array)} entries of other training data than the {count} of now"
         raise UserError(f"{path}: {other}; {again}, or choose another `workdir`")
-    return array
+    if source.digest == examples.digest:
+        return array.__getitem__
+    places = places_in(source, examples)
+    if places is None:
+        other = "is about other inputs than those of the stage that reads it"
+        raise UserError(f"{path}: {other}; give both stages the same max_examples")
+    return lambda index: array[places[by_row][index]]
 
 
 # Stages that write them ---------------------------------------------------------------------------
 
 
 def score_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
-    """Writes residual scores of all training tokens, `scores.npy`, float32 [rows, stages, max_length]."""
-    devices, model = experiment.devices, stage.start(experiment)
-    experiment.check_inputs(stage.name, model, ("train",))
-    examples, module = experiment.features("train", model), experiment.module(model.config)
-    max_length = model.config.max_length
-    size = devices.rounded(experiment.config.score.batch_size)
-    batches = list(length_batches(examples, size, width_buckets(max_length)))
+    """Writes scores of all training tokens, `scores.npy`, float32 [rows, stages, max_length]."""
+    model, kind = stage.start(experiment), experiment.config.score.kind
+    module, value = experiment.module(model.config), {"residual": "loss", "gate": "margin"}[kind]
+    shape = (model.config.num_selectors, model.config.max_length)
 
-    def scores_and_losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        values, _, loss = objectives.score_tokens(module, params, batch)
-        return values, loss
+    def compute(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        scores, _, loss = objectives.SCORES[kind](module, params, batch)
+        return {"score": scores, value: loss}
 
-    mapped = devices.by_rows(scores_and_losses, out_specs=ROWS)
-    score = jax.jit(mapped) if devices.is_single else jax.jit(mapped, out_shardings=devices.whole)
-    params = devices.replicate(model.params)
-    with _outputs(experiment, stage.name, model, examples, size, len(batches)) as (report, arrays):
-        scores = arrays.array(SCORES, (examples.num_rows, model.config.num_selectors, max_length))
-        losses = arrays.array(LOSSES, (len(examples),))
-        for done, (index, width) in enumerate(batches[arrays.start :], arrays.start + 1):
-            result = score(params, devices.place_rows(pad_batch(examples, index, size, width)))
-            values, loss = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
-            check_finite(examples, index, size, {"loss": loss, "score": values})
-            rows = batch_rows(examples, index, size)
-            scores[rows[rows >= 0], :, :width] = values[rows >= 0]
-            losses[index] = loss[: len(index)]
-            report.progress(done, len(index))
-            arrays.progress(done)
-            devices.stop_here(f"in {stage.name}")
-        if not devices.is_main:  # only the main process has the arrays
-            return {}
-        arrays.finish(LOSSES)
-        summary = {"loss": float(np.asarray(losses).mean(dtype=np.float64))}
-        report.log(len(batches), summary)
-    return {**summary, DATA_DIGEST: examples.digest}
+    files = {"score": Output(SCORES, shape, by_row=True), value: Output(LOSSES)}
+    return _write(experiment, stage, model, compute, files, lambda arrays: {value: _mean(arrays[value])})
 
 
 def teacher_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
-    """Writes the dense logits of training examples to `logits.npy`; several arrays to `logits_NAME.npy`."""
-    devices, model = experiment.devices, stage.start(experiment)
-    experiment.check_inputs(stage.name, model, ("train",))
-    examples = experiment.features("train", model)
+    """Writes the dense logits of training examples to `logits.npy`; several arrays to `logits_NAME.npy`.
+
+    With `teacher.states` also the last layer's states of [CLS], `states.npy`, float32 [rows, hidden_size].
+    """
+    model = stage.start(experiment)
+    if experiment.config.teacher.states:
+        return _teacher_with_states(experiment, stage, model)
+    devices, examples = experiment.devices, _examples(experiment, stage, model)
     size = devices.rounded(experiment.config.teacher.batch_size)
     engine = experiment.engine(model.config, size)
     steps = engine.num_batches(examples)
@@ -207,6 +228,87 @@ def teacher_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
     return {**summary, DATA_DIGEST: examples.digest}
 
 
+def _teacher_with_states(experiment: Experiment, stage: Stage, model: Pretrained) -> dict[str, Any]:
+    module, config = experiment.module(model.config), model.config
+    task = TASKS[config.task]
+    if config.reads_all_tokens:
+        wrong = f"the head of {config.task} reads all tokens, not [CLS] alone"
+        raise UserError(f"teacher.states: {wrong}; set it to false, and joint.distill_states to 0")
+
+    def compute(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        output = packed_forward(module, params, batch, rule=None)
+        logits = task.example_logits(output.logits, Rows(batch))
+        return {"logits": logits, "states": output.first.astype(jnp.float32)}
+
+    examples = stage.examples(experiment, model)
+    width = examples.group if examples.group > 1 else config.num_outputs
+    states = Output(STATES, (config.hidden_size,), by_row=True)
+    files = {"logits": Output(LOGITS.format(""), (width,)), "states": states}
+
+    def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+        known = examples.labels >= 0
+        right = np.asarray(arrays["logits"]).argmax(-1)[known] == examples.labels[known]
+        return {"accuracy": float(right.mean())} if known.any() else {}
+
+    return _write(experiment, stage, model, compute, files, summary)
+
+
+class Output(NamedTuple):
+    """An array that a stage writes."""
+
+    file: str
+    shape: tuple[int, ...] = ()  # of an entry
+    by_row: bool = False  # whether it has an entry per row rather than per example
+
+
+def _examples(experiment: Experiment, stage: Stage, model: Pretrained) -> Examples:
+    part = experiment.data.part(stage.max_examples(experiment.config))
+    experiment.check_inputs(stage.name, model, (part,))
+    return stage.examples(experiment, model)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.asarray(values).mean(dtype=np.float64))
+
+
+def _write(
+    experiment: Experiment,
+    stage: Stage,
+    model: Pretrained,
+    compute: Callable[[Params, Batch], dict[str, jax.Array]],
+    files: Mapping[str, Output],
+    summarize: Callable[[Mapping[str, np.ndarray]], dict[str, float]],
+) -> dict[str, Any]:
+    """Writes what `compute` returns of each batch of training examples; `losses.npy` only for the summary."""
+    devices, examples = experiment.devices, _examples(experiment, stage, model)
+    size = devices.rounded(getattr(experiment.config, stage.name).batch_size)
+    batches = list(length_batches(examples, size, width_buckets(model.config.max_length)))
+    mapped = devices.by_rows(compute, out_specs=ROWS)
+    run = jax.jit(mapped) if devices.is_single else jax.jit(mapped, out_shardings=devices.whole)
+    params = devices.replicate(model.params)
+    with _outputs(experiment, stage.name, model, examples, size, len(batches)) as (report, arrays):
+        count = {True: examples.num_rows, False: len(examples)}
+        written = {name: arrays.array(x.file, (count[x.by_row], *x.shape)) for name, x in files.items()}
+        for done, (index, width) in enumerate(batches[arrays.start :], arrays.start + 1):
+            result = run(params, devices.place_rows(pad_batch(examples, index, size, width)))
+            values = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), result)
+            check_finite(stage.name, examples, index, size, values)
+            rows = batch_rows(examples, index, size)
+            for name, output in files.items():
+                places, chosen = (rows[rows >= 0], rows >= 0) if output.by_row else (index, slice(len(index)))
+                found = values[name][chosen]
+                written[name][(places, ..., *[slice(n) for n in found.shape[1:]])] = found
+            report.progress(done, len(index))
+            arrays.progress(done)
+            devices.stop_here(f"in {stage.name}")
+        if not devices.is_main:  # only the main process has the arrays
+            return {}
+        arrays.finish(*[x.file for x in files.values() if x.file == LOSSES])
+        summary = summarize(written)
+        report.log(len(batches), summary)
+    return {**summary, DATA_DIGEST: examples.digest}
+
+
 @contextlib.contextmanager
 def _outputs(
     experiment: Experiment, stage: str, model: Pretrained, examples: Examples, size: int, steps: int
@@ -223,7 +325,9 @@ def _outputs(
         yield report, arrays
 
 
-def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapping[str, np.ndarray]) -> None:
+def check_finite(
+    stage: str, examples: Examples, index: np.ndarray, size: int, results: Mapping[str, np.ndarray]
+) -> None:
     """Raises a UserError that names the first example of a batch with a value that is not finite.
 
     `index` int [b] are the examples, `size` their number with padding; `results` have an entry per example or
@@ -235,117 +339,6 @@ def check_finite(examples: Examples, index: np.ndarray, size: int, results: Mapp
         bad &= rows >= 0 if len(array) == len(rows) else np.arange(size) < len(index)
         if bad.any():
             example = examples.ids[int(index[int(bad.argmax()) * size // len(array)])]
-            wrong = f"score: {name} of example {example} is not finite, from the fine-tuned model"
+            wrong = f"{stage}: {name} of example {example} is not finite, from the fine-tuned model"
             advice = "try a smaller finetune.learning_rate or model.dtype float32"
             raise UserError(f"{wrong}; look at finetune/metrics.jsonl, {advice}")
-
-
-# Arrays ---------------------------------------------------------------------------------------------
-
-
-class ResumableArrays:
-    """Context manager for the arrays that a stage writes batch by batch, in the same order in every run.
-
-    A killed run has noted how many of the `num_batches` it finished (`start`); the next run writes the others
-    and ends with the same files. Files of another `fingerprint`, JSON-like, are replaced. Only the main
-    process writes. Raises `UserError` if the processes see different files.
-    """
-
-    def __init__(
-        self, directory: Path, fingerprint: Mapping[str, Any], num_batches: int, devices: DeviceMesh
-    ) -> None:
-        self._directory, self._num_batches, self._devices = directory, num_batches, devices
-        self._progress = directory / PROGRESS
-        self._fingerprint = json.loads(json.dumps(fingerprint))  # as it is read back
-        self._arrays: dict[str, np.memmap] = {}
-        self.start = self._finished_batches()
-        devices.check_agreement(f"how far {directory} is; they must see the same `workdir`", self.start)
-        if devices.is_main and not self.start:
-            self._progress.unlink(missing_ok=True)  # it describes files that are replaced now
-        self._saved = time.monotonic()
-
-    def array(self, name: str, shape: tuple[int, ...]) -> Any:
-        """Opens a float32 array of zeros for writing. Raises `UserError` if the disk has no room for it."""
-        if not self._devices.is_main:
-            return _Discard()
-        path = self._partial(name)
-        if not self.start:
-            _reserve_npy(path, shape)
-        self._arrays[name] = np.lib.format.open_memmap(path, mode="r+")
-        return self._arrays[name]
-
-    def progress(self, done: int) -> None:
-        """Records the number of finished batches every `SAVE_SECONDS`; call it after each batch."""
-        soon = time.monotonic() - self._saved < SAVE_SECONDS or done >= self._num_batches
-        if soon or not self._devices.is_main:
-            return
-        for array in self._arrays.values():
-            array.flush()
-        shapes = {name: list(array.shape) for name, array in self._arrays.items()}
-        write_json(self._progress, {"batches": done, "arrays": shapes, "of": self._fingerprint})
-        self._saved = time.monotonic()
-
-    def finish(self, *dropped: str) -> None:
-        """Renames the arrays to their final names and removes those in `dropped`; all stay readable."""
-        for name, array in self._arrays.items():
-            array.flush()
-            if name in dropped:
-                self._partial(name).unlink()
-            else:
-                os.replace(self._partial(name), self._directory / name)
-        if self._devices.is_main:
-            self._progress.unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        if exc_type is not None and not self._progress.exists():
-            for name in self._arrays:  # no run can resume from them
-                self._partial(name).unlink(missing_ok=True)
-
-    def _partial(self, name: str) -> Path:
-        return self._directory / f"{name}.partial"
-
-    def _finished_batches(self) -> int:
-        if not self._progress.exists():
-            return 0
-        try:
-            saved = read_json(self._progress)
-            if saved["of"] != self._fingerprint:
-                return 0
-            for name, shape in saved["arrays"].items():
-                if np.load(self._partial(name), mmap_mode="r").shape != tuple(shape):
-                    return 0
-            done = int(saved["batches"])
-            return done if done < self._num_batches else 0
-        except (UserError, OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
-            return 0  # damaged, or already renamed when the process was killed
-
-
-class _Discard:
-    """Ignores what is written to it."""
-
-    def __setitem__(self, where: Any, values: Any) -> None:
-        pass
-
-
-def _reserve_npy(path: Path, shape: tuple[int, ...]) -> None:
-    """Writes a float32 .npy file of zeros with all its blocks; a sparse one may raise bus errors."""
-    make_directory(path.parent)
-    size = int(np.prod(shape, dtype=np.int64)) * 4
-    try:
-        with path.open("wb") as stream:
-            header = {"descr": "<f4", "fortran_order": False, "shape": tuple(map(int, shape))}
-            np.lib.format.write_array_header_1_0(stream, header)
-            size += stream.tell()
-            for begin in range(stream.tell(), size, CHUNK):
-                stream.write(bytes(min(CHUNK, size - begin)))
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        wrong = f"cannot be written, {error.strerror}; it takes {size:,} bytes"
-        advice = "Make room, or choose another `workdir`"
-        raise UserError(f"{path.with_suffix('')}: {wrong}. {advice}") from error

@@ -17,11 +17,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch, Params
 from trbert_jax.parallel import AXES, WHOLE, DeviceMesh
+from trbert_jax.reduction.budget import Control
 from trbert_jax.training.objectives import Objective, mean_over_examples
 
-# (all parameters, micro-batch, PRNG key of the update, number of the update) -> Objective
-ObjectiveFn = Callable[[Params, Batch, jax.Array, jax.Array], Objective]
+# (all parameters, micro-batch, PRNG key of the update, number of the update) -> Objective; if a target
+# speed-up is held, they also take the multiplier of the length penalty.
+ObjectiveFn = Callable[..., Objective]
 Trains = Callable[[str], bool]  # name of a component ("layer_3", "head") -> whether it is trained
+Rates = Callable[[str], float]  # name of a component -> multiple of the learning rate
+# (trained parameters, control, speed-up and number of an update) -> the first two after it
+Hold = Callable[[Params, Control, jax.Array, jax.Array], tuple[Params, Control]]
 _DEVICES = "devices"  # axis of pmap
 
 
@@ -32,15 +37,22 @@ class TrainState:
     step: jax.Array  # int32 scalar, number of updates done
     trained: Params  # the parameters that this stage trains (`split_params`)
     opt_state: Any  # of the optimizer
+    control: Control | None = None  # if a target speed-up is held
 
 
-def init_state(trained: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    trained: Params, optimizer: optax.GradientTransformation, control: Control | None = None
+) -> TrainState:
     """Returns the state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), control)
 
 
 def update_step(
-    objective: ObjectiveFn, optimizer: optax.GradientTransformation, layout: DeviceMesh | None = None
+    objective: ObjectiveFn,
+    optimizer: optax.GradientTransformation,
+    layout: DeviceMesh | None = None,
+    rates: Rates | None = None,
+    hold: Hold | None = None,
 ) -> Any:
     """Returns the compiled update of a stage, `(state, frozen, batches, rng) -> (state, metrics)`.
 
@@ -48,9 +60,10 @@ def update_step(
     key, from which `state.step` derives the update's. Metrics are means over examples and the gradient's
     global norm. The loss is the mean over all real examples of the update, however they are divided into
     micro-batches and over devices. `layout` is None for one device; `place` and `place_batches` lay out
-    arguments.
+    arguments. `rates` multiply the change of each component, its moments aside; None for 1. `hold`
+    holds a target speed-up if the state has a control.
     """
-    step = functools.partial(train_step, objective, optimizer)
+    step = functools.partial(train_step, objective, optimizer, rates=rates, hold=hold)
     if layout is not None and layout.strategy == "pmap":
         step = functools.partial(step, axis_name=_DEVICES)
         options: dict[str, Any] = {"in_axes": (0, 0, 0, None), "donate_argnums": (0,)}
@@ -68,37 +81,71 @@ def train_step(
     *,
     axis_name: str | tuple[str, ...] | None = None,
     layout: DeviceMesh | None = None,
+    rates: Rates | None = None,
+    hold: Hold | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update as a pure function; see `update_step`. `axis_name` is the axis of pmap to add up over."""
 
-    def gradients(params: tuple[Params, Params], batches: Batch, rng: jax.Array, step: jax.Array) -> Any:
-        result = accumulated_gradients(objective, *params, batches, rng, step)
+    def gradients(params: tuple[Params, Params], batches: Batch, rng: jax.Array, *others: jax.Array) -> Any:
+        result = accumulated_gradients(objective, *params, batches, rng, *others)
         return result if axis_name is None else jax.lax.psum(result, axis_name)
 
     if layout is not None and not layout.is_single:
         axis_name = AXES
         gradients = layout.by_rows(gradients, out_specs=WHOLE, batch_spec=PartitionSpec(None, AXES))
     update_rng = jax.random.fold_in(rng, state.step)
-    grads, sums = gradients((state.trained, frozen), batches, update_rng, state.step)
+    price = () if state.control is None else (state.control.weight,)
+    grads, sums = gradients((state.trained, frozen), batches, update_rng, state.step, *price)
 
     grads = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1.0), grads)
     if layout is not None:
         grads = layout.keep_divided(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    if rates is not None:
+        updates = _scaled(updates, rates)
     metrics = {**mean_over_examples(sums), "gradient_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
+    trained, control = optax.apply_updates(state.trained, updates), state.control
+    if control is not None and hold is not None:
+        speedup = metrics.pop("dense_flops") / metrics.pop("flops")
+        metrics |= {"speedup": speedup, "multiplier": control.weight}
+        trained, control = hold(trained, control, speedup, state.step)
+    return TrainState(state.step + 1, trained, opt_state, control), metrics
+
+
+def _scaled(updates: Params, rates: Rates) -> Params:
+    def one(name: str, tree: Any) -> Any:
+        return jax.tree.map(lambda x: rates(name) * x, tree)
+
+    encoder = {name: one(name, tree) for name, tree in updates["encoder"].items()}
+    others = {name: one(name, tree) for name, tree in updates.items() if name != "encoder"}
+    return {"encoder": encoder, **others}
+
+
+def shift_selectors(trained: Params, change: jax.Array) -> Params:
+    """Adds to the logits of all selectors."""
+    encoder = dict(trained["encoder"])
+    for name in (name for name in encoder if name.startswith("selector_")):
+        output = encoder[name]["output"]
+        encoder[name] = {**encoder[name], "output": {**output, "bias": output["bias"] + change}}
+    return {**trained, "encoder": encoder}
 
 
 def accumulated_gradients(
-    objective: ObjectiveFn, trained: Params, frozen: Params, batches: Batch, rng: jax.Array, step: jax.Array
+    objective: ObjectiveFn,
+    trained: Params,
+    frozen: Params,
+    batches: Batch,
+    rng: jax.Array,
+    *others: jax.Array,
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Returns gradients of the summed loss and `Objective.sums`, added up over micro-batches.
 
-    `rng` is the key of the update and `step`, int32 scalar, its number.
+    `rng` is the key of the update; `others`, its number and maybe a multiplier, are the last arguments of the
+    objective.
     """
 
     def loss(trained: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        sums = objective(merge_params(trained, frozen), batch, rng, step).sums()
+        sums = objective(merge_params(trained, frozen), batch, rng, *others).sums()
         return sums["loss"], sums
 
     gradients = functools.partial(jax.grad(loss, has_aux=True), trained)
@@ -117,11 +164,16 @@ def accumulated_gradients(
 # Onto the devices and back ------------------------------------------------------------------------
 
 
-def first_state(trained: Params, optimizer: optax.GradientTransformation, layout: DeviceMesh) -> TrainState:
+def first_state(
+    trained: Params,
+    optimizer: optax.GradientTransformation,
+    layout: DeviceMesh,
+    control: Control | None = None,
+) -> TrainState:
     """Returns the state before the first update from host arrays; no device holds all of a divided one."""
     if layout.is_single or layout.strategy == "pmap":
-        return place(init_state(jax.tree.map(jnp.array, trained), optimizer), layout)
-    init = functools.partial(init_state, optimizer=optimizer)
+        return place(init_state(jax.tree.map(jnp.array, trained), optimizer, control), layout)
+    init = functools.partial(init_state, optimizer=optimizer, control=control)
     shardings = jax.tree.map(layout.sharding_of, jax.eval_shape(init, trained))
     return jax.jit(init, out_shardings=shardings, donate_argnums=(0,))(layout.divide(trained))
 

@@ -1,0 +1,92 @@
+"""Thresholds that run a model at a known speed, stored with it under `trbert.operating_points`.
+
+Source: docs/method.md, "Frontier and operating points".
+"""
+
+import dataclasses
+import numbers
+import reprlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from trbert_jax.errors import UserError
+from trbert_jax.io import read_json, write_json
+from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, Threshold, point_thresholds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OperatingPoint:
+    """Thresholds, and the model's numbers with them on the development data they were chosen on."""
+
+    name: str  # `3x`, a speed-up, or `within_0.5`, percentage points of the metric lost at most
+    thresholds: tuple[float, ...]  # keep probability of each point of reduction
+    speedup: float  # dense FLOPs over reduced ones
+    kept: tuple[float, ...]  # mean tokens of a row after each point of reduction
+    metric: str  # name of the metric
+    value: float  # of the reduced model
+    dense: float  # of the dense model
+    examples: int  # of the development data
+
+
+_FIELDS = {field.name: field.type for field in dataclasses.fields(OperatingPoint) if field.name != "name"}
+
+
+def to_dict(points: Iterable[OperatingPoint]) -> dict[str, dict[str, Any]]:
+    """Returns name -> the other fields, for JSON."""
+    return {point.name: {name: getattr(point, name) for name in _FIELDS} for point in points}
+
+
+def from_dict(section: Any, where: str) -> tuple[OperatingPoint, ...]:
+    """Reads a result of `to_dict`. Raises `UserError`, which begins with `where`."""
+    given: dict[str, Any] = section if isinstance(section, dict) else {"": None}
+    for name, values in given.items():
+        fits = isinstance(values, dict) and values.keys() == _FIELDS.keys()
+        if not fits or not all(_fits(values[key], kind) for key, kind in _FIELDS.items()):
+            expected = f"an object from names to objects with {', '.join(_FIELDS)}"
+            raise UserError(f"{where} is {reprlib.repr(section)}; expected {expected}")
+        point_thresholds(values["thresholds"], len(values["kept"]), f"{where}.{name}.thresholds")
+    points = list[OperatingPoint]()
+    for name, values in given.items():
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        points.append(OperatingPoint(name=name, **fields))
+    return tuple(points)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind == tuple[float, ...]:
+        return isinstance(value, list) and all(_fits(x, float) for x in value)
+    expected = numbers.Real if kind is float else kind
+    return isinstance(value, expected) and not isinstance(value, bool)
+
+
+def find_thresholds(
+    points: Iterable[OperatingPoint],
+    name: str | None,
+    rule: str = DEFAULT_RULE,
+    threshold: Threshold = DEFAULT_THRESHOLD,
+) -> Threshold:
+    """Returns the thresholds of an operating point, or without a name those that are given.
+
+    Raises `UserError` for an unknown name, or a rule or thresholds beside it.
+    """
+    if name is None:
+        return threshold
+    found = {point.name: point for point in points}
+    if name not in found:
+        has = f"the model has {', '.join(found)}" if found else "`trbert calibrate` stores some with a model"
+        raise UserError(f"operating point {name!r} is unknown; {has}")
+    if rule != DEFAULT_RULE or threshold != DEFAULT_THRESHOLD:
+        given = f"rule {rule}" if rule != DEFAULT_RULE else f"threshold {threshold}"
+        raise UserError(f"operating point {name!r} has its own thresholds; leave out {given}")
+    return found[name].thresholds
+
+
+def store(model_dir: Path, points: Iterable[OperatingPoint]) -> None:
+    """Replaces the operating points of a model folder. Raises `UserError` for one of another origin."""
+    path = model_dir / "config.json"
+    values = read_json(path)
+    if "trbert" not in values:
+        advice = "convert it first: trbert convert --input DIR --output DIR"
+        raise UserError(f"{path}: has no section trbert, so this project did not write it; {advice}")
+    write_json(path, {**values, "trbert": {**values["trbert"], "operating_points": to_dict(points)}})
