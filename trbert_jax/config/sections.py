@@ -66,6 +66,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 MaxLength = Annotated[int, Field(strict=True, ge=3)]  # [CLS], one token, [SEP]
 Backend = Literal["packed", "masked"]  # see `model.packed`
+Speedup = Annotated[Number, Field(gt=1)]
 Penalty = Literal["ratio", "flops"]  # see `reduction.budget`
 PenaltyGradient = Literal["reward", "exact"]
 Credit = Literal["reward", "gate", "both"]  # see `reduction.gate`
@@ -226,7 +227,7 @@ class PolicyConfig(TrainingConfig):
     num_samples: Count = 8  # selections drawn per example, K in the paper
     alpha: NonNegative = 1.0  # weight of the length penalty (harmonic coefficient); a larger one drops more
     # Speed-up in FLOPs to reach: the weight of the penalty starts at alpha and follows; null for alpha alone.
-    target_speedup: SpeedUp | None = None
+    target_speedup: Speedup | None = None
     # Cost that the penalty counts. ratio: kept tokens over model.max_length, the mean over the points of
     # reduction; flops: those of the encoder over the dense ones of model.max_length tokens.
     penalty: Penalty = "ratio"
@@ -254,7 +255,7 @@ class JointConfig(TrainingConfig):
 
     num_samples: Count | None = None  # selections drawn per example; null for policy.num_samples
     alpha: NonNegative = 1.0  # weight of the length penalty, as in PolicyConfig
-    target_speedup: SpeedUp | None = None  # as in PolicyConfig
+    target_speedup: Speedup | None = None  # as in PolicyConfig
     penalty: Penalty = "ratio"  # as in PolicyConfig
     penalty_gradient: PenaltyGradient = "reward"  # as in PolicyConfig
     # As in PolicyConfig; with rule threshold, from the selection of prediction, and no samples are drawn.
