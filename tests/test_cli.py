@@ -73,7 +73,9 @@ WRONG: dict[str, list[str]] = {
     "'fly'": ["fly"],
     "--config": ["train", "prepare-data --output o", "evaluate --all-checkpoints"],
     "arguments: --conf": ["train --conf c.yaml"],
-    "--config alone": [f"evaluate --all-checkpoints --config c {o}" for o in ("--data d", "--threshold 0.4")],
+    "--config alone": [
+        f"evaluate --all-checkpoints --config c {o}" for o in ("--data d", "--threshold 0.4", "--frontier")
+    ],
     "--fast": [f"{TRAIN} --fast"],
     "--stages": [f"{TRAIN} --stages a,,b"],
     "--num-processes": [f"{TRAIN} --coordinator a:1"],
@@ -93,6 +95,8 @@ WRONG: dict[str, list[str]] = {
         f"{EVALUATE} --threshold .5,",
     ],
     "--rule dense": [f"{EVALUATE} --rule dense --baselines"],
+    "for --frontier": [f"{EVALUATE} --frontier {o}" for o in ("--threshold 0.4", "--operating-point 3x")],
+    "a number above 1": ["calibrate --model m --data d --speedups 3,1"],
     "--model": ["predict text"],
     "--file": ["predict --model m text --file f"],
     "nowhere.txt: ": ["predict --model m --file nowhere.txt"],

@@ -184,12 +184,15 @@ def _evaluate(args: Arguments) -> None:
         if not args.config:
             raise UserError("--all-checkpoints needs --config, the settings the model was trained with")
         others = args.model or args.data or args.predictions or args.plot or args.baselines
+        others = others or args.frontier or args.operating_point
         if others or args.threshold != DEFAULT_THRESHOLD:
             raise UserError("--all-checkpoints takes model, data and settings from --config alone")
     elif args.config or args.overrides:
         raise UserError("--config and key=value need --all-checkpoints; one model takes --model and --data")
     elif not (args.model and args.data):
         raise UserError("--model and --data are needed, or --config with --all-checkpoints")
+    elif args.frontier and args.threshold != DEFAULT_THRESHOLD:
+        raise UserError("--threshold is not for --frontier, which tries many thresholds")
     elif args.frontier and (other := [name for name in _SINGLE if getattr(args, name)]):
         raise UserError(f"--{other[0].replace('_', '-')} is not for --frontier, which tries many thresholds")
     elif args.baselines and args.rule is not None and not RULES[args.rule].drops:
