@@ -18,7 +18,7 @@ from trbert_jax.model.model import TokenReducingModel, forward
 from trbert_jax.model.packed import packed_forward
 from trbert_jax.model.tiles import Tiling
 from trbert_jax.reduction import selection as tokens
-from trbert_jax.reduction.gate import gate_states, gates, log_gate
+from trbert_jax.reduction.gate import gate_states, gates, log_gate, secants, with_taps
 from trbert_jax.reduction.selection import Selection, TokenSet
 
 BERT = dataclasses.replace(tiny_models.BERT, num_layers=2)  # one point, before the last layer
@@ -125,6 +125,27 @@ def test_derivative_of_a_gate() -> None:
     expected = np.zeros((2, 5))
     expected[:, 1:3] = [1 - p, p * (1 - p)]
     np.testing.assert_allclose(jax.grad(lambda x: opened(x).sum())(logits), expected, rtol=1e-5)
+
+
+def test_secant_is_exact_for_a_square() -> None:
+    """Of f = h (x - y)^2 / 2, linear in the gates: what the loss would lose without each token alone."""
+    worth = jnp.array([[0.5, -1.0, 0.3], [2.0, 0.1, 0.0]])
+    scale, target, weight = jnp.array([2.0, 0.7]), jnp.array([0.4, -1.0]), jnp.array([0.25, 0.5])
+
+    def loss(x: jax.Array) -> jax.Array:
+        return scale * (x - target) ** 2 / 2
+
+    def total(bias: jax.Array) -> jax.Array:
+        taps: list[jax.Array] = []
+        gate = secants(lambda stage, selection: bias, taps)
+        f = loss((worth * (1 + gate(0, None))).sum(1))  # type: ignore[arg-type]
+        return (weight * with_taps(f, taps, f)).sum()
+
+    x = worth.sum(1)
+    np.testing.assert_allclose(total(0 * worth), (weight * loss(x)).sum(), rtol=1e-6)
+    without = jax.vmap(lambda w: loss(x - w), in_axes=1, out_axes=1)(worth)
+    expected = weight[:, None] * (loss(x)[:, None] - without)
+    np.testing.assert_allclose(jax.grad(total)(0 * worth), expected, rtol=1e-4, atol=1e-5)
 
 
 def trained() -> tuple[Any, Any]:

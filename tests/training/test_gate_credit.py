@@ -116,12 +116,13 @@ def test_packed_as_masked() -> None:
 def test_gates_change_no_loss() -> None:
     """The task loss of joint is that of credit reward; the hard part trains no selector."""
     metrics = []
-    for settings in (SETTINGS, ["joint.dropout=false"]):
+    for settings in (SETTINGS, [*SETTINGS, "joint.credit=secant"], ["joint.dropout=false"]):
         config = load_config(QUICKSTART, ["joint.backend=masked", f"joint.num_samples={K}", *settings])
         objective = objective_of(STAGES["joint"], config, MODEL, 10)
         metrics.append(jax.jit(lambda p, f=objective: f(p, BATCH, KEY, jnp.int32(0)).metrics)(PARAMS))
     for name in ("task_loss", "kept_ratio", "kept_tokens_0", "kept_tokens_1"):
-        np.testing.assert_array_equal(metrics[0][name], metrics[1][name])
+        np.testing.assert_array_equal(metrics[0][name], metrics[2][name])
+        np.testing.assert_array_equal(metrics[1][name], metrics[2][name])
     _, hard = gradient("joint", "joint.backend=masked", hard=True)
     assert not any(x.any() for x in jax.tree.leaves(hard["encoder"]["selector_0"]))
 

@@ -46,6 +46,45 @@ def gates(sampled: bool | jax.Array = True, shift: jax.Array | None = None) -> G
     return gate
 
 
+def secants(gate: Gate, taps: list[jax.Array]) -> Gate:
+    """Returns gates that give a token `g - g^2 / 4f` for its derivative g of the loss, see `with_taps`.
+
+    With the token the loss is f above its minimum; without it, to second order, f - g + g^2 / 4f. Appends to
+    `taps` one array for each point.
+    """
+
+    def curved(stage: int, selection: Selection) -> jax.Array:
+        bias, tap = _tap(gate(stage, selection))
+        taps.append(tap)
+        return bias
+
+    return curved
+
+
+def with_taps(loss: jax.Array, taps: Sequence[jax.Array], excess: jax.Array) -> jax.Array:
+    """Connects the taps of `secants` with the loss of each row, [B], and what it is above its minimum, [B].
+
+    Changes no value.
+    """
+    curvature = jax.lax.stop_gradient(1 / (4 * jnp.maximum(excess, 1e-5)))
+    return loss + sum((tap[:, 0] + tap[:, 1] * curvature for tap in taps), start=jnp.zeros(()))
+
+
+@jax.custom_vjp
+def _tap(bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return bias, jnp.zeros((len(bias), 2))
+
+
+def _tap_backward(_: None, cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
+    # Of b, and of the taps: the weight of the row's loss in the mean, and that over 4f.
+    slope, (weight, curved) = cotangents[0], cotangents[1].T[..., None]
+    curvature = jnp.where(weight > 0, curved / jnp.where(weight > 0, weight, 1) ** 2, 0.0)
+    return (slope - slope**2 * curvature,)
+
+
+_tap.defvjp(lambda bias: (_tap(bias), None), _tap_backward)
+
+
 def num_judged(selection: Selection) -> jax.Array:
     """Counts the tokens judged at a point, at least 1: int32 [B]."""
     return jnp.maximum(selection.scored.sum(-1), 1)

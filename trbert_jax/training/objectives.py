@@ -28,13 +28,14 @@ from trbert_jax.reduction import residual_scores as residual
 from trbert_jax.reduction import selection as tokens
 from trbert_jax.reduction import selector_init as initialization
 from trbert_jax.reduction.flops import EncoderShape
-from trbert_jax.reduction.gate import gates, num_judged
+from trbert_jax.reduction.gate import gates, num_judged, secants, with_taps
 from trbert_jax.reduction.rules import RULES
 from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.losses import Rows, state_distance
 
 Execute = Callable[..., ModelOutput]
 sg = jax.lax.stop_gradient
+REWARDED = ("reward", "both")  # kinds of credit with REINFORCE
 
 
 @struct.dataclass
@@ -160,7 +161,7 @@ class PolicySamples:
     dense_flops: jax.Array  # of the dense model
     logits: Logits
     selections: tuple[tokens.Selection, ...]
-    credit: str = struct.field(pytree_node=False, default="reward")  # or gate, or both
+    credit: str = struct.field(pytree_node=False, default="reward")  # or gate, secant, both
 
 
 def sample_policy(
@@ -186,13 +187,15 @@ def sample_policy(
 
     Their task loss is the distillation loss if the batch has `teacher_logits`, else that of the labels. To it
     adds `state_weight` times the distance to `teacher_state`, if the batch has that. The length penalty is
-    `alpha` times the kept ratio or share of FLOPs; `exact`, it is no part of the reward. With `credit` gate
-    or both the task loss is differentiable in the selectors, see `reduction.gate.gates`, which also explains
+    `alpha` times the kept ratio or share of FLOPs; `exact`, it is no part of the reward. With other `credit`
+    the task loss is differentiable in the selectors, see `reduction.gate.gates`, which also explains
     `sampled`, bool or bool [K * B * G]. `shift`, float32 [K * B * G, stages], is added to the logits of the
     selectors.
     """
     rule = rule if shift is None else tokens.shifted(rule, shift)
+    taps: list[jax.Array] = []
     gate = None if credit == "reward" else gates(sampled, shift)
+    gate = secants(gate, taps) if gate and credit == "secant" else gate
     output = execute(
         model, params, batch, rule=rule, num_copies=num_samples, gate=gate, dropout_rng=dropout_rng
     )
@@ -205,6 +208,10 @@ def sample_policy(
         loss = task.loss(output.logits, rows)
     if "teacher_state" in batch:
         loss += state_weight * rows.mean(state_distance(output.first, rows.get("teacher_state")))
+    if taps:
+        distils = "teacher_logits" in batch
+        least = task.distillation_loss(rows.get("teacher_logits"), rows, temperature) if distils else 0.0
+        loss = with_taps(loss, [rows.grouped(tap).sum(1) for tap in taps], loss - least)
     kept = rows.kept(selections)
     nll = policy.selector_nll(selections)
     ratio = policy.kept_ratio([s.num_kept for s in kept], max_length)
@@ -214,7 +221,7 @@ def sample_policy(
     expected = jnp.zeros_like(flops)
     if penalty_gradient == "exact":
         # As the policy loss, which is a mean over tokens and whose baseline includes the sample itself.
-        whole = (credit != "reward") + (credit != "gate") * (1 - 1 / num_samples)
+        whole = (credit != "reward") + (credit in REWARDED) * (1 - 1 / num_samples)
         counts = budget.expected_counts(kept, [whole / num_judged(s) for s in kept], sampled)
         if penalty == "ratio":
             expected = policy.kept_ratio(counts, max_length)
@@ -234,11 +241,11 @@ def sample_policy(
 def policy_objective(batch: Batch, samples: PolicySamples) -> Objective:
     """Returns the loss that trains the selectors (stage policy).
 
-    With credit reward this is the REINFORCE loss, with the exact penalty if any; with credit gate the task
-    loss, which then has a derivative by the selectors, and the penalty; with both, the sum.
+    With credit reward this is the REINFORCE loss, with the exact penalty if any; with credit gate or
+    secant the task loss, which then has a derivative by the selectors, and the penalty; with both, the sum.
     """
     loss, task_loss = samples.penalty.mean(0), samples.task_loss.mean(0)
-    if samples.credit != "gate":
+    if samples.credit in REWARDED:
         loss += policy.policy_loss(samples.selector_nll, samples.reward)
     if samples.credit == "reward":
         task_loss = jnp.zeros(())

@@ -66,8 +66,8 @@ def joint(update: Update) -> Objective:
     if not update.hard and section.rule == "sample":
         samples = _samples(update, num_samples, False, section.jitter, credit=section.credit, **options)
         return _counted(update, objectives.joint_objective(update.batch, samples), samples)
-    by_gates = section.credit == "gate" and not update.hard
-    kept = _kept(update, section.jitter, credit="gate" if by_gates else "reward", **options)
+    by_gates = section.credit in ("gate", "secant") and not update.hard
+    kept = _kept(update, section.jitter, credit=section.credit if by_gates else "reward", **options)
     if update.hard or by_gates:
         return _counted(update, objectives.joint_objective(update.batch, kept), kept)
     params = objectives.only_selectors(update.forward["params"])

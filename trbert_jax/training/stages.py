@@ -82,7 +82,7 @@ def _joint_flops(
     kept = _sampled(3, lambda config: 1)(*arguments)
     if config.joint.rule == "sample":
         return (1 - hard) * _sampled(3, joint_samples)(*arguments) + hard * kept
-    if config.joint.credit == "gate":
+    if config.joint.credit in ("gate", "secant"):
         return kept
     passes = 1 if config.joint.credit == "reward" else 2
     return (1 - hard) * _sampled(passes, joint_samples)(*arguments) + kept
