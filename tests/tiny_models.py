@@ -130,6 +130,19 @@ def assert_same_params(left: Any, right: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
+def assert_same_gradients(found: Any, expected: Any) -> None:
+    """Two trees, but for the rounding of sums whose parts are as large as the largest entries.
+
+    Gradients that are 0 in exact arithmetic (key biases) are rounding noise of all others.
+    """
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    ):
+        tolerance = 1e-4 * np.abs(one).max() + 1e-6 * largest
+        np.testing.assert_allclose(other, one, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
 def random_batch(config: ModelConfig, lengths: Sequence[int], width: int, seed: int = 0) -> Batch:
     """Rows of the given lengths, padded to `width`, with all that any training stage reads.
 

@@ -107,10 +107,7 @@ def test_packed_as_masked() -> None:
                 {k: x for k, x in tree["encoder"].items() if k.startswith("selector")}
                 for tree in (expected, found)
             )
-        largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
-        for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-            tolerance = 1e-4 * np.abs(one).max() + 1e-6 * largest
-            np.testing.assert_allclose(other, one, rtol=0, atol=tolerance)
+        tiny_models.assert_same_gradients(found, expected)
 
 
 def test_gates_change_no_loss() -> None:
@@ -134,7 +131,7 @@ def test_both_is_the_sum() -> None:
     reward, gate, both = (x["encoder"]["selector_0"] for x in found)
     assert max(jnp.abs(x).max() for x in jax.tree.leaves(reward)) > 1e-4
     total = jax.tree.map(jnp.add, reward, gate)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), both, total)
+    tiny_models.assert_same_gradients(both, total)
 
 
 @pytest.mark.parametrize(
