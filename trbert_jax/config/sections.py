@@ -203,8 +203,8 @@ class ScoreConfig(ReadingConfig):
     """Stage score: compute the score of every training token."""
 
     batch_size: Count = 8  # examples per forward and backward pass
-    # How much the loss depends on the later work on a token (residual), or how sure the model is on the token
-    # as a key of attention (gate); gate reads no labels.
+    # residual: how much the loss depends on the later work on a token; gate: how much the model's confidence
+    # depends on attention to it, without labels.
     kind: Literal["residual", "gate"] = "residual"
 
 

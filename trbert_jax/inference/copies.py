@@ -40,12 +40,8 @@ def run_copies(
         collected = [Collector(engine.model.config, examples, True) for _ in part]
         for index, size, (logits, kept) in _passes(engine, params, examples, name, part, rule, backend, seed):
             for copy, into in enumerate(collected):
-                into.put(
-                    index,
-                    size,
-                    jax.tree.map(operator.itemgetter((slice(None), copy)), logits),
-                    kept[:, :, copy],
-                )
+                one = jax.tree.map(operator.itemgetter((slice(None), copy)), logits)
+                into.put(index, size, one, kept[:, :, copy])
         yield from (into.outputs(0.0) for into in collected)
 
 
@@ -62,15 +58,13 @@ def _passes(
     """Yields positions of examples, examples of the batch, and the program's results with copies."""
     if values.ndim == 2:
         values = np.repeat(values[:, None], examples.num_rows, 1)
-    # All calls share a program; copies that nobody asked for keep [CLS] alone.
+    # All calls share a program; unused copies keep [CLS] alone.
     least = np.inf if name == "min_logit" else 1
     spare = np.full((COPIES - len(values), *values.shape[1:]), least, values.dtype)
     inputs = {name: np.swapaxes(np.concatenate([values, spare]), 0, 1)}
     inputs["seed"] = np.full(examples.num_rows, seed, np.int32)
-    widths, params = (
-        bucket_widths(backend, engine.model.config.max_length),
-        engine.programs.devices.replicate(params),
-    )
+    widths = bucket_widths(backend, engine.model.config.max_length)
+    params = engine.programs.devices.replicate(params)
     for index, width in length_batches(examples, engine.batch_size, widths):
         batch = engine.batch(examples, index, width, inputs)
         program = engine.programs.get(params, batch, rule, backend)

@@ -1,4 +1,4 @@
-"""Say what each training stage minimizes on a micro-batch, by its settings.
+"""Define the objective of each training stage on a micro-batch, from its settings.
 
 `objectives` has the pieces. Source: docs/method.md, "Training stages" and "Beyond the paper".
 """
