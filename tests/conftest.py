@@ -6,8 +6,10 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import tiny_processes
 
 # Before anything imports these libraries. Tolerances are those of float32 on a CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,12 +33,28 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure() -> None:
-    """Keeps JAX from scanning the folder of programs, in case it exceeds the limit, whenever it adds one."""
+    """Makes JAX compile faster where the programs need not be those of users: private, so only if found."""
+    import jax  # reads the settings above
+
+    patch = pytest.MonkeyPatch()
     try:
-        from jax._src.lru_cache import LRUCache  # reads the settings above
-    except ImportError:  # private: a later jax may have it elsewhere
+        # Otherwise JAX scans the folder of programs, in case it exceeds the limit, whenever it adds one.
+        from jax._src.lru_cache import LRUCache
+
+        patch.setattr(LRUCache, "_evict_if_needed", lambda *_, **__: None, raising=False)
+        from jax._src import compiler
+
+        options_for_users = compiler.get_compile_options
+    except (ImportError, AttributeError):  # a later jax may have them elsewhere
         return
-    pytest.MonkeyPatch().setattr(LRUCache, "_evict_if_needed", lambda *_, **__: None, raising=False)
+
+    def options(*arguments: Any, **settings: Any) -> Any:
+        found = options_for_users(*arguments, **settings)
+        if jax.config.read("jax_disable_most_optimizations"):
+            found.env_option_overrides = [*found.env_option_overrides, *tiny_processes.HURRIED.items()]
+        return found
+
+    patch.setattr(compiler, "get_compile_options", options)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,6 @@
 """The scripts in benchmarks/ run, each in a process of its own, on models too small to say anything."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+import tiny_processes
 import tiny_runs
 
 from trbert_jax import TRBert
@@ -20,7 +20,7 @@ TINY = ["--size", "tiny", "--max-length", "32", "--batch-size", "2", "--repeats"
 
 def run(script: str, *arguments: str, target: Path) -> Any:
     command = [sys.executable, f"benchmarks/{script}.py", *arguments, "--json", str(target)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = tiny_processes.environment(PYTHONPATH=str(ROOT))
     subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True)
     return json.loads(target.read_text(encoding="utf-8"))
 

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+# Settings of XLA that halve the time to compile, in programs that are slower and round differently.
+HURRIED = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 Ended = tuple[int, str, str]  # exit code, stdout, stderr
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Returns the variables of a program that compiles as the tests do."""
+    flags = [variables.pop("XLA_FLAGS", ""), os.environ.get("XLA_FLAGS", "")]
+    if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1":
+        flags += [f"--{name}={str(value).lower()}" for name, value in HURRIED.items()]
+    return {**os.environ, **variables, "XLA_FLAGS": " ".join(filter(None, flags))}
 
 
 def start(command: Sequence[str], devices: int, folder: Path | None = None) -> Any:
@@ -19,7 +29,7 @@ def start(command: Sequence[str], devices: int, folder: Path | None = None) -> A
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-W", "error", *command],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path},
+        env=environment(XLA_FLAGS=flags, PYTHONPATH=path),
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

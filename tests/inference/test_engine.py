@@ -72,6 +72,11 @@ def test_outputs_are_the_models(packed: Outputs) -> None:
     assert set(packed.logits.argmax(-1)) == {0, 1}
 
 
+def test_accuracy_is_that_of_labeled_examples() -> None:
+    logits, labels = np.array([[2.0, 1], [0, 1], [1, 0]], np.float32), np.array([0, -1, 1])
+    assert Outputs(logits, (), np.ones(3, np.int32), labels, 1.0).accuracy == 0.5
+
+
 def test_a_threshold_for_each_point() -> None:
     """Keeps what the probabilities of the model's own logits say, point by point."""
     outputs = RUNNER.run(PARAMS, EXAMPLES, threshold=(0.3, 0.6))

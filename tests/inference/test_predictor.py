@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import operator
-import os
 import pickle
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+import tiny_processes
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
@@ -212,7 +212,7 @@ print(sum(name.endswith("/cache_hits") for name in hits), "from the cache")
 
 def test_the_next_process_finds_the_programs(model: TRBert, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "caches")}
+    environment = tiny_processes.environment(XDG_CACHE_HOME=str(tmp_path / "caches"))
     del environment["JAX_COMPILATION_CACHE_DIR"]
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     command = [sys.executable, "-c", _CACHED, str(tmp_path / "model")]

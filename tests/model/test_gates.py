@@ -61,8 +61,9 @@ def inputs(config: ModelConfig) -> tuple[Any, Any]:
 )
 def test_gates_change_no_value(config: ModelConfig, execute: Any) -> None:
     run = functools.partial(execute, TokenReducingModel(config), rule=tokens.keep_probable, num_copies=2)
-    plain = jax.jit(run)(*inputs(config))
-    gated = jax.jit(functools.partial(run, gate=gates()))(*inputs(config))
+    with jax.disable_jit():  # a compiler may round two programs differently
+        plain = run(*inputs(config))
+        gated = run(*inputs(config), gate=gates())
     jax.tree.map(np.testing.assert_array_equal, gated, plain)
     assert all(0 < s.keep.sum() < 2 * sum(LENGTHS) for s in plain.selections)
 

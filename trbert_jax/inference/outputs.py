@@ -44,8 +44,9 @@ class Outputs:
 
     @property
     def accuracy(self) -> float:
-        """Share of examples whose highest logit is the label's."""
-        return accuracy(self.logits.argmax(-1), self.labels)
+        """Share of the labeled examples whose highest logit is the label's."""
+        known = self.labels >= 0
+        return accuracy(self.logits.argmax(-1)[known], self.labels[known])
 
     def kept_masks(self, width: int) -> np.ndarray:
         """The kept positions as masks, bool [R, stages, width]."""

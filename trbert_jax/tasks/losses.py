@@ -125,7 +125,9 @@ def margin(logits: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     if mask is not None:
         logits = _only(logits, jnp.broadcast_to(mask, logits.shape))
     best = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool)
-    return logits.max(-1) - jax.nn.logsumexp(jnp.where(best, _MASKED, logits), axis=-1)
+    # By position, see `heads.MultiHopHead`.
+    largest = jnp.sum(jnp.where(best, logits, 0), axis=-1)
+    return largest - jax.nn.logsumexp(jnp.where(best, _MASKED, logits), axis=-1)
 
 
 def state_distance(states: jax.Array, teacher: jax.Array) -> jax.Array:
