@@ -85,8 +85,8 @@ class MultiHopHead(nn.Module):
         Returns:
           float32 `span` [B, 2, S], `kind` [B, 3], `sentence` [B, N, 2].
         """
-        # By position: the derivative of `jnp.max` compares values, which a compiler may compute twice and round
-        # differently; then none is the largest, and it is 0 / 0.
+        # By position: the derivative of `jnp.max` compares values, which a compiler may compute twice and
+        # round differently; then none is the largest, and it is 0 / 0.
         place = jnp.argmax(jnp.where(mask[..., None], states, -jnp.inf), axis=1, keepdims=True)
         largest = jnp.take_along_axis(states, place, axis=1)[:, 0]
         ends = batch["sentences"].reshape(len(states), -1)
