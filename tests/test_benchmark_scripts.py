@@ -12,14 +12,16 @@ import tiny_processes
 import tiny_runs
 
 from trbert_jax import TRBert
+from trbert_jax.config import load_config, to_dict
+from trbert_jax.io import write_json
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 TINY = ["--size", "tiny", "--max-length", "32", "--batch-size", "2", "--repeats", "1"]
 
 
-def run(script: str, *arguments: str, target: Path) -> Any:
-    command = [sys.executable, f"benchmarks/{script}.py", *arguments, "--json", str(target)]
+def run(script: str, *arguments: str, target: Path, flag: str = "--json") -> Any:
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments, flag, str(target)]
     environment = tiny_processes.environment(PYTHONPATH=str(ROOT))
     subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True)
     return json.loads(target.read_text(encoding="utf-8"))
@@ -103,3 +105,26 @@ def test_diagnose(tmp_path: Path) -> None:
     assert matched == pytest.approx(result["sampling"]["sampled"]["kept"], abs=0.1)
     assert all(sum(p["histogram"]) == pytest.approx(1) for p in result["sampling"]["keep_probability"])
     assert {"reinforce, K=8", "reinforce, K=2", "gate, K=2"} < result["signal"].keys()
+
+
+def test_learned(tmp_path: Path) -> None:
+    """The dense model and two speeds of the other, each with its row of the summary."""
+    work = tmp_path / "work"
+    tiny_models.tiny_model(work / "finetune/model", seed=1)
+    tiny_models.tiny_model(work / "joint/model")
+    config = tiny_runs.write_config(tmp_path, finetune={"max_examples": 30})
+    write_json(work / "config.json", to_dict(load_config(config)))
+    data = tmp_path / "data"
+    options = ["--run", str(work), "--dev", str(data / "train.jsonl"), "--test", str(data / "test.jsonl")]
+    options += ["--speedups", "1.2,1.5", "--timed", "4", "--repeats", "1", "--batch-sizes", "1,4"]
+    options += ["--command", f"trbert train --config {config}"]
+    result = run("learned", *options, target=tmp_path / "r.json")
+    rows = run("learned", target=tmp_path / "summary.json", flag="--summary")
+    assert [row["target"] for row in rows] == [1.2, 1.5]
+    for row, point in zip(rows, result["points"], strict=True):
+        assert (row["data"], row["labels"], row["seed"], row["test_examples"]) == ("imdb", 30, 3, 17)
+        assert row["dense"] == pytest.approx(100 * result["dense"]["accuracy"], abs=0.01)
+        assert row["random"] == pytest.approx(100 * point["random"]["accuracy"], abs=0.01)
+        assert row["flops_ratio"] == pytest.approx(row["target"], rel=0.3)
+        assert min(row["time_ratio_batch_1"], row["time_ratio_batch_4"]) > 0
+        assert row["config"] == str(config)

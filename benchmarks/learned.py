@@ -1,0 +1,142 @@
+"""Measures what a run has learned: the metric on all test data, FLOPs and seconds, at a few speeds.
+
+    python benchmarks/learned.py --run DIR --dev FILE --test FILE --speedups 3,4 --command TEXT --json FILE
+    python benchmarks/learned.py --summary results/summary.json
+
+The first finds thresholds on --dev, and measures them, random and first tokens on --test, beside the dense
+model of the same run; seconds are those of both models in turns, on the first --timed texts. The second
+gathers all files of the first in a folder.
+"""
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from trbert_jax import TRBert
+from trbert_jax.config import load_config, to_dict
+from trbert_jax.datasets import BadRecords
+from trbert_jax.inference import calibrate, frontier
+from trbert_jax.inference.benchmark import benchmark_file
+from trbert_jax.inference.evaluate import read_examples, summarize
+from trbert_jax.io import write_json
+from trbert_jax.reduction.rules import rule_names
+
+KIND = "learned"  # marks the files that --summary gathers
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates and times the models of a work directory."""
+    config = load_config(args.run / "config.json")
+    dense, model = (TRBert.from_pretrained(args.run / stage / "model") for stage in ("finetune", args.stage))
+    task = model.task
+    dev, test = (read_examples(model, path, BadRecords()) for path in (args.dev, args.test))
+    engine = dense.engine(args.batch_size)
+    on_dev, on_test = (engine.run(dense.params, examples, rule="dense") for examples in (dev, test))
+    copies = calibrate.copying(model.engine(args.batch_size))
+    points = frontier.find_frontier(copies, model.params, dev, task, on_dev, args.speedups)
+    rows = frontier.evaluate_points(
+        copies, model.params, test, task, frontier.best(points), on_test, rule_names("baseline")
+    )
+    metrics = task.score(test, on_test.logits).metrics
+    return {
+        "kind": KIND,
+        "command": args.command,
+        "measured": shlex.join(["python", "benchmarks/learned.py", *sys.argv[1:]]),
+        "seed": config.seed,
+        "data": config.data.name,
+        "labels": config.finetune.max_examples or config.data.max_train_examples or args.labels,
+        "metric": task.metric,
+        "full_score": task.full_score,
+        "dense": summarize(on_test, dense.config, metrics),
+        "points": [{**row, "faster": faster(args, row["threshold"])} for row in rows],
+        "config": to_dict(config),
+    }
+
+
+def faster(args: argparse.Namespace, threshold: Sequence[float]) -> dict[str, float]:
+    """Returns batch size -> median seconds of the dense model over those with thresholds."""
+    records = benchmark_file(
+        args.test,
+        model_dir=args.run / args.stage / "model",
+        batch_sizes=args.batch_sizes,
+        variants=("packed", "dense"),
+        max_texts=args.timed,
+        repeats=args.repeats,
+        threshold=tuple(threshold),
+    )
+    speed = {(r["variant"], r["batch_size"]): r["examples_per_second"] for r in records}
+    return {str(size): speed["packed", size] / speed["dense", size] for size in args.batch_sizes}
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields a row of the summary for each speed in a file."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result.get("kind") != KIND:
+        return
+    metric = result["metric"]
+
+    def percent(values: dict[str, Any]) -> float:
+        return round(100 * values[metric] / result["full_score"], 2)
+
+    for point in result["points"]:
+        yield {
+            "data": result["data"],
+            "labels": result["labels"],
+            "seed": result["seed"],
+            "test_examples": result["dense"]["examples"],
+            "metric": metric,
+            "dense": percent(result["dense"]),
+            "reduced": percent(point),
+            "target": point["target"],
+            "flops_ratio": round(point["flops_speedup"], 3),
+            **{f"time_ratio_batch_{size}": round(x, 2) for size, x in point["faster"].items()},
+            "flips": point["flips"],
+            "distilled_dense": percent(result["distilled_dense"]) if "distilled_dense" in result else None,
+            **{name: percent(point[name]) for name in rule_names("baseline")},
+            "config": shlex.split(result["command"])[3],
+            "command": result["command"],
+            "file": f"results/{path.name}",
+        }
+
+
+def gather(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rows of all files of a folder, by data, target and seed."""
+    rows = [
+        row for path in sorted(folder.glob("*.json")) if path.name != "summary.json" for row in rows_of(path)
+    ]
+    return sorted(rows, key=lambda row: (row["data"], row["labels"], row["target"], row["seed"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="gather the results beside FILE into it")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="work directory")
+    parser.add_argument("--stage", default="joint", help="stage whose model reduces (default joint)")
+    parser.add_argument("--dev", type=Path, metavar="FILE")
+    parser.add_argument("--test", type=Path, metavar="FILE")
+    parser.add_argument("--speedups", type=lambda x: [*map(float, x.split(","))], metavar="X,X")
+    parser.add_argument("--labels", type=int, help="training labels, if the configuration reads all")
+    parser.add_argument("--command", metavar="TEXT", help="the command that trained the models")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--timed", type=int, default=64, help="texts to time (default 64)")
+    parser.add_argument("--batch-sizes", type=lambda x: [*map(int, x.split(","))], default=[1, 32])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    if args.summary:
+        write_json(args.summary, gather(args.summary.parent))
+        return
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    missing = [x for x in ("run", "dev", "test", "speedups", "command", "json") if getattr(args, x) is None]
+    if missing:
+        parser.error(f"--{missing[0]} is missing")
+    write_json(args.json, measure(args))
+
+
+if __name__ == "__main__":
+    main()
