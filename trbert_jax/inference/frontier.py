@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)  # dense FLOPs over reduced ones; one pass for all
-# Of the tokens, to keep at the first of two points, in one pass; closer where more would leave the second few.
+# Of the tokens, to keep at the first of two points; one pass for all.
 _SHARES = (0.9, 0.7, 0.5, 0.4, 0.3, 0.22, 0.16, 0.11)
 _LARGEST = 30.0  # largest logit whose probability is below 1 in double precision, by a margin
 
