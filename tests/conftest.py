@@ -34,7 +34,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def pytest_configure() -> None:
     """Makes JAX compile faster where the programs need not be those of users: private, so only if found."""
-    import jax  # reads the settings above
+    import jax
 
     patch = pytest.MonkeyPatch()
     try:

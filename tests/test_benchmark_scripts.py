@@ -109,22 +109,19 @@ def test_diagnose(tmp_path: Path) -> None:
 
 def test_learned(tmp_path: Path) -> None:
     """The dense model and two speeds of the other, each with its row of the summary."""
-    work = tmp_path / "work"
+    work, data = tmp_path / "work", tmp_path / "data"
     tiny_models.tiny_model(work / "finetune/model", seed=1)
     tiny_models.tiny_model(work / "joint/model")
     config = tiny_runs.write_config(tmp_path, finetune={"max_examples": 30})
     write_json(work / "config.json", to_dict(load_config(config)))
-    data = tmp_path / "data"
     options = ["--run", str(work), "--dev", str(data / "train.jsonl"), "--test", str(data / "test.jsonl")]
     options += ["--speedups", "1.2,1.5", "--timed", "4", "--repeats", "1", "--batch-sizes", "1,4"]
     options += ["--command", f"trbert train --config {config}"]
     result = run("learned", *options, target=tmp_path / "r.json")
     rows = run("learned", target=tmp_path / "summary.json", flag="--summary")
-    assert [row["target"] for row in rows] == [1.2, 1.5]
-    for row, point in zip(rows, result["points"], strict=True):
-        assert (row["data"], row["labels"], row["seed"], row["test_examples"]) == ("imdb", 30, 3, 17)
-        assert row["dense"] == pytest.approx(100 * result["dense"]["accuracy"], abs=0.01)
-        assert row["random"] == pytest.approx(100 * point["random"]["accuracy"], abs=0.01)
-        assert row["flops_ratio"] == pytest.approx(row["target"], rel=0.3)
+    for target, row, point in zip((1.2, 1.5), rows, result["points"], strict=True):
+        assert [row[x] for x in ("labels", "seed", "test_examples", "target")] == [30, 3, 17, target]
+        found = [result["dense"]["accuracy"], point["random"]["accuracy"]]
+        assert [row["dense"], row["random"]] == pytest.approx([100 * x for x in found], abs=0.01)
+        assert row["flops_ratio"] == pytest.approx(target, rel=0.3)
         assert min(row["time_ratio_batch_1"], row["time_ratio_batch_4"]) > 0
-        assert row["config"] == str(config)

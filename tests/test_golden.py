@@ -1,7 +1,6 @@
 """Parity with the published models: one test a golden case, tolerances never loosened.
 
-Cases come from `TRBERT_GOLDEN_DIR` if set, else from `tests/golden` (a subset of all cases). Cases of a named
-folder run the programs of users, which take three times as long to compile.
+Cases come from `TRBERT_GOLDEN_DIR` if set, and run the programs of users; else from `tests/golden`, a subset.
 """
 
 import json
@@ -21,8 +20,7 @@ pytestmark = [pytest.mark.usefixtures("optimized")] if os.environ.get("TRBERT_GO
 
 
 def test_there_are_cases() -> None:
-    """An empty or mistyped directory must not pass for agreement."""
-    assert FOLDERS, f"no golden case in {DIRECTORY}"
+    assert FOLDERS, f"no golden case in {DIRECTORY}"  # must not pass for agreement
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)

@@ -17,10 +17,10 @@ Ended = tuple[int, str, str]  # exit code, stdout, stderr
 
 def environment(**variables: str) -> dict[str, str]:
     """Returns the variables of a program that compiles as the tests do."""
-    flags = [variables.pop("XLA_FLAGS", ""), os.environ.get("XLA_FLAGS", "")]
-    if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1":
-        flags += [f"--{name}={str(value).lower()}" for name, value in HURRIED.items()]
-    return {**os.environ, **variables, "XLA_FLAGS": " ".join(filter(None, flags))}
+    hurried = HURRIED if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1" else {}
+    flags = [f"--{name}={str(value).lower()}" for name, value in hurried.items()]
+    flags += [x["XLA_FLAGS"] for x in (os.environ, variables) if "XLA_FLAGS" in x]
+    return {**os.environ, **variables, "XLA_FLAGS": " ".join(flags)}
 
 
 def start(command: Sequence[str], devices: int, folder: Path | None = None) -> Any:

@@ -26,10 +26,9 @@ from trbert_jax.reduction.policy_loss import advantage
 from trbert_jax.training import objectives
 
 BERT = tiny_models.BERT
-DISTILBERT = dataclasses.replace(tiny_models.DISTILBERT, num_layers=3)
 WIDTH = 18
 # Smaller than the batches: several large tiles, several small ones, several groups and buckets.
-TILING = Tiling(tokens=16, rest=4, group_tokens=20, width_step=4)
+TILING = Tiling(tokens=16, rest=4, group_tokens=20, width_step=8)
 NUM_ROWS = 5
 
 
@@ -73,13 +72,9 @@ def test_any_batch_and_any_selection(lengths: list[int], keep: float, seed: int)
 
 
 @pytest.mark.parametrize("rule", ["reduced", "dense"])
-@pytest.mark.parametrize(
-    ("config", "num_layers"),
-    [(BERT, 1), (DISTILBERT, 2), (BERT, 3), (DISTILBERT, 3), (BERT, 5)],
-    ids=lambda x: getattr(x, "model_type", x),
-)
-def test_any_depth(config: ModelConfig, num_layers: int, rule: str) -> None:
-    config = dataclasses.replace(config, num_layers=num_layers)
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 5])
+def test_any_depth(num_layers: int, rule: str) -> None:
+    config = dataclasses.replace(tiny_models.DISTILBERT if num_layers == 2 else BERT, num_layers=num_layers)
     batch = random_batch(config, [9, 1, 18, 5, 12], width=WIDTH)
     assert_same(*both(config, RULES[rule], params_of(config), batch))
 
@@ -166,12 +161,11 @@ def gradient() -> Any:
 
     @functools.cache
     def compute(tiling: Tiling, **memory: Any) -> tuple[Any, str]:
-        model = TokenReducingModel(config, **memory)
+        options: Any = {"rule": tokens.keep_probable, "num_copies": 2, "tiling": tiling}
+        run = functools.partial(packed_forward, TokenReducingModel(config, **memory), **options)
 
         def loss(params: Any) -> jax.Array:
-            options: Any = {"rule": tokens.keep_probable, "num_copies": 2, "tiling": tiling}
-            output = packed_forward(model, params, batch, dropout_rng=jax.random.key(1), **options)
-            return jnp.square(output.logits).sum()
+            return jnp.square(run(params, batch, dropout_rng=jax.random.key(1)).logits).sum()
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(packed_module, "Segment", segment)

@@ -29,11 +29,10 @@ def save_deaf_model(folder: Path) -> None:
 
 
 BOTH = {"credit": "both", "penalty_gradient": "exact", "num_samples": 4}
+CREDITS = [({"num_samples": 8}, "residual"), pytest.param(BOTH, "gate", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize(
-    ("credit", "kind"), [({"num_samples": 8}, "residual"), (BOTH, "gate")], ids=["reward", "both"]
-)
+@pytest.mark.parametrize(("credit", "kind"), CREDITS, ids=["reward", "both"])
 def test_policy_keeps_what_decides(tmp_path: Path, credit: dict[str, Any], kind: str) -> None:
     """The policy finds the word, and other selections of as many tokens do not."""
     tiny_runs.write_dataset(tmp_path / "data", {"train": 400, "dev": 20, "test": 200})
