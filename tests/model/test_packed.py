@@ -162,7 +162,7 @@ def gradient() -> Any:
     @functools.cache
     def compute(tiling: Tiling, **memory: Any) -> tuple[Any, str]:
         options: Any = {"rule": tokens.keep_probable, "num_copies": 2, "tiling": tiling}
-        run = functools.partial(packed_forward, TokenReducingModel(config, **memory), **options)
+        run: Any = functools.partial(packed_forward, TokenReducingModel(config, **memory), **options)
 
         def loss(params: Any) -> jax.Array:
             return jnp.square(run(params, batch, dropout_rng=jax.random.key(1)).logits).sum()
