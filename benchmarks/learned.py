@@ -5,13 +5,16 @@
 
 The first finds thresholds on --dev, and measures them, random and first tokens on --test, beside the dense
 model of the same run; seconds are those of both models in turns, on the first --timed texts. The second
-gathers all files of the first in a folder.
+gathers all files of the first in a folder, and prints the table of docs/results.md.
 """
 
 import argparse
+import itertools
 import json
 import logging
+import operator
 import shlex
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +30,7 @@ from trbert_jax.io import write_json
 from trbert_jax.reduction.rules import rule_names
 
 KIND = "learned"  # marks the files that --summary gathers
+TIME = "time_ratio_batch_"
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,7 +98,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             "reduced": percent(point),
             "target": point["target"],
             "flops_ratio": round(point["flops_speedup"], 3),
-            **{f"time_ratio_batch_{size}": round(x, 2) for size, x in point["faster"].items()},
+            **{f"{TIME}{size}": round(x, 2) for size, x in point["faster"].items()},
             "flips": point["flips"],
             "distilled_dense": percent(result["distilled_dense"]) if "distilled_dense" in result else None,
             **{name: percent(point[name]) for name in rule_names("baseline")},
@@ -110,6 +114,26 @@ def gather(folder: Path) -> list[dict[str, Any]]:
         row for path in sorted(folder.glob("*.json")) if path.name != "summary.json" for row in rows_of(path)
     ]
     return sorted(rows, key=lambda row: (row["data"], row["labels"], row["target"], row["seed"]))
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yields a Markdown table: a row for each data set, number of labels and speed, means over seeds."""
+    columns = ("dense", "reduced", "random", "first_k")
+    header = ("data (metric), labels", "seeds", *columns, "fewer FLOPs", "less time, by batch size")
+    yield f"| {' | '.join(header)} |"
+    yield "|" + "---|" * len(header)
+    key = operator.itemgetter("data", "metric", "labels", "target")
+    for (data, metric, labels, _), group in itertools.groupby(rows, key):
+        same = [*group]
+        times = [name for name in same[0] if name.startswith(TIME)]
+        mean = {
+            name: statistics.mean(row[name] for row in same) for name in (*columns, "flops_ratio", *times)
+        }
+        scores = " | ".join(f"{mean[name]:.1f}" for name in columns)
+        flops = f"{mean['flops_ratio']:.2f}x"
+        speeds = [f"{mean[name]:.2f}x ({name.removeprefix(TIME)})" for name in times]
+        seeds = ", ".join(str(row["seed"]) for row in same)
+        yield f"| {data} ({metric}), {labels:,} | {seeds} | {scores} | {flops} | {', '.join(speeds)} |"
 
 
 def main() -> None:
@@ -129,7 +153,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.summary:
-        write_json(args.summary, gather(args.summary.parent))
+        write_json(args.summary, rows := gather(args.summary.parent))
+        print(*table(rows), sep="\n")
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     missing = [x for x in ("run", "dev", "test", "speedups", "command", "json") if getattr(args, x) is None]
