@@ -12,7 +12,6 @@ import argparse
 import functools
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,8 @@ from trbert_jax.inference.predictor import TRBert
 from trbert_jax.io import write_json
 from trbert_jax.model.model import Batch, Params, TokenReducingModel
 from trbert_jax.model.packed import packed_forward
-from trbert_jax.reduction.gate import gates
 from trbert_jax.reduction.selection import random_key
-from trbert_jax.tasks import TASKS
 from trbert_jax.tasks.examples import Examples, batch_rows, length_batches, pad_batch, width_buckets
-from trbert_jax.tasks.losses import Rows
 from trbert_jax.training import objectives
 
 SAMPLES = 4  # runs with sampled tokens
@@ -173,24 +169,17 @@ def signal(
     batch = pad_batch(few, np.arange(len(few)), len(few), model.config.max_length)
     batch["teacher_logits"] = reference.logits[: len(few)]
 
-    def reinforce(params: Params, batch: Batch, key: jax.Array, copies: int) -> jax.Array:
+    def loss(params: Params, batch: Batch, key: jax.Array, copies: int, credit: str) -> jax.Array:
         rule = objectives.sampling_rule(key, batch, copies, False)
         options: Any = {"num_samples": copies, "alpha": 0.0, "max_length": model.config.max_length}
-        samples = objectives.sample_policy(
-            module, params, batch, rule=rule, execute=packed_forward, **options
-        )
+        options |= {"credit": credit, "penalty_gradient": "exact", "execute": packed_forward}
+        samples = objectives.sample_policy(module, params, batch, rule=rule, **options)
         return objectives.policy_objective(batch, samples).total.mean()
 
-    def gate(params: Params, batch: Batch, key: jax.Array, copies: int) -> jax.Array:
-        rule = objectives.sampling_rule(key, batch, copies, False)
-        output = packed_forward(module, params, batch, rule=rule, num_copies=copies, gate=gates())
-        rows = Rows(batch, copies)
-        return TASKS[model.config.task].distillation_loss(output.logits, rows, 1.0).mean()
-
-    def estimates(loss: Callable[..., jax.Array], copies: int, first: int) -> np.ndarray:
+    def estimates(credit: str, copies: int, first: int) -> np.ndarray:
         @jax.jit
         def gradient(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-            alone = functools.partial(loss, batch=batch, key=key, copies=copies)
+            alone = functools.partial(loss, batch=batch, key=key, copies=copies, credit=credit)
             found = jax.grad(lambda params: alone(objectives.only_selectors(params)))(params)
             names = [f"selector_{stage}" for stage in range(model.config.num_reductions)]
             return ravel_pytree([found["encoder"][name] for name in names])[0]
@@ -198,10 +187,10 @@ def signal(
         keys = [random_key(first + seed) for seed in range(seeds)]
         return np.stack([np.asarray(gradient(model.params, batch, key), np.float64) for key in keys])
 
-    truth, result = estimates(reinforce, 8, seeds).mean(0), dict[str, Any]()
-    for name, loss, copies in (("reinforce", reinforce, 8), ("reinforce", reinforce, 2), ("gate", gate, 2)):
+    truth, result = estimates("reward", 8, seeds).mean(0), dict[str, Any]()
+    for name, copies in (("reward", 8), ("reward", 2), ("gate", 2), ("secant", 2)):
         print(f"gradients: {name}, K = {copies}", file=sys.stderr)
-        found = estimates(loss, copies, 0)
+        found = estimates(name, copies, 0)
         mean, noise = found.mean(0), found.var(0, ddof=1).sum()
         one = np.mean([cosine(estimate, truth) for estimate in found])
         ratio = max(0.0, mean @ mean - noise / seeds) / noise

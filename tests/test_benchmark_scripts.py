@@ -104,7 +104,7 @@ def test_diagnose(tmp_path: Path) -> None:
     matched = result["sampling"]["same counts"]["kept"]
     assert matched == pytest.approx(result["sampling"]["sampled"]["kept"], abs=0.1)
     assert all(sum(p["histogram"]) == pytest.approx(1) for p in result["sampling"]["keep_probability"])
-    assert {"reinforce, K=8", "reinforce, K=2", "gate, K=2"} < result["signal"].keys()
+    assert {"reward, K=8", "reward, K=2", "gate, K=2", "secant, K=2"} < result["signal"].keys()
 
 
 def test_learned(tmp_path: Path) -> None:
