@@ -6,6 +6,7 @@ import runpy
 import shlex
 from pathlib import Path
 
+import learned
 import pytest
 from test_docs import table
 
@@ -31,6 +32,13 @@ def test_the_command_gives_the_settings(name: str) -> None:
     # Any folder will do for the files. Keys that are new or gone since then say nothing.
     free = {"workdir", *TRAINED} - set(result["config"]["stages"])
     assert [d for d in changed if re.split("[.:]", d)[0] not in free and "(absent)" not in d] == []
+
+
+def test_summary_gathers_the_files() -> None:
+    """Rows of results/summary.json are those of the files, and their means stand in docs/results.md."""
+    rows = learned.gather(ROOT / "results")
+    assert json.loads((ROOT / "results/summary.json").read_text(encoding="utf-8")) == rows
+    assert all(line in (ROOT / "docs/results.md").read_text(encoding="utf-8") for line in learned.table(rows))
 
 
 def test_results_of_readme() -> None:

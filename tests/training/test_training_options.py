@@ -31,6 +31,7 @@ from trbert_jax.training.loop import restore_state, saved_params, to_checkpoint
 from trbert_jax.training.stage_inputs import StageInput, places_in, teacher_logits
 from trbert_jax.training.stages import STAGES, objective_of
 
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 LABELED = 16
 ONE_POINT = dataclasses.replace(tiny_models.BERT, num_layers=1)
 
@@ -131,10 +132,7 @@ def test_places() -> None:
 @functools.cache
 def gradients(settings: str, hard: bool = False, components: str = "") -> tuple[Any, Any]:
     """Loss and gradient of stage joint on one batch."""
-    config = load_config(
-        Path(__file__).parents[2] / "configs/quickstart.yaml",
-        ["joint.backend=masked", "policy.num_samples=3", *settings.split()],
-    )
+    config = load_config(QUICKSTART, ["joint.backend=masked", "policy.num_samples=3", *settings.split()])
     model = TokenReducingModel(tiny_models.BERT)
     objective = objective_of(STAGES["joint"], config, model, 10, hard)
     batch = random_batch(tiny_models.BERT, [12, 9, 5, 12], 12)
@@ -153,21 +151,16 @@ def test_threshold_trains_the_encoder_on_the_selection_of_prediction() -> None:
     for name, tree in kept["encoder"].items():
         expected = (sampled if name.startswith("selector") else hard)["encoder"][name]
         tiny_models.assert_same_gradients(tree, expected)
-    assert not np.allclose(
-        sampled["encoder"]["layer_2"]["output"]["bias"], hard["encoder"]["layer_2"]["output"]["bias"]
-    )
+    biases = [x["encoder"]["layer_2"]["output"]["bias"] for x in (sampled, hard)]
+    assert not np.allclose(*biases)
     assert all(not x.any() for x in jax.tree.leaves(hard["encoder"]["selector_0"]))
 
 
 def test_selectors_have_their_own_rate() -> None:
     """AdamW with another rate for some parameters; moments are the same."""
-    config = load_config(
-        Path(__file__).parents[2] / "configs/quickstart.yaml",
-        ["joint.learning_rate=1e-3", "joint.selector_learning_rate=2e-2"],
-    )
+    config = load_config(QUICKSTART, ["joint.learning_rate=1e-3", "joint.selector_learning_rate=2e-2"])
     params = jax.tree.map(jnp.asarray, tiny_models.tiny_params(ONE_POINT))
-    batch = random_batch(ONE_POINT, [6, 5], 6)
-    batches = jax.tree.map(lambda x: x[None], batch)
+    batches = jax.tree.map(lambda x: x[None], random_batch(ONE_POINT, [6, 5], 6))
     objective = objective_of(STAGES["joint"], config, TokenReducingModel(ONE_POINT), 10)
     trained, frozen = steps.split_params(params, steps.trains_all(ONE_POINT))
 
@@ -186,7 +179,7 @@ def test_selectors_have_their_own_rate() -> None:
 def controlled(updates: int, *settings: str, passes: int = 1) -> tuple[Any, Params, list[Any]]:
     """Updates of stage joint with a target, on one batch; returns state, frozen parameters and metrics."""
     options = ["joint.backend=masked", "policy.num_samples=4", "joint.dropout=false", *settings]
-    config = load_config(Path(__file__).parents[2] / "configs/quickstart.yaml", options)
+    config = load_config(QUICKSTART, options)
     stage, model = STAGES["joint"], TokenReducingModel(ONE_POINT)
     batch = random_batch(ONE_POINT, [18 - i % 5 for i in range(16)], 18)
     batches = jax.tree.map(lambda x: x.reshape(passes, -1, *x.shape[1:]), batch)
@@ -245,8 +238,7 @@ def test_control_is_saved(tmp_path: Path) -> None:
         training: Any = types.SimpleNamespace(steps_per_epoch=1, update_size=1, experiment=run)
         with CheckpointStore(path, 1, {}) as store:
             store.save(2, to_checkpoint(training, jax.device_get(saved)))
-        like = jax.eval_shape(lambda saved=saved: saved)
-        restored = restore_state(store, 2, like)
+        restored = restore_state(store, 2, jax.eval_shape(lambda saved=saved: saved))
         jax.tree.map(np.testing.assert_array_equal, restored, saved)
         names = json.loads((path / "step_00000002/manifest.json").read_text())["arrays"].keys()
         assert ("control/multiplier" in names) == (control is not None)
