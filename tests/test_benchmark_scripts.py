@@ -115,13 +115,12 @@ def test_learned(tmp_path: Path) -> None:
     config = tiny_runs.write_config(tmp_path, finetune={"max_examples": 30})
     write_json(work / "config.json", to_dict(load_config(config)))
     options = ["--run", str(work), "--dev", str(data / "train.jsonl"), "--test", str(data / "test.jsonl")]
-    options += ["--speedups", "1.2,1.5", "--timed", "4", "--repeats", "1", "--batch-sizes", "1,4"]
-    options += ["--command", f"trbert train --config {config}"]
-    result = run("learned", *options, target=tmp_path / "r.json")
+    options += ["--speedups=1.2,1.5", "--timed=4", "--repeats=1", "--batch-sizes=1,4", "--command"]
+    result = run("learned", *options, f"trbert train --config {config}", target=tmp_path / "r.json")
     rows = run("learned", target=tmp_path / "summary.json", flag="--summary")
     for target, row, point in zip((1.2, 1.5), rows, result["points"], strict=True):
         assert [row[x] for x in ("labels", "seed", "test_examples", "target")] == [30, 3, 17, target]
-        found = [result["dense"]["accuracy"], point["random"]["accuracy"]]
-        assert [row["dense"], row["random"]] == pytest.approx([100 * x for x in found], abs=0.01)
+        found = [100 * x["accuracy"] for x in (result["dense"], point["random"])]
+        assert [row["dense"], row["random"]] == pytest.approx(found, abs=0.01)
         assert row["flops_ratio"] == pytest.approx(target, rel=0.3)
         assert min(row["time_ratio_batch_1"], row["time_ratio_batch_4"]) > 0

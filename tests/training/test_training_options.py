@@ -145,14 +145,12 @@ def gradients(settings: str, hard: bool = False, components: str = "") -> tuple[
 
 def test_threshold_trains_the_encoder_on_the_selection_of_prediction() -> None:
     """And the selectors by the samples, as published."""
-    _, sampled = gradients("joint.rule=sample")
-    _, hard = gradients("joint.rule=sample", hard=True)
-    _, kept = gradients("joint.rule=threshold")
+    rules = ("sample", False), ("sample", True), ("threshold", False)
+    sampled, hard, kept = (gradients(f"joint.rule={rule}", hard)[1] for rule, hard in rules)
     for name, tree in kept["encoder"].items():
         expected = (sampled if name.startswith("selector") else hard)["encoder"][name]
         tiny_models.assert_same_gradients(tree, expected)
-    biases = [x["encoder"]["layer_2"]["output"]["bias"] for x in (sampled, hard)]
-    assert not np.allclose(*biases)
+    assert not np.allclose(*(x["encoder"]["layer_2"]["output"]["bias"] for x in (sampled, hard)))
     assert all(not x.any() for x in jax.tree.leaves(hard["encoder"]["selector_0"]))
 
 
@@ -178,8 +176,8 @@ def test_selectors_have_their_own_rate() -> None:
 
 def controlled(updates: int, *settings: str, passes: int = 1) -> tuple[Any, Params, list[Any]]:
     """Updates of stage joint with a target, on one batch; returns state, frozen parameters and metrics."""
-    options = ["joint.backend=masked", "policy.num_samples=4", "joint.dropout=false", *settings]
-    config = load_config(QUICKSTART, options)
+    options = ["joint.backend=masked", "policy.num_samples=4", "joint.dropout=false"]
+    config = load_config(QUICKSTART, [*options, *settings])
     stage, model = STAGES["joint"], TokenReducingModel(ONE_POINT)
     batch = random_batch(ONE_POINT, [18 - i % 5 for i in range(16)], 18)
     batches = jax.tree.map(lambda x: x.reshape(passes, -1, *x.shape[1:]), batch)
