@@ -1,11 +1,11 @@
-"""Measures what a run has learned: the metric on all test data, FLOPs and seconds, at a few speeds.
+"""Measures what a run has learned: the metric on all test data, FLOPs and speed, at a few thresholds.
 
     python benchmarks/learned.py --run DIR --dev FILE --test FILE --speedups 3,4 --command TEXT --json FILE
     python benchmarks/learned.py --summary results/summary.json
 
 The first finds thresholds on --dev, and measures them, random and first tokens on --test, beside the dense
-model of the same run; seconds are those of both models in turns, on the first --timed texts. The second
-gathers all files of the first in a folder, and prints the table of docs/results.md.
+model of the same run. It times the reducing model with and without reduction, in turns, on the first --timed
+texts. The second gathers all files of the first in a folder, and prints the table of docs/results.md.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from trbert_jax.datasets import BadRecords
 from trbert_jax.inference import calibrate, frontier
 from trbert_jax.inference.benchmark import benchmark_file
 from trbert_jax.inference.evaluate import read_examples, summarize
-from trbert_jax.io import write_json
+from trbert_jax.io import read_json, write_json
 from trbert_jax.reduction.rules import rule_names
 
 KIND = "learned"  # marks the files that --summary gathers
@@ -35,7 +35,7 @@ TIME = "time_ratio_batch_"
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates and times the models of a work directory."""
-    config = load_config(args.run / "config.json")
+    config, trained = load_config(args.run / "config.json"), read_json(args.run / "results.json")
     dense, model = (TRBert.from_pretrained(args.run / stage / "model") for stage in ("finetune", args.stage))
     task = model.task
     dev, test = (read_examples(model, path, BadRecords()) for path in (args.dev, args.test))
@@ -59,11 +59,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "dense": summarize(on_test, dense.config, metrics),
         "points": [{**row, "faster": faster(args, row["threshold"])} for row in rows],
         "config": to_dict(config),
+        **{name: trained[name] for name in ("stages", "versions", "machine")},
     }
 
 
 def faster(args: argparse.Namespace, threshold: Sequence[float]) -> dict[str, float]:
-    """Returns batch size -> median seconds of the dense model over those with thresholds."""
+    """Returns batch size -> texts per second with thresholds over those with all tokens kept."""
     records = benchmark_file(
         args.test,
         model_dir=args.run / args.stage / "model",
@@ -119,7 +120,7 @@ def gather(folder: Path) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Yields a Markdown table: a row for each data set, number of labels and speed, means over seeds."""
     columns = ("dense", "reduced", "random", "first_k")
-    header = ("data (metric), labels", "seeds", *columns, "fewer FLOPs", "less time, by batch size")
+    header = ("data (metric), labels", "seeds", *columns, "fewer FLOPs", "faster, by batch size")
     yield f"| {' | '.join(header)} |"
     yield "|" + "---|" * len(header)
     key = operator.itemgetter("data", "metric", "labels", "target")

@@ -51,7 +51,7 @@ CONSTANTS = {
 EXECUTIONS: dict[str, objectives.Execute] = {
     "masked": forward,
     "packed": functools.partial(
-        packed_forward, tiling=Tiling(tokens=16, rest=4, group_tokens=20, width_step=8)
+        packed_forward, tiling=Tiling(tokens=16, rest=4, group_tokens=24, width_step=6)
     ),
 }
 # Beginning of a case's name -> the task of its model.

@@ -114,6 +114,7 @@ def test_learned(tmp_path: Path) -> None:
     tiny_models.tiny_model(work / "joint/model")
     config = tiny_runs.write_config(tmp_path, finetune={"max_examples": 30})
     write_json(work / "config.json", to_dict(load_config(config)))
+    write_json(work / "results.json", dict.fromkeys(("stages", "versions", "machine")))
     options = ["--run", str(work), "--dev", str(data / "train.jsonl"), "--test", str(data / "test.jsonl")]
     options += ["--speedups=1.2,1.5", "--timed=4", "--repeats=1", "--batch-sizes=1,4", "--command"]
     result = run("learned", *options, f"trbert train --config {config}", target=tmp_path / "r.json")

@@ -1,7 +1,4 @@
-"""Parity with the published models: one test a golden case, tolerances never loosened.
-
-Cases come from `TRBERT_GOLDEN_DIR` if set, and run the programs of users; else from `tests/golden`, a subset.
-"""
+"""Parity with the published models on cases of `TRBERT_GOLDEN_DIR`, else `tests/golden`; no tolerance grows."""
 
 import json
 import os

@@ -25,7 +25,7 @@ BERT = dataclasses.replace(tiny_models.BERT, num_layers=2)  # one point, before 
 DEEP = tiny_models.BERT  # two points, before layers 1 and 2
 SPAN = dataclasses.replace(DEEP, task="span")
 WIDTH, LENGTHS = 12, [9, 1, 12, 5]
-TILING = Tiling(tokens=16, rest=4, group_tokens=20, width_step=8)  # several tiles and groups
+TILING = Tiling(tokens=16, rest=4, group_tokens=24, width_step=6)  # several tiles and groups
 packed = functools.partial(packed_forward, tiling=TILING)
 at_once = functools.partial(packed_forward, tiling=dataclasses.replace(TILING, row_by_row=False))
 

@@ -28,7 +28,7 @@ from trbert_jax.training import objectives
 BERT = tiny_models.BERT
 WIDTH = 18
 # Smaller than the batches: several large tiles, several small ones, several groups and buckets.
-TILING = Tiling(tokens=16, rest=4, group_tokens=20, width_step=8)
+TILING = Tiling(tokens=16, rest=4, group_tokens=24, width_step=6)
 NUM_ROWS = 5
 
 
@@ -73,8 +73,9 @@ def test_any_batch_and_any_selection(lengths: list[int], keep: float, seed: int)
 
 @pytest.mark.parametrize("rule", ["reduced", "dense"])
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 5])
-def test_any_depth(num_layers: int, rule: str) -> None:
-    config = dataclasses.replace(tiny_models.DISTILBERT if num_layers == 2 else BERT, num_layers=num_layers)
+@tiny_models.CONFIGS
+def test_any_depth(config: ModelConfig, num_layers: int, rule: str) -> None:
+    config = dataclasses.replace(config, num_layers=num_layers)
     batch = random_batch(config, [9, 1, 18, 5, 12], width=WIDTH)
     assert_same(*both(config, RULES[rule], params_of(config), batch))
 

@@ -60,7 +60,7 @@ def check(stage: str, backend: str, *ways: str) -> dict[str, Any]:
     """How each way differs from one device, what devices send each other, bytes of the state on one."""
     # A tiny model still has something to divide and more than one tile.
     parallel.SMALLEST_DIVIDED = 64
-    tiling = Tiling(tokens=16, rest=4, group_tokens=20, width_step=8)
+    tiling = Tiling(tokens=16, rest=4, group_tokens=24, width_step=6)
     BACKENDS["packed"] = functools.partial(packed_forward, tiling=tiling)
     model = dataclasses.replace(tiny_models.BERT, num_layers=1 if stage == "finetune" else 2)
     step, params = StageStep(stage, backend, model), tiny_models.tiny_params(model, scale=0.1)
