@@ -1,4 +1,4 @@
-"""Parity with the published models on cases of `TRBERT_GOLDEN_DIR`, else `tests/golden`; no tolerance grows."""
+"""Parity with the published models on cases of `TRBERT_GOLDEN_DIR`, else `tests/golden`; no bound grows."""
 
 import json
 import os
