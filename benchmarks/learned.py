@@ -1,11 +1,14 @@
 """Measures what a run has learned: the metric on all test data, FLOPs and speed, at a few thresholds.
 
     python benchmarks/learned.py --run DIR --dev FILE --test FILE --speedups 3,4 --command TEXT --json FILE
+    python benchmarks/learned.py --time --run DIR --test FILE --json FILE
+    python benchmarks/learned.py --distilled DIR --test FILE --json FILE
     python benchmarks/learned.py --summary results/summary.json
 
 The first finds thresholds on --dev, and measures them, random and first tokens on --test, beside the dense
-model of the same run. It times the reducing model with and without reduction, in turns, on the first --timed
-texts. The second gathers all files of the first in a folder, and prints the table of docs/results.md.
+model of the same run. The second adds times to its file: of the reducing model with and without reduction, in
+turns, on the first --timed texts. The third adds the dense model of `distilled_dense.py`. The last gathers
+all such files in a folder, and prints the table of docs/results.md.
 """
 
 import argparse
@@ -16,7 +19,7 @@ import operator
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +60,37 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "metric": task.metric,
         "full_score": task.full_score,
         "dense": summarize(on_test, dense.config, metrics),
-        "points": [{**row, "faster": faster(args, row["threshold"])} for row in rows],
+        "points": rows,
         "config": to_dict(config),
         **{name: trained[name] for name in ("stages", "versions", "machine")},
     }
 
 
-def faster(args: argparse.Namespace, threshold: Sequence[float]) -> dict[str, float]:
-    """Returns batch size -> texts per second with thresholds over those with all tokens kept."""
-    records = benchmark_file(
-        args.test,
-        model_dir=args.run / args.stage / "model",
-        batch_sizes=args.batch_sizes,
-        variants=("packed", "dense"),
-        max_texts=args.timed,
-        repeats=args.repeats,
-        threshold=tuple(threshold),
-    )
-    speed = {(r["variant"], r["batch_size"]): r["examples_per_second"] for r in records}
-    return {str(size): speed["packed", size] / speed["dense", size] for size in args.batch_sizes}
+def distilled(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates the dense model that `distilled_dense.py` trained."""
+    model = TRBert.from_pretrained(args.distilled / "distill" / "model")
+    test = read_examples(model, args.test, BadRecords())
+    outputs = model.engine(args.batch_size).run(model.params, test, rule="dense")
+    metrics = model.task.score(test, outputs.logits).metrics
+    return {"distilled_dense": summarize(outputs, model.config, metrics)}
+
+
+def timed(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the points of --json with batch size -> texts per second over those with all tokens kept."""
+    points = read_json(args.json)["points"]
+    for point in points:
+        records = benchmark_file(
+            args.test,
+            model_dir=args.run / args.stage / "model",
+            batch_sizes=args.batch_sizes,
+            variants=("packed", "dense"),
+            max_texts=args.timed,
+            repeats=args.repeats,
+            threshold=tuple(point["threshold"]),
+        )
+        speed = {(r["variant"], r["batch_size"]): r["examples_per_second"] for r in records}
+        point["faster"] = {str(n): speed["packed", n] / speed["dense", n] for n in args.batch_sizes}
+    return {"points": points}
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
@@ -99,7 +114,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             "reduced": percent(point),
             "target": point["target"],
             "flops_ratio": round(point["flops_speedup"], 3),
-            **{f"{TIME}{size}": round(x, 2) for size, x in point["faster"].items()},
+            **{f"{TIME}{size}": round(x, 2) for size, x in point.get("faster", {}).items()},
             "flips": point["flips"],
             "distilled_dense": percent(result["distilled_dense"]) if "distilled_dense" in result else None,
             **{name: percent(point[name]) for name in rule_names("baseline")},
@@ -119,7 +134,7 @@ def gather(folder: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Yields a Markdown table: a row for each data set, number of labels and speed, means over seeds."""
-    columns = ("dense", "reduced", "random", "first_k")
+    columns = ("dense", "distilled_dense", "reduced", "random", "first_k")
     header = ("data (metric), labels", "seeds", *columns, "fewer FLOPs", "faster, by batch size")
     yield f"| {' | '.join(header)} |"
     yield "|" + "---|" * len(header)
@@ -127,10 +142,12 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     for (data, metric, labels, _), group in itertools.groupby(rows, key):
         same = [*group]
         times = [name for name in same[0] if name.startswith(TIME)]
-        mean = {
-            name: statistics.mean(row[name] for row in same) for name in (*columns, "flops_ratio", *times)
+        known = {
+            name: [row[name] for row in same if row[name] is not None]
+            for name in (*columns, "flops_ratio", *times)
         }
-        scores = " | ".join(f"{mean[name]:.1f}" for name in columns)
+        mean = {name: statistics.mean(values) for name, values in known.items() if values}
+        scores = " | ".join(f"{mean[name]:.1f}" if name in mean else "–" for name in columns)
         flops = f"{mean['flops_ratio']:.2f}x"
         speeds = [f"{mean[name]:.2f}x ({name.removeprefix(TIME)})" for name in times]
         seeds = ", ".join(str(row["seed"]) for row in same)
@@ -142,6 +159,8 @@ def main() -> None:
     parser.add_argument("--summary", type=Path, metavar="FILE", help="gather the results beside FILE into it")
     parser.add_argument("--run", type=Path, metavar="DIR", help="work directory")
     parser.add_argument("--stage", default="joint", help="stage whose model reduces (default joint)")
+    parser.add_argument("--time", action="store_true", help="add times to --json")
+    parser.add_argument("--distilled", type=Path, metavar="DIR", help="work directory of distilled_dense.py")
     parser.add_argument("--dev", type=Path, metavar="FILE")
     parser.add_argument("--test", type=Path, metavar="FILE")
     parser.add_argument("--speedups", type=lambda x: [*map(float, x.split(","))], metavar="X,X")
@@ -158,10 +177,15 @@ def main() -> None:
         print(*table(rows), sep="\n")
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    missing = [x for x in ("run", "dev", "test", "speedups", "command", "json") if getattr(args, x) is None]
-    if missing:
+    adds = timed if args.time else distilled if args.distilled else None
+    needed = [
+        "test",
+        "json",
+        *(["run"] if args.time else [] if adds else ["run", "dev", "speedups", "command"]),
+    ]
+    if missing := [name for name in needed if getattr(args, name) is None]:
         parser.error(f"--{missing[0]} is missing")
-    write_json(args.json, measure(args))
+    write_json(args.json, {**read_json(args.json), **adds(args)} if adds else measure(args))
 
 
 if __name__ == "__main__":

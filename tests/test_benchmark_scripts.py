@@ -12,18 +12,20 @@ import tiny_processes
 import tiny_runs
 
 from trbert_jax import TRBert
-from trbert_jax.config import load_config, to_dict
-from trbert_jax.io import write_json
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 TINY = ["--size", "tiny", "--max-length", "32", "--batch-size", "2", "--repeats", "1"]
 
 
-def run(script: str, *arguments: str, target: Path, flag: str = "--json") -> Any:
-    command = [sys.executable, f"benchmarks/{script}.py", *arguments, flag, str(target)]
+def start(script: str, *arguments: str) -> None:
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments]
     environment = tiny_processes.environment(PYTHONPATH=str(ROOT))
     subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True)
+
+
+def run(script: str, *arguments: str, target: Path, flag: str = "--json") -> Any:
+    start(script, *arguments, flag, str(target))
     return json.loads(target.read_text(encoding="utf-8"))
 
 
@@ -108,16 +110,20 @@ def test_diagnose(tmp_path: Path) -> None:
 
 
 def test_learned(tmp_path: Path) -> None:
-    """The dense model and two speeds of the other, each with its row of the summary."""
+    """A recipe, a change of it that learns nothing, and its dense student, each with its numbers."""
     work, data = tmp_path / "work", tmp_path / "data"
-    tiny_models.tiny_model(work / "finetune/model", seed=1)
-    tiny_models.tiny_model(work / "joint/model")
-    config = tiny_runs.write_config(tmp_path, finetune={"max_examples": 30})
-    write_json(work / "config.json", to_dict(load_config(config)))
-    write_json(work / "results.json", dict.fromkeys(("stages", "versions", "machine")))
-    options = ["--run", str(work), "--dev", str(data / "train.jsonl"), "--test", str(data / "test.jsonl")]
-    options += ["--speedups=1.2,1.5", "--timed=4", "--repeats=1", "--batch-sizes=1,4", "--command"]
-    result = run("learned", *options, f"trbert train --config {config}", target=tmp_path / "r.json")
+    stages = ["finetune", "score", "init", "teacher", "joint"]
+    config = tiny_runs.write_config(
+        tmp_path, stages=stages, finetune={"max_examples": 30}, score={"kind": "gate"}
+    )
+    tiny_runs.train(config)
+    changes = ["stages=[finetune,teacher,distill]", "distill.max_steps=2"]
+    start("distilled_dense", "train", "--config", str(config), *changes, f"workdir={tmp_path / 'student'}")
+    options = ["--dev", str(data / "train.jsonl"), "--test", str(data / "test.jsonl"), "--speedups=1.2,1.5"]
+    learned = ["learned", "--run", str(work), *options, "--command", f"trbert train --config {config}"]
+    result = run(*learned, target=tmp_path / "r.json")
+    run(*learned, "--time", "--timed=4", "--repeats=1", "--batch-sizes=1,4", target=tmp_path / "r.json")
+    run("learned", "--distilled", str(tmp_path / "student"), *options[2:4], target=tmp_path / "r.json")
     rows = run("learned", target=tmp_path / "summary.json", flag="--summary")
     for target, row, point in zip((1.2, 1.5), rows, result["points"], strict=True):
         assert [row[x] for x in ("labels", "seed", "test_examples", "target")] == [30, 3, 17, target]
@@ -125,3 +131,11 @@ def test_learned(tmp_path: Path) -> None:
         assert [row["dense"], row["random"]] == pytest.approx(found, abs=0.01)
         assert row["flops_ratio"] == pytest.approx(target, rel=0.3)
         assert min(row["time_ratio_batch_1"], row["time_ratio_batch_4"]) > 0
+        assert 0 <= row["distilled_dense"] <= 100
+    variants = ["--set", "joint.max_steps=2", "--variant", "still", "joint.learning_rate=1e-12"]
+    folders = ["--base", str(work), "--config", str(config), "--work", str(tmp_path / "variants")]
+    result = run("ablate", *folders, *options, *variants, target=tmp_path / "ablations.json")
+    for point in result["variants"]["recipe"]["points"]:
+        assert (point["difference"], point["standard_error"]) == (0, 0)
+    for one, other in zip(*(result["variants"][x]["points"] for x in ("still", "recipe")), strict=True):
+        assert one["difference"] == pytest.approx(100 * (one["accuracy"] - other["accuracy"]))

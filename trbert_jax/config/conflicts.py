@@ -54,9 +54,9 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
         if section.credit != "reward" and section.penalty_gradient != "exact":
             yield f"{stage}.penalty_gradient", f"{stage}.credit {section.credit} needs exact"
         # The baseline of a reward is the mean over the example's samples.
-        if section.credit in ("reward", "both") and count < 2:
+        if section.credit == "reward" and count < 2:
             yield f"{stage}.num_samples", "expected 2 or more, to compare the rewards of samples"
-    if joint.num_samples is not None and joint.rule == "threshold" and joint.credit in ("gate", "secant"):
+    if joint.num_samples is not None and joint.rule == "threshold" and joint.credit != "reward":
         yield "joint.num_samples", "rule threshold draws no samples with this joint.credit; remove it"
     if config.joint.distill_states and not (config.joint.distill and config.teacher.states):
         yield "joint.distill_states", "needs joint.distill: true and teacher.states: true"

@@ -69,7 +69,7 @@ Backend = Literal["packed", "masked"]  # see `model.packed`
 Speedup = Annotated[Number, Field(gt=1)]
 Penalty = Literal["ratio", "flops"]  # see `reduction.budget`
 PenaltyGradient = Literal["reward", "exact"]
-Credit = Literal["reward", "gate", "secant", "both"]  # see `reduction.gate`
+Credit = Literal["reward", "gate", "secant"]  # see `reduction.gate`
 StageName = Annotated[Text, _name_from(lambda: STAGES)]
 RuleName = Annotated[Text, _name_from(rule_names)]
 BackboneName = Annotated[Text, _name_from(lambda: tuple(BACKBONES))]
@@ -236,7 +236,7 @@ class PolicyConfig(TrainingConfig):
     penalty_gradient: PenaltyGradient = "reward"
     # How the selectors learn from the task loss. reward: by REINFORCE, from the loss of each sample; gate: by
     # its derivative by the weight of each kept token, which takes a backward pass and needs fewer samples;
-    # secant: gate to second order; both: by the sum of reward and gate.
+    # secant: gate to second order.
     credit: Credit = "reward"
     guide_rate: Fraction = 0.5  # share of the steps in which one sample imitates the residual scores
 

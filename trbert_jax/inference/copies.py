@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from trbert_jax.inference.engine import InferenceEngine, bucket_widths
+from trbert_jax.inference.engine import InferenceEngine
 from trbert_jax.inference.outputs import Collector, Outputs
 from trbert_jax.model.model import Params
 from trbert_jax.reduction.rules import DEFAULT_RULE, RULES, RuleSpec
-from trbert_jax.tasks.examples import Examples, batch_rows, length_batches
+from trbert_jax.tasks.examples import Examples, batch_rows
 
 Array = npt.NDArray[Any]
 
@@ -63,9 +63,8 @@ def _passes(
     spare = np.full((COPIES - len(values), *values.shape[1:]), least, values.dtype)
     inputs = {name: np.swapaxes(np.concatenate([values, spare]), 0, 1)}
     inputs["seed"] = np.full(examples.num_rows, seed, np.int32)
-    widths = bucket_widths(backend, engine.model.config.max_length)
     params = engine.programs.devices.replicate(params)
-    for index, width in length_batches(examples, engine.batch_size, widths):
+    for index, width in engine.indices(examples, backend):
         batch = engine.batch(examples, index, width, inputs)
         program = engine.programs.get(params, batch, rule, backend)
         logits, kept = jax.block_until_ready(program(params, batch))

@@ -234,10 +234,25 @@ class InferenceEngine:
             inputs = {"num_kept": num_kept.astype(np.int32), "seed": seeds}
             if scores is not None:
                 inputs["guide"] = scores
-        widths = bucket_widths(backend, self.model.config.max_length)
-        indices = itertools.islice(length_batches(examples, self.batch_size, widths), start, None)
+        indices = itertools.islice(self.indices(examples, backend, shown=progress is None), start, None)
         batches = ((index, self.batch(examples, index, width, inputs)) for index, width in indices)
         return self.run_batches(params, examples, batches, RULES[rule], backend, progress, allocate, start)
+
+    def indices(
+        self, examples: Examples, backend: str, shown: bool = True
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """Yields positions, int [b], and width of each batch.
+
+        Shows progress on a terminal after two seconds, unless `after_batch` does.
+        """
+        from tqdm import tqdm
+
+        widths = bucket_widths(backend, self.model.config.max_length)
+        hidden = None if shown and self.after_batch is None else True  # None: unless stderr is a terminal
+        with tqdm(total=len(examples), unit="example", disable=hidden, delay=2) as bar:
+            for index, width in length_batches(examples, self.batch_size, widths):
+                yield index, width
+                bar.update(len(index))
 
     def run_batches(
         self,

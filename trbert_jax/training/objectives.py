@@ -35,7 +35,6 @@ from trbert_jax.tasks.losses import Rows, state_distance
 
 Execute = Callable[..., ModelOutput]
 sg = jax.lax.stop_gradient
-REWARDED = ("reward", "both")  # kinds of credit with REINFORCE
 
 
 @struct.dataclass
@@ -161,7 +160,7 @@ class PolicySamples:
     dense_flops: jax.Array  # of the dense model
     logits: Logits
     selections: tuple[tokens.Selection, ...]
-    credit: str = struct.field(pytree_node=False, default="reward")  # or gate, secant, both
+    credit: str = struct.field(pytree_node=False, default="reward")  # or gate, secant
 
 
 def sample_policy(
@@ -221,7 +220,7 @@ def sample_policy(
     expected = jnp.zeros_like(flops)
     if penalty_gradient == "exact":
         # As the policy loss, which is a mean over tokens and whose baseline includes the sample itself.
-        whole = (credit != "reward") + (credit in REWARDED) * (1 - 1 / num_samples)
+        whole = 1 - (credit == "reward") / num_samples
         counts = budget.expected_counts(kept, [whole / num_judged(s) for s in kept], sampled)
         if penalty == "ratio":
             expected = policy.kept_ratio(counts, max_length)
@@ -242,12 +241,11 @@ def policy_objective(batch: Batch, samples: PolicySamples) -> Objective:
     """Returns the loss that trains the selectors (stage policy).
 
     With credit reward this is the REINFORCE loss, with the exact penalty if any; with credit gate or
-    secant the task loss, which then has a derivative by the selectors, and the penalty; with both, the sum.
+    secant the task loss, which then has a derivative by the selectors, and the penalty.
     """
     loss, task_loss = samples.penalty.mean(0), samples.task_loss.mean(0)
-    if samples.credit in REWARDED:
-        loss += policy.policy_loss(samples.selector_nll, samples.reward)
     if samples.credit == "reward":
+        loss += policy.policy_loss(samples.selector_nll, samples.reward)
         task_loss = jnp.zeros(())
     metrics = {"task_loss": samples.task_loss.mean(0), "policy_loss": loss}
     metrics |= {"reward": samples.reward.mean(0), "kept_ratio": samples.kept_ratio.mean(0)}

@@ -66,7 +66,7 @@ def joint(update: Update) -> Objective:
     if not update.hard and section.rule == "sample":
         samples = _samples(update, num_samples, False, section.jitter, credit=section.credit, **options)
         return _counted(update, objectives.joint_objective(update.batch, samples), samples)
-    by_gates = section.credit in ("gate", "secant") and not update.hard
+    by_gates = section.credit != "reward" and not update.hard
     kept = _kept(update, section.jitter, credit=section.credit if by_gates else "reward", **options)
     if update.hard or by_gates:
         return _counted(update, objectives.joint_objective(update.batch, kept), kept)

@@ -82,16 +82,13 @@ def _joint_flops(
     kept = _sampled(3, lambda config: 1)(*arguments)
     if config.joint.rule == "sample":
         return (1 - hard) * _sampled(3, joint_samples)(*arguments) + hard * kept
-    if config.joint.credit in ("gate", "secant"):
-        return kept
-    passes = 1 if config.joint.credit == "reward" else 2
-    return (1 - hard) * _sampled(passes, joint_samples)(*arguments) + kept
+    drawn = (1 - hard) * _sampled(1, joint_samples)(*arguments) if config.joint.credit == "reward" else 0
+    return drawn + kept
 
 
 def _joint_layers(config: RunConfig, model: ModelConfig) -> float:
     joint, samples = config.joint, joint_samples(config)
-    copies = {"sample": samples, "threshold": 1 + samples * (joint.credit == "both")}[joint.rule]
-    copies = copies if joint.hard_fraction < 1 else 1
+    copies = samples if joint.rule == "sample" and joint.hard_fraction < 1 else 1
     return EncoderShape.of(model).segments[0] + _reduced_layers(model, copies)
 
 
