@@ -4,7 +4,8 @@
 
 Uses random weights, texts with the lengths of film reviews, and the default dropout of each stage. The K
 samples of an example keep given random tokens, as many as --share sets, so that both backends do the same
-work. Runs are interleaved; the medians are reported.
+work. If PyTorch is installed, Hugging Face's step of finetune is timed too, on batches padded to the longest
+text. Runs are interleaved; the medians are reported.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import numpy as np
 from common import random_actions, random_examples, review_lengths
 
 from trbert_jax.config import FinetuneConfig, JointConfig, PolicyConfig, TrainingConfig
-from trbert_jax.inference.benchmark import SIZES, memory_bytes, time_runs
+from trbert_jax.inference.benchmark import SIZES, memory_bytes, time_runs, torch_available
 from trbert_jax.inference.benchmark_report import machine
 from trbert_jax.io import check_outputs, write_json
 from trbert_jax.model.config import ModelConfig
@@ -175,6 +176,43 @@ class Step:
         return jax.block_until_ready(metrics)
 
 
+class HuggingFaceStep:
+    """The same step of finetune in PyTorch, with the model of transformers."""
+
+    compile_seconds, memory_bytes, devices = 0.0, None, 1
+
+    def __init__(self, config: ModelConfig, batches: Sequence[dict[str, np.ndarray]]) -> None:
+        import torch
+        from transformers import BertConfig, BertForSequenceClassification
+
+        sizes = {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "intermediate_size": config.intermediate_size,
+        }
+        self._model = BertForSequenceClassification(BertConfig(**sizes, num_labels=config.num_labels)).train()
+        self._adamw = torch.optim.AdamW(self._model.parameters(), lr=3e-5, weight_decay=0.01)
+        self._batches = []
+        for batch in batches:
+            longest = int(batch["mask"].sum(-1).max())
+            names = {"input_ids": "input_ids", "mask": "attention_mask"}
+            arrays = {names[x]: torch.tensor(batch[x][:, :longest].astype(np.int64)) for x in names}
+            self._batches.append({**arrays, "labels": torch.tensor(batch["labels"].astype(np.int64))})
+
+    def run(self) -> dict[str, Any]:
+        """Runs a step on each batch; returns the loss of the last."""
+        loss = 0.0
+        for batch in self._batches:
+            output = self._model(**batch).loss
+            output.backward()
+            self._adamw.step()
+            self._adamw.zero_grad()
+            loss = output.item()
+        return {"loss": loss}
+
+
 def measure(
     config: ModelConfig,
     setting: Setting,
@@ -195,9 +233,11 @@ def measure(
     for stage in stages:
         ways = [(name, "jit") for name in backends]
         ways += [("packed", strategy) for strategy in strategies if strategy != "jit"]
-        timed = {
+        timed: dict[tuple[str, str], Any] = {
             way: Step(stage, model, way[0], params, batches, setting.num_samples, way[1]) for way in ways
         }
+        if stage == "finetune" and torch_available() and jax.default_backend() == "cpu":
+            timed["huggingface", "eager"] = HuggingFaceStep(config, batches)
         losses = {way: float(np.ravel(step.run()["loss"])[0]) for way, step in timed.items()}
         seconds = time_runs({way: [step.run] for way, step in timed.items()}, setting.repeats)
         median = {way: float(np.median(times)) / len(batches) for way, times in seconds.items()}
@@ -236,7 +276,7 @@ def line_of(record: dict[str, Any]) -> str:
     """Formats a record as a line of text."""
     faster = "" if record["faster"] is None else f"  {record['faster']:5.2f} x masked"
     return (
-        f"{record['stage']:<9} {record['backend']:<7} {record['strategy']:<5} "
+        f"{record['stage']:<9} {record['backend']:<11} {record['strategy']:<5} "
         f"{record['examples_per_second']:8.2f} examples/s{faster}"
         f"  compiled in {record['compile_seconds']:.1f} s"
     )
