@@ -18,7 +18,7 @@ class FakeModel:
     asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
 
     @classmethod
-    def from_pretrained(cls, path: str, max_length: int | None = None) -> "FakeModel":
+    def from_pretrained(cls, path: str, **options: Any) -> "FakeModel":
         return cls()
 
     def predict_stream(self, texts: Iterable[str], **options: Any) -> Iterator[Any]:

@@ -25,6 +25,7 @@ from trbert_jax.inference.copies import run_copies
 from trbert_jax.inference.evaluate import read_examples
 from trbert_jax.inference.frontier import compare
 from trbert_jax.model.config import InputConfig, ModelConfig
+from trbert_jax.model.engines import ENGINES
 from trbert_jax.model.pretrained import save_pretrained
 from trbert_jax.reduction.rules import RULES
 from trbert_jax.tasks import Splits
@@ -131,6 +132,20 @@ def test_predict_answers_in_order(models: dict[str, Path], tmp_path: Path, kind:
     assert answers[1].pop("score") == pytest.approx(answers[2].pop("score"), abs=1e-5)
     answers[1].pop("null_odds", 0), answers[2].pop("null_odds", 0)
     assert without(answers[1], "id") == without(answers[2], "id")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_models_answer_alike(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """The same answers, kept tokens and scores from each engine, of a folder without weights."""
+    folder, requests = tmp_path / "exported", [{**longer(kind), "id": "long"}, REQUESTS[kind]]
+    assert main(["export", "--model", str(models[kind]), "--output", str(folder)]) == 0
+    expected = predict(models[kind], tmp_path, requests)
+    for engine in ENGINES:
+        found = predict(folder, tmp_path, requests, "--backend", engine)
+        for one, other in zip(found, expected, strict=True):
+            for name in {"score", "null_odds"} & one.keys():
+                assert one.pop(name) == pytest.approx(other[name], abs=1e-5)
+            assert one == {name: other[name] for name in one}
 
 
 def test_one_bad_question_among_good_ones(models: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:

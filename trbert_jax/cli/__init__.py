@@ -4,15 +4,18 @@ A command imports slow modules itself, so that help and wrong arguments are answ
 """
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
-from trbert_jax.cli import commands  # noqa: F401 - registers them
 from trbert_jax.cli.arguments import COMMANDS, Arguments, parse_arguments, paths_of
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.io import streams
 from trbert_jax.io.outputs import check_outputs
+
+for _part in ("train", "use", "models"):  # in the order of the help
+    importlib.import_module(f"trbert_jax.cli.{_part}")
 
 __all__ = ["COMMANDS", "main", "parse_arguments"]
 

@@ -10,13 +10,17 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from trbert_jax import __version__, io
 from trbert_jax.errors import UserError
 from trbert_jax.io import streams
 from trbert_jax.io.outputs import is_stream
+from trbert_jax.model.engines import ENGINES
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES, rule_names
+
+if TYPE_CHECKING:
+    from trbert_jax.config import RunConfig
 
 PROGRAM = "trbert"
 DESCRIPTION = "Trains and runs BERT models that drop the words of a text they no longer need (TR-BERT)."
@@ -91,6 +95,19 @@ def command(name: str, *options: Option) -> Callable[[Run], Run]:
         return run
 
     return register
+
+
+def chosen(args: Arguments, names: str) -> dict[str, Any]:
+    """Returns the arguments of these names, which are separated by blanks."""
+    return {name: getattr(args, name) for name in names.split()}
+
+
+def config_of(args: Arguments) -> "RunConfig":
+    """Loads the settings of `--config`."""
+    from trbert_jax.config import load_config  # takes time to load
+
+    skip = ["data.skip_bad_records=true"] if args.skip_bad_records else []
+    return load_config(args.config, [*args.overrides, *skip])
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -228,6 +245,7 @@ def thresholds(text: str) -> float | tuple[float, ...]:
 
 
 BACKEND_HELP = "packed: compute only the kept tokens (default); masked: compute all, with the same results"
+ENGINE_HELP = f"{BACKEND_HELP}; or another engine than JAX, see `trbert export`"
 THRESHOLD_HELP = (
     "keep tokens whose keep probability is at least P (default 0.5, as published), or P at each point"
 )
@@ -237,10 +255,26 @@ OVERRIDES = option("overrides", "key=value", str, "settings that replace those o
 SKIP = switch("--skip-bad-records", "skip, count and list invalid records, rather than stop")
 MODEL = path_option("models", "--model", "DIR", "folder of a trained model", required=True)
 BATCH_SIZE = option("--batch-size", "N", COUNT, "texts per batch (default 32)", default=32)
+DTYPE = option(
+    "--dtype",
+    None,
+    str,
+    "of activations (default float32)",
+    choices=("float32", "bfloat16"),
+    default="float32",
+)
+_RULE = option("--rule", None, str, rules_help, choices=rule_names)
+_FORMER = former("--execution", "--rule and --backend")
 RULE = (
-    option("--rule", None, str, rules_help, choices=rule_names),
+    _RULE,
     option("--backend", None, str, BACKEND_HELP, choices=backends, default="packed"),
-    former("--execution", "--rule and --backend"),
+    _FORMER,
+)
+ENGINE = (
+    _RULE,
+    option("--backend", None, str, ENGINE_HELP, choices=lambda: (*backends(), *ENGINES), default="packed"),
+    DTYPE,
+    _FORMER,
 )
 THRESHOLD = option("--threshold", "P[,P]", thresholds, THRESHOLD_HELP, default=DEFAULT_THRESHOLD)
 OPERATING_POINT = option(

@@ -35,6 +35,7 @@ def evaluate_file(
     batch_size: int = 32,
     rule: str | None = None,
     backend: str = DEFAULT_BACKEND,
+    dtype: str = "float32",
     threshold: Threshold = DEFAULT_THRESHOLD,
     operating_point: str | None = None,
     predictions: Path | None = None,
@@ -52,7 +53,7 @@ def evaluate_file(
     """Evaluates a saved model on a file.
 
     Args:
-      model_dir: see `TRBert.from_pretrained`.
+      model_dir, dtype: see `TRBert.from_pretrained`, which also takes `backend`.
       data_file: texts and labels in any format of `datasets.tables`; for a model that answers questions a
         file in the published format of its data set.
       batch_size, rule, backend, threshold, operating_point: see `TRBert.predict`.
@@ -74,7 +75,8 @@ def evaluate_file(
     """
     check_outputs([predictions, plot], inputs=[data_file], models=[model_dir])
     check_kind(predictions)
-    model, bad = TRBert.from_pretrained(model_dir, max_length=max_length), BadRecords(skip=skip_bad_records)
+    bad = BadRecords(skip=skip_bad_records)
+    model = TRBert.from_pretrained(model_dir, max_length=max_length, dtype=dtype, backend=backend)
     rule, task = rule or model.default_rule, answering(model, null_threshold, max_answer_length)
     threshold = find_thresholds(model.config.operating_points, operating_point, rule, threshold)
     if plot is not None and model.answers_questions:

@@ -25,13 +25,15 @@ import numpy as np
 
 from trbert_jax.errors import UserError, iterable, whole_number
 from trbert_jax.inference.engine import FEWER, CompiledForward, InferenceEngine, check_backend, fitting_size
+from trbert_jax.inference.exported import ExportedEngine
 from trbert_jax.inference.forked import ForkedEngine, Helper
 from trbert_jax.inference.questions import WINDOW, answer_pairs, windows
 from trbert_jax.io import check_unicode
 from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.engines import Graph
 from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.operating_points import find_thresholds
-from trbert_jax.model.packed import DEFAULT_BACKEND
+from trbert_jax.model.packed import BACKENDS, DEFAULT_BACKEND
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, copy_tokenizer
 from trbert_jax.parallel import is_forked
@@ -100,6 +102,7 @@ class TRBert:
         newly_initialized: Collection[str] = (),
         left_out: str = "",
         source: str = "this model",
+        graph: Graph | None = None,
     ) -> None:
         if dtype not in _DTYPES:
             raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
@@ -107,7 +110,8 @@ class TRBert:
             check_vocabulary(tokenizer, config, "TRBert")
         self._module = TokenReducingModel(config, _DTYPES[dtype])
         self._helper: Helper | None = None
-        if not is_forked():  # else a helper computes
+        self._graph = graph
+        if not is_forked() and graph is None:  # else a helper computes, or another engine
             # The compiled passes, shared by all batch sizes; made first, since that looks for a device.
             self.programs = CompiledForward(self._module)
             params = jax.device_put(params)
@@ -118,18 +122,32 @@ class TRBert:
     def __reduce__(self) -> tuple[Any, ...]:
         # Compiled programs cannot be pickled; the copy compiles its own.
         names = ("dtype", "newly_initialized", "left_out", "source")
-        make = functools.partial(type(self), **{name: getattr(self, name) for name in names})
+        make = functools.partial(
+            type(self), graph=self._graph, **{name: getattr(self, name) for name in names}
+        )
         return make, (self.config, jax.tree.map(np.asarray, self.params), self._own_tokenizer)
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | Path, *, max_length: int | None = None, dtype: str = "float32"
+        cls,
+        path_or_id: str | Path,
+        *,
+        max_length: int | None = None,
+        dtype: str = "float32",
+        backend: str = "jax",
     ) -> "TRBert":
         """Loads a model directory, or a model of the Hugging Face hub; see `load_pretrained`.
 
         Cuts texts after `max_length` tokens, by default the model's own; computes in `dtype`, `float32` or
-        `bfloat16`. Raises UserError if the model is missing or damaged.
+        `bfloat16`. `backend` `onnxruntime` or `openvino` computes with that engine, the graph of a folder of
+        `trbert export` or one made now. Raises UserError if the model is missing or damaged, or the engine is
+        not installed.
         """
+        if backend not in ("jax", *BACKENDS):
+            from trbert_jax.inference.export import load_exported
+
+            config, tokenizer, graph = load_exported(path_or_id, backend, dtype, max_length)
+            return cls(config, {}, tokenizer, dtype=dtype, source=str(path_or_id), graph=graph)
         x = load_pretrained(path_or_id, max_length=max_length)
         return cls(
             x.config,
@@ -157,8 +175,9 @@ class TRBert:
 
     @property
     def default_rule(self) -> str:
-        """`threshold`, or `dense` for a model whose selectors are not trained."""
-        return "dense" if "selectors" in self.newly_initialized else DEFAULT_RULE
+        """`threshold`, or `dense` for a model whose selectors are not trained or not exported."""
+        reduces = self._graph is None or self._graph.reduces
+        return DEFAULT_RULE if reduces and "selectors" not in self.newly_initialized else "dense"
 
     @functools.cached_property
     def task(self) -> Task:
@@ -197,6 +216,8 @@ class TRBert:
     def engine(self, batch_size: int) -> InferenceEngine:
         """Returns the engine for batches of this many examples. Raises UserError if that is no number."""
         size = whole_number("batch_size", batch_size, 1, MOST)
+        if self._graph is not None:
+            return ExportedEngine(self.config, self._graph, size)
         if not is_forked():
             return InferenceEngine(self._module, size, self.programs)
         if self._helper is None or self._helper.process != os.getpid():
@@ -332,7 +353,8 @@ class TRBert:
         rule = rule or self.default_rule
         threshold = find_thresholds(self.config.operating_points, operating_point, rule, threshold)
         check_rule(rule, threshold, self.config.num_reductions)
-        check_backend(backend)
+        if self._graph is None or backend != self._graph.engine:
+            check_backend(backend)
         return {"rule": rule, "backend": backend, "threshold": threshold}
 
     def require_tokenizer(self) -> Tokenizer:

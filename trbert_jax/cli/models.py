@@ -1,0 +1,118 @@
+"""Commands that turn a model into another form: `convert`, `export`, `compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trbert_jax import io
+from trbert_jax.cli.arguments import (
+    BATCH_SIZE,
+    COUNT,
+    INDEX,
+    MAX_LENGTH,
+    MODEL,
+    NAME,
+    OPERATING_POINT,
+    RULE,
+    THRESHOLD,
+    Arguments,
+    chosen,
+    command,
+    list_of,
+    option,
+    path_option,
+    switch,
+)
+from trbert_jax.errors import UserError
+from trbert_jax.io import streams
+from trbert_jax.io.outputs import contents
+from trbert_jax.model.engines import RULES_OF_GRAPHS, STORED
+from trbert_jax.reduction.rules import DEFAULT_RULE
+
+
+@command(
+    "convert",
+    path_option("models", "--input", "DIR", "folder of a checkpoint, or a hub id", required=True),
+    path_option("folders", "--output", "DIR", "folder to write", required=True),
+    switch("--overwrite", "replace --output if it exists"),
+    option("--max-positions", "N", COUNT, "longest input in tokens; a longer one repeats positions"),
+    option("--max-length", "N", COUNT, "tokens after which texts are cut (not stored as published)"),
+    option("--keep-layers", "0,2,4", list_of(INDEX), "drop all other layers"),
+    option("--labels", "A,B", list_of(NAME), "names of the labels, in order of their ids"),
+)
+def _convert(args: Arguments) -> None:
+    """Convert a checkpoint to this project's form.
+
+    Reads a Hugging Face BERT or DistilBERT, or a checkpoint of the published TR-BERT code.
+
+    Examples:
+      trbert convert --input bert-base-uncased --output models/bert-1024 --max-positions 1024
+      trbert convert --input distilbert-base-uncased --output models/distil3 --keep-layers 0,2,4
+    """
+    from trbert_jax.model.pretrained import load_pretrained, save_pretrained
+
+    output: Path = args.output
+    if output.is_dir() and contents(output) and not args.overwrite:
+        raise UserError(f"{output}: exists and is not empty; choose another --output or give --overwrite")
+    model = load_pretrained(args.input, **chosen(args, "labels max_positions max_length keep_layers"))
+    save_pretrained(output, model.config, model.params, model.tokenizer, exclude=model.newly_initialized)
+    shape = model.config
+    layers = f"{shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size}"
+    head = f"{shape.num_labels} labels" if shape.task == "classification" else f"head for {shape.task}"
+    streams.show(f"{output}: {layers}, {shape.max_positions} positions, {'a score' if shape.score else head}")
+
+
+@command(
+    "export",
+    MODEL,
+    path_option("folders", "--output", "DIR", "folder to write", required=True),
+    option("--rule", None, str, "dense: a graph that drops no tokens", choices=RULES_OF_GRAPHS),
+    THRESHOLD,
+    OPERATING_POINT,
+    switch("--quantize", "int8 weights and products; the selectors stay float32"),
+    option(
+        "--dtype", None, str, "of the stored weights (default float32)", choices=STORED, default="float32"
+    ),
+    MAX_LENGTH,
+)
+def _export(args: Arguments) -> None:
+    """Export a model to ONNX, for engines that need neither JAX nor this package.
+
+    DIR gets model.onnx, which drops tokens itself, config.json, the tokenizer, and a README.md with a program
+    that runs it. Shapes are dynamic, and results are those of JAX. The threshold is an input of the graph;
+    --threshold and --operating-point set its default. predict and evaluate run the folder with --backend
+    onnxruntime or openvino.
+
+    Examples:
+      trbert export --model work/imdb/model --output onnx/imdb --operating-point 3x
+      trbert predict --model onnx/imdb --backend onnxruntime "some text"
+    """
+    from trbert_jax.inference.export import export_onnx
+
+    options = chosen(args, "threshold operating_point quantize dtype max_length")
+    path = export_onnx(args.model, args.output, rule=args.rule or DEFAULT_RULE, **options)
+    size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+    streams.show(f"{path}: {', '.join(sorted(file.name for file in path.iterdir()))}; {size:.0f} MB")
+
+
+@command("compile", MODEL, BATCH_SIZE, *RULE)
+def _compile(args: Arguments) -> None:
+    """Compile a model ahead of its use.
+
+    Compiles what predict and evaluate need with this batch size, and keeps the programs in
+    ~/.cache/trbert_jax (or $JAX_COMPILATION_CACHE_DIR), so that the next process starts at once.
+
+    Example:
+      trbert compile --model work/imdb/model --batch-size 32
+    """
+    io.enable_compilation_cache()
+    from trbert_jax.inference.predictor import TRBert
+
+    if not (folder := io.compilation_cache()):
+        raise UserError(f"no folder for compiled programs; name a writable one in {io.CACHE_VARIABLE}")
+    model = TRBert.from_pretrained(args.model)
+    total = 0.0
+    for program, seconds in model.compile(args.batch_size, args.rule, args.backend):
+        total += seconds
+        streams.show(f"{program}  {seconds:.1f} s")
+    streams.show(f"{folder}: programs ready, {total:.1f} s")
