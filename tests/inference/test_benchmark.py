@@ -54,15 +54,20 @@ def test_variants_agree(own: dict[str, Any]) -> None:
     for name, reference in (("packed", "masked"), ("masked_full", "masked"), ("dense", "dense_full")):
         np.testing.assert_allclose(own[name].logits, own[reference].logits, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(own[name].keep, own[reference].keep)
+    for name in ("onnxruntime", "openvino"):
+        np.testing.assert_allclose(own[name].logits, own["packed"].logits, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(own[name].keep, own["packed"].keep)
+        np.testing.assert_allclose(own[f"dense_{name}"].logits, own["dense"].logits, rtol=1e-5, atol=1e-5)
     assert own["dense"].keep is None
     assert np.abs(own["dense"].logits - own["packed"].logits).max() > 1e-3, "nothing was dropped"
 
 
 def test_given_tokens_are_kept() -> None:
-    given, names = Workload(EXAMPLES, LENGTH, ACTIONS), ("packed", "masked", "batch_max")
-    packed, masked, batch_max = (prepare(name, PROGRAMS, PARAMS, given, BATCH) for name in names)
-    np.testing.assert_allclose(packed.logits, masked.logits, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(packed.keep, masked.keep)
+    given, names = Workload(EXAMPLES, LENGTH, ACTIONS), ("packed", "masked", "batch_max", "onnxruntime")
+    packed, masked, batch_max, exported = (prepare(x, PROGRAMS, PARAMS, given, BATCH) for x in names)
+    for other in (masked, exported):
+        np.testing.assert_allclose(packed.logits, other.logits, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(packed.keep, other.keep)
     np.testing.assert_array_equal(packed.keep, ACTIONS[:6])
     filled: Any = batch_max.keep
     assert not np.any(ACTIONS[:6] & ~filled)
@@ -82,8 +87,10 @@ def test_flops_and_memory(own: dict[str, Any]) -> None:
         "batch_max": reduced_flops(SHAPE, RUN, own["batch_max"].keep.sum(-1)),
         "dense": dense_flops(SHAPE, RUN),
         "dense_full": dense_flops(SHAPE, full),
+        "onnxruntime": reduced_flops(SHAPE, RUN, own["packed"].keep.sum(-1)),
+        "dense_openvino_bfloat16": dense_flops(SHAPE, RUN),
     }
-    assert {name: run.flops for name, run in own.items()} == {
+    assert {name: own[name].flops for name in expected} == {
         name: float(flops.mean()) for name, flops in expected.items()
     }
     program = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile()
@@ -230,5 +237,5 @@ def test_random_weights_keep_replayed_tokens(folder: Path) -> None:
 
 def test_hugging_face_needs_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trbert_jax.inference.benchmark.torch_available", lambda: False)
-    with pytest.raises(UserError, match="--variants: huggingface needs PyTorch"):
+    with pytest.raises(UserError, match="--variants: huggingface needs torch"):
         benchmark_file(folder / "texts.txt", model_dir=folder / "model", variants=("huggingface",))

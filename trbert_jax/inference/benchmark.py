@@ -22,9 +22,11 @@ from trbert_jax.inference import benchmark_report as report
 from trbert_jax.inference.benchmark_report import VARIANTS, PreparedRun, Record
 from trbert_jax.inference.engine import CompiledForward, InferenceEngine, Inputs, bucket_widths
 from trbert_jax.inference.evaluate import read_examples
+from trbert_jax.inference.export import build
 from trbert_jax.inference.lines import PAUSE, Source, Text
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.engines import ENGINES, Graph
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.pretrained import save_pretrained
@@ -87,6 +89,8 @@ def prepare(
     variant, model, longest = VARIANTS[name], programs.model, workload.max_length
     if variant.backend == "torch":
         return _prepare_torch(name, model, params, workload, batch_size)
+    if variant.backend in ENGINES:
+        return _prepare_exported(name, model.config, params, workload, batch_size)
     rule = RULES[variant.rule]
     if workload.actions is not None:
         rule = _GIVEN.get(rule.name, rule)
@@ -210,6 +214,41 @@ def _prepare_torch(
     return PreparedRun(name, calls, len(logits), flops, logits)
 
 
+def _prepare_exported(
+    name: str, config: ModelConfig, params: Params, workload: Workload, batch_size: int
+) -> PreparedRun:
+    """Prepares a graph and its engine; each batch is as wide as its longest text."""
+    variant, points = VARIANTS[name], config.num_reductions
+    reduces, given = RULES[variant.rule].drops, workload.actions is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path, chosen = Path(folder) / "model.onnx", (0.5,) * points if reduces else None
+        build(path, config, params, chosen, quantize=variant.quantize, given=given and reduces)
+        graph = Graph(path.read_bytes(), variant.backend, variant.dtype)
+    least = -np.inf if given else np.array(workload.min_logit)
+    inputs, logits, keep = list[dict[str, np.ndarray]](), list[np.ndarray](), list[np.ndarray]()
+    for index, batch in workload.batches(batch_size, range(1, workload.max_length + 1)):
+        types = batch.get("token_type_ids", np.zeros_like(batch["input_ids"]))
+        arrays = {"input_ids": batch["input_ids"], "attention_mask": batch["mask"], "token_type_ids": types}
+        found = {key: x.astype(np.int64) for key, x in arrays.items()}
+        found["threshold"] = np.broadcast_to(1 / (1 + np.exp(-least)), points).astype(np.float32)
+        if given:
+            found["actions"] = np.ascontiguousarray(np.swapaxes(batch["actions"], 0, 1))
+        inputs.append(found)
+        outputs = graph.run(found)
+        logits.append(outputs["logits"])
+        kept = np.zeros((len(index), points if reduces else 0, workload.max_length), bool)
+        for stage in range(kept.shape[1]):
+            kept[:, stage, : batch["mask"].shape[1]] = outputs[f"kept_{stage}"]
+        keep.append(kept)
+    shape, lengths = EncoderShape.of(config), workload.whole_batches(batch_size).row_lengths
+    masks = np.concatenate(keep)
+    flops = reduced_flops(shape, lengths, masks.sum(-1)) if reduces else dense_flops(shape, lengths)
+    calls = [functools.partial(graph.run, x) for x in inputs]
+    return PreparedRun(
+        name, calls, len(lengths), float(flops.mean()), np.concatenate(logits), masks if reduces else None
+    )
+
+
 def benchmark_file(
     data: str | Path,
     *,
@@ -269,9 +308,10 @@ def benchmark_file(
     if model.answers_questions:
         if replayed is not None:
             raise UserError("--replay: kept tokens are replayed for models that label texts only")
-        if "huggingface" in (variants or ()):
-            raise UserError("--variants: huggingface is compared for models that label texts only")
-        names = [name for name in names if name != "huggingface"]
+        if elsewhere := [x for x in variants or () if VARIANTS[x].backend in ("torch", *ENGINES)]:
+            raise UserError(f"--variants: {elsewhere[0]} is compared for models that label texts only")
+        others = ("torch", *ENGINES)
+        names = [name for name in names if VARIANTS[name].backend not in others]
         examples = read_examples(model, Path(data), BadRecords(skip=skip_bad_records))
         examples = examples.take(range(len(examples))[:max_texts])
     else:
@@ -324,13 +364,23 @@ def benchmark_file(
 
 
 def _check_variants(names: Sequence[str] | None) -> list[str]:
-    possible = [name for name in VARIANTS if name != "huggingface" or torch_available()]
+    possible = [name for name, variant in VARIANTS.items() if _can_run(variant.backend)]
     for name in names or ():
         if name not in VARIANTS:
             raise UserError(f"--variants: unknown variant {name!r}; expected some of {', '.join(VARIANTS)}")
         if name not in possible:
-            raise UserError(f"--variants: {name} needs PyTorch: pip install 'trbert-jax[torch]'")
+            raise UserError(
+                f"--variants: {name} needs {VARIANTS[name].backend}: "
+                f"pip install 'trbert-jax[{VARIANTS[name].backend}]'"
+            )
     return list(dict.fromkeys(names or possible))
+
+
+def _can_run(backend: str) -> bool:
+    if backend == "torch":
+        return torch_available()
+    needed = ("spox", backend) if backend in ENGINES else ()
+    return all(importlib.util.find_spec(package) for package in needed)
 
 
 def _random_model(size: str, replayed: TRBert | None, dtype: str) -> TRBert:

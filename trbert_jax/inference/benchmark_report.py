@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from trbert_jax.io import atomic_file, compilation_cache
+from trbert_jax.model.engines import ENGINES
 from trbert_jax.model.heads import Logits
 
 Record = dict[str, Any]
@@ -22,11 +23,14 @@ class Variant(NamedTuple):
     """A way to run the batches of a workload."""
 
     rule: str  # key of `RULES`
-    backend: str  # key of `BACKENDS`; `torch` is Hugging Face's model
+    backend: str  # key of `BACKENDS` or `ENGINES`; `torch` is Hugging Face's model
     full_length: bool  # whether all batches are padded to the longest length
     line: dict[str, Any]  # the look of its line in the picture
+    dtype: str = "float32"  # that an engine computes in; of the others that of the model
+    quantize: bool = False  # whether an exported graph has int8 products
 
 
+DENSE = "dense_"  # before the name of an exported variant
 REFERENCE = "masked_full"  # the variant that speed-ups are measured against
 # Variants of one rule share a color; the markers are for those who cannot tell colors.
 VARIANTS = {
@@ -38,6 +42,16 @@ VARIANTS = {
     "dense_full": Variant("dense", "masked", True, {"color": "#3b6fb6", "marker": "d", "linestyle": "--"}),
     "huggingface": Variant("dense", "torch", False, {"color": "#777777", "marker": "x", "linestyle": ":"}),
 }
+# Exported graphs, each beside the dense one that the same engine runs.
+for _name, _engine, _options, _marker in (
+    ("onnxruntime", "onnxruntime", {}, "P"),
+    ("onnxruntime_int8", "onnxruntime", {"quantize": True}, "X"),
+    ("openvino", "openvino", {}, "<"),
+    ("openvino_bfloat16", "openvino", {"dtype": "bfloat16"}, ">"),
+):
+    for _prefix, _rule, _color in (("", "threshold", "#0b6e4f"), (DENSE, "dense", "#3b6fb6")):
+        _line = {"color": _color, "marker": _marker, "linestyle": "-."}
+        VARIANTS[_prefix + _name] = Variant(_rule, _engine, False, _line, **_options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,8 +77,9 @@ def make_records(
     Returns:
       Records with `variant`, `batch_size`, `texts` (how many were run), `examples_per_second` (median of the
       repeats), `p50_ms` and `p99_ms` (of a batch), `flops` (of a text), `flops_per_second`,
-      `speedup_per_flop_saved` (speed-up over `masked_full` divided by the ratio of FLOPs; None for that
-      variant, for Hugging Face's, and if it was not run), `compile_seconds`, `peak_memory_bytes` and `kept`
+      `speedup_per_flop_saved` (speed-up over `masked_full`, of an exported graph over the dense one of the
+      same engine, divided by the ratio of FLOPs; None for these variants, for Hugging Face's, and if the
+      other was not run), `compile_seconds`, `peak_memory_bytes` and `kept`
       (tokens of a text after each point of reduction, None for dense runs).
     """
     total = {run.name: float(np.median(seconds[run.name].sum(-1))) for run in runs}
@@ -72,8 +87,9 @@ def make_records(
     records = []
     for run in runs:
         rate, ratio = run.num_texts / total[run.name], None
-        if REFERENCE in total and run.name != REFERENCE and run.compile_seconds is not None:
-            ratio = (total[REFERENCE] / total[run.name]) / (flops[REFERENCE] / run.flops)
+        reference = DENSE + run.name if VARIANTS[run.name].backend in ENGINES else REFERENCE
+        if reference in total and reference != run.name and VARIANTS[run.name].backend != "torch":
+            ratio = (total[reference] / total[run.name]) / (flops[reference] / run.flops)
         p50, p99 = np.percentile(1000 * seconds[run.name], (50, 99)).tolist()
         records.append(
             {
@@ -149,7 +165,7 @@ def num_cores() -> int:
 def machine() -> Record:
     """Describes the machine and the versions of the libraries."""
     versions = {"python": platform.python_version()}
-    for package in ("jax", "jaxlib", "flax", "torch", "transformers"):
+    for package in ("jax", "jaxlib", "flax", "torch", "transformers", *ENGINES):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -182,7 +198,8 @@ def table(records: Sequence[Record]) -> Iterator[str]:
         ("compile s", "compile_seconds", 1, "9.1f"),
         ("MB", "peak_memory_bytes", 1e-6, "7.0f"),
     )
-    yield f"batch  {'variant':<12} " + " ".join(f"{title:>{form[0]}}" for title, *_, form in columns)
+    width = max(12, *(len(record["variant"]) for record in records))
+    yield f"batch  {'variant':<{width}} " + " ".join(f"{title:>{form[0]}}" for title, *_, form in columns)
     last = None
     for record in records:
         if last not in (None, record["batch_size"]):
@@ -192,7 +209,7 @@ def table(records: Sequence[Record]) -> Iterator[str]:
             f"{'–':>{form[0]}}" if record[key] is None else f"{record[key] * scale:{form}}"
             for _, key, scale, form in columns
         )
-        yield f"{last:>5}  {record['variant']:<12} {' '.join(cells)}"
+        yield f"{last:>5}  {record['variant']:<{width}} {' '.join(cells)}"
 
 
 def plot_benchmark(records: Sequence[Record], png_path: str | Path) -> None:

@@ -143,15 +143,16 @@ def build(
     thresholds: Sequence[float] | None,
     dtype: str = "float32",
     quantize: bool = False,
+    given: bool = False,
 ) -> None:
-    """Writes the graph of a model to a file, see `export_onnx`."""
+    """Writes the graph of a model to a file, see `export_onnx` and `onnx_model`."""
     try:
         import onnx
 
         from trbert_jax.model.onnx_graph import onnx_model, selector_products
     except ImportError as error:
         raise UserError("exporting needs more packages: pip install 'trbert-jax[onnxruntime]'") from error
-    model = onnx_model(config, jax.tree.map(np.asarray, params), thresholds, dtype)
+    model = onnx_model(config, jax.tree.map(np.asarray, params), thresholds, dtype, given)
     if quantize:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -36,7 +36,11 @@ _ACTIVATIONS = {
 
 
 def onnx_model(
-    config: ModelConfig, params: Any, thresholds: Sequence[float] | None = None, stored: str = "float32"
+    config: ModelConfig,
+    params: Any,
+    thresholds: Sequence[float] | None = None,
+    stored: str = "float32",
+    given: bool = False,
 ) -> ModelProto:
     """Builds the graph of a model, without token reduction if there are no `thresholds`.
 
@@ -49,10 +53,11 @@ def onnx_model(
     Outputs: `logits` float32, shaped as those of the head, or `span`, `kind` and `sentence`; for each point
     `kept_0`, ..., bool [rows, tokens].
 
-    Matrices are `stored` as float32, float16 or bfloat16 and computed with in float32; those of the
-    selectors stay float32. Raises `UserError` for an activation that ONNX lacks.
+    A graph with `given` tokens keeps those of the input `actions`, bool [points, rows, tokens], whatever the
+    selectors say; for benchmarks. Matrices are `stored` as float32, float16 or bfloat16 and computed with in
+    float32; those of the selectors stay float32. Raises `UserError` for an activation that ONNX lacks.
     """
-    graph = _Graph(config, params, stored)
+    graph = _Graph(config, params, stored, given)
     model = build(*graph.build(thresholds is not None))
     constants = [node for node in model.graph.node if node.op_type == "Constant"]
     for node in constants:  # quantizers look for initializers
@@ -101,10 +106,11 @@ def _floats(values: Any) -> Var:
 class _Graph:
     """Builds the parts of the graph; states are flat, [C, H]."""
 
-    def __init__(self, config: ModelConfig, params: Any, stored: str) -> None:
+    def __init__(self, config: ModelConfig, params: Any, stored: str, given: bool) -> None:
         if config.activation not in _ACTIVATIONS:
             raise UserError(f"activation {config.activation!r} cannot be exported")
         self.config, self.encoder, self.head = config, params["encoder"], params["head"]
+        self.given = given
         self.stored = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[stored]
 
     def build(self, reduce: bool) -> tuple[dict[str, Var], dict[str, Var]]:
@@ -121,6 +127,8 @@ class _Graph:
         if points:
             inputs["threshold"] = argument(Tensor(np.float32, (len(points),)))
             limits, passage = self.limits(inputs["threshold"]), None
+            if self.given:
+                inputs["actions"] = argument(Tensor(np.bool_, (len(points), "rows", "tokens")))
             if config.task == "multiple_choice" and config.inputs.choices == "shared":
                 inputs["shared"], inputs["group"] = argument(rows), argument(Tensor(np.int64, ()))
                 passage = _Passage.of(inputs["shared"], inputs["group"], shape)
@@ -134,6 +142,9 @@ class _Graph:
                 else:
                     logits, scored = passage.mean(logits, origin), op.gather(passage.shared, origin)
                     keep = op.or_(op.greater_or_equal(logits, limit), op.not_(scored))
+                if self.given:
+                    action = op.gather(inputs["actions"], op.const(np.int64(stage)))
+                    keep = op.and_(keep, op.gather(op.reshape(action, _ints(-1)), origin))
                 keep = op.or_(keep, op.equal(op.mod(layout.slot, layout.width), _ints(0)))  # [CLS]
                 if config.reads_all_tokens:
                     gone = _positions(op.not_(keep))
