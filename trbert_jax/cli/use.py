@@ -279,10 +279,10 @@ def _benchmark(args: Arguments) -> None:
 
     All variants take the same batches: packed (computes the kept tokens only), masked (computes all),
     masked_full (pads texts to the model's longest), batch_max (the published evaluation), dense and
-    dense_full (drop nothing); and as far as they are installed huggingface (PyTorch, dense) and exported
-    graphs, onnxruntime, onnxruntime_int8, openvino, openvino_bfloat16, each also dense (dense_onnxruntime, ...).
-    "realized" in the table is the speed-up over masked_full, or over the dense graph of the same engine, divided
-    by the ratio of FLOPs: 1 if each FLOP saved saves its time.
+    dense_full (drop nothing). As far as they are installed also huggingface (PyTorch, dense) and exported
+    graphs: onnxruntime, onnxruntime_int8, openvino, openvino_bfloat16, and each of them dense
+    (dense_onnxruntime, ...). "realized" in the table is the speed-up over masked_full, or over the dense
+    graph of the same engine, divided by the ratio of FLOPs: 1 if each FLOP saved saves its time.
 
     Examples:
       trbert benchmark --model work/imdb/model --data test.jsonl --batch-sizes 32 --plot speed.png
