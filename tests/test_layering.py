@@ -140,7 +140,7 @@ def test_sizes() -> None:
     assert len(entries) <= 14
     assert len(FLOORS) <= 8
     assert len(list(PACKAGE.rglob("*.py"))) <= 108
-    assert lines(PACKAGE) <= 21_100
+    assert lines(PACKAGE) <= 21_300
     assert lines(ROOT / "tests") <= 15_400
 
 

@@ -24,6 +24,8 @@ from trbert_jax.errors import UserError
 from trbert_jax.inference.copies import run_copies
 from trbert_jax.inference.evaluate import read_examples
 from trbert_jax.inference.frontier import compare
+from trbert_jax.inference.outputs import Outputs
+from trbert_jax.inference.verify import compared
 from trbert_jax.model.config import InputConfig, ModelConfig
 from trbert_jax.model.engines import ENGINES
 from trbert_jax.model.pretrained import save_pretrained
@@ -146,6 +148,33 @@ def test_exported_models_answer_alike(models: dict[str, Path], tmp_path: Path, k
             for name in {"score", "null_odds"} & one.keys():
                 assert one.pop(name) == pytest.approx(other[name], abs=1e-5)
             assert one == {name: other[name] for name in one}
+
+
+@pytest.mark.parametrize("kind", ["span", "choice", "segments", "candidates", "multi_hop"])
+def test_verify(
+    models: dict[str, Path], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Each way to run a model gives the same answers; with no tolerance none does, which is exit code 1."""
+    form = SAMPLES[KINDS[kind][3]]
+    data = form.write(tmp_path / form.path, form.fresh())
+    command = ["verify", "--model", str(models[kind]), "--data", str(data), "--batch-size", "2"]
+    assert main([*command, "--json", str(tmp_path / "r.json")]) == 0
+    ways = ["batches of 2", "another order", "backend masked", *(f"backend {name}" for name in ENGINES)]
+    assert [row["way"] for row in json.loads((tmp_path / "r.json").read_text())] == ways
+    monkeypatch.setattr("trbert_jax.inference.verify.TOLERANCE", -1.0)
+    assert main(command) == 1
+    assert capsys.readouterr().out.count("DIFFERENT") == len(ways)
+
+
+def test_verify_excuses_ties_alone() -> None:
+    kept = ([np.array([0, 2]), np.array([0])],)
+    alone = Outputs(np.zeros((2, 2)), kept, np.array([3, 3]), np.zeros(2), 0.0)
+    logits = np.array([[0.0, 0.0], [0.1, 0.0]])
+    other = dataclasses.replace(alone, logits=logits, kept=([np.array([0, 2]), np.array([0, 1])],))
+    near = np.array([False, True])
+    assert compared(alone, other, near) == {"logits": 0, "kept": 1, "ties": 1, "same": True}
+    assert not compared(alone, other, ~near)["same"]
+    assert not compared(alone, dataclasses.replace(alone, logits=logits), near)["same"]
 
 
 def test_one_bad_question_among_good_ones(models: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:

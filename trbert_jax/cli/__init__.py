@@ -25,8 +25,8 @@ RESUME = "run the same command again to go on from the last checkpoint"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command, with the arguments of the process by default.
 
-    Returns the exit code: 0; 2 after a mistake of the user; 130 after Ctrl-C; 141 if the reader of the output
-    has closed it; 143 after SIGTERM, 129 after SIGHUP.
+    Returns the exit code: 0; 1 if `verify` finds a difference; 2 after a mistake of the user; 130 after
+    Ctrl-C; 141 if the reader of the output has closed it; 143 after SIGTERM, 129 after SIGHUP.
     """
     streams.prepare()
     try:
@@ -46,7 +46,7 @@ def _run(args: Arguments, signals: contextlib.AbstractContextManager[None]) -> i
     try:
         with signals:
             check_outputs(**paths_of(args))
-            COMMANDS[args.command][0](args)
+            return COMMANDS[args.command][0](args) or 0
     except UserError as error:
         streams.say(f"error: {error}")
         return streams.USER_ERROR
@@ -73,4 +73,3 @@ def _run(args: Arguments, signals: contextlib.AbstractContextManager[None]) -> i
             raise
         streams.say(f"error: {error.filename or 'the current folder'}: {error.strerror}")
         return streams.USER_ERROR
-    return 0

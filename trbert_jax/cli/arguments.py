@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 Type = Callable[[str], Any]
 Option = tuple[str, dict[str, Any]]  # for `add_argument`; its choices and help may be functions
-Run = Callable[[Arguments], None]
+Run = Callable[[Arguments], int | None]  # the exit code, None for 0
 COMMANDS: dict[str, tuple[Run, tuple[Option, ...]]] = {}
 
 

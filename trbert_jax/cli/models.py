@@ -1,4 +1,4 @@
-"""Commands that turn a model into another form: `convert`, `export`, `compile`."""
+"""Commands that turn a model into another form: `convert`, `export`, `verify`, `compile`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from trbert_jax.cli.arguments import (
     Arguments,
     chosen,
     command,
+    data_help,
     list_of,
     option,
     path_option,
@@ -93,6 +94,37 @@ def _export(args: Arguments) -> None:
     path = export_onnx(args.model, args.output, rule=args.rule or DEFAULT_RULE, **options)
     size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
     streams.show(f"{path}: {', '.join(sorted(file.name for file in path.iterdir()))}; {size:.0f} MB")
+
+
+@command(
+    "verify",
+    MODEL,
+    path_option("inputs", "--data", "FILE", data_help, required=True),
+    option("--max-texts", "N", COUNT, "texts or questions to run (default 256)", default=256),
+    BATCH_SIZE,
+    THRESHOLD,
+    OPERATING_POINT,
+    MAX_LENGTH,
+    path_option("outputs", "--json", "FILE", "write the numbers to this file"),
+)
+def _verify(args: Arguments) -> int:
+    """Verify that answers do not depend on how a model is run.
+
+    Runs each text alone, in batches, in another order, with the other backend and with each engine that is
+    installed, and compares logits and kept tokens. Exits with code 1 if they differ by more than rounding.
+
+    Example:
+      trbert verify --model work/imdb/model --data test.jsonl
+    """
+    io.enable_compilation_cache()
+    from trbert_jax.inference import verify
+
+    options = chosen(args, "max_texts batch_size threshold operating_point max_length")
+    rows = verify.verify_file(args.model, args.data, **options)
+    streams.show(*verify.table(rows))
+    if args.json:
+        io.write_json(args.json, rows)
+    return 0 if all(row["same"] for row in rows) else 1
 
 
 @command("compile", MODEL, BATCH_SIZE, *RULE)
