@@ -139,9 +139,9 @@ def test_sizes() -> None:
     entries = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     assert len(entries) <= 14
     assert len(FLOORS) <= 8
-    assert len(list(PACKAGE.rglob("*.py"))) <= 108
-    assert lines(PACKAGE) <= 21_300
-    assert lines(ROOT / "tests") <= 15_400
+    assert len(list(PACKAGE.rglob("*.py"))) <= 110
+    assert lines(PACKAGE) <= 21_600
+    assert lines(ROOT / "tests") <= 15_500
 
 
 @pytest.mark.parametrize("module", MODULES)

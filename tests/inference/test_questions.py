@@ -150,7 +150,10 @@ def test_exported_models_answer_alike(models: dict[str, Path], tmp_path: Path, k
             assert one == {name: other[name] for name in one}
 
 
-@pytest.mark.parametrize("kind", ["span", "choice", "segments", "candidates", "multi_hop"])
+OTHERS = [pytest.param(x, marks=pytest.mark.slow) for x in ("choice", "segments", "candidates", "multi_hop")]
+
+
+@pytest.mark.parametrize("kind", ["span", *OTHERS])
 def test_verify(
     models: dict[str, Path], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

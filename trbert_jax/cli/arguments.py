@@ -229,6 +229,12 @@ COUNT = kind("a number of at least 1", digits, lambda n: n >= 1)
 FACTOR = kind("a number above 1", float, lambda x: 1 < x < math.inf)
 AMOUNT = kind("a number of at least 0", float, lambda x: 0 <= x < math.inf)
 PROBABILITY = kind("a number above 0 and below 1", float, lambda p: 0 < p < 1)
+SHARE = kind(
+    "a share above 0 and below 1, such as 1% or 0.01",
+    lambda text: float(text.removesuffix("%")) / (100 if text.endswith("%") else 1),
+    lambda share: 0 < share < 1,
+)
+POINTS = kind("percentage points above 0 and below 100", float, lambda x: 0 < x < 100)
 NUMBER = kind("a number", float, math.isfinite)
 N_BEST = kind("a number from 1 to 20", digits, lambda n: 1 <= n <= 20)
 STEPS = kind(

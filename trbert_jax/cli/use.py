@@ -24,7 +24,9 @@ from trbert_jax.cli.arguments import (
     NAME,
     OPERATING_POINT,
     OVERRIDES,
+    POINTS,
     PREDICTIONS_HELP,
+    SHARE,
     SKIP,
     THRESHOLD,
     Arguments,
@@ -140,6 +142,9 @@ _SINGLE = ("rule", "operating_point", "predictions", "null_threshold", "max_answ
     BATCH_SIZE,
     path_option("models", "--dense", "DIR", "dense model to compare with (default the model, unreduced)"),
     option("--speedups", "X,X", list_of(FACTOR), "times fewer FLOPs, of operating points (default 2,3,4)"),
+    option("--max-disagreement", "P%", SHARE, "promise: this share of answers differ from dense at most"),
+    option("--max-drop", "X", POINTS, "promise: at most X points of accuracy are lost"),
+    option("--confidence", "P%", SHARE, "of the promise (default 95%%)", default=0.95),
     option("--points-lost", "X,X", list_of(AMOUNT), "points of the metric, of others (default 0.5,1)"),
     path_option("outputs", "--json", "FILE", "write the numbers to this file"),
     path_option("outputs", "--plot", "FILE", "draw the metric against the speed-up to this PNG file"),
@@ -152,8 +157,12 @@ def _calibrate(args: Arguments) -> None:
     stores operating points in DIR/config.json: 2x, 3x and 4x fewer FLOPs, and the fastest within 0.5 and
     within 1 point of the dense model. --operating-point of predict, evaluate and benchmark uses them.
 
+    --max-disagreement 1% and --max-drop 0.5 also store the fastest point that keeps this promise on new
+    texts, agrees_99 and drops_0.5: half of the file finds thresholds, the other half tests them.
+
     Examples:
       trbert calibrate --model work/imdb/model --data dev.jsonl --plot frontier.png
+      trbert calibrate --model work/imdb/model --data texts.jsonl --max-disagreement 1% --confidence 95%
       trbert predict --model work/imdb/model --operating-point 3x "some text"
     """
     io.enable_compilation_cache()
@@ -162,7 +171,8 @@ def _calibrate(args: Arguments) -> None:
     names = "batch_size plot skip_bad_records max_length text_field text_pair_field label_field"
     options = chosen(args, names)
     if args.command == "calibrate":
-        given = {"dense_dir": args.dense, "speedups": args.speedups, "points_lost": args.points_lost}
+        given = {"dense_dir": args.dense, **chosen(args, "speedups points_lost max_disagreement confidence")}
+        given["max_drop"] = args.max_drop and args.max_drop / 100
         options |= {"stored": True, **{name: value for name, value in given.items() if value}}
     result = calibrate_file(args.model, args.data, **options)
     if args.json:

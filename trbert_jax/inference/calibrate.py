@@ -4,18 +4,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trbert_jax.datasets import BadRecords
 from trbert_jax.errors import UserError
 from trbert_jax.inference import frontier
+from trbert_jax.inference.benchmark_report import described
 from trbert_jax.inference.copies import COPIES
 from trbert_jax.inference.engine import InferenceEngine
 from trbert_jax.inference.evaluate import read_examples, summarize
 from trbert_jax.inference.outputs import Outputs
 from trbert_jax.inference.predictor import TRBert
+from trbert_jax.inference.promise import Wanted, promised_point
 from trbert_jax.io.outputs import atomic_file, check_outputs
 from trbert_jax.model.operating_points import OperatingPoint, store, to_dict
 from trbert_jax.reduction.rules import rule_names
-from trbert_jax.tasks import Task, notes_of
+from trbert_jax.tasks import Task, encode_usable, notes_of
 from trbert_jax.tasks.examples import Examples
 
 TARGETS = (2.0, 3.0, 4.0)  # speed-ups that get an operating point
@@ -60,6 +64,9 @@ def calibrate_file(
     dense_dir: str | Path | None = None,
     speedups: Sequence[float] = TARGETS,
     points_lost: Sequence[float] = POINTS_LOST,
+    max_disagreement: float | None = None,
+    max_drop: float | None = None,
+    confidence: float = 0.95,
     stored: bool = False,
     plot: Path | None = None,
     batch_size: int = 32,
@@ -76,6 +83,9 @@ def calibrate_file(
       text_field, text_pair_field, label_field: fields of the file.
       dense_dir: the dense model to compare with; None for the same model without reduction.
       speedups, points_lost: operating points to name.
+      max_disagreement, max_drop: a promise, as a share: of answers that differ from the dense model's, or of
+        accuracy lost. Half of the file then finds thresholds, and the other half tests them.
+      confidence: of the promise.
       plot: PNG file to draw.
 
     Returns `dense`, `frontier` (the numbers of each speed's best thresholds; of operating points also with
@@ -88,6 +98,9 @@ def calibrate_file(
         raise UserError(f"{model_dir}: its selectors are not trained; train them first: `trbert train`")
     fields = model.config.inputs.fields(text_field, text_pair_field, label_field)
     examples = read_examples(model, Path(data_file), bad, fields)
+    wanted, held_out = _wanted(max_disagreement, max_drop, confidence, Path(data_file), model), None
+    if wanted:
+        examples, held_out = _halves(model, examples, bad, str(data_file))
     reference = model if dense_dir is None else TRBert.from_pretrained(dense_dir, max_length=max_length)
     same = ("task", "labels", "inputs", "max_length", "vocab_size")
     if other := [name for name in same if getattr(reference.config, name) != getattr(model.config, name)]:
@@ -95,6 +108,10 @@ def calibrate_file(
     dense = reference.engine(batch_size).run(reference.params, examples, rule="dense")
     engine, task = copying(model.engine(batch_size)), model.task
     points, named = calibrate(engine, model.params, examples, task, dense, speedups, points_lost)
+    if wanted and held_out:
+        on_others = reference.engine(batch_size).run(reference.params, held_out, rule="dense")
+        tested = (held_out, task, on_others, frontier.best(points), wanted)
+        named = (*named, promised_point(engine, model.params, *tested))
     result: dict[str, Any] = {"metric": task.metric}
     result["dense"] = summarize(dense, reference.config, task.score(examples, dense.logits).metrics)
     arguments = (engine, model.params, examples, task, frontier.best(points), dense)
@@ -107,6 +124,33 @@ def calibrate_file(
     if plot is not None:
         plot_frontier(result, plot, task.metric, task.full_score)
     return result
+
+
+def _wanted(
+    disagreement: float | None, drop: float | None, confidence: float, path: Path, model: TRBert
+) -> Wanted | None:
+    if disagreement is None and drop is None:
+        return None
+    if disagreement is not None and drop is not None:
+        raise UserError("--max-disagreement and --max-drop exclude each other: one promise a call")
+    if drop is not None and model.answers_questions:
+        raise UserError("--max-drop is for models that label texts; promise --max-disagreement")
+    kind, most = ("drop", drop) if disagreement is None else ("disagreement", disagreement)
+    for name, share in ((f"max_{kind}", most), ("confidence", confidence)):
+        if share is None or not 0 < share < 1:
+            raise UserError(f"{name} is {share}; expected a share above 0 and below 1")
+    return Wanted(kind, float(most or 0), confidence, described(path)["data_sha256"])
+
+
+def _halves(model: TRBert, examples: Examples, bad: BadRecords, source: str) -> tuple[Examples, Examples]:
+    """Divides the examples at random, the same each time."""
+    order = np.random.default_rng(0).permutation(len(examples.records))
+    parts = [[examples.records[i] for i in half] for half in np.array_split(order, 2)]
+    if not parts[1]:
+        raise UserError(f"{source}: a promise needs more than one text")
+    tokenizer = model.require_tokenizer()
+    first, second = (encode_usable(model.task, part, tokenizer, bad, source) for part in parts)
+    return first, second
 
 
 def frontier_table(result: Mapping[str, Any]) -> Iterator[str]:
@@ -125,7 +169,15 @@ def frontier_table(result: Mapping[str, Any]) -> Iterator[str]:
         others = f"  ({others})" if others else ""
         yield f"{speedup:>8}  {value:>9}  {flips:>6}  {kept:<15}  {thresholds}{others}"
     for name, point in result["operating_points"].items():
-        yield f"{name}: {point['speedup']:.2f}x, {metric} {point['value']:.4g} on these examples"
+        promise = point.get("promise")
+        words = {"disagreement": "of answers differ from the dense model's", "drop": "of accuracy is lost"}
+        said = "on these examples"
+        if promise:
+            most, sure = 100 * promise["most"], 100 * promise["confidence"]
+            said = (
+                f"on {point['examples']} others; at most {most:g} % {words[promise['kind']]}, at {sure:g} %"
+            )
+        yield f"{name}: {point['speedup']:.2f}x, {metric} {point['value']:.4g} {said}"
 
 
 _MARKERS = ("^--", "v--", "s--", "x--")

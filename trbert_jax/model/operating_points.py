@@ -16,6 +16,17 @@ from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, Threshol
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Promise:
+    """A bound that a point keeps, shown on texts that had no part in choosing it: `inference.promise`."""
+
+    kind: str  # disagreement: share of answers that differ from the dense model's; drop: of accuracy lost
+    most: float  # what it stays below
+    confidence: float
+    found: float  # on these texts
+    data: str  # SHA-256 of the file they are a half of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
     """Thresholds, and the model's numbers with them on the development data they were chosen on."""
 
@@ -27,30 +38,49 @@ class OperatingPoint:
     value: float  # of the reduced model
     dense: float  # of the dense model
     examples: int  # of the development data
+    promise: Promise | None = None
 
 
-_FIELDS = {field.name: field.type for field in dataclasses.fields(OperatingPoint) if field.name != "name"}
+def _fields(kind: type) -> dict[str, Any]:
+    return {x.name: x.type for x in dataclasses.fields(kind) if x.name not in ("name", "promise")}
+
+
+_FIELDS, _PROMISE = _fields(OperatingPoint), _fields(Promise)
 
 
 def to_dict(points: Iterable[OperatingPoint]) -> dict[str, dict[str, Any]]:
     """Returns name -> the other fields, for JSON."""
-    return {point.name: {name: getattr(point, name) for name in _FIELDS} for point in points}
+    return {
+        point.name: {name: getattr(point, name) for name in _FIELDS}
+        | ({"promise": dataclasses.asdict(point.promise)} if point.promise else {})
+        for point in points
+    }
 
 
 def from_dict(section: Any, where: str) -> tuple[OperatingPoint, ...]:
     """Reads a result of `to_dict`. Raises `UserError`, which begins with `where`."""
     given: dict[str, Any] = section if isinstance(section, dict) else {"": None}
     for name, values in given.items():
-        fits = isinstance(values, dict) and values.keys() == _FIELDS.keys()
-        if not fits or not all(_fits(values[key], kind) for key, kind in _FIELDS.items()):
+        promise = values.get("promise") if isinstance(values, dict) else None
+        rest = {k: v for k, v in values.items() if k != "promise"} if isinstance(values, dict) else values
+        fits = _fit(rest, _FIELDS) and (promise is None or _fit(promise, _PROMISE))
+        if not fits:
             expected = f"an object from names to objects with {', '.join(_FIELDS)}"
             raise UserError(f"{where} is {reprlib.repr(section)}; expected {expected}")
         point_thresholds(values["thresholds"], len(values["kept"]), f"{where}.{name}.thresholds")
     points = list[OperatingPoint]()
     for name, values in given.items():
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if fields.get("promise"):
+            fields["promise"] = Promise(**fields["promise"])
         points.append(OperatingPoint(name=name, **fields))
     return tuple(points)
+
+
+def _fit(values: Any, fields: dict[str, Any]) -> bool:
+    if not isinstance(values, dict) or values.keys() != fields.keys():
+        return False
+    return all(_fits(values[key], kind) for key, kind in fields.items())
 
 
 def _fits(value: Any, kind: Any) -> bool:
