@@ -47,6 +47,7 @@ def test_compile_time(tmp_path: Path) -> None:
 
 def test_training_steps(tmp_path: Path) -> None:
     steps = run("training_steps", *TINY, "--stages", "finetune,policy", target=tmp_path / "r.json")["steps"]
+    steps = [step for step in steps if step["backend"] != "huggingface"]  # where PyTorch is installed
     assert [(step["stage"], step["backend"]) for step in steps] == [
         (stage, backend) for stage in ("finetune", "policy") for backend in ("packed", "masked")
     ]

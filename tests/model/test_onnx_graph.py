@@ -43,16 +43,27 @@ def test_as_in_jax(name: str) -> None:
     params = jax.tree.map(np.asarray, case.params)
     points, given = case.config.num_reductions, inputs_of(case)
     graph = onnx_graph(case.config, params, HALF[:points])
-    for threshold in ([0.5, 0.5], [0.3, 0.6]):
+    checked = 0
+    for threshold in ([0.5, 0.5], [0.3, 0.6], [0.45, 0.55], [0.55, 0.45]):
         limits = [tokens.min_logit(x) for x in threshold[:points]]
         rule = tokens.keep_above(jnp.tile(jnp.array(limits), (len(given["input_ids"]), 1)))
         expected = forward(case.model, case.params, batch, rule=rule)
+        if any(is_tie(x, limit) for x, limit in zip(expected.selections, limits, strict=True)):
+            continue  # rounding decides
+        checked += 1
         found = graph.run({**given, "threshold": np.array(threshold[:points], np.float32)})
         check_logits(found, expected.logits)
         for stage, selection in enumerate(expected.selections):
             np.testing.assert_array_equal(found[f"kept_{stage}"], selection.keep)
+    assert checked >= 2
     dense = onnx_graph(case.config, params).run(given)
     check_logits(dense, forward(case.model, case.params, batch, rule=None).logits)
+
+
+def is_tie(selection: tokens.Selection, limit: float) -> bool:
+    """Whether a logit is as close to the threshold as the sum of terms as large as the largest is exact."""
+    logits = np.asarray(selection.logits)[np.asarray(selection.scored)]
+    return bool((np.abs(logits - limit) < 1e-5 * max(1, np.abs(logits).max())).any())
 
 
 def check_logits(found: dict[str, np.ndarray], expected: Any) -> None:
