@@ -55,7 +55,9 @@ class ExportedEngine(InferenceEngine):
             raise UserError(f"rule {rule} needs a graph that drops tokens; this one was exported without")
         points = self._config.num_reductions
         thresholds = point_thresholds(threshold, points) if RULES[rule].drops else (0.0,) * points
-        fixed = {"threshold": np.array(thresholds, np.float32)}
+        # One half, the default here, stands for the graph's own default; (0.5, 0.5) does not.
+        own = RULES[rule].drops and threshold == DEFAULT_THRESHOLD
+        fixed = {} if own else {"threshold": np.array(thresholds, np.float32)}
         collected, seconds = Collector(self._config, examples, RULES[rule].drops), 0.0
         task, widths = TASKS[self._config.task], range(1, self._config.max_length + 1)
         for index, width in length_batches(examples, self.batch_size, widths):

@@ -43,8 +43,8 @@ class Graph:
         return "threshold" in self.inputs
 
     def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Runs the graph; takes at least its inputs."""
-        return self._run({name: inputs[name] for name in self.inputs})
+        """Runs the graph; takes at least its inputs, but `threshold`, which has a default."""
+        return self._run({name: inputs[name] for name in self.inputs if name in inputs})
 
     def _start(self) -> tuple[list[str], Run]:
         try:
@@ -85,7 +85,8 @@ def _openvino(source: Path | bytes, dtype: str) -> tuple[list[str], Run]:
 
     graph = onnx.load_model_from_string(source) if isinstance(source, bytes) else onnx.load(source)
     names = {x.name for x in (*graph.graph.input, *graph.graph.output)}
-    for default in [x for x in graph.graph.initializer if x.name == "threshold"]:
+    defaults = {x.name: onnx.numpy_helper.to_array(x) for x in graph.graph.initializer if x.name in names}
+    for default in [x for x in graph.graph.initializer if x.name in names]:
         graph.graph.initializer.remove(default)  # else OpenVINO takes it for a constant
     core, precision = openvino.Core(), {"float32": "f32", "bfloat16": "bf16"}[dtype]
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
@@ -95,7 +96,7 @@ def _openvino(source: Path | bytes, dtype: str) -> tuple[list[str], Run]:
     )
 
     def run(given: Arrays) -> dict[str, npt.NDArray[Any]]:
-        return dict(zip(outputs, compiled(dict(given)).values(), strict=True))
+        return dict(zip(outputs, compiled({**defaults, **given}).values(), strict=True))
 
     return inputs, run
 
