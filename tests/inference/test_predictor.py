@@ -21,6 +21,7 @@ import tiny_processes
 from trbert_jax import TRBert
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
+from trbert_jax.inference.export import export_onnx
 from trbert_jax.inference.predictor import Prediction
 from trbert_jax.inference.questions import WINDOW
 from trbert_jax.model.model import TokenReducingModel
@@ -393,3 +394,17 @@ def test_published_model_packed(published: tuple[TRBert, dict[str, np.ndarray]])
         expected = [np.flatnonzero(keep).tolist() for keep in recorded[f"kept_stage{stage}"]]
         assert [positions.tolist() for positions in rows] == expected
         assert [positions.tolist() for positions in masked.kept[stage]] == expected
+
+
+def test_the_program_of_an_exported_folder_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README.md beside the graph has a program without this package; it gives our logits."""
+    folder = export_onnx(tiny_models.tiny_model(tmp_path / "model"), tmp_path / "exported", threshold=0.4)
+    program = (folder / "README.md").read_text().split("```python")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    found: dict[str, Any] = {}
+    exec(program, found)
+    texts = ["a gripping film", "two hours I want back"]
+    expected = TRBert.from_pretrained(tmp_path / "model").predict(texts, threshold=0.4)
+    np.testing.assert_allclose(found["logits"], [x.logits for x in expected], rtol=1e-5, atol=1e-5)
+    kept = [[np.flatnonzero(row).tolist() for row in stage] for stage in found["kept"]]
+    assert kept == [[x.kept[stage].tolist() for x in expected] for stage in range(2)]

@@ -45,6 +45,7 @@ from trbert_jax.cli.arguments import (
 from trbert_jax.errors import UserError
 from trbert_jax.io import streams
 from trbert_jax.io.outputs import atomic_file
+from trbert_jax.model.engines import ENGINES
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES, rule_names
 
 if TYPE_CHECKING:
@@ -91,10 +92,14 @@ def _evaluate(args: Arguments) -> None:
         others = others or args.frontier or args.operating_point
         if others or args.threshold != DEFAULT_THRESHOLD:
             raise UserError("--all-checkpoints takes model, data and settings from --config alone")
+        if args.backend in ENGINES:
+            raise UserError(f"--backend {args.backend} is not for --all-checkpoints, which runs in JAX")
     elif args.config or args.overrides:
         raise UserError("--config and key=value need --all-checkpoints; one model takes --model and --data")
     elif not (args.model and args.data):
         raise UserError("--model and --data are needed, or --config with --all-checkpoints")
+    elif args.frontier and args.backend in ENGINES:
+        raise UserError(f"--backend {args.backend} is not for --frontier, which runs in JAX")
     elif args.frontier and args.threshold != DEFAULT_THRESHOLD:
         raise UserError("--threshold is not for --frontier, which tries many thresholds")
     elif args.frontier and (other := [name for name in _SINGLE if getattr(args, name)]):

@@ -26,7 +26,7 @@ from trbert_jax.inference.export import build
 from trbert_jax.inference.lines import PAUSE, Source, Text
 from trbert_jax.inference.predictor import TRBert
 from trbert_jax.model.config import ModelConfig
-from trbert_jax.model.engines import ENGINES, Graph
+from trbert_jax.model.engines import ENGINES, FILE, Graph
 from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.pretrained import save_pretrained
@@ -221,7 +221,7 @@ def _prepare_exported(
     variant, points = VARIANTS[name], config.num_reductions
     reduces, given = RULES[variant.rule].drops, workload.actions is not None
     with tempfile.TemporaryDirectory() as folder:
-        path, chosen = Path(folder) / "model.onnx", (0.5,) * points if reduces else None
+        path, chosen = Path(folder) / FILE, (0.5,) * points if reduces else None
         build(path, config, params, chosen, quantize=variant.quantize, given=given and reduces)
         graph = Graph(path.read_bytes(), variant.backend, variant.dtype)
     least = -np.inf if given else np.array(workload.min_logit)

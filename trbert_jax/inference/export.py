@@ -18,14 +18,14 @@ from trbert_jax.errors import UserError, first_lines
 from trbert_jax.io import find_path, write_json
 from trbert_jax.io.outputs import atomic_directory, contents
 from trbert_jax.model.config import ModelConfig, model_config_from_dict, model_config_to_dict
-from trbert_jax.model.engines import RULES_OF_GRAPHS, STORED, Graph
+from trbert_jax.model.engines import FILE, RULES_OF_GRAPHS, STORED, Graph
 from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.pretrained import load_pretrained, read_config
 from trbert_jax.model.tokenizers import Tokenizer, find_tokenizer, save_tokenizer
 from trbert_jax.model.weight_files import SMALL_FILES
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, Threshold, point_thresholds
 
-FILE, CARD = "model.onnx", "README.md"
+CARD = "README.md"
 
 
 def export_onnx(

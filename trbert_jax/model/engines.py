@@ -13,6 +13,7 @@ import numpy.typing as npt
 from trbert_jax.errors import UserError
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+FILE = "model.onnx"  # of an exported folder
 RULES_OF_GRAPHS = ("threshold", "dense")  # those that are exported
 STORED = ("float32", "float16", "bfloat16")  # types of the weights in an exported file
 Run = Callable[[Arrays], dict[str, npt.NDArray[Any]]]  # inputs by name -> outputs by name

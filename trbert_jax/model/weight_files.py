@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from trbert_jax.errors import UserError
 from trbert_jax.io import find_path, read_json
-from trbert_jax.model.engines import ENGINES
+from trbert_jax.model.engines import ENGINES, FILE
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
@@ -140,7 +140,7 @@ def _weight_files(directory: Path) -> list[Path]:
     if (directory / "tf_model.h5").is_file():
         problem = "holds TensorFlow's weights, tf_model.h5, alone, which cannot be read"
         raise UserError(f"{directory}: {problem}; save it with PyTorch or Flax as {SAFETENSORS}")
-    if (directory / "model.onnx").is_file():
+    if (directory / FILE).is_file():
         engines = " or ".join(ENGINES)
         raise UserError(f"{directory}: an exported model, without weights for JAX; take backend {engines}")
     expected = f"{SAFETENSORS}, {TORCH} or {FLAX}"
