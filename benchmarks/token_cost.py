@@ -42,7 +42,7 @@ def prepare_prefix(
         packed = encoder.embed(params, batch)
         packed = encoder.run_layers(params, packed, range(model.config.reduction_layers[0]))
         first = packed.states[packed.start]
-        return (first, encoder.selector_logits(params, packed, 0)) if selector else (first,)
+        return (first, encoder.selector_logits(params, packed, 0, batch)) if selector else (first,)
 
     def run(batch: Inputs) -> Any:
         return jax.block_until_ready(program(params, batch))

@@ -140,8 +140,8 @@ def test_sizes() -> None:
     assert len(entries) <= 14
     assert len(FLOORS) <= 8
     assert len(list(PACKAGE.rglob("*.py"))) <= 110
-    assert lines(PACKAGE) <= 21_600
-    assert lines(ROOT / "tests") <= 15_500
+    assert lines(PACKAGE) <= 21_800
+    assert lines(ROOT / "tests") <= 15_900
 
 
 @pytest.mark.parametrize("module", MODULES)

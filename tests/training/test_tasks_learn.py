@@ -105,7 +105,7 @@ def hotpotqa(folder: Path) -> None:
 
 # data set: writer, settings of data and of the model
 CASES: dict[str, tuple[str, Callable[[Path], None], dict[str, Any], dict[str, Any]]] = {
-    "squad": ("squad", squad, {}, {}),
+    "squad": ("squad", squad, {}, {"selector_match": True}),
     "naturalqa, DistilBERT": ("naturalqa", mrqa, {}, {"scratch": {"model_type": "distilbert"}}),
     "race pairs": ("race", race, {"choices": "pairs"}, {}),
     "race shared": ("race", race, {"choices": "shared"}, {}),

@@ -39,6 +39,8 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "model.keep_layers", f"expected rising layer numbers, got {list(layers)}"
     if model.init == "scratch" and scratch.hidden_size % scratch.num_heads:
         yield "model.scratch.hidden_size", f"is not a multiple of model.scratch.num_heads {scratch.num_heads}"
+    if model.selector_match and model.init == "scratch" and scratch.model_type != "bert":
+        yield "model.selector_match", f"needs token types, which {scratch.model_type} lacks; remove it"
     for stage in STAGES if dataset.task == "classification" else ():
         if getattr(getattr(config, stage), "published_padding", False):
             yield f"{stage}.published_padding", f"padding takes no part for {data.name}, remove it"

@@ -139,6 +139,8 @@ class BackboneConfig(Section):
     # Word pieces between the starts of the windows over a long context; null for the data set's default.
     window_step: Count | None = None
     max_segments: Count = 1  # largest number of segments of a long document; triviaqa and wikihop only
+    # Whether selectors also read how well a token matches the other segment, the question; not in the paper.
+    selector_match: Flag = False
     scratch: ScratchConfig = ScratchConfig()  # the shape if init is scratch
 
 

@@ -29,7 +29,8 @@ _PRETRAINING = ("PreTraining", "MaskedLM", "NextSentencePrediction")
 # How one output becomes a score -> `problem_type` in config.json.
 _SCORES = {"sigmoid": "multi_label_classification", "identity": "regression"}
 _LABELS = "single_label_classification"
-_OWN_KEYS = ("task", "selector_hidden", "max_length", "inputs", "operating_points")
+_OWN_KEYS = ("task", "selector_hidden", "selector_match", "max_length", "inputs", "operating_points")
+_IF_USED = ("selector_match", "inputs", "operating_points")  # of these, left out where they say nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,8 @@ class ModelConfig:
     # What makes a score, and no label, of a classifier's one output: `sigmoid` or `identity`; else empty.
     score: str = ""
     selector_hidden: int = 32  # width of a selector's hidden layer
+    # Whether selectors read how well a token matches the other segment, see `reduction.match`.
+    selector_match: bool = False
     max_length: int = 512  # padded length the selectors were trained with, the unit of the length penalty
     inputs: InputConfig = InputConfig()  # how records become inputs
     operating_points: tuple[OperatingPoint, ...] = ()  # thresholds for known speeds
@@ -163,6 +166,8 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
             f"hidden size, {config.hidden_size}, is not a multiple of the attention heads, {config.num_heads}"
         )
         raise UserError(f"{source}: the {sizes}")
+    if config.selector_match and not config.type_vocab_size:
+        raise UserError(f"{source}: trbert.selector_match needs token types, which {backbone.name} lacks")
     if config.max_length > config.max_positions:
         problem = f"{config.max_length}, but the model has only {config.max_positions} positions"
         raise UserError(f"{source}: trbert.max_length is {problem}")
@@ -172,7 +177,9 @@ def model_config_from_dict(values: Mapping[str, Any], source: str = "config.json
 def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """Builds the contents of a `config.json` that Hugging Face's classes read."""
     backbone = config.backbone
-    own = {key: getattr(config, key) for key in _OWN_KEYS if key not in ("inputs", "operating_points")}
+    own = {key: getattr(config, key) for key in _OWN_KEYS if key not in _IF_USED}
+    if config.selector_match:
+        own["selector_match"] = True
     if config.operating_points:
         own["operating_points"] = operating_points.to_dict(config.operating_points)
     if config.inputs != InputConfig():
@@ -292,6 +299,10 @@ def _own_section(section: Any, source: str) -> dict[str, Any]:
     fields = dict(section)
     if fields.get("task", ModelConfig.task) not in tuple(HEADS):
         raise UserError(f"{source}: trbert.task is {fields['task']!r}; expected one of {', '.join(HEADS)}")
+    if fields.get("selector_match", False) not in (True, False):
+        raise UserError(
+            f"{source}: trbert.selector_match is {fields['selector_match']!r}; expected true or false"
+        )
     for key in {"selector_hidden", "max_length"} & set(fields):
         fields[key] = _number(fields[key], key, f"{source}: trbert.{key}")
     if "inputs" in fields:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.layers import Embeddings, Selector, TransformerLayer, dense
 from trbert_jax.reduction.gate import Gate, add_bias, gate_states
+from trbert_jax.reduction.match import match_features
 from trbert_jax.reduction.selection import Rule, Selection, SharedPassage, TokenSet, drop_tokens, restore
 
 
@@ -62,11 +63,13 @@ class Encoder(nn.Module):
         deterministic: bool = True,
         passage: SharedPassage | None = None,
         gate: Gate | None = None,
+        segments: jax.Array | None = None,
     ) -> tuple[TokenSet, tuple[Selection, ...]]:
         """Runs the other layers on the output of `before_selection`; drops tokens at each point of reduction.
 
         Without a `rule` runs the dense encoder; `passage` is as in `select`. A `gate` changes the gradient
-        alone, see `reduction.gate`.
+        alone, see `reduction.gate`. `segments`, token types int32 [B, S], are for a model with
+        `selector_match`.
 
         Returns:
           The tokens after the last layer, and one `Selection` for each point of reduction. If the head reads
@@ -81,7 +84,8 @@ class Encoder(nn.Module):
         for stage, (start, stop) in enumerate(
             zip(points, (*points[1:], self.config.num_layers), strict=True)
         ):
-            logits = self.selector[stage](tokens.states)
+            match = selector_features(self.config, tokens, segments)
+            logits = self.selector[stage](tokens.states, *match)
             dropped = restore(dropped, tokens)
             before = tokens.states
             tokens, selection = drop_tokens(tokens, logits, stage, rule, passage)
@@ -98,3 +102,14 @@ class Encoder(nn.Module):
         """Returns [B, H], the state of [CLS] that a head reads, behind the pooler if the backbone has one."""
         first = tokens.states[:, 0]
         return jnp.tanh(self.pooler(first)) if self.config.backbone.pooler else first
+
+
+def selector_features(
+    config: ModelConfig, tokens: TokenSet, segments: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """Returns what selectors read besides states: nothing, or the `match_features`, float32 [B, S, 2]."""
+    if not config.selector_match:
+        return ()
+    if segments is None:
+        raise ValueError("selector_match needs token_type_ids")
+    return (match_features(tokens.states, tokens.valid, segments),)

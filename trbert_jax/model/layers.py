@@ -232,7 +232,11 @@ class Selector(nn.Module):
         self.hidden = dense(self.config.selector_hidden, self.config, jnp.float32)
         self.output = dense(1, self.config, jnp.float32)
 
-    def __call__(self, states: jax.Array) -> jax.Array:
-        """[..., H] -> float32 [...], the logit of the keep probability."""
-        inner = jax.nn.gelu(self.hidden(states.astype(jnp.float32)), approximate=False)
+    def __call__(self, states: jax.Array, *features: jax.Array) -> jax.Array:
+        """[..., H] -> float32 [...], the logit of the keep probability.
+
+        Of a model with `selector_match` also reads the features of `reduction.match`, float32 [..., 2].
+        """
+        read = jnp.concatenate([states.astype(jnp.float32), *features], -1)
+        inner = jax.nn.gelu(self.hidden(read), approximate=False)
         return self.output(inner)[..., 0]

@@ -12,6 +12,7 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.encoder import Encoder
 from trbert_jax.model.heads import HEADS, Logits
 from trbert_jax.reduction.gate import Gate
+from trbert_jax.reduction.match import NUM_FEATURES
 from trbert_jax.reduction.selection import Rule, Selection, SharedPassage, TokenSet, keep_all
 
 Params = Any  # nested dict of arrays
@@ -69,7 +70,8 @@ class TokenReducingModel(nn.Module):
         if num_copies > 1:
             tokens = tokens.repeat(num_copies)
         passage = shared_passage(batch, num_copies)
-        tokens, selections = self.encoder.from_selection(tokens, rule, deterministic, passage, gate)
+        segments = segments_of(batch, num_copies)
+        tokens, selections = self.encoder.from_selection(tokens, rule, deterministic, passage, gate, segments)
         logits = self.answer(tokens, head_inputs(batch, num_copies), deterministic)
         return ModelOutput(logits, selections, tokens.states[:, 0])
 
@@ -117,6 +119,12 @@ def head_inputs(batch: Batch, num_copies: int = 1) -> dict[str, jax.Array]:
     return {key: jnp.tile(x, (num_copies, *(1,) * (x.ndim - 1))) for key, x in inputs.items()}
 
 
+def segments_of(batch: Batch, num_copies: int) -> jax.Array | None:
+    """Returns the token types of `num_copies` copies of the rows, int32 [K * B, S]; None without any."""
+    types = batch.get("token_type_ids")
+    return None if types is None else jnp.tile(types, (num_copies, 1))
+
+
 def shared_passage(batch: Batch, num_copies: int = 1) -> SharedPassage | None:
     """Returns the tokens that rows of a multiple choice decide on together; None if each decides alone."""
     if "shared" not in batch:
@@ -129,12 +137,15 @@ def init_params(config: ModelConfig, rng: jax.Array) -> Params:
     """Draws float32 parameters, every selector included: normal(0, initializer_range), biases 0."""
     model = TokenReducingModel(config)
     batch = {"input_ids": jnp.zeros((1, 2), jnp.int32), "mask": jnp.ones((1, 2), bool)}
+    if config.selector_match:
+        batch["token_type_ids"] = jnp.zeros((1, 2), jnp.int32)
     batch |= {key: jnp.zeros((1, *shape), jnp.int32) for key, shape in config.head.inputs.items()}
 
     def everything(module: TokenReducingModel) -> jax.Array:
         output = module(batch, rule=keep_all)
         # A shallow model never uses its second selector, but checkpoints hold it.
-        unused = [selector(jnp.zeros((1, config.hidden_size))) for selector in module.encoder.selector]
+        read = jnp.zeros((1, config.hidden_size)), *[jnp.zeros((1, NUM_FEATURES))] * config.selector_match
+        unused = [selector(*read) for selector in module.encoder.selector]
         return sum(x.sum() for x in [*jax.tree.leaves(output.logits), *unused])
 
     return jax.jit(nn.init(everything, model))(rng)["params"]  # one compilation, not one an array

@@ -17,6 +17,7 @@ from spox import Tensor, Var, argument, build
 
 from trbert_jax.errors import UserError
 from trbert_jax.model.config import ModelConfig
+from trbert_jax.reduction.match import EPSILON, NUM_FEATURES, WINDOW
 
 Array = npt.NDArray[Any]
 Tree = Mapping[str, Any]  # a subtree of the parameters
@@ -135,8 +136,13 @@ class _Graph:
         last = config.num_layers - 1
         for layer in range(config.num_layers):
             if layer in points:
-                stage = points.index(layer)
-                logits, limit = self.selector_logits(states, stage), op.gather(limits, _ints(stage))
+                stage, read = points.index(layer), states
+                if config.selector_match:
+                    types = op.gather(op.reshape(inputs["token_type_ids"], _ints(-1)), origin)
+                    match = self.match(states, types, op.mod(origin, columns), layout)
+                    read = op.concat([states, match], axis=1)
+                logits = self.selector_logits(read, stage)
+                limit = op.gather(limits, _ints(stage))
                 if passage is None:
                     keep = op.greater_or_equal(logits, limit)
                 else:
@@ -266,8 +272,43 @@ class _Graph:
         other = op.sub(op.const(np.float64(1)), exact)
         return op.cast(op.sub(op.log(exact), op.log(other)), to=np.float32)
 
+    def match(self, states: Var, types: Var, position: Var, layout: _Layout) -> Var:
+        """Computes the features of `reduction.match` of tokens with int64 types and positions [C]: [C, 2]."""
+
+        def rows(values: Var, *size: int) -> Var:
+            empty = op.const(np.zeros((1, *size), values.unwrap_tensor().dtype))
+            padded = op.gather(op.concat([values, empty], axis=0), layout.source)
+            return op.reshape(padded, op.concat([_ints(-1), layout.width, _ints(*size)], axis=0))
+
+        def mean(values: Var) -> Var:  # [B, T, ...] -> [B, 1, ...]
+            return op.div(op.reduce_sum(values, _ints(1), keepdims=1), count)
+
+        places, segments = rows(position), rows(types)
+        real = op.greater(places, op.const(np.int64(0)))  # [B, T]; not padding, nor [CLS]
+        number = op.reduce_sum(op.cast(real, to=np.float32), _ints(1), keepdims=1)
+        count = op.unsqueeze(op.max([number, _floats(1)]), _ints(2))  # [B, 1, 1]
+        column, zero = op.unsqueeze(real, _ints(2)), _floats(0)
+        read = op.where(column, rows(states, self.config.hidden_size), zero)
+        centered = op.where(column, op.sub(read, mean(read)), zero)
+        length = op.add(op.reduce_sum(op.mul(centered, centered), _ints(2)), _floats(EPSILON))
+        unit = op.div(centered, op.sqrt(length))
+        same = op.equal(op.unsqueeze(segments, _ints(2)), op.unsqueeze(segments, _ints(1)))
+        other = op.and_(op.not_(same), op.unsqueeze(real, _ints(1)))
+        cosine = op.where(other, op.matmul(unit, op.transpose(unit, perm=[0, 2, 1])), _floats(-1))
+        best = op.reduce_max(cosine, _ints(2))  # [B, T, 1]
+        apart = op.abs(op.sub(op.unsqueeze(places, _ints(2)), op.unsqueeze(places, _ints(1))))
+        near = op.less_or_equal(apart, op.const(np.int64(WINDOW)))
+        window = op.cast(op.and_(op.and_(same, near), op.unsqueeze(real, _ints(1))), to=np.float32)
+        size = op.max([op.reduce_sum(window, _ints(2)), _floats(1)])
+        features = op.concat([best, op.div(op.matmul(window, best), size)], axis=2)
+        features = op.where(column, features, zero)
+        deviation = op.where(column, op.sub(features, mean(features)), zero)
+        variance = op.add(mean(op.mul(deviation, deviation)), _floats(EPSILON))
+        scaled = op.reshape(op.div(deviation, op.sqrt(variance)), _ints(-1, NUM_FEATURES))
+        return op.gather(scaled, layout.slot)
+
     def selector_logits(self, states: Var, stage: int) -> Var:
-        """[C, H] -> [C]."""
+        """[C, H], or with features of a match [C, H + 2] -> [C]."""
         part = self.encoder[f"selector_{stage}"]
         kernels = [_floats(part[name]["kernel"]) for name in ("hidden", "output")]
         biases = [_floats(part[name]["bias"]) for name in ("hidden", "output")]

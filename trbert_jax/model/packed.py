@@ -17,6 +17,7 @@ from flax import struct
 
 from trbert_jax.model import tiles
 from trbert_jax.model.dropout import seeds
+from trbert_jax.model.encoder import selector_features
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.layers import NUM_MASKS, Selector, TransformerLayer
 from trbert_jax.model.model import (
@@ -26,6 +27,7 @@ from trbert_jax.model.model import (
     TokenReducingModel,
     forward,
     head_inputs,
+    segments_of,
     shared_passage,
 )
 from trbert_jax.model.segment import KEPT, Segment, attend_group, kept_numbers
@@ -67,9 +69,13 @@ class PackedTokens:
 
     def with_bias(self, values: jax.Array) -> "PackedTokens":
         """Sets `key_bias` to values of tokens, float32 [R, S]."""
+        return dataclasses.replace(self, key_bias=self.to_slots(values))
+
+    def to_slots(self, values: jax.Array) -> jax.Array:
+        """Inverts `to_rows`: float32 [R, S, ...] -> [C, ...]."""
         slots = jnp.where(self.valid, self.slot, len(self.states))
-        empty = jnp.zeros(len(self.states), jnp.float32)
-        return dataclasses.replace(self, key_bias=empty.at[slots].set(values, mode="drop"))
+        empty = jnp.zeros((len(self.states), *values.shape[2:]), jnp.float32)
+        return empty.at[slots].set(values, mode="drop")
 
     def to_rows(self, values: jax.Array) -> jax.Array:
         """Puts values of tokens, [C], at their positions in the padded batch: [R, S], 0 elsewhere."""
@@ -133,7 +139,7 @@ def packed_forward(
     for number, (start, stop) in enumerate(itertools.pairwise(points)):
         copies = num_copies if number == 1 else 1
         if number and rule is not None:
-            logits = encoder.selector_logits(params, packed, number - 1)
+            logits = encoder.selector_logits(params, packed, number - 1, batch)
             valid = jnp.tile(packed.valid, (copies, 1))
             selections.append(select(jnp.tile(logits, (copies, 1)), valid, number - 1, rule, passage))
             if config.reads_all_tokens:
@@ -177,16 +183,21 @@ class PackedEncoder:
         slot = jnp.arange(rows * width, dtype=jnp.int32).reshape(rows, width)
         return pack(tokens.states.reshape(-1, hidden), slot, tokens.valid, self.tiling)
 
-    def selector_logits(self, params: Params, packed: PackedTokens, stage: int) -> jax.Array:
-        """Returns float32 [R, S], 0 at positions without a token."""
+    def selector_logits(self, params: Params, packed: PackedTokens, stage: int, batch: Batch) -> jax.Array:
+        """Returns float32 [R, S], 0 at positions without a token; R is a multiple of the batch's rows."""
         selector = Selector(self.model.config)
 
-        def judge(params: Any, noise: None, first: jax.Array, states: jax.Array) -> tuple[jax.Array]:
-            return (selector.apply({"params": params}, states),)
+        def judge(params: Any, noise: None, first: jax.Array, *read: jax.Array) -> tuple[jax.Array]:
+            return (selector.apply({"params": params}, *read),)
 
+        inputs = [packed.states]
+        if self.model.config.selector_match:
+            segments = segments_of(batch, len(packed.valid) // len(batch["mask"]))
+            features = selector_features(self.model.config, packed.unpack(), segments)
+            inputs += [packed.to_slots(x) for x in features]
         weights = params["encoder"][f"selector_{stage}"]
         into = jnp.zeros(len(packed.states), jnp.float32)
-        (logits,) = tiles.map_tokens(judge, weights, (packed.states,), (into,), packed.count, self.tiling)
+        (logits,) = tiles.map_tokens(judge, weights, tuple(inputs), (into,), packed.count, self.tiling)
         return packed.to_rows(logits)
 
     def keep(self, packed: PackedTokens, keep: jax.Array, num_copies: int = 1) -> PackedTokens:

@@ -68,6 +68,7 @@ def load_pretrained(
     max_positions: int | None = None,
     keep_layers: Sequence[int] | None = None,
     max_length: int | None = None,
+    selector_match: bool | None = None,
     seed: int = 0,
 ) -> Pretrained:
     """Loads a checkpoint from a directory or the Hugging Face hub; None takes what the checkpoint has.
@@ -81,6 +82,7 @@ def load_pretrained(
       max_positions: rows of the position table, which repeats the pretrained one or is its beginning.
       keep_layers: indices of the layers to keep, in the order of the new model.
       max_length: padded length for training, see `ModelConfig.max_length`.
+      selector_match: see `ModelConfig.selector_match`. Selectors of the other kind are left out.
       seed: of the random initialization: normal(0, initializer_range), biases 0.
 
     Raises `UserError` for no checkpoint, a damaged or unfinished one, names or shapes that do not fit.
@@ -118,6 +120,8 @@ def load_pretrained(
             expected = f"3 up to the model's {config.max_positions} positions; set max_positions to have more"
             raise UserError(f"max_length is {max_length}; expected {expected}")
         config = dataclasses.replace(config, max_length=max_length)
+    if selector_match is not None and selector_match != config.selector_match:
+        config = _change_selectors(config, tree, selector_match)
     _check_finite(config, tree, directory)
     tree, new = _initialize_missing(config, tree, seed)
     if new:
@@ -270,6 +274,15 @@ def _keep_layers(config: ModelConfig, tree: Tree, layers: list[int]) -> ModelCon
             "kept the selectors, which were trained %s and now drop tokens %s; train them again", before, now
         )
     return new
+
+
+def _change_selectors(config: ModelConfig, tree: Tree, match: bool) -> ModelConfig:
+    if match and not config.type_vocab_size:
+        raise UserError(f"selector_match is true, but {config.backbone.name} has no token types; use bert")
+    for stage in range(config.num_selectors):
+        if tree["encoder"].pop(f"selector_{stage}", None):
+            logger.info("left out selector %d, which reads other inputs", stage)
+    return dataclasses.replace(config, selector_match=match, operating_points=())
 
 
 def _layers(numbers: Sequence[int]) -> str:

@@ -91,4 +91,4 @@ def flops_share(shape: EncoderShape, tokens: Sequence[jax.Array], max_length: in
     counts = [jnp.asarray(x, jnp.float32) for x in tokens]
     layers = shape.segments if len(counts) > 1 else (shape.num_layers,)
     macs = sum(q * shape.macs(n) for q, n in zip(layers, counts, strict=True))
-    return (macs + shape.selector_macs * sum(counts[1:]) + shape.classifier_macs) / dense
+    return (macs + sum(map(shape.selector_macs, counts[1:])) + shape.classifier_macs) / dense

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trbert_jax.reduction.match import NUM_FEATURES
+
 Counts = npt.NDArray[np.int64]
 
 
@@ -28,6 +30,7 @@ class EncoderShape:
     num_outputs: int  # C, outputs of the classifier
     reduction_layers: tuple[int, ...] = ()  # 0-based layers before which tokens are dropped, ascending
     selector_hidden: int = 32  # width of a selector's hidden layer
+    selector_match: bool = False  # whether selectors read `match.NUM_FEATURES` more numbers
 
     @classmethod
     def of(cls, config: Any) -> "EncoderShape":
@@ -57,10 +60,14 @@ class EncoderShape:
         hidden = self.hidden_size
         return n * (4 * hidden**2 + 2 * hidden * self.intermediate_size) + 2 * n**2 * hidden
 
-    @property
-    def selector_macs(self) -> int:
-        """MACs of one selector for one token."""
-        return self.hidden_size * self.selector_hidden + self.selector_hidden
+    def selector_macs(self, n: Any) -> Any:
+        """Counts MACs of one selector for n tokens, in any arithmetic.
+
+        The match of two segments takes most if both have n/2 tokens, and is charged like that.
+        """
+        read = self.hidden_size + NUM_FEATURES * self.selector_match
+        match = self.selector_match * (self.hidden_size // 4)
+        return n * (read * self.selector_hidden + self.selector_hidden) + n**2 * match
 
     @property
     def classifier_macs(self) -> int:
@@ -99,7 +106,7 @@ def reduced_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLi
     or exceeds the number of tokens before.
     """
     macs, tokens = _encoder_macs(shape, lengths, kept)
-    return 2 * (macs + shape.selector_macs * tokens[:, 1:].sum(1) + shape.classifier_macs)
+    return 2 * (macs + shape.selector_macs(tokens[:, 1:]).sum(1) + shape.classifier_macs)
 
 
 def exact_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike) -> Counts:
@@ -108,7 +115,7 @@ def exact_flops(shape: EncoderShape, lengths: npt.ArrayLike, kept: npt.ArrayLike
     Arguments, result and errors are those of `reduced_flops`.
     """
     macs, tokens = _encoder_macs(shape, lengths, kept)
-    selectors = shape.selector_macs * tokens[:, :-1].sum(1)
+    selectors = shape.selector_macs(tokens[:, :-1]).sum(1)
     return 2 * (macs + selectors + shape.pooler_macs + shape.classifier_macs)
 
 

@@ -184,7 +184,8 @@ class Experiment:
         if model.init == "scratch":
             base = self._scratch(tokenizer)
         else:
-            shape = {x: getattr(model, x) for x in ("max_positions", "keep_layers", "max_length")}
+            keys = ("max_positions", "keep_layers", "max_length", "selector_match")
+            shape = {key: getattr(model, key) for key in keys}
             labels, seed = task.labels or None, self.config.seed
             base = load_pretrained(model.init, task=task.head, labels=labels, seed=seed, **shape)
         tokenizer = base.tokenizer if tokenizer is None else tokenizer
@@ -209,6 +210,7 @@ class Experiment:
             "max_positions": model.max_positions or model.max_length,
             "labels": task.labels or ModelConfig.labels,
             "max_length": model.max_length,
+            "selector_match": model.selector_match,
         }
         config = ModelConfig(**{**BACKBONES[shape.model_type].defaults, **sizes})
         params = jax.device_get(init_params(config, random_key(self.config.seed)))
