@@ -236,6 +236,9 @@ SHARE = kind(
 )
 POINTS = kind("percentage points above 0 and below 100", float, lambda x: 0 < x < 100)
 NUMBER = kind("a number", float, math.isfinite)
+SECONDS = kind("a number above 0", float, lambda x: 0 < x < math.inf)
+WORD = kind("letters, digits, -, _ and .", str, lambda word: bool(re.fullmatch(r"[\w.-]+", word, re.ASCII)))
+PORT = kind("a number from 0 to 65535", digits, lambda n: 0 <= n < 2**16)
 N_BEST = kind("a number from 1 to 20", digits, lambda n: 1 <= n <= 20)
 STEPS = kind(
     "FIRST:END, such as 10:15",

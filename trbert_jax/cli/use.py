@@ -1,4 +1,4 @@
-"""Commands that use a model: `predict`, `evaluate`, `calibrate`, `benchmark`."""
+"""Commands that use a model: `predict`, `evaluate`, `calibrate`, `serve`, `benchmark`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ from trbert_jax.cli.arguments import (
     OPERATING_POINT,
     OVERRIDES,
     POINTS,
+    PORT,
     PREDICTIONS_HELP,
+    SECONDS,
     SHARE,
     SKIP,
     THRESHOLD,
+    WORD,
     Arguments,
     chosen,
     command,
@@ -266,6 +269,57 @@ def _predict(args: Arguments) -> None:
     if failed:
         kept = f"; {args.output} has the {count} predictions before it" if args.output else ""
         raise UserError(f"{failed}{kept}") from failed
+
+
+@command(
+    "serve",
+    MODEL,
+    option(
+        "--name",
+        "NAME",
+        WORD,
+        "of the model, in the Open Inference Protocol (default model)",
+        default="model",
+    ),
+    option(
+        "--host",
+        "ADDRESS",
+        str,
+        "to listen at (default 127.0.0.1; 0.0.0.0: all)",
+        default="127.0.0.1",
+    ),
+    option("--port", "N", PORT, "port to listen at (default 8000; 0: any free one)", default=8000),
+    MAX_LENGTH,
+    *ENGINE,
+    THRESHOLD,
+    OPERATING_POINT,
+    option("--batch-tokens", "N", COUNT, "tokens of a batch at most (default 8192)", default=8192),
+    option("--max-waiting", "N", COUNT, "texts that wait at most; more get 429 (default 512)", default=512),
+    option("--timeout", "SECONDS", SECONDS, "to receive, and to answer a request (default 30)", default=30.0),
+)
+def _serve(args: Arguments) -> None:
+    """Serve a model over HTTP.
+
+    Answers POST /predict, {"inputs": "some text"}, like text-embeddings-inference, and the Open Inference
+    Protocol under /v2; /docs describes all requests, /metrics is for Prometheus. Requests share batches and
+    may choose "operating_point" or "threshold". SIGTERM ends the server after the requests that it has.
+
+    Examples:
+      trbert serve --model work/imdb/model --operating-point 3x
+      curl localhost:8000/predict -H 'content-type: application/json' -d '{"inputs": "some text"}'
+    """
+    io.enable_compilation_cache()
+    try:
+        from trbert_jax.serving.server import serve
+        from trbert_jax.serving.service import Limits
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'trbert-jax[serve]'") from error
+    from trbert_jax.inference.predictor import TRBert
+
+    model = TRBert.from_pretrained(args.model, **chosen(args, "max_length dtype backend"))
+    limits = Limits(batch_tokens=args.batch_tokens, waiting=args.max_waiting, timeout=args.timeout)
+    options = chosen(args, "host port rule backend threshold operating_point")
+    serve(model, args.name, limits=limits, **options)
 
 
 @command(

@@ -237,21 +237,27 @@ def _predictions(
             **({"id": text.id} if text.is_row else {}),
             **({"text": text.text} if with_text else {}),
             **({"text_pair": text.pair} if with_text and text.pair is not None else {}),
-            "label": prediction.label,
-            "label_id": prediction.label_id,
-            **(_score(prediction) if prediction.label is None else {}),
-            "scores": dict(zip(model.config.labels, prediction.scores.tolist(), strict=True)),
-            "kept": [positions.tolist() for positions in prediction.kept],
-            "num_tokens": prediction.num_tokens,
-            "truncated": prediction.truncated,
+            **prediction_record(prediction, model.config.labels),
         }
     if cut:
         longest = model.config.max_length
         logger.warning("%d of %d texts are longer than %d tokens and were cut", cut, count, longest)
 
 
-def _score(prediction: Prediction) -> dict[str, float]:
-    return {"score": float(prediction.scores[0]), "logit": float(prediction.logits[0])}
+def prediction_record(prediction: Prediction, labels: Sequence[str]) -> dict[str, Any]:
+    """Returns the fields of a prediction for JSON."""
+    score = dict[str, float]()
+    if prediction.label is None:
+        score = {"score": float(prediction.scores[0]), "logit": float(prediction.logits[0])}
+    return {
+        "label": prediction.label,
+        "label_id": prediction.label_id,
+        **score,
+        "scores": dict(zip(labels, prediction.scores.tolist(), strict=True)),
+        "kept": [positions.tolist() for positions in prediction.kept],
+        "num_tokens": prediction.num_tokens,
+        "truncated": prediction.truncated,
+    }
 
 
 def _answers(

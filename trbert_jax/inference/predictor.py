@@ -335,7 +335,7 @@ class TRBert:
 
     def _encode(self, texts: list[TextOrPair], first: int) -> tuple[list[TextOrPair], Examples, list[bool]]:
         """Encodes texts, whose numbers begin with `first`; tells which are cut."""
-        _check_texts(texts, first, pairs=bool(self.config.inputs.text_pair_field))
+        check_texts(texts, first, pairs=bool(self.config.inputs.text_pair_field))
         pairs = [(text,) if isinstance(text, str) else text for text in texts]
         rows = self._encoder.rows(pairs, self.config.max_length)
         return texts, _make_examples(rows.tokens, rows.token_types), rows.cut.tolist()
@@ -392,7 +392,7 @@ def _num_rows(num_texts: int, batch_size: int) -> int:
     return min([rows for rows in SMALL if rows >= num_texts] + [fitting_size(num_texts, batch_size)])
 
 
-def _check_texts(texts: Sequence[TextOrPair], first: int, *, pairs: bool) -> None:
+def check_texts(texts: Sequence[Any], first: int, *, pairs: bool) -> None:
     """Raises UserError for something else than texts, or pairs of texts, which a model of pairs needs."""
     for i, text in enumerate(texts, first):
         is_pair = isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(x, str) for x in text)
