@@ -140,3 +140,21 @@ def test_learned(tmp_path: Path) -> None:
         assert (point["difference"], point["standard_error"]) == (0, 0)
     for one, other in zip(*(result["variants"][x]["points"] for x in ("still", "recipe")), strict=True):
         assert one["difference"] == pytest.approx(100 * (one["accuracy"] - other["accuracy"]))
+
+
+def test_serving(tmp_path: Path) -> None:
+    model = tiny_models.tiny_model(tmp_path / "model")
+    lines = [{"text": text, "label": "positive"} for text in ("good film", "a bad plot.", "it was very dull")]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--model", str(model), "--data", str(data), "--backend", "onnxruntime", "--seconds", "1"]
+    options += ["--overload-seconds", "1", "--overload-parts", "1", "--max-waiting", "8"]
+    result = run("serving", *options, target=tmp_path / "r.json")
+    loads = [result["maximum"], *(result[f"load_{share}"] for share in ("0.5", "0.8", "0.95"))]
+    for load in (*loads, *result["overload"]["parts"]):
+        assert load["wrong"] == 0
+        assert {*load["statuses"]} <= {"200", "429"}
+        assert load["p50_ms"] <= load["p99_ms"]
+    assert result["sigterm"]["exit_code"] == 0
+    assert result["sigterm"]["wrong"] == 0
+    assert {*result["sigterm"]["statuses"]} <= {"200", "429", "0"}  # 0: a connection after the end

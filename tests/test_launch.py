@@ -1,11 +1,14 @@
 """The scripts in launch/, with a `trbert` that only says how it was called."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+
+from trbert_jax.cli import parse_arguments
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 FAKE = """#!/usr/bin/env bash
@@ -55,14 +58,18 @@ def test_tpu_pod(tmp_path: Path) -> None:
 
 def test_every_script_says_what_it_needs_and_what_it_was_run_on() -> None:
     scripts = sorted(LAUNCH.iterdir())
-    names = "gke_jobset.yaml local.sh local_multiprocess.sh slurm.sbatch tpu_pod.sh"
+    names = "Dockerfile gke_jobset.yaml local.sh local_multiprocess.sh serve_kubernetes.yaml slurm.sbatch"
+    names += " tpu_pod.sh"
     assert " ".join(path.name for path in scripts) == names
     for path in scripts:
         text = path.read_text(encoding="utf-8")
         assert "\n# needs " in text
         assert "\n# run on " in text
         if path.suffix == ".yaml":
-            assert yaml.safe_load(text)["kind"] == "JobSet"
+            assert {x["kind"] for x in yaml.safe_load_all(text)} <= {"JobSet", "Deployment", "Service"}
+        elif path.name == "Dockerfile":
+            command = json.loads(text.rpartition("ENTRYPOINT ")[2])
+            assert parse_arguments(command[1:]).backend == "onnxruntime"
         else:
             subprocess.run(["bash", "-n", str(path)], check=True)
             assert os.access(path, os.X_OK)
