@@ -1,6 +1,7 @@
 """Texts in, labels and kept tokens out; the same in whatever batch and order."""
 
 import dataclasses
+import datetime
 import json
 import operator
 import pickle
@@ -17,15 +18,17 @@ import numpy as np
 import pytest
 import tiny_models
 import tiny_processes
+from jax import export
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
-from trbert_jax.inference.export import export_onnx
 from trbert_jax.inference.predictor import Prediction
 from trbert_jax.inference.questions import WINDOW
-from trbert_jax.model.model import TokenReducingModel
-from trbert_jax.reduction.selection import keep_probable
+from trbert_jax.model import stablehlo
+from trbert_jax.model.model import TokenReducingModel, forward
+from trbert_jax.model.weights import to_original_names
+from trbert_jax.reduction.selection import keep_above, keep_probable
 from trbert_jax.tasks.examples import Examples
 
 # The shallowest that have both points of reduction: compilation is most of these tests' time.
@@ -396,15 +399,54 @@ def test_published_model_packed(published: tuple[TRBert, dict[str, np.ndarray]])
         assert [positions.tolist() for positions in masked.kept[stage]] == expected
 
 
-def test_the_program_of_an_exported_folder_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("format", ["onnx", "stablehlo"])
+def test_the_program_of_an_exported_folder_runs(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The README.md beside the graph has a program without this package; it gives our logits."""
-    folder = export_onnx(tiny_models.tiny_model(tmp_path / "model"), tmp_path / "exported", threshold=0.4)
+    model = TRBert.from_pretrained(tiny_models.tiny_model(tmp_path / "model"))
+    folder = model.export(tmp_path / "exported", format=format, threshold=0.4)
     program = (folder / "README.md").read_text().split("```python")[1].split("```")[0]
     monkeypatch.chdir(folder)
     found: dict[str, Any] = {}
     exec(program, found)
     texts = ["a gripping film", "two hours I want back"]
-    expected = TRBert.from_pretrained(tmp_path / "model").predict(texts, threshold=0.4)
+    expected = model.predict(texts, threshold=0.4)
     np.testing.assert_allclose(found["logits"], [x.logits for x in expected], rtol=1e-5, atol=1e-5)
     kept = [[np.flatnonzero(row).tolist() for row in stage] for stage in found["kept"]]
     assert kept == [[x.kept[stage].tolist() for x in expected] for stage in range(2)]
+    assert model.export(folder, format="onnx", rule="dense") == folder  # replaces it
+    (folder / "mine.txt").write_text("")
+    with pytest.raises(UserError, match=r"mine\.txt"):
+        model.export(folder)
+
+
+def test_stablehlo_of_other_shapes_and_platforms(tmp_path: Path) -> None:
+    """Rows that are missing change nothing; programs for other devices are lowered here."""
+    config = dataclasses.replace(tiny_models.BERT, task="span")
+    params = tiny_models.tiny_params(config)
+    stablehlo.write_programs(tmp_path, config, (0.5, 0.6), rows=(4,))
+    about = json.loads((tmp_path / "stablehlo.json").read_text())
+    assert [(x["rows"], x["tokens"]) for x in about["programs"]] == [(4, 4), (4, 18)]
+    made, expires = (datetime.date.fromisoformat(about[key]) for key in ("made", "expires"))
+    assert (expires - made).days == 180
+    stored = to_original_names(params, config)
+    weights = [stored[x["name"]].T if x["transposed"] else stored[x["name"]] for x in about["weights"]]
+    batch = tiny_models.random_batch(config, [18, 7], width=18)
+    ids, mask = (np.pad(np.asarray(batch[x], np.int32), ((0, 2), (0, 0))) for x in ("input_ids", "mask"))
+    types = np.pad(np.asarray(batch["token_type_ids"]), ((0, 2), (0, 0)))
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types.astype(np.int32)}
+    inputs["threshold"] = np.array([0.5, 0.6], np.float32)
+    program = export.deserialize(bytearray((tmp_path / about["programs"][1]["file"]).read_bytes()))
+    found = program.call(weights, inputs)
+    limits = jnp.log(jnp.array([0.5, 0.6])) - jnp.log(1 - jnp.array([0.5, 0.6]))
+    rule = keep_above(jnp.tile(limits, (2, 1)))
+    expected = forward(TokenReducingModel(config), params, batch, rule=rule)
+    np.testing.assert_allclose(found["logits"][:2], expected.logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found["kept"][:, :2], [x.keep for x in expected.selections])
+    stablehlo.write_programs(tmp_path, config, None, platform="tpu", rows=(1,))
+    about = json.loads((tmp_path / "stablehlo.json").read_text())
+    assert (about["platform"], about["threshold"]) == ("tpu", None)
+    candidates = dataclasses.replace(config, task="candidates")
+    with pytest.raises(UserError, match="use onnx"):
+        stablehlo.write_programs(tmp_path, candidates, None)

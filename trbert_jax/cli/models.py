@@ -28,7 +28,6 @@ from trbert_jax.errors import UserError
 from trbert_jax.io import streams
 from trbert_jax.io.outputs import contents
 from trbert_jax.model.engines import RULES_OF_GRAPHS, STORED
-from trbert_jax.reduction.rules import DEFAULT_RULE
 
 
 @command(
@@ -67,31 +66,35 @@ def _convert(args: Arguments) -> None:
     "export",
     MODEL,
     path_option("folders", "--output", "DIR", "folder to write", required=True),
+    option("--format", None, str, "onnx (default), or stablehlo for JAX", choices=("onnx", "stablehlo")),
     option("--rule", None, str, "dense: a graph that drops no tokens", choices=RULES_OF_GRAPHS),
     THRESHOLD,
     OPERATING_POINT,
     switch("--quantize", "int8 weights and products; the selectors stay float32"),
-    option(
-        "--dtype", None, str, "of the stored weights (default float32)", choices=STORED, default="float32"
-    ),
+    option("--dtype", None, str, "of the stored weights (default float32)", choices=STORED),
+    option("--platform", None, str, "that runs StableHLO (default cpu)", choices=("cpu", "cuda", "tpu")),
     MAX_LENGTH,
 )
 def _export(args: Arguments) -> None:
-    """Export a model to ONNX, for engines that need neither JAX nor this package.
+    """Export a model for engines that need neither JAX nor this package.
 
     DIR gets model.onnx, which drops tokens itself, config.json, the tokenizer, and a README.md with a program
     that runs it. Shapes are dynamic, and results are those of JAX. The threshold is an input of the graph;
     --threshold and --operating-point set its default. predict and evaluate run the folder with --backend
-    onnxruntime or openvino.
+    onnxruntime or openvino. --format stablehlo writes programs of a few fixed shapes for jax.export, and the
+    weights.
 
     Examples:
       trbert export --model work/imdb/model --output onnx/imdb --operating-point 3x
       trbert predict --model onnx/imdb --backend onnxruntime "some text"
     """
-    from trbert_jax.inference.export import export_onnx
+    from trbert_jax.inference.export import export_model
+    from trbert_jax.model.pretrained import load_pretrained
 
-    options = chosen(args, "threshold operating_point quantize dtype max_length")
-    path = export_onnx(args.model, args.output, rule=args.rule or DEFAULT_RULE, **options)
+    model = load_pretrained(args.model, max_length=args.max_length)
+    options = chosen(args, "format rule threshold operating_point quantize dtype platform")
+    options = {name: value for name, value in options.items() if value is not None}
+    path = export_model(model, args.output, source=args.model, **options)
     size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
     streams.show(f"{path}: {', '.join(sorted(file.name for file in path.iterdir()))}; {size:.0f} MB")
 

@@ -1,7 +1,7 @@
-"""Export a model to a folder that ONNX Runtime, OpenVINO or Optimum load without this package.
+"""Export a model to a folder that ONNX Runtime, OpenVINO, Optimum or JAX load without this package.
 
-The folder has `model.onnx` (`model.onnx_graph`), `config.json`, the files of the tokenizer, and `README.md`
-with a program that runs it.
+The folder has `model.onnx` (`model.onnx_graph`) or programs and weights (`model.stablehlo`), `config.json`,
+the files of the tokenizer, and `README.md` with a program that runs it.
 """
 
 import dataclasses
@@ -20,72 +20,90 @@ from trbert_jax.io.outputs import atomic_directory, contents
 from trbert_jax.model.config import ModelConfig, model_config_from_dict, model_config_to_dict
 from trbert_jax.model.engines import FILE, RULES_OF_GRAPHS, STORED, Graph
 from trbert_jax.model.operating_points import find_thresholds
-from trbert_jax.model.pretrained import load_pretrained, read_config
+from trbert_jax.model.pretrained import Pretrained, load_pretrained, read_config
+from trbert_jax.model.stablehlo import INDEX, PLATFORMS, SUFFIX, write_programs
 from trbert_jax.model.tokenizers import Tokenizer, find_tokenizer, save_tokenizer
-from trbert_jax.model.weight_files import SMALL_FILES
+from trbert_jax.model.weight_files import SAFETENSORS, SMALL_FILES, write_weights
+from trbert_jax.model.weights import to_original_names
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, Threshold, point_thresholds
 
 CARD = "README.md"
+FORMATS = ("onnx", "stablehlo")  # the first is the default
 
 
-def export_onnx(
-    model_dir: str | Path,
+def export_model(
+    model: Pretrained,
     output: str | Path,
     *,
+    source: str = "this model",
+    format: str = FORMATS[0],
     rule: str = DEFAULT_RULE,
     threshold: Threshold = DEFAULT_THRESHOLD,
     operating_point: str | None = None,
     quantize: bool = False,
     dtype: str = "float32",
-    max_length: int | None = None,
+    platform: str = "cpu",
 ) -> Path:
     """Writes the folder, whole or not at all, and returns it.
 
     Args:
-      model_dir, max_length: see `TRBert.from_pretrained`.
+      model, source: the model, and its name in messages.
       output: folder; replaces one of a model.
+      format: `onnx`, or `stablehlo` for programs that JAX runs (`model.stablehlo`).
       rule: `threshold`, or `dense` for a graph that drops nothing.
       threshold, operating_point: the default of the graph's input `threshold`.
-      quantize: int8 weights, and int8 products of activations with them; selectors stay float32.
-      dtype: of the stored weights, see `onnx_model`.
+      quantize: of onnx, int8 weights, and int8 products of activations with them; selectors stay float32.
+      dtype: of onnx, of the stored weights, see `onnx_model`.
+      platform: of stablehlo, the one that runs the programs, of `stablehlo.PLATFORMS`.
 
-    Raises `UserError` for a model that cannot be read, or whose selectors are not trained, a rule that is not
-    exported, a folder that cannot be written, or packages that are not installed.
+    Raises `UserError` for a model whose selectors are not trained, a rule or an option that is not exported,
+    a folder that cannot be written, or packages that are not installed.
     """
-    if Path(output).is_dir():
-        others = sorted({x.name for x in contents(Path(output))} - {FILE, CARD, *SMALL_FILES})
-        if others:
-            held = ", ".join(first_lines(others, 3))
-            raise UserError(
-                f"{output}: holds files that an export would delete ({held}); choose another folder"
-            )
-    loaded = load_pretrained(model_dir, max_length=max_length)
-    if rule not in RULES_OF_GRAPHS:
-        raise UserError(
-            f"rule is {rule!r}; expected {' or '.join(RULES_OF_GRAPHS)}, the ones that are exported"
-        )
-    if rule == DEFAULT_RULE and "selectors" in loaded.newly_initialized:
-        raise UserError(
-            f"{model_dir}: its selectors are not trained; train them, or export with --rule dense"
-        )
-    if dtype not in STORED:
-        raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(STORED)}")
+    _check_folder(Path(output))
+    config, params = model.config, jax.tree.map(np.asarray, model.params)
+    for name, value, known in (
+        ("format", format, FORMATS),
+        ("rule", rule, RULES_OF_GRAPHS),
+        ("dtype", dtype, STORED),
+        ("platform", platform, PLATFORMS),
+    ):
+        if value not in known:
+            raise UserError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+    if "selectors" in model.newly_initialized and rule == DEFAULT_RULE:
+        raise UserError(f"{source}: its selectors are not trained; train them, or export with --rule dense")
     if quantize and dtype != "float32":
         raise UserError("--quantize and --dtype exclude each other")
-    config, chosen = loaded.config, None
+    if format == "stablehlo" and (quantize or dtype != "float32"):
+        raise UserError("--quantize and --dtype are for --format onnx; StableHLO is exported in float32")
+    if format == "onnx" and platform != "cpu":
+        raise UserError("--platform is for --format stablehlo; an ONNX graph runs on any")
+    chosen = None
     if rule == DEFAULT_RULE:
         found = find_thresholds(config.operating_points, operating_point, rule, threshold)
         chosen = point_thresholds(found, config.num_reductions)
     with atomic_directory(output) as folder:
-        build(folder / FILE, config, loaded.params, chosen, dtype, quantize)
+        if format == "onnx":
+            build(folder / FILE, config, params, chosen, dtype, quantize)
+        else:
+            write_programs(folder, config, chosen, platform)
+            write_weights(folder / SAFETENSORS, to_original_names(params, config))
         write_json(folder / "config.json", model_config_to_dict(config))
-        if loaded.tokenizer is not None:
-            save_tokenizer(folder, loaded.tokenizer, config)
-        (folder / CARD).write_text(card(config, chosen), encoding="utf-8")
+        if model.tokenizer is not None:
+            save_tokenizer(folder, model.tokenizer, config)
+        (folder / CARD).write_text(card(config, chosen, format), encoding="utf-8")
     return Path(output)
 
 
-_USE = """
+def _check_folder(folder: Path) -> None:
+    """Raises `UserError` for a folder with files that an export would delete."""
+    ours = {FILE, CARD, INDEX, SAFETENSORS, *SMALL_FILES}
+    found = {x.name for x in contents(folder)} if folder.is_dir() else set[str]()
+    if others := sorted(name for name in found - ours if not name.endswith(SUFFIX)):
+        held = ", ".join(first_lines(others, 3))
+        raise UserError(f"{folder}: holds files that an export would delete ({held}); choose another folder")
+
+
+_ONNX = """
 ```python
 import numpy as np
 import onnxruntime
@@ -102,13 +120,52 @@ outputs = session.run(None, {{name: np.array(x, np.int64) for name, x in inputs.
 logits, *kept = outputs  # float32 [texts, labels]; for each point of reduction bool [texts, tokens]
 ```
 """
+_STABLEHLO = """
+```python
+import json
+from pathlib import Path
+
+import numpy as np
+from jax import export
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+about = json.loads(Path("stablehlo.json").read_text())
+print(f"made by jax {{about['jax']}}; jax promises to read it until {{about['expires']}}")
+stored = load_file("model.safetensors")
+weights = [stored[x["name"]].T if x["transposed"] else stored[x["name"]] for x in about["weights"]]
+tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.enable_truncation({max_length})
+texts = tokenizer.encode_batch(["a gripping film", "two hours I want back"])
+longest = max(len(x.ids) for x in texts)
+shape = next(x for x in about["programs"] if x["rows"] >= len(texts) and x["tokens"] >= longest)
+inputs = {{name: np.zeros((shape["rows"], shape["tokens"]), np.int32) for name in about["inputs"]}}
+for row, x in enumerate(texts):
+    inputs["input_ids"][row, : len(x.ids)] = x.ids
+    inputs["attention_mask"][row, : len(x.ids)] = 1
+{threshold}program = export.deserialize(bytearray(Path(shape["file"]).read_bytes()))
+outputs = program.call(weights, inputs)
+logits = np.asarray(outputs["logits"])[: len(texts)]  # float32 [texts, labels]
+kept = np.asarray(outputs["kept"])[:, : len(texts)]  # bool [points of reduction, texts, tokens]
+```
+"""
 _TYPES = 'inputs["token_type_ids"] = [x.type_ids for x in texts]\n'
+_THRESHOLD = 'inputs["threshold"] = np.array(about["threshold"], np.float32)\n'
 
 
-def card(config: ModelConfig, thresholds: Sequence[float] | None) -> str:
+def card(config: ModelConfig, thresholds: Sequence[float] | None, format: str = FORMATS[0]) -> str:
     """Returns README.md: what the model is, and how to run it."""
     kind = f"{config.model_type}, {config.num_layers} layers of width {config.hidden_size}, for {config.task}"
-    lines = ["---", "library_name: onnx", "tags: [trbert_jax, token-reduction]", "---", "", f"# {kind}", ""]
+    library = {"onnx": "onnx", "stablehlo": "jax"}[format]
+    lines = [
+        "---",
+        f"library_name: {library}",
+        "tags: [trbert_jax, token-reduction]",
+        "---",
+        "",
+        f"# {kind}",
+        "",
+    ]
     if config.task == "classification" and not config.score:
         lines += [f"Labels: {', '.join(config.labels)}.", ""]
     if thresholds is None:
@@ -130,9 +187,9 @@ def card(config: ModelConfig, thresholds: Sequence[float] | None) -> str:
             numbers = f"{point.speedup:.2f}x | {point.metric} {point.value:.4g} | {point.dense:.4g}"
             lines.append(f"| {point.name} | {limits} | {numbers} |")
     if config.task == "classification" and not config.inputs.text_pair_field:
-        lines.append(
-            _USE.format(max_length=config.max_length, types=_TYPES if config.type_vocab_size else "")
-        )
+        types, limits = _TYPES * bool(config.type_vocab_size), _THRESHOLD * (thresholds is not None)
+        use = {"onnx": _ONNX, "stablehlo": _STABLEHLO}[format]
+        lines.append(use.format(max_length=config.max_length, types=types, threshold=limits))
     return "\n".join(lines) + "\n"
 
 
@@ -145,7 +202,7 @@ def build(
     quantize: bool = False,
     given: bool = False,
 ) -> None:
-    """Writes the graph of a model to a file, see `export_onnx` and `onnx_model`."""
+    """Writes the graph of a model to a file, see `export_model` and `onnx_model`."""
     try:
         import onnx
 
@@ -174,7 +231,7 @@ def build(
 def load_exported(
     path_or_id: str | Path, engine: str, dtype: str, max_length: int | None
 ) -> tuple[ModelConfig, Tokenizer | None, Graph]:
-    """Loads a folder of `export_onnx`, or any other model, whose graph is then built."""
+    """Loads a folder of `export_model`, or any other model, whose graph is then built."""
     folder = find_path(path_or_id)
     if (folder / FILE).is_file():
         source = str(folder / "config.json")

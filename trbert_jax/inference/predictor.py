@@ -34,7 +34,7 @@ from trbert_jax.model.engines import Graph
 from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.packed import BACKENDS, DEFAULT_BACKEND
-from trbert_jax.model.pretrained import load_pretrained, save_pretrained
+from trbert_jax.model.pretrained import Pretrained, load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, copy_tokenizer
 from trbert_jax.parallel import is_forked
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, Threshold, check_rule
@@ -163,6 +163,16 @@ class TRBert:
         """Writes a model directory, see `trbert_jax.model.pretrained.save_pretrained`."""
         params = jax.device_get(self.params)
         save_pretrained(directory, self.config, params, self._own_tokenizer, exclude=self.newly_initialized)
+
+    def export(self, directory: str | Path, **options: Any) -> Path:
+        """Writes a folder for other engines; options and errors: see `inference.export.export_model`."""
+        from trbert_jax.inference.export import export_model
+
+        if self._graph is not None:
+            raise UserError(f"{self.source}: is exported already; export the model that it was made of")
+        params = jax.device_get(self.params)
+        model = Pretrained(self.config, params, self._own_tokenizer, self.newly_initialized)
+        return export_model(model, directory, source=self.source, **options)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
