@@ -158,3 +158,16 @@ def test_serving(tmp_path: Path) -> None:
     assert result["sigterm"]["exit_code"] == 0
     assert result["sigterm"]["wrong"] == 0
     assert {*result["sigterm"]["statuses"]} <= {"200", "429", "0"}  # 0: a connection after the end
+
+
+def test_promise(tmp_path: Path) -> None:
+    model = tiny_models.tiny_model(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in tiny_runs.records(40, seed=1)))
+    folders = ["--model", str(model), "--dense", str(model), "--dev", str(data), "--data", str(data)]
+    options = ["--speedups", "1.2,1.5", "--splits", "20", "--confidence", "0.9"]
+    result = run("promise", *folders, *options, target=tmp_path / "r.json")
+    assert result["texts"] == 40
+    for row in result["promises"]:
+        assert row["broken"] <= row["promised"] == sum(row["points"]) <= row["splits"] == 20
+        assert len(row["truth"]) == len(result["points"])

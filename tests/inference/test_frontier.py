@@ -122,7 +122,7 @@ def point(target: float, value: float) -> Point:
 def test_operating_points(caplog: pytest.LogCaptureFixture) -> None:
     task = saved_task(CONFIG)
     points = [point(1.5, 0.90), point(2, 0.892), point(3, 0.88), point(4, 0.897), point(5, 0.80)]
-    found = frontier.operating_points(points, task, 0.9, 100, (2, 8), (0.5, 1, 1.2))
+    found = frontier.operating_points(points, task, "accuracy", 0.9, 100, (2, 8), (0.5, 1, 1.2))
     # One lucky point at 4x carries neither 4x nor 3x within half a point: their mean is 0.8885.
     assert {p.name: p.speedup for p in found} == {
         "2x": 2.01,

@@ -64,3 +64,19 @@ def test_calibrate_stores_what_it_promises(tmp_path: Path, capsys: pytest.Captur
     assert main(["predict", "--model", str(model), "--operating-point", "agrees_40", "a good film"]) == 0
     for wrong in ("--max-disagreement 1% --max-drop 1", "--max-drop 0", "--confidence 2"):
         assert main([*command, *wrong.split()]) == 2
+
+
+def test_calibrate_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = tiny_models.tiny_model(tmp_path / "model"), tmp_path / "texts.jsonl"
+    lines = (json.dumps({"text": record["text"]}) + "\n" for record in tiny_runs.records(60, seed=7))
+    data.write_text("".join(lines), encoding="utf-8")
+    command = ["calibrate", "--model", str(model), "--data", str(data), "--speedups", "1.3"]
+    assert main([*command, "--max-drop", "5"]) == 2
+    assert "need" in capsys.readouterr().err
+    assert main([*command, "--max-disagreement", "60%"]) == 0
+    points = json.loads((model / "config.json").read_text())["trbert"]["operating_points"]
+    assert [*points] == ["1.3x", "agrees_40"]
+    assert all(point["metric"] == "agreement" for point in points.values())
+    promised = points["agrees_40"]
+    assert promised["value"] == pytest.approx(1 - promised["promise"]["found"])
+    assert promised["dense"] == 1

@@ -163,7 +163,8 @@ def _calibrate(args: Arguments) -> None:
 
     Finds the best thresholds for each speed on development data, not those that measure the result, and
     stores operating points in DIR/config.json: 2x, 3x and 4x fewer FLOPs, and the fastest within 0.5 and
-    within 1 point of the dense model. --operating-point of predict, evaluate and benchmark uses them.
+    within 1 point of the dense model. --operating-point of other commands uses them. Without labels it finds
+    speeds only, by agreement with the dense model.
 
     --max-disagreement 1% and --max-drop 0.5 also store the fastest point that keeps this promise on new
     texts, agrees_99 and drops_0.5: half of the file finds thresholds, the other half tests them.

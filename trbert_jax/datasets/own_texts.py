@@ -111,12 +111,19 @@ def with_classes(rows: Rows, labels: Sequence[str], bad: BadRecords, expected: s
     return reading.collect(examples(), rows.source, bad, expected)
 
 
-def read_labeled(path: str | Path, labels: Sequence[str], bad: BadRecords, fields: Fields) -> list[Example]:
+def read_labeled(
+    path: str | Path, labels: Sequence[str], bad: BadRecords, fields: Fields, may_lack_labels: bool = False
+) -> list[Example]:
     """Reads a file of texts for a model with these classes.
 
-    Raises `UserError` for an unreadable file, one without any label, or (by default) a bad record.
+    Raises `UserError` for an unreadable file, one without any label unless it `may_lack_labels`, or (by
+    default) a bad record.
     """
     rows = read_file(find_path(path), fields, bad.skip)
+    if rows.rows and may_lack_labels and not has_labels(rows):
+        for error in rows.skipped:
+            bad.add(error)
+        return [row.example for row in rows.rows]
     if rows.rows and not has_labels(rows):
         advice = "name the field of the labels, or label the texts with `trbert predict`"
         raise UserError(f"{path}: no record has the field {fields.label!r}; {advice}")

@@ -1,5 +1,6 @@
 """Measure a model at many speeds, store thresholds for some of them, and draw accuracy against speed."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from trbert_jax.reduction.rules import rule_names
 from trbert_jax.tasks import Task, encode_usable, notes_of
 from trbert_jax.tasks.examples import Examples
 
+logger = logging.getLogger(__name__)
+
 TARGETS = (2.0, 3.0, 4.0)  # speed-ups that get an operating point
 POINTS_LOST = (0.5, 1.0)  # percentage points of the metric on development data, alike
 
@@ -38,15 +41,17 @@ def calibrate(
 ) -> tuple[list[frontier.Point], tuple[OperatingPoint, ...]]:
     """Finds a model's frontier on development data and names its operating points.
 
-    `dense` are the dense model's outputs; for `options` see `find_frontier`. Raises `UserError` for examples
-    without a known answer.
+    `dense` are the dense model's outputs; for `options` see `find_frontier`. Without known answers the points
+    are those of speeds alone, and their metric is `frontier.AGREEMENT`.
     """
-    metrics = task.score(examples, dense.logits).metrics
-    if task.metric not in metrics:
-        raise UserError("calibration needs development data with answers; it has none")
+    metrics = frontier.metrics_of(task, examples, dense, dense)
+    metric = task.metric if task.metric in metrics else frontier.AGREEMENT
+    if metric != task.metric:
+        logger.info("no known answers: measures agreement with the dense model, and no points lost")
+        points_lost = ()
     wanted = (*frontier.SPEEDUPS, *speedups)
     points = frontier.find_frontier(engine, params, examples, task, dense, wanted, **options)
-    arguments = (metrics[task.metric], len(examples), speedups, points_lost)
+    arguments = (metric, metrics[metric], len(examples), speedups, points_lost)
     named = frontier.operating_points(points, task, *arguments)
     return points, named
 
@@ -97,7 +102,7 @@ def calibrate_file(
     if "selectors" in model.newly_initialized:
         raise UserError(f"{model_dir}: its selectors are not trained; train them first: `trbert train`")
     fields = model.config.inputs.fields(text_field, text_pair_field, label_field)
-    examples = read_examples(model, Path(data_file), bad, fields)
+    examples = read_examples(model, Path(data_file), bad, fields, may_lack_labels=stored)
     wanted, held_out = _wanted(max_disagreement, max_drop, confidence, Path(data_file), model), None
     if wanted:
         examples, held_out = _halves(model, examples, bad, str(data_file))
@@ -112,8 +117,9 @@ def calibrate_file(
         on_others = reference.engine(batch_size).run(reference.params, held_out, rule="dense")
         tested = (held_out, task, on_others, frontier.best(points), wanted)
         named = (*named, promised_point(engine, model.params, *tested))
-    result: dict[str, Any] = {"metric": task.metric}
-    result["dense"] = summarize(dense, reference.config, task.score(examples, dense.logits).metrics)
+    metrics = frontier.metrics_of(task, examples, dense, dense)
+    metric = task.metric if task.metric in metrics else frontier.AGREEMENT
+    result: dict[str, Any] = {"metric": metric, "dense": summarize(dense, reference.config, metrics)}
     arguments = (engine, model.params, examples, task, frontier.best(points), dense)
     rows = frontier.evaluate_points(*arguments, rule_names("baseline"), named=named)
     result |= {"frontier": rows, "operating_points": to_dict(named)}
@@ -122,7 +128,7 @@ def calibrate_file(
     if stored:
         store(Path(model_dir), named)
     if plot is not None:
-        plot_frontier(result, plot, task.metric, task.full_score)
+        plot_frontier(result, plot, metric, task.full_score)
     return result
 
 

@@ -115,7 +115,9 @@ def evaluate_file(
     return result
 
 
-def read_examples(model: TRBert, path: Path, bad: BadRecords, fields: Fields | None = None) -> Examples:
+def read_examples(
+    model: TRBert, path: Path, bad: BadRecords, fields: Fields | None = None, may_lack_labels: bool = False
+) -> Examples:
     """Reads labeled texts, or questions in the published format of the model's data set.
 
     Malformed records go to `bad`. Raises `UserError` for a file that cannot be read, an unknown label, or a
@@ -130,7 +132,8 @@ def read_examples(model: TRBert, path: Path, bad: BadRecords, fields: Fields | N
     if model.answers_questions:
         records = find_dataset(inputs.data).read_file(path, bad)
     else:
-        records = read_labeled(path, model.config.labels, bad, fields or inputs.fields())
+        fields = fields or inputs.fields()
+        records = read_labeled(path, model.config.labels, bad, fields, may_lack_labels)
     return encode_usable(model.task, records, tokenizer, bad, str(path))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trbert_jax.errors import UserError
 from trbert_jax.inference.copies import judging_logits, run_copies
 from trbert_jax.inference.engine import InferenceEngine
 from trbert_jax.inference.evaluate import summarize
@@ -37,6 +38,7 @@ Array = npt.NDArray[Any]
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)  # dense FLOPs over reduced ones; one pass for all
 # Of the tokens, to keep at the first of two points; one pass for all.
 _SHARES = (0.9, 0.7, 0.5, 0.4, 0.3, 0.22, 0.16, 0.11)
+AGREEMENT = "agreement"  # metric of examples without known answers
 _LARGEST = 30.0  # largest logit whose probability is below 1 in double precision, by a margin
 
 
@@ -48,7 +50,7 @@ class Point:
     thresholds: tuple[float, ...]  # keep probability of each point of reduction
     speedup: float  # dense FLOPs over reduced ones
     kept: tuple[float, ...]  # mean tokens of a row after each point of reduction
-    value: float  # the task's metric
+    value: float  # the task's metric, or without answers `AGREEMENT`
     divergence: float | None  # mean KL divergence from the dense model, in nats; None for several outputs
     flips: float | None  # share of answers that differ from the dense model's
 
@@ -76,7 +78,8 @@ def find_frontier(
     points = []
     outputs = run_copies(engine, params, examples, "min_logit", values, RULES[DEFAULT_RULE], backend)
     for (target, logits), output in zip(tried, outputs, strict=True):
-        summary = summarize(output, engine.model.config, task.score(examples, output.logits).metrics)
+        metrics = metrics_of(task, examples, dense, output)
+        summary = summarize(output, engine.model.config, metrics)
         divergence, flips = compare(dense, output)
         points.append(
             Point(
@@ -84,7 +87,7 @@ def find_frontier(
                 thresholds=tuple(1 / (1 + np.exp(-x)) for x in logits),
                 speedup=summary["flops_speedup"],
                 kept=tuple(summary["kept"]),
-                value=summary[task.metric],
+                value=summary[task.metric if task.metric in summary else AGREEMENT],
                 divergence=divergence,
                 flips=flips,
             )
@@ -184,6 +187,20 @@ def compare(dense: Outputs, outputs: Outputs) -> tuple[float | None, float | Non
     return float((np.exp(left) * (left - right)).sum(-1).mean()), float(differ.mean())
 
 
+def metrics_of(task: Task, examples: Examples, dense: Outputs, outputs: Outputs) -> dict[str, Any]:
+    """Scores a run; without known answers its `AGREEMENT`, the share of answers that are the dense model's.
+
+    Raises `UserError` for examples of several outputs without known answers.
+    """
+    metrics = dict(task.score(examples, outputs.logits).metrics)
+    if task.metric not in metrics:
+        flips = compare(dense, outputs)[1]
+        if flips is None:
+            raise UserError("calibration needs development data with answers; it has none")
+        metrics[AGREEMENT] = task.full_score * (1 - flips)
+    return metrics
+
+
 def evaluate_points(
     engine: InferenceEngine,
     params: Params,
@@ -217,12 +234,12 @@ def evaluate_points(
     results = []
     for point, output in zip(points, outputs, strict=True):
         divergence, flips = compare(dense, output)
-        metrics = task.score(examples, output.logits).metrics
+        metrics = metrics_of(task, examples, dense, output)
         result = summarize(output, engine.model.config, metrics)
         result |= {"target": point.target, "threshold": [*point.thresholds]}
         result |= {"divergence": divergence, "flips": flips}
         for name, runs in others.items() if point.thresholds in thresholds else ():
-            result[name] = dict(task.score(examples, next(runs).logits).metrics)
+            result[name] = metrics_of(task, examples, dense, next(runs))
         del result["examples_per_second"]
         results.append(result)
     return results
@@ -231,6 +248,7 @@ def evaluate_points(
 def operating_points(
     points: Sequence[Point],
     task: Task,
+    metric: str,
     dense: float,
     num_examples: int,
     speedups: Sequence[float],
@@ -238,7 +256,7 @@ def operating_points(
 ) -> tuple[OperatingPoint, ...]:
     """Names the best points of speeds, and the fastest that lose at most some percentage points.
 
-    `dense` is the dense model's metric. Losses are read off a curve that only falls with the speed
+    `dense` is the dense model's `metric`. Losses are read off a curve that only falls with the speed
     (`falling`): a single lucky point decides nothing. Warns of speeds and losses that no point reaches.
     """
     chosen, named = best(points), dict[str, Point]()
@@ -256,7 +274,7 @@ def operating_points(
             named[f"within_{lost:g}"] = within[-1]
         else:
             logger.warning("operating point within_%g: left out, all points lose more", lost)
-    numbers: dict[str, Any] = {"metric": task.metric, "dense": dense, "examples": num_examples}
+    numbers: dict[str, Any] = {"metric": metric, "dense": dense, "examples": num_examples}
     shared = ("thresholds", "speedup", "kept", "value")
     return tuple(
         OperatingPoint(name=name, **{key: getattr(point, key) for key in shared}, **numbers)

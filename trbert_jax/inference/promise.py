@@ -20,7 +20,7 @@ from trbert_jax.errors import UserError
 from trbert_jax.inference.copies import run_copies
 from trbert_jax.inference.engine import InferenceEngine
 from trbert_jax.inference.evaluate import summarize
-from trbert_jax.inference.frontier import Point
+from trbert_jax.inference.frontier import AGREEMENT, Point, metrics_of
 from trbert_jax.inference.outputs import Outputs
 from trbert_jax.model.model import Params
 from trbert_jax.model.operating_points import OperatingPoint, Promise
@@ -69,10 +69,12 @@ def promised_point(
     """
     limits = np.array([[min_logit(x) for x in point.thresholds] for point in points], np.float32)
     rule, level = RULES[DEFAULT_RULE], 1 - wanted.confidence
+    if wanted.kind == "drop" and not (examples.labels >= 0).all():
+        raise UserError("a promise on accuracy needs texts that all have labels; promise --max-disagreement")
     outputs = [*run_copies(engine, params, examples, "min_logit", limits, rule, DEFAULT_BACKEND)]
     p_values, shares = [], []
     for output in outputs:
-        changes = _changes(task, examples, dense, output, wanted.kind)
+        changes = changed(task, examples, dense, output, wanted.kind)
         shares.append(float(changes.mean()))
         if wanted.kind == "disagreement":
             p_values.append(disagreement_p_value(changes > 0, wanted.most))
@@ -80,25 +82,26 @@ def promised_point(
             p_values.append(drop_p_value(changes, wanted.most, level))
     if (kept := last_kept(p_values, level)) is None:
         raise UserError(_unkept(wanted, points[0], shares[0], len(examples)))
-    metrics = [task.score(examples, x.logits).metrics for x in (outputs[kept], dense)]
+    metrics = [metrics_of(task, examples, dense, x) for x in (outputs[kept], dense)]
+    metric = task.metric if task.metric in metrics[0] else AGREEMENT
     numbers = summarize(outputs[kept], engine.model.config, metrics[0])
     return OperatingPoint(
         name=wanted.name,
         thresholds=points[kept].thresholds,
         speedup=numbers["flops_speedup"],
         kept=tuple(numbers["kept"]),
-        metric=task.metric,
-        value=metrics[0][task.metric],
-        dense=metrics[1][task.metric],
+        metric=metric,
+        value=metrics[0][metric],
+        dense=metrics[1][metric],
         examples=len(examples),
         promise=Promise(found=shares[kept], **dataclasses.asdict(wanted)),
     )
 
 
-def _changes(
+def changed(
     task: Task, examples: Examples, dense: Outputs, reduced: Outputs, kind: str
 ) -> npt.NDArray[np.integer]:
-    """Returns int [n]: 1 for another answer, or in a drop for a lost one and -1 for one that is gained."""
+    """Returns int [n] of two runs: 1 for another answer; in a drop 1 for a lost one, -1 for one gained."""
     if kind == "drop":
         right = [x.logits.argmax(-1) == examples.labels for x in (dense, reduced)]
         return right[0].astype(int) - right[1]
