@@ -222,7 +222,9 @@ def _prepare_exported(
     reduces, given = RULES[variant.rule].drops, workload.actions is not None
     with tempfile.TemporaryDirectory() as folder:
         path, chosen = Path(folder) / FILE, (0.5,) * points if reduces else None
-        build(path, config, params, chosen, quantize=variant.quantize, given=given and reduces)
+        # A single text has no padding, and the fastest dense graph nothing to spare it.
+        options: Any = {"given": given and reduces, "padded": not reduces and batch_size == 1}
+        build(path, config, params, chosen, quantize=variant.quantize, **options)
         graph = Graph(path.read_bytes(), variant.backend, variant.dtype)
     least = -np.inf if given else np.array(workload.min_logit)
     inputs, logits, keep = list[dict[str, np.ndarray]](), list[np.ndarray](), list[np.ndarray]()

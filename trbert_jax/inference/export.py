@@ -201,6 +201,7 @@ def build(
     dtype: str = "float32",
     quantize: bool = False,
     given: bool = False,
+    padded: bool = False,
 ) -> None:
     """Writes the graph of a model to a file, see `export_model` and `onnx_model`."""
     try:
@@ -209,7 +210,7 @@ def build(
         from trbert_jax.model.onnx_graph import onnx_model, selector_products
     except ImportError as error:
         raise UserError("exporting needs more packages: pip install 'trbert-jax[onnxruntime]'") from error
-    model = onnx_model(config, jax.tree.map(np.asarray, params), thresholds, dtype, given)
+    model = onnx_model(config, jax.tree.map(np.asarray, params), thresholds, dtype, given, padded)
     if quantize:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
