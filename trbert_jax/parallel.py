@@ -173,7 +173,11 @@ class DeviceMesh:
             values = np.asarray(x)
             return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-        return jax.device_put(tree) if self.is_single else jax.tree.map(one, tree)
+        if not self.is_single:
+            return jax.tree.map(one, tree)
+        # Looking at each array costs a small request more than anything else outside the model.
+        placed = all(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
+        return tree if placed else jax.device_put(tree)
 
     def fetch(self, tree: Tree) -> Tree:
         """Returns NumPy copies of whole arrays, equal in every process."""

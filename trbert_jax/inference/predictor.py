@@ -333,6 +333,9 @@ class TRBert:
         self, texts: Iterable[TextOrPair], size: int
     ) -> Iterator[tuple[list[TextOrPair], Examples, list[bool]]]:
         """Encodes `size` texts at a time, the next ones while these are in use."""
+        if isinstance(texts, list | tuple) and 0 < len(texts) <= size:
+            yield self._encode([*texts], 0)  # without a thread, which would take as long
+            return
         source, first, pending = iter(texts), 0, None
         with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without Python's lock
             for window in windows(source, size):
