@@ -171,3 +171,17 @@ def test_promise(tmp_path: Path) -> None:
     for row in result["promises"]:
         assert row["broken"] <= row["promised"] == sum(row["points"]) <= row["splits"] == 20
         assert len(row["truth"]) == len(result["points"])
+
+
+def test_precision(tmp_path: Path) -> None:
+    model = tiny_models.tiny_model(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in tiny_runs.records(30, seed=1)))
+    options = ["--model", str(model), "--data", str(data), "--threshold", "0.4,0.6"]
+    forms = run("precision", *options, target=tmp_path / "r.json")["forms"]
+    assert len(forms) == 10
+    for rule in ("threshold", "dense"):
+        for name in ("onnxruntime", "openvino"):
+            assert forms[f"{name}, {rule}"]["largest_difference"] < 1e-5
+            assert forms[f"{name}, {rule}"]["accuracy"] == forms[f"jax, {rule}"]["accuracy"]
+        assert forms[f"onnxruntime_int8, {rule}"]["largest_difference"] > 1e-5
