@@ -84,12 +84,12 @@ class Batcher:
         `tokens` are their sizes. Inputs of a caller that is cancelled are not run. Raises `FullError` if too
         many wait, and what running them raises.
         """
+        if not inputs:
+            return []
         if len(self._waiting) + len(inputs) > self.max_waiting:
             raise FullError(self._retry_after())
         done = asyncio.get_running_loop().create_future()
         request = _Request([None] * len(inputs), len(inputs), done)
-        if not inputs:
-            return []
         for place, (value, count) in enumerate(zip(inputs, tokens, strict=True)):
             self._waiting.append(_Input(value, count, options, request, place))
         self._arrived.set()

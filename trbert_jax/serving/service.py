@@ -45,10 +45,9 @@ class Limits:
     timeout: float = 30.0  # seconds to receive a request (408), and to answer it (504)
 
 
-# Requests and metrics -------------------------------------------------------------------------------------
+# Requests and metrics ------------------------------------------------------------------------------
 
 Question = dict[str, Any]
-TextOrTexts = str | list[str]
 
 
 class PredictRequest(BaseModel):
@@ -57,7 +56,7 @@ class PredictRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     inputs: Annotated[
-        TextOrTexts | list[list[str]] | Question | list[Question],
+        str | list[str] | list[list[str]] | Question | list[Question],
         Field(
             description="A text, a list of texts, or a list of lists of one text or a pair; of a model that "
             "reads pairs, a list of two strings is one pair. Or a question, or a list of questions.",
