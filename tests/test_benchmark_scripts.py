@@ -166,7 +166,7 @@ def test_promise(tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(record) + "\n" for record in tiny_runs.records(40, seed=1)))
     folders = ["--model", str(model), "--dense", str(model), "--dev", str(data), "--data", str(data)]
     options = ["--speedups", "1.2,1.5", "--splits", "20", "--confidence", "0.9"]
-    result = run("promise", *folders, *options, target=tmp_path / "r.json")
+    result = run("promises", *folders, *options, target=tmp_path / "r.json")
     assert result["texts"] == 40
     for row in result["promises"]:
         assert row["broken"] <= row["promised"] == sum(row["points"]) <= row["splits"] == 20

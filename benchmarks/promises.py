@@ -1,7 +1,7 @@
 """Checks how often the promise of `trbert calibrate` is broken.
 
-    python benchmarks/promise.py --model runs/imdb/model --dense runs/imdb/finetune/model \
-        --dev dev.jsonl --data test.jsonl --max-texts 5000 --json benchmarks/promise.json
+    python benchmarks/promises.py --model runs/imdb/model --dense runs/imdb/finetune/model \
+        --dev dev.jsonl --data test.jsonl --max-texts 5000 --json benchmarks/promises.json
 
 Thresholds of several speeds are found on the dev texts. Then the texts of `--data` are divided at random many
 times: one part tests the thresholds, as `trbert calibrate` does, and the promise is broken if the share over
@@ -110,7 +110,7 @@ def main() -> None:
         for most in bounds
         for size in (count // 5, count // 2)
     ]
-    command = shlex.join(["python", "benchmarks/promise.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/promises.py", *sys.argv[1:]])
     about = {"command": command, "texts": count, "confidence": args.confidence, "points": points}
     write_json(args.json, {**about, "promises": rows})
     for row in rows:
