@@ -27,7 +27,7 @@ from trbert_jax.cli.arguments import (
 from trbert_jax.errors import UserError
 from trbert_jax.io import streams
 from trbert_jax.io.outputs import contents
-from trbert_jax.model.engines import RULES_OF_GRAPHS, STORED
+from trbert_jax.model.engines import FORMATS, PLATFORMS, RULES_OF_GRAPHS, STORED
 
 
 @command(
@@ -66,13 +66,13 @@ def _convert(args: Arguments) -> None:
     "export",
     MODEL,
     path_option("folders", "--output", "DIR", "folder to write", required=True),
-    option("--format", None, str, "onnx (default), or stablehlo for JAX", choices=("onnx", "stablehlo")),
+    option("--format", None, str, "onnx (default), or stablehlo for JAX", choices=tuple(FORMATS)),
     option("--rule", None, str, "dense: a graph that drops no tokens", choices=RULES_OF_GRAPHS),
     THRESHOLD,
     OPERATING_POINT,
     switch("--quantize", "int8 weights and products; the selectors stay float32"),
     option("--dtype", None, str, "of the stored weights (default float32)", choices=STORED),
-    option("--platform", None, str, "that runs StableHLO (default cpu)", choices=("cpu", "cuda", "tpu")),
+    option("--platform", None, str, "that runs StableHLO (default cpu)", choices=tuple(PLATFORMS)),
     MAX_LENGTH,
 )
 def _export(args: Arguments) -> None:

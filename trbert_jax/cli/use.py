@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trbert_jax import io
 from trbert_jax.cli.arguments import (
@@ -50,9 +50,6 @@ from trbert_jax.io import streams
 from trbert_jax.io.outputs import atomic_file
 from trbert_jax.model.engines import ENGINES
 from trbert_jax.reduction.rules import DEFAULT_THRESHOLD, RULES, rule_names
-
-if TYPE_CHECKING:
-    pass
 
 
 @command(
@@ -294,9 +291,9 @@ def _predict(args: Arguments) -> None:
     *ENGINE,
     THRESHOLD,
     OPERATING_POINT,
-    option("--batch-tokens", "N", COUNT, "tokens of a batch at most (default 8192)", default=8192),
-    option("--max-waiting", "N", COUNT, "texts that wait at most; more get 429 (default 512)", default=512),
-    option("--timeout", "SECONDS", SECONDS, "to receive, and to answer a request (default 30)", default=30.0),
+    option("--batch-tokens", "N", COUNT, "tokens of a batch at most (default 8192)"),
+    option("--max-waiting", "N", COUNT, "texts that wait at most; more get 429 (default 512)"),
+    option("--timeout", "SECONDS", SECONDS, "to receive, and to answer a request (default 30)"),
 )
 def _serve(args: Arguments) -> None:
     """Serve a model over HTTP.
@@ -318,7 +315,8 @@ def _serve(args: Arguments) -> None:
     from trbert_jax.inference.predictor import TRBert
 
     model = TRBert.from_pretrained(args.model, **chosen(args, "max_length dtype backend"))
-    limits = Limits(batch_tokens=args.batch_tokens, waiting=args.max_waiting, timeout=args.timeout)
+    given = {"batch_tokens": args.batch_tokens, "waiting": args.max_waiting, "timeout": args.timeout}
+    limits = Limits(**{name: value for name, value in given.items() if value})
     options = chosen(args, "host port rule backend threshold operating_point")
     serve(model, args.name, limits=limits, **options)
 

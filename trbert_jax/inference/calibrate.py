@@ -45,7 +45,7 @@ def calibrate(
     are those of speeds alone, and their metric is `frontier.AGREEMENT`.
     """
     metrics = frontier.metrics_of(task, examples, dense, dense)
-    metric = task.metric if task.metric in metrics else frontier.AGREEMENT
+    metric = frontier.metric_name(task, metrics)
     if metric != task.metric:
         logger.info("no known answers: measures agreement with the dense model, and no points lost")
         points_lost = ()
@@ -118,7 +118,7 @@ def calibrate_file(
         tested = (held_out, task, on_others, frontier.best(points), wanted)
         named = (*named, promised_point(engine, model.params, *tested))
     metrics = frontier.metrics_of(task, examples, dense, dense)
-    metric = task.metric if task.metric in metrics else frontier.AGREEMENT
+    metric = frontier.metric_name(task, metrics)
     result: dict[str, Any] = {"metric": metric, "dense": summarize(dense, reference.config, metrics)}
     arguments = (engine, model.params, examples, task, frontier.best(points), dense)
     rows = frontier.evaluate_points(*arguments, rule_names("baseline"), named=named)

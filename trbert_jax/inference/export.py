@@ -18,17 +18,16 @@ from trbert_jax.errors import UserError, first_lines
 from trbert_jax.io import find_path, write_json
 from trbert_jax.io.outputs import atomic_directory, contents
 from trbert_jax.model.config import ModelConfig, model_config_from_dict, model_config_to_dict
-from trbert_jax.model.engines import FILE, RULES_OF_GRAPHS, STORED, Graph
+from trbert_jax.model.engines import FILE, FORMATS, PLATFORMS, RULES_OF_GRAPHS, STORED, Graph
 from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.pretrained import Pretrained, load_pretrained, read_config
-from trbert_jax.model.stablehlo import INDEX, PLATFORMS, SUFFIX, write_programs
+from trbert_jax.model.stablehlo import INDEX, SUFFIX, write_programs
 from trbert_jax.model.tokenizers import Tokenizer, find_tokenizer, save_tokenizer
 from trbert_jax.model.weight_files import SAFETENSORS, SMALL_FILES, write_weights
 from trbert_jax.model.weights import to_original_names
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, Threshold, point_thresholds
 
 CARD = "README.md"
-FORMATS = ("onnx", "stablehlo")  # the first is the default
 
 
 def export_model(
@@ -36,7 +35,7 @@ def export_model(
     output: str | Path,
     *,
     source: str = "this model",
-    format: str = FORMATS[0],
+    format: str = "onnx",
     rule: str = DEFAULT_RULE,
     threshold: Threshold = DEFAULT_THRESHOLD,
     operating_point: str | None = None,
@@ -54,7 +53,7 @@ def export_model(
       threshold, operating_point: the default of the graph's input `threshold`.
       quantize: of onnx, int8 weights, and int8 products of activations with them; selectors stay float32.
       dtype: of onnx, of the stored weights, see `onnx_model`.
-      platform: of stablehlo, the one that runs the programs, of `stablehlo.PLATFORMS`.
+      platform: of stablehlo, the one that runs the programs, of `engines.PLATFORMS`.
 
     Raises `UserError` for a model whose selectors are not trained, a rule or an option that is not exported,
     a folder that cannot be written, or packages that are not installed.
@@ -153,13 +152,12 @@ _TYPES = 'inputs["token_type_ids"] = [x.type_ids for x in texts]\n'
 _THRESHOLD = 'inputs["threshold"] = np.array(about["threshold"], np.float32)\n'
 
 
-def card(config: ModelConfig, thresholds: Sequence[float] | None, format: str = FORMATS[0]) -> str:
+def card(config: ModelConfig, thresholds: Sequence[float] | None, format: str = "onnx") -> str:
     """Returns README.md: what the model is, and how to run it."""
     kind = f"{config.model_type}, {config.num_layers} layers of width {config.hidden_size}, for {config.task}"
-    library = {"onnx": "onnx", "stablehlo": "jax"}[format]
     lines = [
         "---",
-        f"library_name: {library}",
+        f"library_name: {FORMATS[format]}",
         "tags: [trbert_jax, token-reduction]",
         "---",
         "",

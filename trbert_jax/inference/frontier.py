@@ -11,7 +11,7 @@ Source: docs/method.md, "Frontier and operating points".
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ def find_frontier(
                 thresholds=tuple(1 / (1 + np.exp(-x)) for x in logits),
                 speedup=summary["flops_speedup"],
                 kept=tuple(summary["kept"]),
-                value=summary[task.metric if task.metric in summary else AGREEMENT],
+                value=summary[metric_name(task, metrics)],
                 divergence=divergence,
                 flips=flips,
             )
@@ -199,6 +199,11 @@ def metrics_of(task: Task, examples: Examples, dense: Outputs, outputs: Outputs)
             raise UserError("calibration needs development data with answers; it has none")
         metrics[AGREEMENT] = task.full_score * (1 - flips)
     return metrics
+
+
+def metric_name(task: Task, metrics: Mapping[str, Any]) -> str:
+    """Returns the metric that a result of `metrics_of` has."""
+    return task.metric if task.metric in metrics else AGREEMENT
 
 
 def evaluate_points(

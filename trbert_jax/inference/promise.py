@@ -20,7 +20,7 @@ from trbert_jax.errors import UserError
 from trbert_jax.inference.copies import run_copies
 from trbert_jax.inference.engine import InferenceEngine
 from trbert_jax.inference.evaluate import summarize
-from trbert_jax.inference.frontier import AGREEMENT, Point, metrics_of
+from trbert_jax.inference.frontier import Point, metric_name, metrics_of
 from trbert_jax.inference.outputs import Outputs
 from trbert_jax.model.model import Params
 from trbert_jax.model.operating_points import OperatingPoint, Promise
@@ -83,7 +83,7 @@ def promised_point(
     if (kept := last_kept(p_values, level)) is None:
         raise UserError(_unkept(wanted, points[0], shares[0], len(examples)))
     metrics = [metrics_of(task, examples, dense, x) for x in (outputs[kept], dense)]
-    metric = task.metric if task.metric in metrics[0] else AGREEMENT
+    metric = metric_name(task, metrics[0])
     numbers = summarize(outputs[kept], engine.model.config, metrics[0])
     return OperatingPoint(
         name=wanted.name,

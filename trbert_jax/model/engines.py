@@ -14,6 +14,8 @@ from trbert_jax.errors import UserError
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 FILE = "model.onnx"  # of an exported folder
+FORMATS = {"onnx": "onnx", "stablehlo": "jax"}  # of exported files, the default first -> what loads them
+PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}  # of StableHLO -> JAX's name of the backend
 RULES_OF_GRAPHS = ("threshold", "dense")  # those that are exported
 STORED = ("float32", "float16", "bfloat16")  # types of the weights in an exported file
 Run = Callable[[Arrays], dict[str, npt.NDArray[Any]]]  # inputs by name -> outputs by name

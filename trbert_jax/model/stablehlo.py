@@ -17,6 +17,7 @@ from jax import export
 from trbert_jax.errors import UserError
 from trbert_jax.io import write_json
 from trbert_jax.model.config import ModelConfig
+from trbert_jax.model.engines import PLATFORMS
 from trbert_jax.model.model import TokenReducingModel
 from trbert_jax.model.packed import packed_forward
 from trbert_jax.model.tiles import Tiling
@@ -27,7 +28,6 @@ INDEX = "stablehlo.json"
 SUFFIX = ".stablehlo"  # of a program
 ROWS = (1, 4, 32)  # of the programs
 DAYS = 180  # for which JAX promises to read what it has exported
-PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}  # of jax.export -> name of the backend
 
 
 def write_programs(
