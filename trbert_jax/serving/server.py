@@ -35,6 +35,7 @@ from trbert_jax.serving.service import Limits, Metrics, make_app
 logger = logging.getLogger("trbert_jax.serving")
 
 IDLE = 65  # seconds after which a connection without a request is closed; load balancers keep them for 60
+_DISCARDED = 16  # times the largest body, read and dropped of one that is too large
 MOST_FILES = 65536  # connections
 
 
@@ -136,15 +137,12 @@ class _Guard:
         too_large = _error(
             413, "request", f"the body is larger than {limits.body} bytes", {"Connection": "close"}
         )
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > limits.body:
-            return too_large
         if self._receiving >= 2 * limits.waiting:
             return _error(429, "overloaded", "too many requests at once", {"Retry-After": "1"})
         self._receiving += 1
+        parts, size = list[bytes](), 0
         try:
             async with asyncio.timeout(limits.timeout):
-                parts, size = list[bytes](), 0
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -152,10 +150,12 @@ class _Guard:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > limits.body:
-                        return too_large
-                    if not message.get("more_body"):
-                        return b"".join(parts)
+                        parts.clear()  # and reads on: a client that still sends sees no answer
+                    if size > _DISCARDED * limits.body or not message.get("more_body"):
+                        return too_large if size > limits.body else b"".join(parts)
         except TimeoutError:
+            if size > limits.body:
+                return too_large
             closed = {"Connection": "close"}
             return _error(408, "request", f"the body took longer than {limits.timeout:g} s", closed)
         finally:
