@@ -17,7 +17,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,9 @@ from trbert_jax.tasks import Task, saved_task
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples, Ragged
 from trbert_jax.tasks.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from trbert_jax.pages import Page
 
 TextOrPair = str | Sequence[str]  # a text, or a text and a second text
 MOST = 2**24  # largest batch size
@@ -173,6 +176,12 @@ class TRBert:
         params = jax.device_get(self.params)
         model = Pretrained(self.config, params, self._own_tokenizer, self.newly_initialized)
         return export_model(model, directory, source=self.source, **options)
+
+    def show(self, inputs: Iterable[Any], **options: Any) -> "Page":
+        """Draws a page of the tokens that the model keeps; options and errors: see `inference.show.show`."""
+        from trbert_jax.inference.show import show
+
+        return show(self, inputs, **options)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
