@@ -148,9 +148,9 @@ def test_sizes() -> None:
     entries = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     assert len(entries) <= 16
     assert len(FLOORS) <= 8
-    assert len(list(PACKAGE.rglob("*.py"))) <= 119
-    assert lines(PACKAGE) <= 23_520
-    assert lines(ROOT / "tests") <= 16_510
+    assert len(list(PACKAGE.rglob("*.py"))) <= 120
+    assert lines(PACKAGE) <= 23_700
+    assert lines(ROOT / "tests") <= 16_620
 
 
 @pytest.mark.parametrize("module", MODULES)

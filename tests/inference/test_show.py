@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 import tiny_models
 import tiny_runs
 from test_questions import SPAN, longer, model_config
+from tiny_browser import SCREENS, accessible_tab, browser, opened, violations
 from tiny_qa import qa_tokenizer
 
 from trbert_jax import TRBert, answer_questions
@@ -22,10 +21,11 @@ from trbert_jax.cli import main
 from trbert_jax.errors import UserError
 from trbert_jax.model.operating_points import OperatingPoint
 from trbert_jax.model.pretrained import save_pretrained
-from trbert_jax.pages import Page
 
 TEXTS = ["the plot was dull and the film was not good .", "a very   bright film !", "goods"]
 ATTACK = '</script><script>document.title = "broken"</script> the film <img src=x onerror="alert(1)"> & good'
+__all__ = ["browser"]  # a fixture
+
 POINT = OperatingPoint(
     name="2x",
     thresholds=(0.3, 0.6),
@@ -176,28 +176,6 @@ def test_a_page_needs_no_network(model: TRBert) -> None:
 # In a browser ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api, path = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
-    if path is None:
-        pytest.skip("no chromium on the path")
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu"]
-        started = playwright.chromium.launch(executable_path=path, args=arguments)
-        yield started
-        started.close()
-
-
-def opened(browser: Any, page: Page, path: Path, errors: list[str], **options: Any) -> Any:
-    page.save(path)
-    tab = browser.new_context(**options).new_page()
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on("console", lambda message: errors.append(message.text))
-    tab.on("request", lambda request: errors.append(request.url) if "file:" not in request.url else None)
-    tab.goto(path.as_uri())
-    return tab
-
-
 @pytest.mark.browser
 def test_slider_tabs_keys_and_escaping(browser: Any, model: TRBert, tmp_path: Path) -> None:
     page, errors = model.show([ATTACK, *TEXTS], repeats=1), list[str]()
@@ -247,17 +225,10 @@ def test_slider_tabs_keys_and_escaping(browser: Any, model: TRBert, tmp_path: Pa
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_everyone_can_read_it(browser: Any, model: TRBert, tmp_path: Path, scheme: Any, width: int) -> None:
-    axe, errors = pytest.importorskip("axe_playwright_python.sync_playwright"), list[str]()
-    size = {"width": width, "height": 800}
+@SCREENS
+def test_everyone_can_read_it(browser: Any, model: TRBert, tmp_path: Path, scheme: str, width: int) -> None:
     page = model.show([*TEXTS, ATTACK], repeats=1)
-    options = {"color_scheme": scheme, "viewport": size, "bypass_csp": True}  # for axe's own script
-    tab = opened(browser, page, tmp_path / "page.html", errors, **options)
+    tab = accessible_tab(browser, page, tmp_path / "page.html", scheme, width)
     for name in ("text", "corpus", "errors"):
         tab.click(f"#tab-{name}")
-        assert tab.evaluate("document.documentElement.scrollWidth") == width
-        violations = axe.Axe().run(tab).response["violations"]
-        assert [(x["id"], x["nodes"][0]["html"]) for x in violations] == []
-    assert errors == []
+        assert violations(tab) == []

@@ -22,7 +22,7 @@ def make(texts: list[str] = TEXTS) -> list[Example]:
     return [Example(f"t.jsonl:{i + 1}", text, i % 2) for i, text in enumerate(texts)]
 
 
-def test_rows_labels_and_cut_texts(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_labels_and_cut_texts() -> None:
     examples = encode_texts(make(), tiny_tokenizer(), 8)
     rows = [" ".join(VOCABULARY[t] for t in examples.row(i)) for i in (0, 2)]
     assert rows == ["[CLS] the film was good [SEP]", "[CLS] the plot was bad and dull [SEP]"]
@@ -30,7 +30,6 @@ def test_rows_labels_and_cut_texts(caplog: pytest.LogCaptureFixture) -> None:
         assert encode_texts(make(), tiny_tokenizer(), max_length).num_truncated == cut
     assert examples.labels.tolist() == [0, 1, 0, 1]
     assert (examples.ids[2], examples.token_types, examples.num_truncated) == ("t.jsonl:3", None, 1)
-    assert "1 of 4 texts" in caplog.text
 
 
 def test_truncation_and_padding_stored_with_a_tokenizer_are_ignored() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -194,9 +195,24 @@ def test_curves_table_and_compilation(finished: Finished) -> None:
     assert finished.traces == dict.fromkeys(TRAINED, 1)
     for name in ("curves.png", "confusion.png"):
         assert (finished.work / name).read_bytes().startswith(b"\x89PNG")
+    page = (finished.work / "report.html").read_text(encoding="utf-8")
+    assert [
+        word
+        for word in ("random tokens", "data:image/png", "joint", "learning_rate", "jaxlib")
+        if word not in page
+    ] == []
+    assert page.count('class="example"') == 5
+    marked = "".join(re.findall('<span class="k">(.*?)</span>', page.split('class="example"')[1]))
+    (first,) = finished.model("joint").predict(texts(finished, "test")[:1])
+    assert marked == "".join(
+        first.tokens[i] for i in first.kept[-1] if first.tokens[i] not in ("[CLS]", "[SEP]")
+    )
     words = ["dense", "after policy", "reduced", "random tokens", "first_k tokens", "seconds a stage"]
     words += ["reduced: macro F1", "precision", "predicted"]
-    for word in [*words, *map(str, (finished.work / name for name in ("results.json", "model")))]:
+    for word in [
+        *words,
+        *map(str, (finished.work / name for name in ("results.json", "report.html", "model"))),
+    ]:
         assert word in finished.out
     assert [path for path in finished.work.rglob("*") if ".partial-" in path.name] == []
 

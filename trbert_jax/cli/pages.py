@@ -1,4 +1,4 @@
-"""Commands that draw pages: `show`."""
+"""Commands that draw pages: `show`, `report`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,28 @@ def _show(args: Arguments) -> None:
         page = show.show(model, inputs, **options)
     page.save(args.output)
     streams.show(f"{args.output}: {len(page.html.encode()) / 1e6:.2f} MB; open it in a browser")
+
+
+@command(
+    "report",
+    path_option("inputs", "--workdir", "DIR", "work directory of a run", required=True),
+    path_option("outputs", "--output", "FILE", "page to write (default DIR/report.html)"),
+)
+def _report(args: Arguments) -> None:
+    """Draw the page of a training run.
+
+    One self-contained page of HTML: the models and what they were compared with, operating points, frontier,
+    training curves, confusion matrix, stages with their times, settings and environment. `trbert train`
+    writes it at the end of a run.
+
+    Example:
+      trbert report --workdir runs/quickstart
+    """
+    from trbert_jax.training.report import REPORT, report
+
+    output = args.output or args.workdir / REPORT
+    report(args.workdir).save(output)
+    streams.show(f"{output}: open it in a browser")
 
 
 def _question(text: str) -> Any:

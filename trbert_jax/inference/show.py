@@ -46,6 +46,7 @@ from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.spans import SpanTask
 from trbert_jax.tasks.text_encoder import TextEncoder
+from trbert_jax.tasks.windows import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ def terminal_lines(
         share = f"{kept} of {tokens} tokens kept to the end"
         yield f"{answer['answer'] or 'no answer'}  {answer['score']:.1%}  {share}"
         for row in rows.tolist():
-            texts, at, _ = _characters(model, examples, row)
+            texts, at, _ = characters(model._encoder, examples, row)
             passed = np.bincount(np.concatenate([stage[row] for stage in outputs.kept]), minlength=len(at))
             for segment, text in enumerate(texts):
                 places = [(a, b, n) for (k, a, b), n in zip(at, passed, strict=True) if k == segment]
@@ -387,12 +388,11 @@ def _row(
 ) -> dict[str, Any]:
     """Returns the tokens of a row, its characters, and where each token left at each setting.
 
-    `texts` are its segments, the last of which begins at the character `begin` of its source. `at` holds of
-    each token segment, start and end (-1: a special token), `p` the keep probabilities in percent at the
-    first point. Of each setting `left` has a digit a token, the number of points that it passed, and `p` the
+    `texts`, `at` and `begin` are those of `characters`, `p` the keep probabilities in percent at the first
+    point. Of each setting `left` has a digit a token, the number of points that it passed, and `p` the
     probabilities at the other points, null for a token that left.
     """
-    texts, at, begin = _characters(model, examples, row)
+    texts, at, begin = characters(model._encoder, examples, row)
     length = int(examples.row_lengths[row])
     settings = []
     for k in order:
@@ -410,36 +410,34 @@ def _percent(p: float) -> int | None:
     return None if np.isnan(p) else round(100 * float(p))
 
 
-def _characters(model: TRBert, examples: Examples, row: int) -> tuple[list[str], list[list[int]], int]:
-    """Returns `texts`, `at` and `begin` of `_row`."""
-    encoder, special = model._encoder, [-1, 0, 0]
-    ids = examples.row(row)
-    if not model.answers_questions:
-        record = examples.records[row]
+def characters(encoder: TextEncoder, examples: Examples, row: int) -> tuple[list[str], list[list[int]], int]:
+    """Returns the texts that a row was made of, the characters of its tokens, and where the last text begins.
+
+    The texts are those of the record, or question and part of a context. The characters of a token are
+    [number of the text, start, end], of a special one [-1, 0, 0].
+    """
+    special = [-1, 0, 0]
+    if not isinstance(examples.layout, Windows):
+        record, first, last = examples.records[row], *examples.offsets[row : row + 2]
         texts = [record.text] if record.pair is None else [record.text, record.pair]
-        types = (
-            np.zeros(len(ids), np.int8)
-            if examples.token_types is None
-            else examples.token_types[examples.offsets[row] : examples.offsets[row + 1]]
-        )
+        types = np.zeros(last - first, np.int8)
+        if examples.token_types is not None:
+            types = examples.token_types[first:last]
         counts = [int((types == k).sum()) - (2 if k == 0 else 1) for k in range(len(texts))]
-        chars = [*encoder.encode(texts, chars=True, max_tokens=model.config.max_length).chars]
         at = [special]
-        for k, count in enumerate(counts):
-            at += [[k, int(a), int(b)] for a, b in chars[k][:count]] + [special]
+        for k, pieces in enumerate(encoder.encode(texts, chars=True, max_tokens=len(types)).chars):
+            at += [[k, int(a), int(b)] for a, b in pieces[: counts[k]]] + [special]
         return texts, at, 0
     windows = examples.layout
-    question = windows.question[row]
-    asked = examples.records[question].question
-    size, first, start = (
-        int(x[row]) for x in (windows.num_pieces, windows.first_piece, windows.context_start)
-    )
-    pieces = windows.chars[windows.context_index[question]][first : first + size]
+    number, size, piece = windows.question[row], windows.num_pieces[row], windows.first_piece[row]
+    asked = examples.records[number].question
+    pieces = windows.chars[windows.context_index[number]][piece : piece + size]
     begin, end = int(pieces[0, 0]), int(pieces[-1, 1])
-    query = encoder.encode([asked], chars=True, max_tokens=start - 2).chars[0]
+    longest = int(windows.context_start[row]) - 2
+    query = encoder.encode([asked], chars=True, max_tokens=longest).chars[0]
     at = [special, *([0, int(a), int(b)] for a, b in query), special]
     at += [[1, int(a) - begin, int(b) - begin] for a, b in pieces] + [special]
-    return [asked, windows.texts[question][begin:end]], at, begin
+    return [asked, windows.texts[number][begin:end]], at, begin
 
 
 # All inputs at one setting ---------------------------------------------------------------------------

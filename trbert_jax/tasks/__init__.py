@@ -214,6 +214,9 @@ def encode_usable(
         lost = examples.counts.describe() if examples.counts else "it is empty"
         raise UserError(f"{source}: nothing is left of the data; {lost}")
     log_counts(examples, source)
+    if examples.counts is None and examples.num_truncated:
+        cut = f"{examples.num_truncated} of {len(examples)} texts are longer than {task.max_length} tokens"
+        logger.warning("%s: %s and were cut", source, cut)
     return examples
 
 

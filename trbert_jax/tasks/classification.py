@@ -104,18 +104,13 @@ def encode_texts(
         if path is not None:
             with atomic_file(path, "wb") as stream:
                 np.savez(stream, allow_pickle=False, **arrays)
-    num_truncated = int(arrays["num_truncated"])
-    if num_truncated:
-        logger.warning(
-            "%d of %d texts are longer than %d tokens and were cut", num_truncated, len(records), max_length
-        )
     return Examples(
         tokens=arrays["tokens"],
         offsets=arrays["offsets"],
         token_types=arrays.get("token_types"),
         labels=np.array([record.label for record in records], np.int32),
         ids=[record.id for record in records],
-        num_truncated=num_truncated,
+        num_truncated=int(arrays["num_truncated"]),
         digest=digest,
         records=records,
     )

@@ -115,7 +115,7 @@ class Experiment:
                 other = "belongs to something else, such as a model, and would be overwritten"
                 raise UserError(f"{path}: {other}; choose another `workdir`")
         elif not any((self.workdir / stage).exists() for stage in STAGES):
-            for other in ("model", "results.json", "curves.png", "confusion.png"):
+            for other in ("model", "results.json", "report.html", "curves.png", "confusion.png"):
                 if (self.workdir / other).exists():
                     advice = "move it away, or choose another `workdir`"
                     raise UserError(f"{self.workdir / other}: is no run's and would be replaced; {advice}")

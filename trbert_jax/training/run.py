@@ -24,7 +24,8 @@ from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.logging import plot_metrics
 from trbert_jax.training.loop import train_stage
 from trbert_jax.training.prepared import read_provenance
-from trbert_jax.training.stages import STAGES, Stage, compared_models, configured
+from trbert_jax.training.report import REPORT, compared_rows, report
+from trbert_jax.training.stages import STAGES, Stage, configured
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def train(
         if evaluated := _with_classes(results):
             picture = experiment.workdir / "confusion.png"
             devices.on_main(functools.partial(plot_confusion, evaluated, picture))
+        devices.on_main(lambda: report(experiment.workdir).save(experiment.workdir / REPORT))
     return results
 
 
@@ -199,23 +201,14 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
     experiment = Experiment(config)
     experiment.is_settled = True
     task, workdir = experiment.data.task, experiment.workdir
-    rows = {"dense": results.get("dense")}
-    rows |= {f"after {stage.name}": results.get(stage.name) for stage in compared_models(config)}
-    rows["reduced"] = results.get("reduced")
-    rows |= {f"{name} tokens": summary for name, summary in results.get("baselines", {}).items()}
-    rows |= {f"threshold {name}": summary for name, summary in results.get("thresholds", {}).items()}
-    rows |= {f"at {row['target']:g}x": row for row in results.get("frontier", ())}
+    rows = [*compared_rows(config, results, task)]
     yield ""
-    if any(rows.values()):
+    if rows:
         yield f"{'model':<16} {task.metric:>9} {'tokens kept':>22} {'MFLOPs':>9} {'speed-up':>9}"
-    for name, summary in rows.items():
-        if summary:
-            kept = " -> ".join(f"{x:.1f}" for x in [summary["tokens"], *summary.get("kept", [])])
-            speedup = f"{summary.get('flops_speedup', 1.0):.2f}x"
-            score = summary.get(task.metric)  # no question of the split has a known answer
-            value = "-" if score is None else f"{score / task.full_score:.1%}"
-            flops = f"{summary['flops'] / 1e6:.1f}"
-            yield f"{name:<16} {value:>9} {kept:>22} {flops:>9} {speedup:>9}"
+    for row in rows:
+        kept = " -> ".join(f"{x:.1f}" for x in (row.tokens, *row.kept))
+        value = "-" if row.score is None else f"{row.score:.1%}"
+        yield f"{row.name:<16} {value:>9} {kept:>22} {row.flops / 1e6:>9.1f} {f'{row.speedup:.2f}x':>9}"
     yield ""
     evaluated = _with_classes(results)
     for name, summary in [*evaluated.items()][-1:]:
@@ -226,6 +219,8 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
     if (workdir / SETTINGS).exists():
         yield f"settings          {workdir / SETTINGS}"
     yield f"numbers           {workdir / 'results.json'}"
+    if (workdir / REPORT).exists():
+        yield f"report            {workdir / REPORT}"
     if (workdir / "curves.png").exists():
         yield f"training curves   {workdir / 'curves.png'}"
     if "frontier" in results and (workdir / FRONTIER).exists():
