@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.model import Batch
+from trbert_jax.model.operating_points import OperatingPoint
 from trbert_jax.model.pretrained import load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, wrap_tokenizer
 from trbert_jax.model.weights import from_original_names, parameters
@@ -42,6 +43,16 @@ BERT = ModelConfig(
 )
 DISTILBERT = dataclasses.replace(
     BERT, model_type="distilbert", type_vocab_size=0, num_layers=6, classifier_dropout=0.2
+)
+POINT = OperatingPoint(
+    name="2x",
+    thresholds=(0.3, 0.6),
+    speedup=2.0,
+    kept=(4.0, 2.0),
+    metric="accuracy",
+    value=0.5,
+    dense=0.5,
+    examples=9,
 )
 CONFIGS = pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=lambda c: c.model_type)
 

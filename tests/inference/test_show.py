@@ -19,28 +19,16 @@ from tiny_qa import qa_tokenizer
 from trbert_jax import TRBert, answer_questions
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
-from trbert_jax.model.operating_points import OperatingPoint
 from trbert_jax.model.pretrained import save_pretrained
 
 TEXTS = ["the plot was dull and the film was not good .", "a very   bright film !", "goods"]
 ATTACK = '</script><script>document.title = "broken"</script> the film <img src=x onerror="alert(1)"> & good'
 __all__ = ["browser"]  # a fixture
 
-POINT = OperatingPoint(
-    name="2x",
-    thresholds=(0.3, 0.6),
-    speedup=2.0,
-    kept=(4.0, 2.0),
-    metric="accuracy",
-    value=0.5,
-    dense=0.5,
-    examples=9,
-)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = dataclasses.replace(tiny_models.BERT, operating_points=(POINT,))
+    config = dataclasses.replace(tiny_models.BERT, operating_points=(tiny_models.POINT,))
     return tiny_models.tiny_model(tmp_path_factory.mktemp("show") / "reviews" / "model", config)
 
 

@@ -1,4 +1,4 @@
-"""Commands that turn a model into another form: `convert`, `export`, `verify`, `compile`."""
+"""Commands that turn a model into another form: `convert`, `export`, `push`, `verify`, `compile`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from trbert_jax.cli.arguments import (
     OPERATING_POINT,
     RULE,
     THRESHOLD,
+    WORD,
     Arguments,
     chosen,
     command,
@@ -97,6 +98,28 @@ def _export(args: Arguments) -> None:
     path = export_model(model, args.output, source=args.model, **options)
     size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
     streams.show(f"{path}: {', '.join(sorted(file.name for file in path.iterdir()))}; {size:.0f} MB")
+
+
+@command(
+    "push",
+    MODEL,
+    option("--repo", "OWNER/NAME", str, "repository of the hub, made unless it exists", required=True),
+    switch("--private", "make a private repository"),
+    option("--license", "ID", WORD, "identifier of the license, such as apache-2.0, for the card"),
+)
+def _push(args: Arguments) -> None:
+    """Upload a model to the Hugging Face hub.
+
+    Writes a card with the model's numbers, operating points and use. `hf auth login` stores the token that
+    the hub needs; $HF_ENDPOINT names another hub.
+
+    Example:
+      trbert push --model work/imdb/model --repo ann/imdb-minilm --license apache-2.0
+    """
+    from trbert_jax.inference.predictor import TRBert
+
+    model = TRBert.from_pretrained(args.model)
+    streams.show(model.push_to_hub(args.repo, **chosen(args, "private license")))
 
 
 @command(

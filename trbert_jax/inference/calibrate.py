@@ -1,5 +1,6 @@
 """Measure a model at many speeds, store thresholds for some of them, and draw accuracy against speed."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from trbert_jax.inference.predictor import TRBert
 from trbert_jax.inference.promise import Wanted, promised_point
 from trbert_jax.io.outputs import atomic_file, check_outputs
 from trbert_jax.model.operating_points import OperatingPoint, store, to_dict
+from trbert_jax.model.pretrained import write_card
 from trbert_jax.reduction.rules import rule_names
 from trbert_jax.tasks import Task, encode_usable, notes_of
 from trbert_jax.tasks.examples import Examples
@@ -127,6 +129,7 @@ def calibrate_file(
         result["data"] = notes
     if stored:
         store(Path(model_dir), named)
+        write_card(Path(model_dir), dataclasses.replace(model.config, operating_points=named))
     if plot is not None:
         plot_frontier(result, plot, metric, task.full_score)
     return result

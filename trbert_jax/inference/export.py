@@ -17,6 +17,7 @@ import numpy as np
 from trbert_jax.errors import UserError, first_lines
 from trbert_jax.io import find_path, write_json
 from trbert_jax.io.outputs import atomic_directory, contents
+from trbert_jax.model.card import CARD, model_card
 from trbert_jax.model.config import ModelConfig, model_config_from_dict, model_config_to_dict
 from trbert_jax.model.engines import FILE, FORMATS, PLATFORMS, RULES_OF_GRAPHS, STORED, Graph
 from trbert_jax.model.operating_points import find_thresholds
@@ -26,8 +27,6 @@ from trbert_jax.model.tokenizers import Tokenizer, find_tokenizer, save_tokenize
 from trbert_jax.model.weight_files import SAFETENSORS, SMALL_FILES, write_weights
 from trbert_jax.model.weights import to_original_names
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, Threshold, point_thresholds
-
-CARD = "README.md"
 
 
 def export_model(
@@ -153,42 +152,14 @@ _THRESHOLD = 'inputs["threshold"] = np.array(about["threshold"], np.float32)\n'
 
 
 def card(config: ModelConfig, thresholds: Sequence[float] | None, format: str = "onnx") -> str:
-    """Returns README.md: what the model is, and how to run it."""
-    kind = f"{config.model_type}, {config.num_layers} layers of width {config.hidden_size}, for {config.task}"
-    lines = [
-        "---",
-        f"library_name: {FORMATS[format]}",
-        "tags: [trbert_jax, token-reduction]",
-        "---",
-        "",
-        f"# {kind}",
-        "",
-    ]
-    if config.task == "classification" and not config.score:
-        lines += [f"Labels: {', '.join(config.labels)}.", ""]
-    if thresholds is None:
-        lines.append("Drops no tokens: exported with `--rule dense`.")
-    else:
-        layers = " and ".join(map(str, config.reduction_layers))
-        lines.append(
-            f"Drops tokens before layers {layers}, counted from 0: those whose keep probability is below the "
-            f"input `threshold`, by default {', '.join(f'{x:.4g}' for x in thresholds)}."
-        )
-    if config.operating_points and thresholds is not None:
-        lines += [
-            "",
-            "| operating point | threshold | fewer FLOPs | metric | dense |",
-            "|---|---|---|---|---|",
-        ]
-        for point in config.operating_points:
-            limits = ", ".join(f"{x:.4g}" for x in point.thresholds)
-            numbers = f"{point.speedup:.2f}x | {point.metric} {point.value:.4g} | {point.dense:.4g}"
-            lines.append(f"| {point.name} | {limits} | {numbers} |")
+    """Returns README.md: what the model is, and a program that runs it."""
+    use = "docs/serving.md of trbert_jax describes the inputs."
     if config.task == "classification" and not config.inputs.text_pair_field:
         types, limits = _TYPES * bool(config.type_vocab_size), _THRESHOLD * (thresholds is not None)
-        use = {"onnx": _ONNX, "stablehlo": _STABLEHLO}[format]
-        lines.append(use.format(max_length=config.max_length, types=types, threshold=limits))
-    return "\n".join(lines) + "\n"
+        program = {"onnx": _ONNX, "stablehlo": _STABLEHLO}[format]
+        use = program.format(max_length=config.max_length, types=types, threshold=limits)
+    reduces = thresholds is not None
+    return model_card(config, library=FORMATS[format], use=use, thresholds=thresholds, reduces=reduces)
 
 
 def build(

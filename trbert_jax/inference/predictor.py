@@ -14,6 +14,7 @@ on its own text or question only, not on the batch or the order.
 import dataclasses
 import functools
 import os
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +37,7 @@ from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.packed import BACKENDS, DEFAULT_BACKEND
 from trbert_jax.model.pretrained import Pretrained, load_pretrained, save_pretrained
 from trbert_jax.model.tokenizers import Tokenizer, check_vocabulary, copy_tokenizer
+from trbert_jax.model.weight_files import upload
 from trbert_jax.parallel import is_forked
 from trbert_jax.reduction.rules import DEFAULT_RULE, DEFAULT_THRESHOLD, Threshold, check_rule
 from trbert_jax.tasks import Task, saved_task
@@ -162,17 +164,41 @@ class TRBert:
             source=str(path_or_id),
         )
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, **card: Any) -> None:
         """Writes a model directory, see `trbert_jax.model.pretrained.save_pretrained`."""
-        params = jax.device_get(self.params)
-        save_pretrained(directory, self.config, params, self._own_tokenizer, exclude=self.newly_initialized)
+        self._check_has_weights("save")
+        params, untrained = jax.device_get(self.params), self.newly_initialized
+        save_pretrained(directory, self.config, params, self._own_tokenizer, exclude=untrained, **card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        license: str | None = None,
+        token: str | None = None,
+        message: str = "Upload a trbert_jax model",
+    ) -> str:
+        """Uploads the model, with a card, to the Hugging Face hub; `from_pretrained(repo_id)` loads it.
+
+        Makes the repository unless it exists, a `private` one if asked for; `license` is an identifier of the
+        hub, such as apache-2.0. `token` is by default that of `hf auth login`. Returns the address. Raises
+        UserError if the hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model", name=repo_id, license=license)
+            options: Any = {"private": private, "token": token, "message": message}
+            return upload(Path(folder) / "model", repo_id, **options)
+
+    def _check_has_weights(self, use: str) -> None:
+        if self._graph is not None:
+            raise UserError(f"{self.source}: is exported already; {use} the model that it was made of")
 
     def export(self, directory: str | Path, **options: Any) -> Path:
         """Writes a folder for other engines; options and errors: see `inference.export.export_model`."""
         from trbert_jax.inference.export import export_model
 
-        if self._graph is not None:
-            raise UserError(f"{self.source}: is exported already; export the model that it was made of")
+        self._check_has_weights("export")
         params = jax.device_get(self.params)
         model = Pretrained(self.config, params, self._own_tokenizer, self.newly_initialized)
         return export_model(model, directory, source=self.source, **options)

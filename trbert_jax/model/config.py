@@ -17,7 +17,7 @@ from trbert_jax.datasets.tables import Fields
 from trbert_jax.errors import UserError, first_lines
 from trbert_jax.model import operating_points
 from trbert_jax.model.backbones import BACKBONES, Backbone, find_backbone
-from trbert_jax.model.operating_points import OperatingPoint
+from trbert_jax.model.operating_points import Evaluation, OperatingPoint
 
 if TYPE_CHECKING:
     from trbert_jax.model.heads import Head
@@ -29,8 +29,21 @@ _PRETRAINING = ("PreTraining", "MaskedLM", "NextSentencePrediction")
 # How one output becomes a score -> `problem_type` in config.json.
 _SCORES = {"sigmoid": "multi_label_classification", "identity": "regression"}
 _LABELS = "single_label_classification"
-_OWN_KEYS = ("task", "selector_hidden", "selector_match", "max_length", "inputs", "operating_points")
-_IF_USED = ("selector_match", "inputs", "operating_points")  # of these, left out where they say nothing
+_OWN_KEYS = (
+    "task",
+    "selector_hidden",
+    "selector_match",
+    "max_length",
+    "inputs",
+    "operating_points",
+    "evaluation",
+)
+_IF_USED = (
+    "selector_match",
+    "inputs",
+    "operating_points",
+    "evaluation",
+)  # of these, left out where they say nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +106,7 @@ class ModelConfig:
     max_length: int = 512  # padded length the selectors were trained with, the unit of the length penalty
     inputs: InputConfig = InputConfig()  # how records become inputs
     operating_points: tuple[OperatingPoint, ...] = ()  # thresholds for known speeds
+    evaluation: Evaluation | None = None  # numbers of stage evaluate
 
     @property
     def backbone(self) -> Backbone:
@@ -182,6 +196,8 @@ def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
         own["selector_match"] = True
     if config.operating_points:
         own["operating_points"] = operating_points.to_dict(config.operating_points)
+    if config.evaluation:
+        own["evaluation"] = dataclasses.asdict(config.evaluation)
     if config.inputs != InputConfig():
         own["inputs"] = dataclasses.asdict(config.inputs)
     return {
@@ -310,6 +326,9 @@ def _own_section(section: Any, source: str) -> dict[str, Any]:
     if "operating_points" in fields:
         where = f"{source}: trbert.operating_points"
         fields["operating_points"] = operating_points.from_dict(fields["operating_points"], where)
+    if "evaluation" in fields:
+        where = f"{source}: trbert.evaluation"
+        fields["evaluation"] = Evaluation.from_dict(fields["evaluation"], where)
     return fields
 
 

@@ -45,6 +45,27 @@ def _fields(kind: type) -> dict[str, Any]:
     return {x.name: x.type for x in dataclasses.fields(kind) if x.name not in ("name", "promise")}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A model's numbers on labeled examples that it was not trained on, stored under `trbert.evaluation`."""
+
+    data: str  # name of the data set, `text` for texts of one's own
+    split: str
+    examples: int
+    metric: str
+    dense: float
+    reduced: float
+    speedup: float  # dense FLOPs over reduced ones
+
+    @classmethod
+    def from_dict(cls, section: Any, where: str) -> "Evaluation":
+        """Reads a result of `dataclasses.asdict`. Raises `UserError`, which begins with `where`."""
+        if not _fit(section, _fields(cls)):
+            expected = f"an object with {', '.join(_fields(cls))}"
+            raise UserError(f"{where} is {reprlib.repr(section)}; expected {expected}")
+        return cls(**section)
+
+
 _FIELDS, _PROMISE = _fields(OperatingPoint), _fields(Promise)
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from trbert_jax import io
 from trbert_jax.errors import UserError, first_lines, iterable, whole_number
 from trbert_jax.io import read_json, write_json
-from trbert_jax.io.outputs import atomic_directory, contents
+from trbert_jax.io.outputs import atomic_directory, atomic_file, contents
+from trbert_jax.model.card import CARD, model_card, with_numbers
 from trbert_jax.model.config import (
     ModelConfig,
     foreign_head,
@@ -46,7 +48,7 @@ from trbert_jax.model.weights import (
 
 logger = logging.getLogger(__name__)
 
-_MODEL_FILES = {*SMALL_FILES, SAFETENSORS, TORCH, FLAX}
+_MODEL_FILES = {*SMALL_FILES, CARD, SAFETENSORS, TORCH, FLAX}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +158,15 @@ def save_pretrained(
     tokenizer: Tokenizer | None,
     *,
     exclude: Collection[str] = (),
+    **card: Any,
 ) -> None:
     """Writes a model directory, whole or not at all.
 
     It holds `config.json` (Hugging Face's, with our settings under `trbert`), `model.safetensors`
-    (float32, original names) and the tokenizer's files, if any. `load_pretrained` returns every bit of it;
-    `transformers` loads the dense model from it. Replaces an existing model directory. Leaves out the
-    untrained parts that `exclude` names as in `Pretrained.newly_initialized`; loading initializes them anew.
+    (float32, original names), the tokenizer's files, if any, and `README.md`, a card with the options `card`
+    of `model_card`. `load_pretrained` returns every bit of it; `transformers` loads the dense model from it.
+    Replaces an existing model directory. Leaves out the untrained parts that `exclude` names as in
+    `Pretrained.newly_initialized`; loading initializes them anew.
 
     Raises `UserError` if the directory cannot be written or holds files that are not a model's, `ValueError`
     if `params` lacks parameters of the model.
@@ -176,8 +180,20 @@ def save_pretrained(
     with atomic_directory(directory) as temporary:
         write_json(temporary / "config.json", model_config_to_dict(config))
         write_weights(temporary / SAFETENSORS, weights)
+        write_card(temporary, config, reduces="selectors" not in exclude, **card)
         if tokenizer is not None:
             save_tokenizer(temporary, tokenizer, config)
+
+
+def write_card(directory: Path, config: ModelConfig, **options: Any) -> None:
+    """Writes README.md of a model directory, with the options of `model_card`.
+
+    One that is there gets the numbers of `config` alone, if it still has a place for them.
+    """
+    path = directory / CARD
+    old = io.read_text(path) if path.exists() else None
+    with atomic_file(path) as stream:
+        stream.write(model_card(config, **options) if old is None else with_numbers(old, config))
 
 
 def check_replaceable(directory: Path) -> None:

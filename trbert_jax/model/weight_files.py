@@ -90,6 +90,31 @@ def _download(name: str, patterns: tuple[str, ...], **options: Any) -> Path:
         raise UserError(f"{name}: no such directory, and {problem}; without a network, {advice}") from error
 
 
+def upload(directory: Path, repo_id: str, *, private: bool, token: str | None, message: str) -> str:
+    """Uploads a model directory to the Hugging Face hub, and returns its address there.
+
+    Makes the repository unless it exists. Raises `UserError` for a bad name, or if the hub cannot be reached
+    or refuses.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    if not _HUB_ID.fullmatch(repo_id):
+        raise UserError(f"{repo_id!r} is no name on the hub; expected OWNER/NAME")
+    client_error: type[Any] = errors.HfHubHTTPError.__bases__[0]  # of its HTTP library, whichever it is
+    hub = huggingface_hub.HfApi(token=token, library_name="trbert_jax")
+    try:
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=message)
+    except errors.HfHubHTTPError as error:
+        problem = str(error).strip().splitlines()[-1]
+        raise UserError(f"{repo_id}: the hub refused ({problem}); log in with `hf auth login`") from error
+    except (OSError, client_error) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{repo_id}: no connection to the Hugging Face hub ({reason})") from error
+    return f"{hub.endpoint}/{repo_id}"
+
+
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     """Reads a checkpoint's weights as float32 arrays by their name on disk, without integer constants.
 

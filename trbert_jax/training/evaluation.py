@@ -20,9 +20,10 @@ from trbert_jax.inference.frontier import best, evaluate_points
 from trbert_jax.inference.outputs import Outputs
 from trbert_jax.io import atomic_directory, write_json
 from trbert_jax.model import operating_points
+from trbert_jax.model.card import CARD
 from trbert_jax.model.config import model_config_to_dict
 from trbert_jax.model.heads import Logits
-from trbert_jax.model.pretrained import Pretrained, check_replaceable
+from trbert_jax.model.pretrained import Pretrained, check_replaceable, write_card
 from trbert_jax.reduction.rules import threshold_name
 from trbert_jax.tasks import Score
 from trbert_jax.tasks.examples import Examples
@@ -79,7 +80,8 @@ def evaluate_stage(experiment: Experiment, stage: Stage) -> dict[str, Any]:
         devices.on_main(draw)
     result |= threshold
     source = experiment.output_of(compared[-1].name, "model", stage.name)
-    devices.on_main(functools.partial(_export, source, experiment.workdir / "model", model, result, points))
+    numbers = {"operating_points": points, "evaluation": _numbers(experiment, result)}
+    devices.on_main(functools.partial(_export, source, experiment.workdir / "model", model, result, numbers))
     return {"split": settings.split, "rule": settings.rule, "backend": settings.backend, **result}
 
 
@@ -179,23 +181,42 @@ def _write_answers(
         write_json(path.with_stem(path.stem + suffix), content)
 
 
+def _numbers(experiment: Experiment, result: Mapping[str, Any]) -> operating_points.Evaluation | None:
+    """Returns what the model's card says of an evaluation; None without a reduced model and known answers."""
+    dense, reduced = result["dense"], result.get("reduced", {})
+    metric = experiment.data.task.metric
+    if metric not in reduced or "flops_speedup" not in reduced:
+        return None
+    return operating_points.Evaluation(
+        data=experiment.config.data.name,
+        split=experiment.config.evaluate.split,
+        examples=reduced["examples"],
+        metric=metric,
+        dense=dense[metric],
+        reduced=reduced[metric],
+        speedup=reduced["flops_speedup"],
+    )
+
+
 def _export(
     source: Path,
     target: Path,
     model: Pretrained,
     result: Mapping[str, Any],
-    points: tuple[operating_points.OperatingPoint, ...],
+    numbers: Mapping[str, Any],
 ) -> None:
-    """Copies the model of the last stage and adds the tuned null threshold and operating points."""
+    """Copies the model of the last stage and adds the tuned null threshold and the numbers of its config."""
     check_replaceable(target)
     with atomic_directory(target) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         inputs = model.config.inputs
         if "null_threshold" in result:
             inputs = dataclasses.replace(inputs, null_threshold=result["null_threshold"]["value"])
-        config = dataclasses.replace(model.config, inputs=inputs, operating_points=points)
+        config = dataclasses.replace(model.config, inputs=inputs, **numbers)
         if config != model.config:
             write_json(temporary / "config.json", model_config_to_dict(config))
+            (temporary / CARD).unlink(missing_ok=True)
+            write_card(temporary, config)
 
 
 def evaluate_all_checkpoints(config: RunConfig, output: Path | None = None) -> dict[str, Any]:

@@ -194,7 +194,8 @@ class Experiment:
             raise UserError(f"model.init: {model.init} has no tokenizer files; {advice}")
         if model.line_breaks_as_spaces:
             read_line_breaks_as_spaces(tokenizer)
-        config = dataclasses.replace(base.config, inputs=task.inputs, score="", operating_points=())
+        made: dict[str, Any] = {"score": "", "operating_points": (), "evaluation": None}  # for another task
+        config = dataclasses.replace(base.config, inputs=task.inputs, **made)
         return dataclasses.replace(base, config=config, tokenizer=tokenizer)
 
     def _scratch(self, tokenizer: Any) -> Pretrained:
