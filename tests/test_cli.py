@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tiny_models import tiny_model
 
 from trbert_jax import __version__
 from trbert_jax.cli import COMMANDS, main
+from trbert_jax.cli.doctor import FEATURES
 
 Capture = pytest.CaptureFixture[str]
 Fake = Callable[..., None]
@@ -406,3 +408,25 @@ def test_closed_pipe(tmp_path: Path) -> None:
         errors = process.stderr.read()
         assert process.wait(timeout=60) == 141
     assert errors == ""
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for words in (f"{'jax':<18} {metadata.version('jax')}", "1 cpu; ", "trbert serve: ready", "programs "):
+        assert words in out
+    extras = set(metadata.metadata("trbert-jax").get_all("Provides-Extra") or ())
+    assert {*FEATURES} == extras - {"test", "tpu", "cuda"}
+    known = metadata.version
+
+    def without(name: str) -> str:
+        if name in ("optax", "uvicorn", "chex"):
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(metadata, "version", without)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "optax              MISSING" in out
+    assert "MISSING: chex; run: pip install trbert-jax" in out
+    assert "trbert serve: missing uvicorn: pip install 'trbert-jax[serve]'" in out

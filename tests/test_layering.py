@@ -148,9 +148,9 @@ def test_sizes() -> None:
     entries = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     assert len(entries) <= 16
     assert len(FLOORS) <= 8
-    assert len(list(PACKAGE.rglob("*.py"))) <= 121
-    assert lines(PACKAGE) <= 23_960
-    assert lines(ROOT / "tests") <= 16_800
+    assert len(list(PACKAGE.rglob("*.py"))) <= 122
+    assert lines(PACKAGE) <= 24_050
+    assert lines(ROOT / "tests") <= 16_830
 
 
 @pytest.mark.parametrize("module", MODULES)

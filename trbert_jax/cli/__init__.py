@@ -14,7 +14,7 @@ from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.io import streams
 from trbert_jax.io.outputs import check_outputs
 
-for _part in ("train", "use", "models", "pages"):  # in the order of the help
+for _part in ("train", "use", "models", "pages", "doctor"):  # in the order of the help
     importlib.import_module(f"trbert_jax.cli.{_part}")
 
 __all__ = ["COMMANDS", "main", "parse_arguments"]

@@ -212,7 +212,7 @@ def table(records: Sequence[Record]) -> Iterator[str]:
         yield f"{last:>5}  {record['variant']:<{width}} {' '.join(cells)}"
 
 
-def _model_name(folder: str) -> str:
+def model_name(folder: str) -> str:
     """Returns the name of a model folder, or of the run that it belongs to."""
     path = Path(folder)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
@@ -234,10 +234,10 @@ def plot_benchmark(records: Sequence[Record], png_path: str | Path) -> None:
     figure = Figure(figsize=(10.5 if ratios else 6.5, 4.4), dpi=150, layout="constrained")
     canvas, panels = FigureCanvasAgg(figure), figure.subplots(squeeze=False, **shape)[0]
     first = records[0]
-    replayed = f" keeping what {_model_name(first['replay'])} keeps" if first["replay"] else ""
+    replayed = f" keeping what {model_name(first['replay'])} keeps" if first["replay"] else ""
     device = "" if first["device"] == "cpu" else f", {first['device']}"
     heading = (
-        f"{_model_name(first['model'])}{replayed}\n"
+        f"{model_name(first['model'])}{replayed}\n"
         f"{first['dtype']}, {first['tokens']:.0f} tokens a text (at most {first['max_length']}); "
         f"{first['processor']}, {first['cpus']} cores{device}"
     )

@@ -21,7 +21,7 @@ from trbert_jax import __version__
 from trbert_jax.datasets import BadRecords
 from trbert_jax.datasets.records import Example
 from trbert_jax.errors import UserError, iterable, whole_number
-from trbert_jax.inference.benchmark_report import described
+from trbert_jax.inference.benchmark_report import described, model_name
 from trbert_jax.inference.calibrate import copying
 from trbert_jax.inference.copies import COPIES, judging_logits, run_copies
 from trbert_jax.inference.engine import InferenceEngine
@@ -162,7 +162,7 @@ def _page(
     order = np.argsort(np.logical_not(changed), kind="stable")  # changed answers first
     chosen = np.sort(order[:DETAILED]) if len(records) <= DETAILED else order[:DETAILED]
     data = {
-        "model": _name(model.source),
+        "model": model_name(model.source),
         "kind": "questions" if model.answers_questions else "texts",
         "layers": model.config.num_layers,
         "points": [*model.config.reduction_layers],
@@ -176,12 +176,6 @@ def _page(
         },
     }
     return Page("show.html", data, title=f"Tokens that {data['model']} keeps")
-
-
-def _name(source: str) -> str:
-    """Returns a model's name: that of its folder, or of the run whose `model` it is."""
-    path = Path(source).absolute() if Path(source).exists() else Path(source)
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def terminal_lines(
