@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,29 @@ def test_tpu_pod(tmp_path: Path) -> None:
     assert "set TPU to the name" in launch(tmp_path, "tpu_pod.sh").stderr
 
 
+def test_reproduce(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return launch(tmp_path, "reproduce.sh", *arguments, PYTHON=sys.executable)
+
+    name = "imdb_minilm_plus_seed1"
+    listed = run()
+    assert listed.returncode == 0
+    assert f"{name} " in listed.stdout
+    file = LAUNCH.parent / "results" / f"{name}.json"
+    assert run(name, "--compare", str(file)).returncode == 0
+    found = json.loads(file.read_text(encoding="utf-8"))
+    found["points"][0]["accuracy"] -= 0.016
+    (tmp_path / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    done = run(name, "--compare", str(tmp_path / "found.json"))
+    assert done.returncode == 1
+    assert done.stdout.count("DIFFERS") == 1
+    assert run("nothing").returncode == 2
+
+
 def test_every_script_says_what_it_needs_and_what_it_was_run_on() -> None:
     scripts = sorted(LAUNCH.iterdir())
     names = "Dockerfile gke_jobset.yaml local.sh local_multiprocess.sh serve_kubernetes.yaml slurm.sbatch"
-    names += " tpu_pod.sh"
+    names = names.replace("serve", "reproduce.sh serve") + " tpu_pod.sh"
     assert " ".join(path.name for path in scripts) == names
     for path in scripts:
         text = path.read_text(encoding="utf-8")
