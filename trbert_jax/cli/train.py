@@ -1,4 +1,4 @@
-"""Commands that train: `train`, `prepare-data`, `split-hyperpartisan`."""
+"""Commands that train: `train`, `sweep`, `prepare-data`, `split-hyperpartisan`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from trbert_jax import io
 from trbert_jax.cli.arguments import (
+    AMOUNT,
     CONFIG,
     COUNT,
+    FACTOR,
     FIELDS,
     INDEX,
     LABEL_FIELD,
@@ -116,6 +118,35 @@ def _train(args: Arguments) -> None:
     options = {"write_settings": True} if own else {}
     results = train(config, args.stages, profile_steps=args.profile_steps, **options)
     streams.show(*results_table(config, results))
+
+
+@command(
+    "sweep",
+    CONFIG,
+    option("--targets", "X,X", list_of(FACTOR), "train a run for each of these speed-ups in FLOPs"),
+    option("--alphas", "X,X", list_of(AMOUNT), "or for each of these penalties on kept tokens"),
+    SKIP,
+    OVERRIDES,
+)
+def _sweep(args: Arguments) -> None:
+    """Train one run for each of several speeds, sharing the stages before.
+
+    Prints, and writes to WORKDIR/sweep.csv and sweep.png, the metric, FLOPs and measured speed of each run,
+    and of its operating points. WORKDIR/shared has the shared stages, WORKDIR/target_3 a run. Run again, the
+    command goes on where it stopped.
+
+    Example:
+      trbert sweep --config configs/imdb_minilm_plus.yaml --targets 2,3,4
+    """
+    if bool(args.targets) == bool(args.alphas):
+        raise UserError("one of --targets and --alphas is needed")
+    config = config_of(args)
+    io.enable_compilation_cache()
+    from trbert_jax.training.sweep import PICTURE, TABLE, sweep, sweep_table
+
+    key, values = ("target_speedup", args.targets) if args.targets else ("alpha", args.alphas)
+    streams.show(*sweep_table(sweep(config, key, values)))
+    streams.show(*(f"{config.workdir}/{name}" for name in (TABLE, PICTURE)))
 
 
 @command(
