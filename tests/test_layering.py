@@ -149,7 +149,7 @@ def test_sizes() -> None:
     assert len(entries) <= 16
     assert len(FLOORS) <= 8
     assert len(list(PACKAGE.rglob("*.py"))) <= 123
-    assert lines(PACKAGE) <= 24_250
+    assert lines(PACKAGE) <= 24_260
     assert lines(ROOT / "tests") <= 16_910
 
 

@@ -54,7 +54,7 @@ def compared_rows(config: RunConfig, results: Mapping[str, Any], task: Task) -> 
     rows |= {f"threshold {name}": summary for name, summary in results.get("thresholds", {}).items()}
     rows |= {f"at {row['target']:g}x": row for row in results.get("frontier", ())}
     for name, summary in rows.items():
-        if summary:
+        if summary and {"tokens", "flops"} <= summary.keys():  # a stage of one's own may report others
             score = summary.get(task.metric)
             yield Row(
                 name=name,

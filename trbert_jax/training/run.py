@@ -84,8 +84,15 @@ def train(
         if evaluated := _with_classes(results):
             picture = experiment.workdir / "confusion.png"
             devices.on_main(functools.partial(plot_confusion, evaluated, picture))
-        devices.on_main(lambda: report(experiment.workdir).save(experiment.workdir / REPORT))
+        devices.on_main(functools.partial(_write_report, experiment.workdir))
     return results
+
+
+def _write_report(workdir: Path) -> None:
+    try:
+        report(workdir).save(workdir / REPORT)
+    except UserError as error:  # the data may be elsewhere by now; the numbers are written
+        logger.warning("%s: not drawn, %s", workdir / REPORT, error)
 
 
 def _write_settings(config: RunConfig) -> None:
