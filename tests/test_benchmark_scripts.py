@@ -69,11 +69,11 @@ def test_accelerator(tmp_path: Path) -> None:
 
 def test_soak(tmp_path: Path) -> None:
     """Runs that SIGKILL and SIGTERM end, each in some stage, end with the bits of an undisturbed one."""
-    result = run("soak", "--kills", "2", "--terms", "1", "--steps", "20", target=tmp_path / "r.json")
+    result = run("soak", "--kills", "1", "--terms", "1", "--steps", "20", target=tmp_path / "r.json")
     assert result["identical"]
-    assert (result["sigkill"], result["sigterm"]) == (2, 1)
+    assert (result["sigkill"], result["sigterm"]) == (1, 1)
     assert result["compared_files"] >= 14
-    assert len(result["endings"]) == 3
+    assert len(result["endings"]) == 2
 
 
 def test_scaling(tmp_path: Path) -> None:
