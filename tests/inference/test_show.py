@@ -119,6 +119,14 @@ def test_the_command(
     changed = [x["dense"] != x["reduced"] for x in page["corpus"]["inputs"]]
     assert 0 < sum(changed) < 40
     assert all(x["shown"] is not None for x in np.array(page["corpus"]["inputs"])[changed][:20])
+    with data.open("a", encoding="utf-8") as stream:
+        stream.write('{"txt": 1}\n')
+    again = [*command, "--data", str(data), "--repeats", "0", "--output", str(tmp_path / "again.html")]
+    assert main(again) == 2
+    assert "leave such records out with --skip-bad-records" in capsys.readouterr().err
+    assert not (tmp_path / "again.html").exists()
+    assert main([*again, "--skip-bad-records"]) == 0
+    capsys.readouterr()
     assert main([*command, "the film was good"]) == 0  # without a terminal: dropped tokens as blanks
     line, text, _ = capsys.readouterr().out.split("\n", 2)
     p = TRBert.from_pretrained(folder).predict(["the film was good"])[0]

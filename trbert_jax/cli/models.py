@@ -14,6 +14,7 @@ from trbert_jax.cli.arguments import (
     NAME,
     OPERATING_POINT,
     RULE,
+    SKIP,
     THRESHOLD,
     WORD,
     Arguments,
@@ -132,6 +133,7 @@ def _push(args: Arguments) -> None:
     OPERATING_POINT,
     MAX_LENGTH,
     path_option("outputs", "--json", "FILE", "write the numbers to this file"),
+    SKIP,
 )
 def _verify(args: Arguments) -> int:
     """Verify that answers do not depend on how a model is run.
@@ -145,7 +147,7 @@ def _verify(args: Arguments) -> int:
     io.enable_compilation_cache()
     from trbert_jax.inference import verify
 
-    options = chosen(args, "max_texts batch_size threshold operating_point max_length")
+    options = chosen(args, "max_texts batch_size threshold operating_point max_length skip_bad_records")
     rows = verify.verify_file(args.model, args.data, **options)
     streams.show(*verify.table(rows))
     if args.json:

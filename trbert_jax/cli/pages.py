@@ -14,6 +14,7 @@ from trbert_jax.cli.arguments import (
     MAX_LENGTH,
     MODEL,
     OPERATING_POINT,
+    SKIP,
     THRESHOLD,
     Arguments,
     chosen,
@@ -38,6 +39,7 @@ from trbert_jax.io import streams
     OPERATING_POINT,
     MAX_LENGTH,
     BATCH_SIZE,
+    SKIP,
 )
 def _show(args: Arguments) -> None:
     """Show which tokens a model keeps.
@@ -61,7 +63,7 @@ def _show(args: Arguments) -> None:
 
     options = chosen(args, "threshold operating_point batch_size repeats")
     if args.data:
-        rest = chosen(args, "max_texts max_length")
+        rest = chosen(args, "max_texts max_length skip_bad_records")
         page = show.show_file(args.model, args.data, command=args.command_line, **options, **rest)
     else:
         model = TRBert.from_pretrained(args.model, max_length=args.max_length)

@@ -92,6 +92,7 @@ def show_file(
     repeats: int = 3,
     max_texts: int = 200,
     max_length: int | None = None,
+    skip_bad_records: bool = False,
     command: str = "",
 ) -> Page:
     """Draws a page of the first `max_texts` texts or questions of a file, with or without labels.
@@ -101,7 +102,7 @@ def show_file(
     """
     model = TRBert.from_pretrained(model_dir, max_length=max_length)
     _check(model)
-    path, bad = Path(data_file), BadRecords()
+    path, bad = Path(data_file), BadRecords(skip=skip_bad_records)
     records = read_examples(model, path, bad, may_lack_labels=True).records[:max_texts]
     source = {"data": path.name, **described(path), "command": command}
     return _page(model, records, threshold, operating_point, batch_size, repeats, source)

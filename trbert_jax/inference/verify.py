@@ -35,6 +35,7 @@ def verify_file(
     threshold: Threshold = DEFAULT_THRESHOLD,
     operating_point: str | None = None,
     max_length: int | None = None,
+    skip_bad_records: bool = False,
 ) -> list[dict[str, Any]]:
     """Runs the first `max_texts` texts or questions of a file in several ways, and compares each with alone.
 
@@ -43,7 +44,7 @@ def verify_file(
     threshold, which excuses it), and `same`. Arguments and errors: see `evaluate_file`.
     """
     model = TRBert.from_pretrained(model_dir, max_length=max_length)
-    examples = read_examples(model, Path(data_file), BadRecords())
+    examples = read_examples(model, Path(data_file), BadRecords(skip=skip_bad_records))
     examples = examples.take(range(len(examples))[:max_texts])
     rule = model.default_rule
     found = find_thresholds(model.config.operating_points, operating_point, rule, threshold)
