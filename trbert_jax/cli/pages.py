@@ -95,7 +95,8 @@ def _report(args: Arguments) -> None:
     Example:
       trbert report --workdir runs/quickstart
     """
-    from trbert_jax.training.report import REPORT, report
+    from trbert_jax.training.experiment import REPORT
+    from trbert_jax.training.report import report
 
     output = args.output or args.workdir / REPORT
     report(args.workdir).save(output)

@@ -9,7 +9,6 @@ Source: docs/show.md.
 import collections
 import dataclasses
 import datetime
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,6 @@ from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.spans import SpanTask
 from trbert_jax.tasks.text_encoder import TextEncoder
 from trbert_jax.tasks.windows import Windows
-
-logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
@@ -160,8 +157,9 @@ def _page(
     now = engine.run(model.params, examples, threshold=start)
     dense_answers, answers = (_answers(model, examples, x) for x in (dense, now))
     changed = [left["answer"] != right["answer"] for left, right in zip(dense_answers, answers, strict=True)]
-    order = np.argsort(np.logical_not(changed), kind="stable")  # changed answers first
-    chosen = np.sort(order[:DETAILED]) if len(records) <= DETAILED else order[:DETAILED]
+    chosen = np.arange(len(records))
+    if len(records) > DETAILED:  # changed answers first
+        chosen = np.argsort(np.logical_not(changed), kind="stable")[:DETAILED]
     data = {
         "model": model_name(model.source),
         "kind": "questions" if model.answers_questions else "texts",

@@ -45,6 +45,7 @@ from trbert_jax.training.prepared import load_prepared, read_provenance, write_p
 
 logger = logging.getLogger(__name__)
 
+REPORT, CURVES, CONFUSION = "report.html", "curves.png", "confusion.png"  # in the work directory
 SHARED_TIMEOUT = 20  # seconds until a file of one process must be visible to the others
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -115,7 +116,7 @@ class Experiment:
                 other = "belongs to something else, such as a model, and would be overwritten"
                 raise UserError(f"{path}: {other}; choose another `workdir`")
         elif not any((self.workdir / stage).exists() for stage in STAGES):
-            for other in ("model", "results.json", "report.html", "curves.png", "confusion.png"):
+            for other in ("model", "results.json", REPORT, CURVES, CONFUSION):
                 if (self.workdir / other).exists():
                     advice = "move it away, or choose another `workdir`"
                     raise UserError(f"{self.workdir / other}: is no run's and would be replaced; {advice}")

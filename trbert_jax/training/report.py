@@ -21,15 +21,14 @@ from trbert_jax.pages import Page
 from trbert_jax.tasks import Task
 from trbert_jax.tasks.text_encoder import TextEncoder
 from trbert_jax.training.evaluation import FRONTIER
-from trbert_jax.training.experiment import Experiment
+from trbert_jax.training.experiment import CONFUSION, CURVES, Experiment
 from trbert_jax.training.stages import STAGES, compared_models
 
-REPORT = "report.html"
 NUM_EXAMPLES = 5
 PICTURES = {
     "frontier": (FRONTIER, "the metric against FLOPs, at the best thresholds for each speed"),
-    "curves": ("curves.png", "loss, metric, reward, kept tokens and learning rate of each stage"),
-    "confusion": ("confusion.png", "confusion matrices of the dense and of the reduced model"),
+    "curves": (CURVES, "loss, metric, reward, kept tokens and learning rate of each stage"),
+    "confusion": (CONFUSION, "confusion matrices of the dense and of the reduced model"),
 }
 
 

@@ -20,11 +20,11 @@ from trbert_jax.io import atomic_file, make_directory, write_json
 from trbert_jax.parallel import check_batch, find_devices
 from trbert_jax.training import made_from
 from trbert_jax.training.evaluation import FRONTIER
-from trbert_jax.training.experiment import Experiment
+from trbert_jax.training.experiment import CONFUSION, CURVES, REPORT, Experiment
 from trbert_jax.training.logging import plot_metrics
 from trbert_jax.training.loop import train_stage
 from trbert_jax.training.prepared import read_provenance
-from trbert_jax.training.report import REPORT, compared_rows, report
+from trbert_jax.training.report import compared_rows, report
 from trbert_jax.training.stages import STAGES, Stage, configured
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,9 @@ def train(
         devices.on_main(functools.partial(write_json, experiment.workdir / "results.json", results))
         trained = [experiment.workdir / name for name in results["stages"] if STAGES[name].trains]
         if trained:
-            devices.on_main(functools.partial(plot_metrics, trained, experiment.workdir / "curves.png"))
+            devices.on_main(functools.partial(plot_metrics, trained, experiment.workdir / CURVES))
         if evaluated := _with_classes(results):
-            picture = experiment.workdir / "confusion.png"
+            picture = experiment.workdir / CONFUSION
             devices.on_main(functools.partial(plot_confusion, evaluated, picture))
         devices.on_main(functools.partial(_write_report, experiment.workdir))
     return results
@@ -228,13 +228,13 @@ def results_table(config: RunConfig, results: dict[str, Any]) -> Iterator[str]:
     yield f"numbers           {workdir / 'results.json'}"
     if (workdir / REPORT).exists():
         yield f"report            {workdir / REPORT}"
-    if (workdir / "curves.png").exists():
-        yield f"training curves   {workdir / 'curves.png'}"
+    if (workdir / CURVES).exists():
+        yield f"training curves   {workdir / CURVES}"
     if "frontier" in results and (workdir / FRONTIER).exists():
         yield f"frontier          {workdir / FRONTIER}"
         yield f"operating points  {', '.join(results['operating_points'])}"
     if evaluated:
-        yield f"confusion matrix  {workdir / 'confusion.png'}"
+        yield f"confusion matrix  {workdir / CONFUSION}"
     if any(STAGES[name].evaluates for name in results["stages"]) and (workdir / "model").is_dir():
         yield f"model             {workdir / 'model'}"
         request = "--file pairs.csv" if task.inputs.text_pair_field else '"some text"'
