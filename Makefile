@@ -5,6 +5,7 @@
 #   make test         the quick tests
 #   make slow         the slow tests, which `make test` skips
 #   make lint         ruff (rules and format) and mypy
+#   make docs         the documentation as a site, in site/
 #   make clean        remove .venv and the caches
 #
 # For another interpreter: make test PYTHON=/path/to/python3.12
@@ -29,7 +30,7 @@ export GLIBC_TUNABLES := glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test slow lint clean
+.PHONY: help install quickstart test slow lint docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -48,10 +49,15 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d site/.doctrees . site
+	@echo "open site/index.html"
+
 install: $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site docs/reference .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): setup.cfg pyproject.toml $(CREATED)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'

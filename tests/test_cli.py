@@ -410,6 +410,38 @@ def test_closed_pipe(tmp_path: Path) -> None:
     assert errors == ""
 
 
+def test_messages_as_json(tmp_path: Path) -> None:
+    """Each line on standard error is an object, from the first message to the error."""
+    folder = tiny_model(tmp_path / "model")
+    (tmp_path / "texts.txt").write_text("good\n" + "very " * 90)
+    options = ["predict", "--model", str(folder), "--log-format", "json", "--file"]
+    for file, code, level, said in (
+        ("texts.txt", 0, "warning", "1 of 2"),
+        ("none.txt", 2, "error", "none.txt"),
+    ):
+        command = [sys.executable, "-m", "trbert_jax", *options, str(tmp_path / file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code
+        events = [json.loads(line) for line in done.stderr.splitlines()]
+        assert [event["level"] for event in events] == [level]
+        assert said in events[0]["event"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell: str, capsys: Capture) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+    assert "--operating-point" in script
+
+
+def test_bash_completes(tmp_path: Path) -> None:
+    script = f'eval "$({sys.executable} -m trbert_jax completion bash)"; '
+    for words, found in (("trbert pred", "predict"), ("trbert evaluate --thr", "--threshold")):
+        line = f"COMP_WORDS=({words}); COMP_CWORD={words.count(' ')}; _shtab_trbert; echo ${{COMPREPLY[@]}}"
+        assert subprocess.check_output(["bash", "-c", script + line], text=True).split() == [found]
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out

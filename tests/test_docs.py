@@ -1,6 +1,8 @@
 """The documentation: links, paths, commands, citations in the code, and tables that repeat a registry."""
 
 import json
+import os
+import pydoc
 import re
 import shlex
 import subprocess
@@ -8,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import reference
+import tiny_models
 
-from trbert_jax.cli import parse_arguments
-from trbert_jax.config import STAGES, BackboneConfig, DataConfig, RunConfig
+from trbert_jax.cli import COMMANDS, parse_arguments
+from trbert_jax.config import STAGES, BackboneConfig, DataConfig, RunConfig, load_config
 from trbert_jax.datasets import dataset_names
 from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.reduction.rules import RULES
@@ -148,3 +152,52 @@ def test_hyper_parameters_are_the_defaults() -> None:
             assert written == default, f"{stage}.{key}"
             compared += 1
     assert compared > 30
+
+
+def test_published_values_are_those_of_the_configs() -> None:
+    rows = table("docs/method.md", "data | N")
+    assert len(rows) == 11
+    for _, length, examples, rate, epochs, warmup, guide, *alphas, name, _ in rows:
+        config = load_config(ROOT / f"configs/{code(name)[0]}.yaml")
+        finetune, policy, joint = config.finetune, config.policy, config.joint
+        assert config.model.max_length == int(length)
+        assert (policy.guide_rate, policy.alpha, joint.alpha) == tuple(map(float, (guide, *alphas)))
+        for stage, place in ((finetune, 0), (policy, -1), (joint, -1)):
+            assert stage.batch_size * stage.accumulation_steps == int(examples)
+            assert stage.learning_rate == float(rate)
+            assert stage.epochs == int(epochs.split(", ")[place])
+            warm = str(stage.warmup_steps or f"{stage.warmup_fraction:g}")
+            assert warm == warmup.replace(",000 updates", "000").split(", ")[place]
+
+
+def test_reference_names_everything() -> None:
+    """`make docs` fails on what Sphinx cannot resolve; here, that each command and setting is explained."""
+    page = reference.commands_page()
+    assert re.findall(r"^## trbert (.+)$", page, re.MULTILINE) == list(COMMANDS)
+    for _, options in COMMANDS.values():
+        shown = [name for name, settings in options if settings["help"] != "==SUPPRESS=="]
+        assert [
+            name for name in shown if not re.search(rf"^\| `{name}[ `].* \| \S", page, re.MULTILINE)
+        ] == []
+    rows = re.findall(r"^\| `([\w.]+)` \|(.+)\|(.+)\|(.+)\|$", reference.settings_page(), re.MULTILINE)
+    settings = {name: meaning.strip() for name, *_, meaning in rows}
+    assert len(settings) == len(rows) > 120
+    assert [name for name, meaning in settings.items() if not meaning] == []
+    assert settings["joint.batch_size"] == settings["finetune.batch_size"] != ""
+    found = [pydoc.locate(f"trbert_jax.{name}") for names in reference.PYTHON.values() for name in names]
+    assert all(found)
+
+
+@pytest.mark.slow
+def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs examples/first_steps.ipynb as a user does, with a tiny model in the place of the quickstart's."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    tiny_models.tiny_model(tmp_path / "runs/quickstart/model")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "examples/first_steps.ipynb", as_version=4)
+    assert [cell for cell in notebook.cells if cell.get("outputs")] == []  # of nobody's machine
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("text/html" in output.get("data", {}) for output in outputs)  # of `model.show`
+    assert float(re.findall(r"[\d.e-]+", outputs[-1]["data"]["text/plain"])[-1]) < 1e-5

@@ -149,8 +149,8 @@ def test_sizes() -> None:
     assert len(entries) <= 16
     assert len(FLOORS) <= 8
     assert len(list(PACKAGE.rglob("*.py"))) <= 123
-    assert lines(PACKAGE) <= 24_270
-    assert lines(ROOT / "tests") <= 16_920
+    assert lines(PACKAGE) <= 24_360
+    assert lines(ROOT / "tests") <= 17_020
 
 
 @pytest.mark.parametrize("module", MODULES)

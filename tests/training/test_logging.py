@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from trbert_jax.errors import UserError
+from trbert_jax.io import streams
 from trbert_jax.training import logging
 from trbert_jax.training.logging import StageReport, StepClock, plot_metrics, read_metrics
 
@@ -101,6 +102,15 @@ def test_a_log_file_gets_few_lines(tmp_path: Path, monkeypatch: Any, capsys: Any
     with StageReport(tmp_path, "policy", 5, start_step=5):
         pass
     assert capsys.readouterr().err == "", "nothing was done"
+
+
+def test_progress_as_json(tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(streams, "_log_format", "json")
+    with caplog.at_level("INFO", "trbert_jax"):
+        report_some(tmp_path)
+    first, last = (json.loads(streams.JsonLines().format(record)) for record in caplog.records)
+    assert (first["event"], first["stage"], first["step"], first["total"]) == ("progress", "policy", 7, 9)
+    assert (last["step"], last["loss"]) == (9, pytest.approx(1 / 9))
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

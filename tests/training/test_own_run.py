@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,17 @@ def test_mistakes(
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_a_csv_becomes_a_reduced_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command of the README, with the settings that it chooses, from random weights."""
+    """The commands of docs/quick_start.md, from random weights; `serve` would not end."""
     monkeypatch.chdir(tmp_path)
     write_tickets(tmp_path / "reviews.csv", 300)
-    assert main(["train", "--data", "reviews.csv", "--model", "scratch", "--output", "runs/reviews"]) == 0
+    write_tickets(tmp_path / "dev.csv", 90)
+    page = (Path(__file__).parents[2] / "docs/quick_start.md").read_text(encoding="utf-8")
+    commands = page[page.index("trbert train --data reviews.csv") :].partition("```")[0].splitlines()
+    assert [command.split()[1] for command in commands[::6]] == ["train", "serve"]
+    for command in commands[:-1]:
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert Path("page.html").exists()
+    assert Path("onnx/reviews/model.onnx").exists()
     results = json.loads(Path("runs/reviews/results.json").read_text())
     dense, reduced = results["dense"], results["reduced"]
     assert dense["macro_f1"] > 0.9

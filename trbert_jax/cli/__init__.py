@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: Arguments, signals: contextlib.AbstractContextManager[None]) -> int:
     # transformers without PyTorch is intended; its advice to install it is no help.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    streams.setup_logging()
+    streams.setup_logging(args.log_format)
     advice = f"; {RESUME}" if args.command == "train" else ""
     try:
         with signals:

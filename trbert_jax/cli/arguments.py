@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -110,28 +110,38 @@ def config_of(args: Arguments) -> "RunConfig":
     return load_config(args.config, [*args.overrides, *skip])
 
 
+Parsers = Mapping[str, argparse.ArgumentParser]
+
+
+def make_parser(names: Iterable[str]) -> tuple[argparse.ArgumentParser, Parsers]:
+    """Returns the parser of the program, with the options of these commands, and those of all commands."""
+    parser = _Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for name, (run, _) in COMMANDS.items():
+        summary, _, details = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
+        subparsers.add_parser(name, help=summary, description=summary, epilog=details)
+    for name in names:
+        for option, settings in (*COMMANDS[name][1], LOG_FORMAT):
+            found = {key: settings[key]() for key in ("choices", "help") if callable(settings.get(key))}
+            ours = {key: value for key, value in settings.items() if key not in ("role", "beside")}
+            subparsers.choices[name].add_argument(option, **ours | found)
+    return parser, subparsers.choices
+
+
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Parses a command line: `command`, `command_line`, and the options of that command by their names.
 
     Raises `SystemExit` after help or the version (code 0), or an error message about an argument (code 2).
     """
-    parser = _Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for name, (run, options) in COMMANDS.items():
-        summary, _, details = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
-        subparser = subparsers.add_parser(name, help=summary, description=summary, epilog=details)
-        if name in argv:
-            if "{stages}" in details and {"-h", "--help"} & set(argv):
-                subparser.epilog = details.format(stages=_describe_stages())
-            for option, settings in options:
-                names = {key: settings[key]() for key in ("choices", "help") if callable(settings.get(key))}
-                ours = {key: value for key, value in settings.items() if key not in ("role", "beside")}
-                subparser.add_argument(option, **ours | names)
+    parser, commands = make_parser([name for name in COMMANDS if name in argv])
+    if {"-h", "--help"} & set(argv):
+        for command in commands.values():
+            command.epilog = (command.epilog or "").replace("{stages}", describe_stages())
     args, rest = parser.parse_known_args(argv)
-    chosen = subparsers.choices[args.command]
+    chosen = commands[args.command]
     # argparse does not accept positional arguments after options; they belong to the same list.
-    positional = next((action.dest for action in chosen._actions if not action.option_strings), None)
+    positional = next((action.dest for action in chosen._actions if action.nargs == "*"), None)
     end_of_options = rest.index("--") if "--" in rest else len(rest)
     late, literal = rest[:end_of_options], rest[end_of_options + 1 :]
     unknown = [word for word in late if positional is None or word.startswith("-")]
@@ -143,7 +153,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     return args
 
 
-def _describe_stages() -> str:
+def describe_stages() -> str:
+    """Returns a line for each stage, for the help of `train`."""
     from trbert_jax.config import STAGES  # takes time to load
 
     docs = {name: (settings.__doc__ or "").splitlines()[0] for name, settings in STAGES.items()}
@@ -259,6 +270,14 @@ THRESHOLD_HELP = (
     "keep tokens whose keep probability is at least P (default 0.5, as published), or P at each point"
 )
 PREDICTIONS_HELP = "write a JSON line per text, or the official scorer's input"
+LOG_FORMAT = option(
+    "--log-format",
+    None,
+    str,
+    "form of messages and progress on standard error (default text)",
+    choices=streams.LOG_FORMATS,
+    default="text",
+)
 CONFIG = path_option("inputs", "--config", "FILE", "YAML file with the settings of the run", required=True)
 OVERRIDES = option("overrides", "key=value", str, "settings that replace those of the file", nargs="*")
 SKIP = switch("--skip-bad-records", "skip, count and list invalid records, rather than stop")

@@ -1,4 +1,4 @@
-"""The command `doctor`: what is installed, which devices there are, and what is missing for which feature."""
+"""Commands about the installation: `doctor`, `completion`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trbert_jax import __version__, io
-from trbert_jax.cli.arguments import Arguments, command
+from trbert_jax.cli.arguments import COMMANDS, Arguments, command, make_parser, option
 from trbert_jax.errors import UserError
 from trbert_jax.io import streams
 
@@ -40,6 +40,28 @@ def _doctor(args: Arguments) -> int:
     found = [*_lines()]
     streams.show(*found)
     return 1 if any("MISSING" in line for line in found) else 0
+
+
+@command(
+    "completion",
+    option("shell", "SHELL", str, "bash or zsh", choices=("bash", "zsh")),
+)
+def _completion(args: Arguments) -> None:
+    """Print a script that completes commands and options in a shell.
+
+    Examples:
+      trbert completion bash > ~/.local/share/bash-completion/completions/trbert
+      trbert completion zsh > ~/.zfunc/_trbert
+    """
+    import shtab
+
+    parser, commands = make_parser(COMMANDS)
+    kinds = {"FILE": shtab.FILE, "PATH": shtab.FILE, "DIR": shtab.DIRECTORY}
+    for subparser in commands.values():
+        for action in subparser._actions:
+            if action.metavar in kinds:
+                action.complete = kinds[action.metavar]  # type: ignore[attr-defined]
+    streams.show(shtab.complete(parser, args.shell))
 
 
 def _lines() -> Iterator[str]:

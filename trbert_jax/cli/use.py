@@ -234,7 +234,7 @@ def _predict(args: Arguments) -> None:
     if args.texts and (args.file or args.format):
         raise UserError("texts are given as arguments; --file and --format are for other texts")
     if not args.texts and str(args.file or "-") == "-" and sys.stdin.isatty():
-        streams.say("reading texts from the keyboard, one per line; Ctrl-D ends")
+        streams.say("reading texts from the keyboard, one per line; Ctrl-D ends", "info")
     check_kind(args.output)
     source = Source(args.texts, args.file, args.format)
     if not args.output:

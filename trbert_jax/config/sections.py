@@ -284,7 +284,7 @@ class EvaluateConfig(StageConfig):
     batch_size: Count = 32  # examples per forward pass; affects predictions only under rule batch_max
     split: Literal["test", "dev"] = "test"  # evaluations during training always use dev
     rule: RuleName = DEFAULT_RULE  # how tokens are selected, see `reduction.rules`
-    backend: Backend = "packed"  # as in TrainingConfig
+    backend: Backend = "packed"  # packed computes the kept tokens only; masked all, with the same results
     baselines: tuple[BaselineName, ...] = ()  # untrained selections to evaluate at the same kept counts
     # Keep probabilities to evaluate at, besides 0.5; lower keeps more. [0.5, 0.7] has one for each point.
     thresholds: tuple[PointThresholds, ...] = ()

@@ -12,6 +12,7 @@ import numpy as np
 
 from trbert_jax.errors import UserError
 from trbert_jax.inference.outputs import Allocate, Collector, Outputs
+from trbert_jax.io import streams
 from trbert_jax.model.heads import Logits
 from trbert_jax.model.model import Params, TokenReducingModel
 from trbert_jax.model.packed import BACKENDS, DEFAULT_BACKEND
@@ -245,11 +246,9 @@ class InferenceEngine:
 
         Shows progress on a terminal after two seconds, unless `after_batch` does.
         """
-        from tqdm import tqdm
-
         widths = bucket_widths(backend, self.model.config.max_length)
-        hidden = None if shown and self.after_batch is None else True  # None: unless stderr is a terminal
-        with tqdm(total=len(examples), unit="example", disable=hidden, delay=2) as bar:
+        shown = shown and self.after_batch is None
+        with streams.bar(len(examples), "computing", "example", shown) as bar:
             for index, width in length_batches(examples, self.batch_size, widths):
                 yield index, width
                 bar.update(len(index))

@@ -28,6 +28,7 @@ from trbert_jax.inference.evaluate import read_examples
 from trbert_jax.inference.outputs import Outputs
 from trbert_jax.inference.predictor import TRBert, check_texts
 from trbert_jax.inference.questions import MAX_N_BEST
+from trbert_jax.io import streams
 from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.packed import DEFAULT_BACKEND
 from trbert_jax.pages import Page
@@ -351,8 +352,6 @@ def _times(
     model: TRBert, examples: Examples, settings: Sequence[dict[str, Any]], repeats: int
 ) -> list[list[float] | None]:
     """Returns the milliseconds of each input alone: of the dense model, and of each setting; medians."""
-    from tqdm import tqdm
-
     if not repeats:
         return [None] * len(examples.records)
     engine = model.engine(1)
@@ -362,12 +361,16 @@ def _times(
     ]
     times: list[list[float] | None] = []
     owner = _owner(model, examples)
-    for i in tqdm(range(len(examples.records)), desc="timing", unit="input", disable=None, delay=2):
-        alone = examples.take(np.flatnonzero(owner == i))
-        engine.run(model.params, alone, **ways[0])  # compiles, if nothing has
-        engine.run(model.params, alone, **ways[1])
-        seconds = [[engine.run(model.params, alone, **way).seconds for way in ways] for _ in range(repeats)]
-        times.append([round(float(1000 * x), 2) for x in np.median(seconds, 0)])
+    with streams.bar(len(examples.records), "timing", "input") as bar:
+        for i in range(len(examples.records)):
+            alone = examples.take(np.flatnonzero(owner == i))
+            engine.run(model.params, alone, **ways[0])  # compiles, if nothing has
+            engine.run(model.params, alone, **ways[1])
+            seconds = [
+                [engine.run(model.params, alone, **way).seconds for way in ways] for _ in range(repeats)
+            ]
+            times.append([round(float(1000 * x), 2) for x in np.median(seconds, 0)])
+            bar.update()
     return times
 
 

@@ -1,21 +1,29 @@
 """Run a command: standard streams that may be closed, full or not UTF-8; signals that end it; messages."""
 
 import contextlib
+import json
 import logging
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trbert_jax.errors import PreemptedError, UserError
 from trbert_jax.io.outputs import ESCAPE, explain_writing
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 # Exit codes; 128 + the signal as shells report it. Launchers restart a job that SIGTERM has ended.
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 PAUSE = 2.0  # seconds in which a second Ctrl-C belongs to the first
+LOG_FORMATS = ("text", "json")
+PACKAGE = "trbert_jax"  # the logger of all messages
+_log_format = "text"  # that of `setup_logging`
 _closed = list[Any]()  # the streams that stand for closed ones
 
 # Streams ------------------------------------------------------------------------------------------
@@ -102,9 +110,12 @@ def _abandon(stream: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def say(message: str) -> None:
+def say(message: str, level: Literal["info", "error"] = "error") -> None:
     """Shows a message of the program."""
-    write_message(f"trbert: {message}\n")
+    if _log_format == "json":
+        getattr(logging.getLogger(PACKAGE), level)(message.removeprefix("error: "))
+    else:
+        write_message(f"trbert: {message}\n")
 
 
 # Signals ------------------------------------------------------------------------------------------
@@ -166,27 +177,70 @@ def _imports(frame: Any) -> bool:
 # Messages -----------------------------------------------------------------------------------------
 
 
+class JsonLines(logging.Formatter):
+    """Formats a message as a JSON object: time, level, event, and the `fields` of the record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {"time": f"{when}.{int(record.msecs):03}Z", "level": record.levelname.lower()}
+        line |= {"event": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        infinite = {k for k, x in line.items() if isinstance(x, float) and not math.isfinite(x)}
+        return json.dumps({k: None if k in infinite else x for k, x in line.items()})
+
+
 class _StderrHandler(logging.Handler):
-    """Writes each message once to stderr."""
+    """Writes each message once to stderr; one with fields, such as progress, each time."""
 
     def __init__(self) -> None:
         super().__init__()
         self._shown = set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = self.format(record)
-        if message not in self._shown:
+        message = record.getMessage()
+        if hasattr(record, "fields") or message not in self._shown:
             self._shown.add(message)
-            write_message(message + "\n")
+            write_message(self.format(record) + "\n")
 
 
-def setup_logging() -> None:
-    """Shows the package's messages, INFO and above, on stderr. A message that repeats is shown once."""
-    logger = logging.getLogger("trbert_jax")
-    logger.handlers = [h for h in logger.handlers if not isinstance(h, _StderrHandler)] + [_StderrHandler()]
+def setup_logging(log_format: str = "text") -> None:
+    """Shows the package's messages, INFO and above, on stderr; one that repeats is shown once."""
+    global _log_format
+    _log_format = log_format
+    formatter = JsonLines() if log_format == "json" else None
+    handler = _StderrHandler()
+    handler.setFormatter(formatter)
+    logger = logging.getLogger(PACKAGE)
+    logger.handlers = [h for h in logger.handlers if not isinstance(h, _StderrHandler)] + [handler]
     logger.setLevel(logging.INFO)
     root = logging.getLogger()
     if not root.handlers:  # else absl, which orbax uses, adds one that shows our messages again
         others = logging.StreamHandler()
         others.addFilter(lambda record: not record.name.startswith(logger.name))
         root.addHandler(others)
+    if formatter:
+        logging.captureWarnings(True)
+        for other in root.handlers:
+            other.setFormatter(formatter)
+
+
+def progress(step: int, total: int, text: str, **fields: Any) -> None:
+    """Shows a line of progress: its text, or its numbers as JSON."""
+    if _log_format == "json":
+        fields = {"step": step, "total": total, **fields}
+        logging.getLogger(PACKAGE).info("progress", extra={"fields": fields})
+    else:
+        write_message(text + "\n")
+
+
+def shows_bars() -> bool:
+    """Returns whether standard error is a terminal for people."""
+    return sys.stderr.isatty() and _log_format == "text"
+
+
+def bar(total: int, description: str, unit: str, shown: bool = True) -> "tqdm[Any]":
+    """Returns a bar of progress, which appears after two seconds, and for people only."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=description, unit=unit, disable=not (shown and shows_bars()), delay=2)

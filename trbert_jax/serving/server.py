@@ -10,7 +10,6 @@ Source: docs/serving.md.
 
 import asyncio
 import contextlib
-import json
 import logging
 import resource
 import socket
@@ -123,7 +122,14 @@ class _Guard:
             if path not in _QUIET or status[0] != 200:
                 logger.info(
                     "request",
-                    extra={"fields": {"id": id, "path": path, "status": status[0], "ms": 1000 * seconds}},
+                    extra={
+                        "fields": {
+                            "id": id,
+                            "path": path,
+                            "status": status[0],
+                            "ms": round(1000 * seconds, 2),
+                        }
+                    },
                 )
 
     async def _receive(self, headers: Mapping[str, str], method: str, receive: Receive) -> Any:
@@ -188,18 +194,6 @@ class _Protocol(H11Protocol):
         )
 
 
-class _Lines(logging.Formatter):
-    """Formats a message as a JSON object."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, Any] = {"time": f"{when}.{int(record.msecs):03}Z", "level": record.levelname.lower()}
-        line |= {"event": record.getMessage(), **getattr(record, "fields", {})}
-        if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
-        return json.dumps({key: round(x, 2) if isinstance(x, float) else x for key, x in line.items()})
-
-
 def guarded_app(
     model: TRBert, name: str, options: Mapping[str, Any], limits: Limits, failed: Callable[[Exception], None]
 ) -> FastAPI:
@@ -244,7 +238,7 @@ def serve(
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen at {host}:{port}: {error}; choose --host and --port") from error
     handler = logging.StreamHandler()
-    handler.setFormatter(_Lines())
+    handler.setFormatter(streams.JsonLines())
     logger.handlers, logger.propagate = [handler], False
     config = uvicorn.Config(
         app,
@@ -257,7 +251,7 @@ def serve(
     )
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
-    streams.say(f"{name} at {address} ({address}/docs describes the requests)")
+    streams.say(f"{name} at {address} ({address}/docs describes the requests)", "info")
     server = uvicorn.Server(config)
     # Uvicorn raises the signal again that it has stopped for.
     with contextlib.suppress(PreemptedError, KeyboardInterrupt):

@@ -15,6 +15,7 @@ import numpy as np
 
 from trbert_jax.datasets.records import trim_span
 from trbert_jax.errors import UserError
+from trbert_jax.io import streams
 from trbert_jax.model.tokenizers import copy_backend
 from trbert_jax.tasks.examples import Ragged
 
@@ -121,11 +122,8 @@ class TextEncoder:
         and with them how much of a long text is read. Raises `UserError` if a text holds a marker whose entry
         the vocabulary lacks.
         """
-        from tqdm import tqdm
-
         tokens, spans, num_tokens = [], [], []
-        # disable=None: no bar unless stderr is a terminal; delay: none for what takes a moment.
-        with tqdm(total=len(texts), desc="tokenizing", unit="text", disable=None, delay=2) as bar:
+        with streams.bar(len(texts), "tokenizing", "text") as bar:
             for start in range(0, len(texts), _CHUNK):
                 chunk = list(texts[start : start + _CHUNK])
                 for encoding in self._encodings(chunk, chars, max_tokens):

@@ -19,8 +19,7 @@ import jax
 import numpy as np
 
 from trbert_jax.errors import UserError
-from trbert_jax.io import atomic_file, make_directory, read_text
-from trbert_jax.io.streams import write_message
+from trbert_jax.io import atomic_file, make_directory, read_text, streams
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +44,22 @@ class Progress:
     def __init__(self, name: str, total: int) -> None:
         self._name, self._total = name, total
         self._bar: Any = None
+        self._step = 0
         self._scalars: dict[str, float] = {}
 
     def update(self, step: int, num_examples: int) -> None:
         from tqdm import tqdm
 
+        self._step = step
         if self._bar is None:
-            terminal = sys.stderr.isatty()
+            terminal = streams.shows_bars()
             bar = "|{bar}|" if terminal else "step"
             self._bar = tqdm(
                 desc=self._name,
                 total=self._total,
                 initial=step,
                 postfix=self._text(),
-                file=sys.stderr if terminal else _Lines(),
+                file=sys.stderr if terminal else _Lines(self),
                 dynamic_ncols=terminal,
                 mininterval=0.1 if terminal else LINE_SECONDS,
                 miniters=1,
@@ -80,6 +81,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
+    def write(self, line: str) -> None:
+        """Writes the state as a line: where stderr is no terminal."""
+        streams.progress(self._step, self._total, line, stage=self._name, **self._scalars)
+
     def _text(self, *speed: str) -> str:
         return ", ".join([*speed, *(f"{name} {value:.3g}" for name, value in self._scalars.items())])
 
@@ -87,9 +92,12 @@ class Progress:
 class _Lines:
     """A file for tqdm that writes lines where it would overwrite one."""
 
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
     def write(self, text: str) -> None:
         if text.strip():
-            write_message(text.strip() + "\n")
+            self._progress.write(text.strip())
 
     def flush(self) -> None:
         """Does nothing: each message is flushed."""
