@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import reference
 import tiny_models
+import yaml
 
 from trbert_jax.cli import COMMANDS, parse_arguments
 from trbert_jax.config import STAGES, BackboneConfig, DataConfig, RunConfig, load_config
-from trbert_jax.datasets import dataset_names
+from trbert_jax.datasets import DATASETS, dataset_names
 from trbert_jax.model.backbones import BACKBONES
 from trbert_jax.reduction.rules import RULES
 from trbert_jax.tasks import TASKS
@@ -90,6 +91,41 @@ def test_commands_of_the_pages_are_accepted() -> None:
     assert len(commands) > 10
     for command in commands:
         parse_arguments(shlex.split(command, comments=True)[1:])  # exits if an option is unknown
+
+
+def blocks(language: str) -> dict[str, list[str]]:
+    """The blocks of code of each page; CONTRIBUTING.md has a test of its own."""
+    texts = {page.name: page.read_text(encoding="utf-8") for page in PAGES if page.name != "CONTRIBUTING.md"}
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return {name: found for name, text in texts.items() if (found := pattern.findall(text))}
+
+
+def test_python_of_the_pages_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_models.tiny_model(Path("runs/quickstart/model"))
+    folders = [f"aclImdb/{split}/{name}" for split in ("train", "test") for name in ("neg", "pos")]
+    folders += [f"20news-bydate-{split}/group{i:02}" for split in ("train", "test") for i in range(20)]
+    for folder in map(Path, folders):
+        folder.mkdir(parents=True)
+        (folder / "1").write_text("a café", encoding="latin-1" if "20news" in str(folder) else "utf-8")
+    found = blocks("python")
+    assert set(found) == {"README.md", "data.md", "show.md"}
+    for code in (code for page in found.values() for code in page):
+        exec(code, {"__name__": "__main__"})
+    assert Path("page.html").exists()
+    for name, count in (("imdb", 2), ("20news", 20)):
+        examples = DATASETS[name].read_split(f"data/{name}", "test")
+        assert [(e.text, e.label) for e in examples] == [("a café", label) for label in range(count)]
+
+
+def test_settings_of_the_pages_are_accepted(tmp_path: Path) -> None:
+    """A block may leave out what every run needs."""
+    needed = {"workdir": "w", "data": {"name": "imdb", "path": "x"}, "model": {"init": "scratch"}}
+    for page, codes in blocks("yaml").items():
+        for code in codes:
+            (tmp_path / "c.yaml").write_text(yaml.safe_dump({**needed, **yaml.safe_load(code)}))
+            assert load_config(tmp_path / "c.yaml").workdir, page
+    assert all(json.loads(code) for codes in blocks("json").values() for code in codes)
 
 
 def table(page: str, header: str) -> list[list[str]]:
