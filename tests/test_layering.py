@@ -148,9 +148,9 @@ def test_sizes() -> None:
     entries = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     assert len(entries) <= 16
     assert len(FLOORS) <= 8
-    assert len(list(PACKAGE.rglob("*.py"))) <= 123
-    assert lines(PACKAGE) <= 24_360
-    assert lines(ROOT / "tests") <= 17_020
+    assert len(list(PACKAGE.rglob("*.py"))) <= 126
+    assert lines(PACKAGE) <= 24_450
+    assert lines(ROOT / "tests") <= 17_080
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -76,6 +76,24 @@ def test_the_numbers_are_those_of_predict(model: TRBert) -> None:
             assert (later.count(None), row["p"][0]) == (int((left == 0).sum()), 100)
 
 
+def test_deleted_tokens_are_gone(model: TRBert) -> None:
+    """The first point has the dense answers, the last those of texts without 70 % of their words."""
+    curve = model.show(TEXTS, repeats=0).data["corpus"]["deletion"]
+    dense = model.predict(TEXTS, rule="dense")
+    whole = np.mean([p.scores.max() for p in dense])
+    assert [curve[name][0] for name in ("kept", "dropped", "random")] == [pytest.approx(whole, abs=1e-4)] * 3
+    (text,) = ["good film dull bad"]  # four words, one piece each
+    (full,), (now,) = (model.predict([text], rule=rule) for rule in ("dense", "threshold"))
+    page = model.show([text], repeats=0).data["corpus"]
+    passed = np.bincount(np.concatenate(now.kept), minlength=6)[1:5]
+    assert len({*passed}) > 1
+    for name, first in (("kept", passed.max()), ("dropped", passed.min())):
+        found = page["deletion"][name][page["deletion"]["shares"].index(0.3)]  # one word of four
+        rests = [" ".join(np.delete(text.split(), i)) for i in np.flatnonzero(passed == first)]
+        possible = [p.scores[full.label_id] for p in model.predict(rests, rule="dense")]
+        assert min(abs(x - found) for x in possible) < 1e-4
+
+
 def test_a_notebook_shows_the_page_in_a_frame(model: TRBert) -> None:
     page = model.show(TEXTS, operating_point="2x", repeats=0)
     assert page.data["settings"][page.data["start"]]["name"] == "2x"
@@ -209,6 +227,7 @@ def test_slider_tabs_keys_and_escaping(browser: Any, model: TRBert, tmp_path: Pa
     tab.keyboard.press("ArrowRight")
     assert tab.is_visible("#panel-corpus")
     assert not tab.is_visible("#panel-text")
+    assert tab.locator("#panel-corpus .curve").count() == 3
     tab.keyboard.press("ArrowRight")
     assert "Other answer than the dense model" in tab.inner_text("#panel-errors")
     tab.click("#tab-text")

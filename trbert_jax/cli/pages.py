@@ -58,7 +58,7 @@ def _show(args: Arguments) -> None:
     if args.data and not args.output:
         raise UserError("--data needs --output, the page to write")
     io.enable_compilation_cache()
-    from trbert_jax.inference import show
+    from trbert_jax.inference import show, show_terminal
     from trbert_jax.inference.predictor import TRBert
 
     options = chosen(args, "threshold operating_point batch_size repeats")
@@ -73,7 +73,7 @@ def _show(args: Arguments) -> None:
         if not args.output:
             color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
             limits = chosen(args, "threshold operating_point")
-            streams.show(*show.terminal_lines(model, inputs, **limits, color=color))
+            streams.show(*show_terminal.terminal_lines(model, inputs, **limits, color=color))
             return
         page = show.show(model, inputs, **options)
     page.save(args.output)

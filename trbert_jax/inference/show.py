@@ -6,15 +6,13 @@
 Source: docs/show.md.
 """
 
-import collections
 import dataclasses
 import datetime
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from trbert_jax import __version__
 from trbert_jax.datasets import BadRecords
@@ -27,7 +25,8 @@ from trbert_jax.inference.engine import InferenceEngine
 from trbert_jax.inference.evaluate import read_examples
 from trbert_jax.inference.outputs import Outputs
 from trbert_jax.inference.predictor import TRBert, check_texts
-from trbert_jax.inference.questions import MAX_N_BEST
+from trbert_jax.inference.show_corpus import corpus
+from trbert_jax.inference.show_inputs import Array, answers, characters, owner_of, right, snippet
 from trbert_jax.io import streams
 from trbert_jax.model.operating_points import find_thresholds
 from trbert_jax.model.packed import DEFAULT_BACKEND
@@ -45,15 +44,9 @@ from trbert_jax.reduction.selection import min_logit
 from trbert_jax.tasks.base import parse_requests
 from trbert_jax.tasks.examples import Examples
 from trbert_jax.tasks.spans import SpanTask
-from trbert_jax.tasks.text_encoder import TextEncoder
-from trbert_jax.tasks.windows import Windows
-
-Array = npt.NDArray[Any]
 
 DETAILED = 20  # inputs whose tokens a page shows
 _GRID = np.linspace(0.1, 0.9, 17)  # thresholds of both points, or as far from others in the selector's logit
-_WORDS = 15  # words listed
-_SNIPPET = 90  # characters of a text in a list
 
 
 def show(
@@ -76,7 +69,7 @@ def show(
 
     Raises UserError for another model, no inputs, or one that cannot be read.
     """
-    records = _records(model, inputs)
+    records = input_records(model, inputs)
     return _page(model, records, threshold, operating_point, batch_size, repeats, {})
 
 
@@ -122,7 +115,7 @@ def _check(model: TRBert) -> None:
         raise UserError(f"{model.source}: {advice}")
 
 
-def _records(model: TRBert, inputs: Iterable[Any]) -> list[Any]:
+def input_records(model: TRBert, inputs: Iterable[Any]) -> list[Any]:
     """Returns records without answers of texts or questions; errors: see `show`."""
     given = list(iterable("inputs", inputs, "show(model, [text])"))
     _check(model)
@@ -156,8 +149,8 @@ def _page(
     examples = model.task.encode(records, model.require_tokenizer())
     dense = engine.run(model.params, examples, rule="dense")
     now = engine.run(model.params, examples, threshold=start)
-    dense_answers, answers = (_answers(model, examples, x) for x in (dense, now))
-    changed = [left["answer"] != right["answer"] for left, right in zip(dense_answers, answers, strict=True)]
+    dense_answers, now_answers = (answers(model, examples, x) for x in (dense, now))
+    changed = [a["answer"] != b["answer"] for a, b in zip(dense_answers, now_answers, strict=True)]
     chosen = np.arange(len(records))
     if len(records) > DETAILED:  # changed answers first
         chosen = np.argsort(np.logical_not(changed), kind="stable")[:DETAILED]
@@ -167,7 +160,7 @@ def _page(
         "layers": model.config.num_layers,
         "points": [*model.config.reduction_layers],
         **_details(model, _taken(model, examples, chosen), start, operating_point, engine, repeats),
-        "corpus": _corpus(model, examples, dense, now, dense_answers, answers, chosen),
+        "corpus": corpus(model, examples, dense, now, dense_answers, now_answers, chosen, engine),
         "source": {
             **source,
             "folder": model.source,
@@ -176,84 +169,6 @@ def _page(
         },
     }
     return Page("show.html", data, title=f"Tokens that {data['model']} keeps")
-
-
-def terminal_lines(
-    model: TRBert,
-    inputs: Iterable[Any],
-    threshold: Threshold = DEFAULT_THRESHOLD,
-    operating_point: str | None = None,
-    *,
-    color: bool,
-) -> Iterator[str]:
-    """Yields the answer to each input, and its text with the dropped tokens dim, or without color as blanks.
-
-    Arguments and errors: see `show`.
-    """
-    records = _records(model, inputs)
-    limits = find_thresholds(model.config.operating_points, operating_point, DEFAULT_RULE, threshold)
-    examples = model.task.encode(records, model.require_tokenizer())
-    outputs = model.engine(len(records)).run(model.params, examples, threshold=limits)
-    owner, points = _owner(model, examples), len(outputs.kept)
-    for i, answer in enumerate(_answers(model, examples, outputs)):
-        rows = np.flatnonzero(owner == i)
-        tokens, kept = int(examples.row_lengths[rows].sum()), int(outputs.num_kept[rows, -1].sum())
-        share = f"{kept} of {tokens} tokens kept to the end"
-        yield f"{answer['answer'] or 'no answer'}  {answer['score']:.1%}  {share}"
-        for row in rows.tolist():
-            texts, at, _ = characters(model._encoder, examples, row)
-            passed = np.bincount(np.concatenate([stage[row] for stage in outputs.kept]), minlength=len(at))
-            for segment, text in enumerate(texts):
-                places = [(a, b, n) for (k, a, b), n in zip(at, passed, strict=True) if k == segment]
-                yield _styled(text, places, points) if color else _blanked(text, places, points)
-        yield ""
-
-
-def _styled(text: str, places: Sequence[tuple[int, int, int]], points: int) -> str:
-    parts, end = list[str](), 0
-    for a, b, passed in places:
-        style = "1" if passed == points else "2;4" if passed else "2"  # bold; dim and underlined; dim
-        parts += [text[end:a], f"\x1b[{style}m{text[a:b]}\x1b[0m"]
-        end = b
-    return "".join([*parts, f"\x1b[2m{text[end:]}\x1b[0m" if text[end:].strip() else ""])
-
-
-def _blanked(text: str, places: Sequence[tuple[int, int, int]], points: int) -> str:
-    letters = [letter if letter.isspace() else "_" for letter in text]
-    for a, b, passed in places:
-        if passed == points:
-            letters[a:b] = text[a:b]
-    return "".join(letters)
-
-
-def _owner(model: TRBert, examples: Examples) -> Array:
-    """Returns the record of each row, int [R]."""
-    return examples.layout.question if model.answers_questions else np.arange(len(examples))
-
-
-# Answers ---------------------------------------------------------------------------------------------
-
-
-def _answers(model: TRBert, examples: Examples, outputs: Outputs) -> list[dict[str, Any]]:
-    """Returns the `answer` to each record, its `score`, and of a span its characters; in order."""
-    if not model.answers_questions:
-        return [
-            {"answer": model.config.labels[row.argmax()], "score": round(float(row.max()), 4)}
-            for row in outputs.probabilities
-        ]
-    found = model.task.answers(examples, outputs.logits)
-    fields = ("answer", "score", "start", "end")
-    answers = [found[record.id] for record in examples.records]
-    return [
-        {key: round(x[key], 4) if key == "score" else x[key] for key in fields if key in x} for x in answers
-    ]
-
-
-def _right(model: TRBert, record: Any) -> list[str] | None:
-    """Returns the right answers of a record, None if they are not known; [""]: that there is none."""
-    if not model.answers_questions:
-        return None if record.label < 0 else [model.config.labels[record.label]]
-    return [*record.answers] if record.answers else [""] if record.impossible else None
 
 
 # Tokens of some inputs at all settings ---------------------------------------------------------------
@@ -296,17 +211,17 @@ def _details(
     order = np.argsort(-used.sum(1), kind="stable")
     judged = _probabilities(copies, model, examples, limits)
     outcomes = {
-        "dense": [_answers(model, examples, engine.run(model.params, examples, rule="dense"))],
-        "reduced": [_answers(model, examples, run) for run in runs],
+        "dense": [answers(model, examples, engine.run(model.params, examples, rule="dense"))],
+        "reduced": [answers(model, examples, run) for run in runs],
     }
     kept = np.array([run.num_kept for run in runs], np.int32)
     for other in rule_names("baseline"):
         same = run_copies(
             copies, model.params, examples, "num_kept", kept, RULES[other], DEFAULT_BACKEND, seed=0
         )
-        outcomes[other] = [_answers(model, examples, run) for run in same]
+        outcomes[other] = [answers(model, examples, run) for run in same]
     times = _times(model, examples, settings, repeats)
-    owner = _owner(model, examples)
+    owner = owner_of(model, examples)
     inputs = []
     for i, (record, time) in enumerate(zip(examples.records, times, strict=True)):
         rows = np.flatnonzero(owner == i)
@@ -314,8 +229,8 @@ def _details(
         inputs.append(
             {
                 "id": str(record.id),
-                "title": record.question if model.answers_questions else _snippet(record.text),
-                "right": _right(model, record),
+                "title": record.question if model.answers_questions else snippet(record.text),
+                "right": right(model, record),
                 "rows": [_row(model, examples, row, runs, judged, order) for row in rows.tolist()],
                 "speedup": [round(float(whole / used[k, rows].sum()), 3) for k in order],
                 "dense": outcomes["dense"][0][i],
@@ -360,7 +275,7 @@ def _times(
         *({"threshold": tuple(s["thresholds"])} for s in settings),
     ]
     times: list[list[float] | None] = []
-    owner = _owner(model, examples)
+    owner = owner_of(model, examples)
     with streams.bar(len(examples.records), "timing", "input") as bar:
         for i in range(len(examples.records)):
             alone = examples.take(np.flatnonzero(owner == i))
@@ -404,111 +319,3 @@ def _row(
 
 def _percent(p: float) -> int | None:
     return None if np.isnan(p) else round(100 * float(p))
-
-
-def characters(encoder: TextEncoder, examples: Examples, row: int) -> tuple[list[str], list[list[int]], int]:
-    """Returns the texts that a row was made of, the characters of its tokens, and where the last text begins.
-
-    The texts are those of the record, or question and part of a context. The characters of a token are
-    [number of the text, start, end], of a special one [-1, 0, 0].
-    """
-    special = [-1, 0, 0]
-    if not isinstance(examples.layout, Windows):
-        record, first, last = examples.records[row], *examples.offsets[row : row + 2]
-        texts = [record.text] if record.pair is None else [record.text, record.pair]
-        types = np.zeros(last - first, np.int8)
-        if examples.token_types is not None:
-            types = examples.token_types[first:last]
-        counts = [int((types == k).sum()) - (2 if k == 0 else 1) for k in range(len(texts))]
-        at = [special]
-        for k, pieces in enumerate(encoder.encode(texts, chars=True, max_tokens=len(types)).chars):
-            at += [[k, int(a), int(b)] for a, b in pieces[: counts[k]]] + [special]
-        return texts, at, 0
-    windows = examples.layout
-    number, size, piece = windows.question[row], windows.num_pieces[row], windows.first_piece[row]
-    asked = examples.records[number].question
-    pieces = windows.chars[windows.context_index[number]][piece : piece + size]
-    begin, end = int(pieces[0, 0]), int(pieces[-1, 1])
-    longest = int(windows.context_start[row]) - 2
-    query = encoder.encode([asked], chars=True, max_tokens=longest).chars[0]
-    at = [special, *([0, int(a), int(b)] for a, b in query), special]
-    at += [[1, int(a) - begin, int(b) - begin] for a, b in pieces] + [special]
-    return [asked, windows.texts[number][begin:end]], at, begin
-
-
-# All inputs at one setting ---------------------------------------------------------------------------
-
-
-def _corpus(
-    model: TRBert,
-    examples: Examples,
-    dense_outputs: Outputs,
-    now: Outputs,
-    dense: Sequence[dict[str, Any]],
-    reduced: Sequence[dict[str, Any]],
-    chosen: Array,
-) -> dict[str, Any]:
-    """Returns an entry for each input, at the first thresholds, and the words most often kept and dropped."""
-    shown = {int(i): place for place, i in enumerate(chosen)}
-    owner, records = _owner(model, examples), examples.records
-    lost = _lost(model, examples, dense_outputs, now)
-    tokens = np.bincount(owner, examples.row_lengths, len(records)).astype(int)
-    kept = np.bincount(owner, now.num_kept[:, -1], len(records)).astype(int)
-    entries = [
-        {
-            "title": record.question if model.answers_questions else _snippet(record.text),
-            "tokens": int(tokens[i]),
-            "kept": int(kept[i]),
-            "dense": dense[i]["answer"],
-            "reduced": reduced[i]["answer"],
-            "lost": round(lost[i], 4),
-            "right": _right(model, record),
-            "shown": shown.get(i),
-        }
-        for i, record in enumerate(records)
-    ]
-    return {"inputs": entries, **_words(model._encoder, examples, now)}
-
-
-def _lost(model: TRBert, examples: Examples, dense: Outputs, now: Outputs) -> list[float]:
-    """Returns how much less probable the dense model's answers are to the reduced one."""
-    if not model.answers_questions:
-        rows, labels = np.arange(len(examples)), dense.logits.argmax(-1)
-        lost: list[float] = (dense.probabilities - now.probabilities)[rows, labels].tolist()
-        return lost
-    found = model.task.answers(examples, dense.logits)
-    lists = model.task.answers(examples, now.logits, MAX_N_BEST)
-    lost = []
-    for record in examples.records:
-        known = {entry["answer"]: entry["score"] for entry in lists[record.id]["n_best"]}
-        best = found[record.id]
-        lost.append(best["score"] - known.get(best["answer"], 0.0))
-    return lost
-
-
-def _words(encoder: TextEncoder, examples: Examples, now: Outputs) -> dict[str, Any]:
-    """Returns the words of several occurrences with the largest and the smallest share kept to the end."""
-    count, kept = collections.Counter[str](), collections.Counter[str]()
-    special = {int(encoder.cls[0]), int(encoder.sep[0])}
-    for row in range(examples.num_rows):
-        ids, alive = examples.row(row), np.zeros(examples.row_lengths[row], bool)
-        alive[now.kept[-1][row]] = True
-        begins = np.flatnonzero(~encoder.continues[ids])
-        entries = encoder.words(ids)
-        for a, b in zip(begins, [*begins[1:], len(ids)], strict=True):
-            if int(ids[a]) not in special:
-                word = "".join(entry.removeprefix("##") for entry in entries[a:b])
-                count[word] += 1
-                kept[word] += bool(alive[a:b].any())
-    least = max(3, sum(count.values()) // 5000)
-    found = [(kept[word] / number, number, word) for word, number in count.items() if number >= least]
-    # The share kept, held back by two occurrences of the mean: a rare word needs more.
-    mean = sum(kept.values()) / max(1, sum(count.values()))
-    found.sort(key=lambda x: (x[0] * x[1] + 2 * mean) / (x[1] + 2))
-    listed = [{"word": word, "share": round(share, 3), "count": number} for share, number, word in found]
-    return {"dropped": listed[:_WORDS], "kept": listed[::-1][:_WORDS], "least": least}
-
-
-def _snippet(text: str) -> str:
-    text = " ".join(text[: 4 * _SNIPPET].split())
-    return text if len(text) <= _SNIPPET else text[: _SNIPPET - 1] + "…"

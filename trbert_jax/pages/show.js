@@ -231,15 +231,41 @@ function drawCorpus() {
   }
   chart.append(draw("text", { x: left, y: height - 12 }, "0"), draw("text", { x: width - 130, y: height - 12 }, `${longest} tokens`));
   for (const entry of inputs) chart.append(draw("circle", { cx: x(entry.tokens), cy: y(entry.kept / entry.tokens), r: 3.5, class: "bar", "fill-opacity": 0.6 }));
+  const deletion = data.corpus.deletion;
   const words = (title, list) => make("div", {}, make("h2", {}, title), table(["word", ["kept", "number"], ["occurrences", "number"]],
     list.map((w) => [w.word, [percent(w.share), "number"], [w.count, "number"]])));
   const start = data.settings[data.start];
   byId("panel-corpus").replaceChildren(
     make("p", {}, `${inputs.length} ${data.kind} at thresholds ${start.thresholds.map((t) => format(t)).join(" and ")}; ${changed.length} answers differ from the dense model's.`),
     make("h2", {}, "Share kept to the end"), chart,
+    ...(deletion ? [make("h2", {}, "Tokens deleted"), make("p", {}, `Probability of the dense model's answer after deleting tokens from the text, a mean over ${deletion.texts} texts. If kept tokens carry the answer, deleting them first costs most.`),
+      drawDeletion(deletion)] : []),
     make("div", { className: "columns" }, words("Kept most often", kept), words("Dropped most often", dropped)),
     make("p", { className: "small quiet" }, `Words that occur at least ${least} times; a word counts as kept if a piece of it is.`),
     make("h2", {}, "Changed answers"), changed.length ? listed(changed) : make("p", {}, "none"));
+}
+
+// Lines over the share of tokens deleted, with their names at the end.
+function drawDeletion({ shares, kept, dropped, random }) {
+  const width = 560, height = 240, left = 44, bottom = 34, right = 110;
+  const lines = { "dropped first": [dropped, "4 3"], "random": [random, "1 4"], "kept first": [kept, ""] };
+  const low = Math.floor(10 * Math.min(...kept, ...dropped, ...random)) / 10;
+  const x = (share) => left + ((width - left - right) * share) / shares.at(-1), y = (p) => 10 + (height - bottom - 10) * (1 - (p - low) / (1 - low));
+  const label = Object.entries(lines).map(([name, [curve]]) => `${name}: ${curve.map((p) => format(p)).join(", ")}`).join("; ");
+  const chart = draw("svg", { viewBox: `0 0 ${width} ${height}`, width, role: "img", "aria-label": `Probability by share deleted. ${label}` });
+  for (const p of [low, (1 + low) / 2, 1]) {
+    chart.append(draw("line", { x1: left, x2: width - right, y1: y(p), y2: y(p), class: "axis" }), draw("text", { x: 0, y: y(p) + 4 }, format(p)));
+  }
+  for (const share of shares) chart.append(draw("text", { x: x(share) - 12, y: height - 12 }, `${Math.round(100 * share)} %`));
+  const ends = [];
+  for (const [name, [curve, dash]] of Object.entries(lines)) {
+    chart.append(draw("polyline", { points: curve.map((p, i) => `${x(shares[i])},${y(p)}`).join(" "), class: "curve", "stroke-dasharray": dash }));
+    let place = y(curve.at(-1)) + 4;
+    while (ends.some((other) => Math.abs(other - place) < 15)) place += 15;
+    ends.push(place);
+    chart.append(draw("text", { x: width - right + 6, y: place }, name));
+  }
+  return chart;
 }
 
 function listed(entries) {

@@ -14,7 +14,7 @@ import yaml
 from trbert_jax.config import RunConfig, build_config, without_defaults
 from trbert_jax.config.loading import upgrade
 from trbert_jax.errors import UserError
-from trbert_jax.inference.show import characters
+from trbert_jax.inference.show_inputs import characters
 from trbert_jax.io import read_json
 from trbert_jax.model.tokenizers import load_tokenizer
 from trbert_jax.pages import Page
