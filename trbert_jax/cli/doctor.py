@@ -22,6 +22,7 @@ FEATURES = {
     "onnxruntime": "export, and run exported models",
     "openvino": "run exported models with OpenVINO",
     "serve": "trbert serve",
+    "docs": "make docs",
 }
 HEADS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 
