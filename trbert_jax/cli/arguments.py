@@ -134,10 +134,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
     Raises `SystemExit` after help or the version (code 0), or an error message about an argument (code 2).
     """
-    parser, commands = make_parser([name for name in COMMANDS if name in argv])
-    if {"-h", "--help"} & set(argv):
-        for command in commands.values():
-            command.epilog = (command.epilog or "").replace("{stages}", describe_stages())
+    named = [name for name in COMMANDS if name in argv]
+    parser, commands = make_parser(named)
+    for command in map(commands.__getitem__, named):
+        if "{stages}" in (command.epilog or "") and {"-h", "--help"} & set(argv):
+            command.epilog = str(command.epilog).replace("{stages}", describe_stages())
     args, rest = parser.parse_known_args(argv)
     chosen = commands[args.command]
     # argparse does not accept positional arguments after options; they belong to the same list.
