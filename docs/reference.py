@@ -1,5 +1,6 @@
 """Writes the reference pages of the site: commands, settings and Python, from the code."""
 
+import argparse
 import ast
 import dataclasses
 import inspect
@@ -37,15 +38,16 @@ PYTHON = {
 
 def commands_page() -> str:
     """Returns the page of all commands and options, from the table of the command line."""
-    lines = ["# Commands", "", "`trbert COMMAND --help` shows the same in a terminal."]
-    lines += [
+    lines = [
+        "# Commands",
         "",
-        "Each command also has `--log-format json`: messages and progress on standard error as JSON lines.",
+        "`trbert COMMAND --help` shows the same in a terminal. With `--log-format json`,",
     ]
+    lines += ["each command writes messages and progress to standard error as JSON lines."]
     for name, (run, options) in COMMANDS.items():
         summary, _, details = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
         lines += ["", f"## trbert {name}", "", summary, "", *_paragraphs(details)]
-        rows = [_option_row(option) for option in options if option[1].get("help") != "==SUPPRESS=="]
+        rows = [_option_row(option) for option in options if option[1]["help"] is not argparse.SUPPRESS]
         lines += ["", "| argument | meaning |", "|---|---|", *rows] if rows else []
     return "\n".join(lines) + "\n"
 

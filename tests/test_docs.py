@@ -1,5 +1,6 @@
 """The documentation: links, paths, commands, citations in the code, and tables that repeat a registry."""
 
+import argparse
 import json
 import os
 import pydoc
@@ -211,7 +212,7 @@ def test_reference_names_everything() -> None:
     page = reference.commands_page()
     assert re.findall(r"^## trbert (.+)$", page, re.MULTILINE) == list(COMMANDS)
     for _, options in COMMANDS.values():
-        shown = [name for name, settings in options if settings["help"] != "==SUPPRESS=="]
+        shown = [name for name, settings in options if settings["help"] is not argparse.SUPPRESS]
         assert [
             name for name in shown if not re.search(rf"^\| `{name}[ `].* \| \S", page, re.MULTILINE)
         ] == []

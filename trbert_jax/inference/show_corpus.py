@@ -75,7 +75,7 @@ def _lost(model: TRBert, examples: Examples, dense: Outputs, now: Outputs) -> li
 def _words(encoder: TextEncoder, examples: Examples, now: Outputs) -> dict[str, Any]:
     """Returns the words of several occurrences with the largest and the smallest share kept to the end."""
     count, kept = collections.Counter[str](), collections.Counter[str]()
-    special = {int(encoder.cls[0]), int(encoder.sep[0])}
+    special = _special(encoder)
     for row in range(examples.num_rows):
         ids, alive = examples.row(row), np.zeros(examples.row_lengths[row], bool)
         alive[now.kept[-1][row]] = True
@@ -98,16 +98,14 @@ def _words(encoder: TextEncoder, examples: Examples, now: Outputs) -> dict[str, 
 def _deletion(
     model: TRBert, examples: Examples, dense: Outputs, now: Outputs, engine: InferenceEngine
 ) -> dict[str, Any]:
-    """Returns how probable the dense model's answers remain as tokens are deleted from the texts.
+    """Returns how probable the dense model's answers remain as tokens are deleted, a mean over the first texts.
 
-    A mean over the first texts for each order: those first that the model keeps longest, those that it drops
-    first, or any. Special tokens stay.
+    The order is that of keeping, the longest kept first, that of dropping, or random. Special tokens stay.
     """
     count = min(len(examples), _TEXTS)
     texts, labels = examples.take(np.arange(count)), dense.logits[:count].argmax(-1)
     curves: dict[str, list[float]] = {"kept": [], "dropped": [], "random": []}
-    special = {int(model._encoder.cls[0]), int(model._encoder.sep[0])}
-    orders = [*_orders(texts, now, special)]
+    orders = [*_orders(texts, now, _special(model._encoder))]
     for name, curve in curves.items():
         for share in _DELETED:
             stays = np.ones(len(texts.tokens), bool)
@@ -124,10 +122,15 @@ def _orders(texts: Examples, now: Outputs, special: set[int]) -> Iterator[dict[s
     for row in range(texts.num_rows):
         places = np.arange(texts.offsets[row], texts.offsets[row + 1])
         passed = np.bincount(np.concatenate([stage[row] for stage in now.kept]), minlength=len(places))
-        shuffled = rng.permutation([i for i, token in enumerate(texts.row(row)) if int(token) not in special])
-        first = shuffled.astype(int)
-        kept, dropped = (first[np.argsort(sign * passed[first], kind="stable")] for sign in (-1, 1))
-        yield {"kept": places[kept], "dropped": places[dropped], "random": places[first]}
+        words = np.flatnonzero([int(token) not in special for token in texts.row(row)])
+        any_first = rng.permutation(words)
+        kept, dropped = (any_first[np.argsort(sign * passed[any_first], kind="stable")] for sign in (-1, 1))
+        yield {"kept": places[kept], "dropped": places[dropped], "random": places[any_first]}
+
+
+def _special(encoder: TextEncoder) -> set[int]:
+    """Returns the ids of [CLS] and [SEP]."""
+    return {int(encoder.cls[0]), int(encoder.sep[0])}
 
 
 def _remaining(texts: Examples, stays: Array) -> Examples:
