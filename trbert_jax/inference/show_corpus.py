@@ -98,7 +98,7 @@ def _words(encoder: TextEncoder, examples: Examples, now: Outputs) -> dict[str, 
 def _deletion(
     model: TRBert, examples: Examples, dense: Outputs, now: Outputs, engine: InferenceEngine
 ) -> dict[str, Any]:
-    """Returns how probable the dense model's answers remain as tokens are deleted, a mean over the first texts.
+    """Returns how probable the dense model's answers remain as tokens are deleted, a mean over some texts.
 
     The order is that of keeping, the longest kept first, that of dropping, or random. Special tokens stay.
     """
