@@ -41,19 +41,24 @@ def model(tmp_path: Path) -> Path:
     return tiny_models.tiny_model(tmp_path / "model")
 
 
-def choose(data: Path | str, model: Path | str, *overrides: str, **given: Any) -> RunConfig:
-    return choose_settings(str(data), str(model), "runs/x", given, overrides)
+def choose(
+    data: Path | str, model: Path | str, *overrides: str, speedup: float | None = None, **given: Any
+) -> RunConfig:
+    return choose_settings(str(data), str(model), "runs/x", given, overrides, speedup)
 
 
 def test_settings_follow_from_the_texts(tmp_path: Path, model: Path) -> None:
     data = write_tickets(tmp_path / "t.csv", 40, "message", "team")
     fields = {"text_field": "message", "label_field": "team"}
-    config = choose(data, model, "policy.alpha=2", "stages=[finetune,evaluate]", **fields)
+    config = choose(data, model, "joint.jitter=2", "stages=[finetune,evaluate]", **fields)
     assert (config.data.name, config.data.train, config.data.path) == ("text", str(data), None)
     assert (config.data.text_field, config.data.label_field) == ("message", "team")
     assert (config.model.max_length, config.evaluate.split) == (tiny_models.BERT.max_positions, "dev")
-    assert (config.policy.alpha, config.joint.alpha, config.stages) == (2, 0.3, ("finetune", "evaluate"))
+    assert (config.joint.jitter, config.joint.temperature) == (2, 2)
+    assert config.stages == ("finetune", "evaluate")
     assert (config.finetune.epochs, config.finetune.backend) == (20, "masked")
+    assert config.joint.target_speedup == tiny_models.BERT.num_layers / 2
+    assert choose(data, "scratch", **fields, speedup=2.5).joint.target_speedup == 2.5
     # With a test set the results are those of it, unless it is without labels.
     assert choose(data, "scratch", **fields, test=str(data)).evaluate.split == "test"
     (tmp_path / "unknown.csv").write_text("message\na text\n")
@@ -80,17 +85,18 @@ def test_one_long_text_does_not_widen_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("count", "max_length", "width", "batch", "epochs", "rate"),
     [
-        (300, 64, 768, (8, 1), (5, 2), 5e-5),
-        (300, 64, 128, (8, 1), (16, 3), 5e-4),
-        (5_000, 512, 768, (8, 2), (2, 1), 5e-5),
-        (100_000, 64, 384, (32, 1), (2, 1), 5e-5),
+        (300, 64, 768, (8, 1), (5, 8), 5e-5),
+        (300, 64, 128, (8, 1), (16, 10), 5e-4),
+        (5_000, 512, 768, (8, 2), (2, 3), 5e-5),
+        (100_000, 64, 384, (32, 1), (2, 2), 5e-5),
     ],
 )
 def test_training_by_size(
     count: int, max_length: int, width: int, batch: tuple[int, int], epochs: tuple[int, int], rate: float
 ) -> None:
     sections = own_run._training(count, max_length, width)
-    assert {(s["batch_size"], s["accumulation_steps"]) for s in sections.values()} == {batch}
+    trained = [sections[name] for name in ("finetune", "init", "joint")]
+    assert {(s["batch_size"], s["accumulation_steps"]) for s in trained} == {batch}
     assert (sections["finetune"]["epochs"], sections["joint"]["epochs"]) == epochs
     assert sections["finetune"]["learning_rate"] == rate
 
@@ -118,12 +124,13 @@ def test_the_settings_used_are_written_and_run_again(
 
 WRONG = {
     "--data FILE": ["--model m --output o", "--data t.csv --model model", "--text-field x --output o"],
-    "--config": ["", "--data t.csv --model model --output o --config c.yaml"],
+    "--config": ["", "--data t.csv --model model --output o --config c.yaml", "--config c.yaml --speedup 2"],
     "none.csv": ["--data none.csv --model model --output o"],
     "t.csv:1: no column 'body'": ["--data t.csv --model model --output o --text-field body"],
     "t.txt": ["--data t.txt --model model --output o"],
     "no-model": ["--data t.csv --model no-model --output o"],
     "polciy": ["--data t.csv --model model --output o polciy.alpha=1"],
+    "--speedup": ["--data t.csv --model model --output o --speedup 1"],
     "folder: has no train": ["--data folder --model model --output o"],
     "model": ["--data t.csv --model o/model --output o", "--data t.csv --model model --output model"],
 }
@@ -150,6 +157,18 @@ def test_mistakes(
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
+def test_a_speed_out_of_reach_is_refused_before_training(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four layers, of which the first reads all tokens."""
+    data, output = str(write_tickets(tmp_path / "t.csv", 24)), tmp_path / "run"
+    own = ["train", "--data", data, "--model", str(model), "--output", str(output), "finetune.max_steps=1"]
+    assert main([*own, "--speedup", "9"]) == 2
+    assert "joint.target_speedup: out of reach; 4 layers allow less than 3." in capsys.readouterr().err
+    assert not list(output.glob("*/model"))
+    assert main([*own, "--speedup", "2", "--stages", "finetune"]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_a_csv_becomes_a_reduced_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +187,6 @@ def test_a_csv_becomes_a_reduced_model(tmp_path: Path, monkeypatch: pytest.Monke
     dense, reduced = results["dense"], results["reduced"]
     assert dense["macro_f1"] > 0.9
     assert reduced["macro_f1"] > 0.9
-    assert reduced["flops_speedup"] > 1.5
+    assert reduced["flops_speedup"] == pytest.approx(2, rel=0.1)
     (row,) = TRBert.from_pretrained("runs/reviews/model").predict(["where is my parcel, says the courier"])
     assert row.label == "shipping"

@@ -144,8 +144,8 @@ def gradients(settings: str, hard: bool = False, components: str = "") -> tuple[
 
 
 def test_threshold_trains_the_encoder_on_the_selection_of_prediction() -> None:
-    """And the selectors by the samples, as published."""
-    rules = ("sample", False), ("sample", True), ("threshold", False)
+    """And the selectors by the samples, as published; in the hard part no penalty reaches the encoder."""
+    rules = ("sample", False), ("sample joint.penalty_gradient=exact", True), ("threshold", False)
     sampled, hard, kept = (gradients(f"joint.rule={rule}", hard)[1] for rule, hard in rules)
     for name, tree in kept["encoder"].items():
         expected = (sampled if name.startswith("selector") else hard)["encoder"][name]

@@ -43,7 +43,7 @@ def _own_run(args: Arguments) -> RunConfig:
     data = {key: value for key, value in chosen(args, OWN).items() if value}
     if args.skip_bad_records:
         data["skip_bad_records"] = True
-    return choose_settings(args.data, args.model, args.output, data, args.overrides)
+    return choose_settings(args.data, args.model, args.output, data, args.overrides, args.speedup)
 
 
 OWN = "dev test text_field text_pair_field label_field"
@@ -55,6 +55,9 @@ OWN = "dev test text_field text_pair_field label_field"
     option("--data", "FILE", str, "labeled texts, a folder with train.csv and the like, or hf:NAME"),
     option("--model", "DIR", str, "for --data: folder or hub id of the model to start from, or scratch"),
     option("--output", "DIR", str, "for --data: folder of the run; the model will be in DIR/model"),
+    option(
+        "--speedup", "X", FACTOR, "for --data: times fewer FLOPs to reach (default 3; less for few layers)"
+    ),
     *(option(f"--{name}", "FILE", str, f"for --data: {name} set") for name in ("dev", "test")),
     *FIELDS,
     LABEL_FIELD,
@@ -93,7 +96,7 @@ def _train(args: Arguments) -> None:
         raise UserError("--coordinator, --num-processes and --process-id go together, without --distributed")
     if all(given) and args.process_id >= args.num_processes:
         raise UserError(f"--process-id {args.process_id} is not below --num-processes {args.num_processes}")
-    own = [name for name, value in chosen(args, f"data model output {OWN}").items() if value]
+    own = [name for name, value in chosen(args, f"data model output speedup {OWN}").items() if value]
     if bool(own) == bool(args.config):
         raise UserError("expected --config, or --data with --model and --output")
     if own and not (args.data and args.model and args.output):

@@ -81,6 +81,12 @@ def expected_counts(
     return counts
 
 
+def largest_speedup(shape: EncoderShape, max_length: int) -> float:
+    """Returns the speed-up of a text of the maximum length whose tokens, except `[CLS]`, are all dropped."""
+    ones = [jnp.ones(())] * len(shape.reduction_layers)
+    return float(1 / flops_share(shape, [jnp.float32(max_length), *ones], max_length))
+
+
 def flops_share(shape: EncoderShape, tokens: Sequence[jax.Array], max_length: int) -> jax.Array:
     """Computes reported FLOPs over those of the dense model for `max_length` tokens, float32.
 

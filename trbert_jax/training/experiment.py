@@ -36,6 +36,8 @@ from trbert_jax.model.model import Params, TokenReducingModel, init_params
 from trbert_jax.model.pretrained import Pretrained, load_pretrained
 from trbert_jax.model.tokenizers import load_tokenizer, read_line_breaks_as_spaces, train_wordpiece
 from trbert_jax.parallel import DeviceMesh, find_devices, make_mesh
+from trbert_jax.reduction.budget import largest_speedup
+from trbert_jax.reduction.flops import EncoderShape
 from trbert_jax.reduction.selection import random_key
 from trbert_jax.tasks import Splits, Trained
 from trbert_jax.tasks.examples import Examples
@@ -219,7 +221,15 @@ class Experiment:
         return Pretrained(config, params, tokenizer, newly_initialized=("selectors", "head"))
 
     def module(self, config: ModelConfig) -> TokenReducingModel:
-        """Returns the Flax module of a model, in the configured dtype."""
+        """Returns the Flax module of a model, in the configured dtype.
+
+        Raises `UserError` if a stage asks for a speed-up that such a model cannot have.
+        """
+        most = largest_speedup(EncoderShape.of(config), config.max_length)
+        for name in self.config.stages:
+            if (getattr(getattr(self.config, name), "target_speedup", None) or 1) >= most:
+                problem = f"out of reach; {config.num_layers} layers allow less than {most:.2f}"
+                raise UserError(f"{name}.target_speedup: {problem}, at which all tokens are dropped")
         dtype, parallel = DTYPES[self.config.model.dtype], self.config.parallel
         return TokenReducingModel(config, dtype, parallel.remat, parallel.activation_memory * 2**30)
 

@@ -1,6 +1,6 @@
 """Choose the settings of a run on one's own texts, by their number and length, in place of a YAML file.
 
-All stages run, `init` too: with few updates it gives the selectors a better start than rewards alone.
+The run follows the recipe of configs/base/plus.yaml; source: docs/method.md, "Beyond the paper".
 """
 
 import logging
@@ -34,14 +34,24 @@ _NARROW = 256  # width up to which a model takes, and needs, higher rates and mo
 # Stage -> updates to aim at, fewest and most epochs, and learning rate: of a wide model and of a narrow one.
 _TRAINING = {
     "finetune": ((300, 2, 5, 5e-5), (600, 3, 20, 5e-4)),
-    "init": ((100, 1, 3, 1e-3), (200, 1, 4, 3e-3)),
-    "policy": ((100, 1, 2, 1e-3), (300, 1, 4, 3e-3)),
-    "joint": ((100, 1, 2, 5e-5), (200, 1, 3, 3e-4)),
+    "init": ((200, 1, 3, 1e-3), (200, 1, 4, 3e-3)),
+    "joint": ((1000, 2, 8, 1e-4), (600, 3, 10, 3e-4)),
+}
+# What else the recipe sets, as in configs/base/plus.yaml.
+RECIPE: dict[str, dict[str, Any]] = {
+    "score": {"kind": "gate", "max_examples": 4000},
+    "init": {"loss": "bce"},
+    "joint": {"hard_fraction": 1.0, "dropout": False, "temperature": 2.0, "jitter": 1.0},
 }
 
 
 def choose_settings(
-    data: str, model: str, output: str, given: Mapping[str, Any], overrides: Sequence[str] = ()
+    data: str,
+    model: str,
+    output: str,
+    given: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    speedup: float | None = None,
 ) -> RunConfig:
     """Returns the configuration of a run.
 
@@ -51,6 +61,8 @@ def choose_settings(
       output: the work directory.
       given: further keys of section `data`.
       overrides: `key=value`, which win over the settings chosen here.
+      speedup: FLOPs of the dense model over those of the reduced one; None for 3, or for half the number of
+        layers if there are fewer than six.
 
     Raises `UserError` for data or a model that cannot be read, or a wrong setting.
     """
@@ -69,10 +81,12 @@ def choose_settings(
     except MissingSplitError:
         has_test = False
     chosen = np.random.default_rng(0).permutation(len(records))[:_SAMPLE]
-    longest, width = _fit(config, splits.task.texts([records[i] for i in sorted(chosen.tolist())]))
+    sample = splits.task.texts([records[i] for i in sorted(chosen.tolist())])
+    longest, width, layers = _fit(config, sample)
     values["model"] |= {"max_length": longest, **({"scratch": _SHAPE} if model == SCRATCH else {})}
     values |= _training(len(records), longest, width)
-    values["stages"] = [stage for stage in STAGES if stage in (*RunConfig.stages, "init")]
+    values["joint"]["target_speedup"] = speedup or min(3.0, layers / 2)
+    values["stages"] = [stage for stage in STAGES if stage in ("evaluate", "finetune", "teacher", *RECIPE)]
     values["evaluate"] = {"split": "test" if has_test else "dev", "baselines": ["random"]}
     logger.info(
         "%s: %d examples of %d classes for training; texts are cut at %d tokens, results are those of %s",
@@ -81,17 +95,19 @@ def choose_settings(
     return build_config(values, overrides)
 
 
-def _fit(config: RunConfig, texts: Sequence[str]) -> tuple[int, int]:
-    """Returns the length at which texts are cut, and the width of the model.
+def _fit(config: RunConfig, texts: Sequence[str]) -> tuple[int, int, int]:
+    """Returns the length at which texts are cut, and width and number of layers of the model.
 
     The length is that of the longest text, unless that is out of the ordinary.
     """
-    most, width, given = _LONGEST, int(_SHAPE["hidden_size"]), config.model.tokenizer
+    most, width, layers = _LONGEST, _SHAPE["hidden_size"], _SHAPE["num_layers"]
+    given = config.model.tokenizer
     tokenizer = load_tokenizer(given) if given else None
     if config.model.init != SCRATCH:
         directory = local_directory(config.model.init)
         shape = model_config_from_dict(read_config(directory), str(directory / "config.json"))
         most, width = min(most, config.model.max_positions or shape.max_positions), shape.hidden_size
+        layers = len(config.model.keep_layers or range(shape.num_layers))
         tokenizer = tokenizer or find_tokenizer(directory, shape.backbone.special_tokens)
         if tokenizer is None:
             raise UserError(f"{directory}: has no tokenizer files; set model.tokenizer to a folder that has")
@@ -103,14 +119,14 @@ def _fit(config: RunConfig, texts: Sequence[str]) -> tuple[int, int]:
     longest, usual = int(lengths.max()), int(np.quantile(lengths, 0.9))
     if longest > 2 * usual:
         longest = int(np.quantile(lengths, 0.98))
-    return min(most, _STEP * math.ceil((longest + 2) / _STEP)), width
+    return min(most, _STEP * math.ceil((longest + 2) / _STEP)), width, layers
 
 
 def _training(count: int, max_length: int, width: int) -> dict[str, Any]:
     """Returns the sections of the training stages for `count` texts."""
     size = 8 if count < 2_000 else 16 if count < 20_000 else 32
     passes = max(1, size // 8) if max_length > 128 else 1
-    sections: dict[str, Any] = {}
+    sections: dict[str, Any] = {"score": dict(RECIPE["score"])}
     for stage, choices in _TRAINING.items():
         updates, fewest, most, rate = choices[width <= _NARROW]
         sections[stage] = {
@@ -118,9 +134,8 @@ def _training(count: int, max_length: int, width: int) -> dict[str, Any]:
             "accumulation_steps": passes,
             "epochs": min(max(round(updates * size / count), fewest), most),
             "learning_rate": rate,
+            **RECIPE.get(stage, {}),
         }
-    for stage in ("policy", "joint"):
-        sections[stage] |= {"num_samples": 4, "alpha": 0.3}
     if width <= _NARROW:  # compiling the packed program costs more than it saves
         sections["finetune"]["backend"] = "masked"
     return sections

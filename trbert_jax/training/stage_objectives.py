@@ -61,18 +61,20 @@ def policy(update: Update) -> Objective:
 def joint(update: Update) -> Objective:
     """Stage joint: task and policy loss of samples, of the selection of prediction, or both."""
     section, num_samples = update.config.joint, joint_samples(update.config)
-    options = {**_penalty(update, section), "temperature": section.temperature}
-    options["state_weight"] = section.distill_states
-    if not update.hard and section.rule == "sample":
-        samples = _samples(update, num_samples, False, section.jitter, credit=section.credit, **options)
+    options: dict[str, Any] = {"temperature": section.temperature, "state_weight": section.distill_states}
+    if update.hard:  # free of a penalty, which would train the encoder to change the selectors' logits
+        kept = _kept(update, section.jitter, alpha=0.0, **options)
+        return _counted(update, objectives.joint_objective(update.batch, kept), kept)
+    options |= {**_penalty(update, section), "credit": section.credit}
+    if section.rule == "sample":
+        samples = _samples(update, num_samples, False, section.jitter, **options)
         return _counted(update, objectives.joint_objective(update.batch, samples), samples)
-    by_gates = section.credit != "reward" and not update.hard
-    kept = _kept(update, section.jitter, credit=section.credit if by_gates else "reward", **options)
-    if update.hard or by_gates:
+    kept = _kept(update, section.jitter, **options)
+    if section.credit != "reward":
         return _counted(update, objectives.joint_objective(update.batch, kept), kept)
     params = objectives.only_selectors(update.forward["params"])
     drawn = dataclasses.replace(update, forward={**update.forward, "params": params})
-    samples = _samples(drawn, num_samples, False, credit=section.credit, **options)
+    samples = _samples(drawn, num_samples, False, **options)
     return _counted(update, objectives.thresholded_joint_objective(update.batch, kept, samples), kept)
 
 
