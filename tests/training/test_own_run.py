@@ -49,7 +49,7 @@ def choose(
 
 def test_settings_follow_from_the_texts(tmp_path: Path, model: Path) -> None:
     data = write_tickets(tmp_path / "t.csv", 40, "message", "team")
-    fields = {"text_field": "message", "label_field": "team"}
+    fields: Any = {"text_field": "message", "label_field": "team"}
     config = choose(data, model, "joint.jitter=2", "stages=[finetune,evaluate]", **fields)
     assert (config.data.name, config.data.train, config.data.path) == ("text", str(data), None)
     assert (config.data.text_field, config.data.label_field) == ("message", "team")
