@@ -58,6 +58,7 @@ def test_bad_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([], "one of --targets and --alphas"),
         (["--targets", "2", "--alphas", "1"], "one of --targets and --alphas"),
         (["--targets", "0.5"], "expected a number above 1"),
+        (["--targets", "1.5,9"], "policy.target_speedup: out of reach"),
         (["--alphas", "1,1.0"], "alpha: a value occurs twice in 1, 1"),
         (["--targets", "2", dense], "stages: has none of policy, joint"),
         (["--targets", "2", "stages=[finetune,score,policy]"], "add evaluate"),

@@ -62,6 +62,9 @@ def sweep(config: RunConfig, key: str, values: Sequence[float]) -> list[SweepRow
         _changed(config, workdir / name, {(stage, key): value for stage in of_key})
         for name, value in runs.items()
     ]
+    if key == "target_speedup":  # one out of reach is refused before the shared stages
+        fastest = Experiment(settings[values.index(max(values))])
+        fastest.module(fastest.base_model().config)
     if shared:
         train(_changed(config, workdir / SHARED, {}, shared))
     rows = list[SweepRow]()
