@@ -57,7 +57,6 @@ def sweep(config: RunConfig, key: str, values: Sequence[float]) -> list[SweepRow
         raise UserError(f"{key}: a value occurs twice in {', '.join(f'{x:g}' for x in values)}")
     workdir, shared = Path(config.workdir), _shared(config, of_key)
     runs = {f"{key.split('_')[0]}_{value:g}": value for value in values}
-    make_directory(workdir)
     settings = [
         _changed(config, workdir / name, {(stage, key): value for stage in of_key})
         for name, value in runs.items()
@@ -65,6 +64,7 @@ def sweep(config: RunConfig, key: str, values: Sequence[float]) -> list[SweepRow
     if key == "target_speedup":  # one out of reach is refused before the shared stages
         fastest = Experiment(settings[values.index(max(values))])
         fastest.module(fastest.base_model().config)
+    make_directory(workdir)
     if shared:
         train(_changed(config, workdir / SHARED, {}, shared))
     rows = list[SweepRow]()
