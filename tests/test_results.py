@@ -18,7 +18,7 @@ RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in R
 REPEATABLE = sorted(
     name
     for name, result in RESULTS.items()
-    if "config" in result and result.get("command", "").startswith("trbert train ")
+    if "config" in result and result.get("command", "").startswith("trbert train --config ")
 )
 TRAINED = {"finetune", "init", "policy", "joint"}
 
