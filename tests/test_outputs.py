@@ -1,6 +1,7 @@
 """Outputs and standard streams as people have them: nothing is destroyed, lost or half written."""
 
 import errno
+import gc
 import json
 import os
 import shlex
@@ -17,7 +18,7 @@ import pytest
 
 from trbert_jax.cli import main
 from trbert_jax.errors import UserError
-from trbert_jax.io import outputs
+from trbert_jax.io import outputs, streams
 from trbert_jax.io.outputs import atomic_directory, atomic_file
 
 ROOT = Path(__file__).parents[1]
@@ -245,3 +246,27 @@ def test_odd_variables_are_named(
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_signal_lost_in_a_callback_is_raised_again() -> None:
+    """Python drops exceptions of callbacks of its garbage collector, and jax has one."""
+    seen = list[str]()
+
+    def callback(phase: str, _: object) -> None:
+        if not seen:
+            seen.append("lost")
+            signal.raise_signal(signal.SIGINT)
+
+    def command() -> None:
+        with streams.signals(ended_by_sigterm=False, last=False):
+            gc.collect()
+            seen.append("going on")
+            time.sleep(5)
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            command()
+    finally:
+        gc.callbacks.remove(callback)
+    assert seen == ["lost", "going on"]

@@ -125,8 +125,9 @@ def say(message: str, level: Literal["info", "error"] = "error") -> None:
 def signals(ended_by_sigterm: bool, last: bool) -> Iterator[None]:
     """Raises `KeyboardInterrupt` on SIGINT, `PreemptedError` on SIGTERM and SIGHUP, to clean up files.
 
-    Waits for the end of an import, in which other exceptions may replace these. Ignores signals that follow
-    within `PAUSE` seconds, which would end the cleaning up, and those that the process ignored before.
+    Waits for the end of an import, in which other exceptions may replace these. Raises again what Python lost
+    in a callback that lets no exception pass, such as jax's in the garbage collector. Ignores signals that
+    follow within `PAUSE` seconds, which would end the cleaning up, and those that the process ignored before.
     `last`: the process ends after the block, and later signals end it at once.
     """
     if threading.current_thread() is not threading.main_thread():  # only it may handle signals
@@ -147,6 +148,14 @@ def signals(ended_by_sigterm: bool, last: bool) -> Iterator[None]:
         stopped.append(now)
         raise KeyboardInterrupt if number == signal.SIGINT else PreemptedError("told to stop", number)
 
+    def again(lost: Any) -> None:
+        if not isinstance(lost.exc_value, KeyboardInterrupt | PreemptedError):
+            report_lost(lost)
+            return
+        stopped.clear()
+        if alarm is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+
     def end(number: int, _: Any) -> None:
         if time.monotonic() - stopped[-1] >= PAUSE:
             os._exit(128 + number)
@@ -156,11 +165,15 @@ def signals(ended_by_sigterm: bool, last: bool) -> Iterator[None]:
     defaults = (signal.default_int_handler, signal.SIG_DFL)
     before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) in defaults}
     alarm = next((n for n in before if n == getattr(signal, "SIGALRM", None)), None)
+    report_lost, sys.unraisablehook = sys.unraisablehook, again
     try:
         for number in before:
             signal.signal(number, stop)
         yield
     finally:
+        sys.unraisablehook = report_lost
+        if alarm is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler if not last else end if stopped else signal.SIG_DFL)
 
