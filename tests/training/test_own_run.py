@@ -58,6 +58,7 @@ def test_settings_follow_from_the_texts(tmp_path: Path, model: Path) -> None:
     assert config.stages == ("finetune", "evaluate")
     assert (config.finetune.epochs, config.finetune.backend) == (20, "masked")
     assert config.joint.target_speedup == tiny_models.BERT.num_layers / 2
+    assert choose(data, model, "model.keep_layers=[0,1]", **fields).joint.target_speedup == 1.5
     assert choose(data, "scratch", **fields, speedup=2.5).joint.target_speedup == 2.5
     # With a test set the results are those of it, unless it is without labels.
     assert choose(data, "scratch", **fields, test=str(data)).evaluate.split == "test"

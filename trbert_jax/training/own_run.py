@@ -62,7 +62,7 @@ def choose_settings(
       given: further keys of section `data`.
       overrides: `key=value`, which win over the settings chosen here.
       speedup: FLOPs of the dense model over those of the reduced one; None for 3, or for half the number of
-        layers if there are fewer than six.
+        layers, and at least 1.5, if there are fewer than six.
 
     Raises `UserError` for data or a model that cannot be read, or a wrong setting.
     """
@@ -85,7 +85,7 @@ def choose_settings(
     longest, width, layers = _fit(config, sample)
     values["model"] |= {"max_length": longest, **({"scratch": _SHAPE} if model == SCRATCH else {})}
     values |= _training(len(records), longest, width)
-    values["joint"]["target_speedup"] = speedup or min(3.0, layers / 2)
+    values["joint"]["target_speedup"] = speedup or min(3.0, max(1.5, layers / 2))
     values["stages"] = [stage for stage in STAGES if stage in ("evaluate", "finetune", "teacher", *RECIPE)]
     values["evaluate"] = {"split": "test" if has_test else "dev", "baselines": ["random"]}
     logger.info(

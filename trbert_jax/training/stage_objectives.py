@@ -62,7 +62,7 @@ def joint(update: Update) -> Objective:
     """Stage joint: task and policy loss of samples, of the selection of prediction, or both."""
     section, num_samples = update.config.joint, joint_samples(update.config)
     options: dict[str, Any] = {"temperature": section.temperature, "state_weight": section.distill_states}
-    if update.hard:  # free of a penalty, which would train the encoder to change the selectors' logits
+    if update.hard:  # nothing is priced: the encoder alone learns
         kept = _kept(update, section.jitter, alpha=0.0, **options)
         return _counted(update, objectives.joint_objective(update.batch, kept), kept)
     options |= {**_penalty(update, section), "credit": section.credit}
