@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+import yaml
 
 from trbert_jax import TRBert
 from trbert_jax.cli import main
@@ -81,6 +82,13 @@ def test_one_long_text_does_not_widen_all(tmp_path: Path) -> None:
         assert choose(file, "scratch", text_pair_field="pair").model.max_length == longest
     file.write_text("".join(json.dumps({"text": f"{i} " * 600, "label": i % 2}) + "\n" for i in range(9)))
     assert choose(file, "scratch").model.max_length == 512
+
+
+def test_the_recipe_is_that_of_the_configs() -> None:
+    """Except for the selectors, which learn in init alone."""
+    plus = yaml.safe_load((Path(__file__).parents[2] / "configs/base/plus.yaml").read_text(encoding="utf-8"))
+    merged = {name: {**plus[name], **keys, "hard_fraction": 0.4} for name, keys in own_run.RECIPE.items()}
+    assert merged == {name: {**plus[name], "hard_fraction": 0.4} for name in own_run.RECIPE}
 
 
 @pytest.mark.parametrize(

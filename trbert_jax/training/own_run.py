@@ -37,7 +37,7 @@ _TRAINING = {
     "init": ((200, 1, 3, 1e-3), (200, 1, 4, 3e-3)),
     "joint": ((1000, 2, 8, 1e-4), (600, 3, 10, 3e-4)),
 }
-# What else the recipe sets, as in configs/base/plus.yaml.
+# What else the recipe sets, as in configs/base/plus.yaml, but for selectors that learn in init alone.
 RECIPE: dict[str, dict[str, Any]] = {
     "score": {"kind": "gate", "max_examples": 4000},
     "init": {"loss": "bce"},
