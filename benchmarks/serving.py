@@ -44,7 +44,7 @@ PERCENTILES = (50, 95, 99)
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came back for a text."""
+    """The answer for a text."""
 
     text: int  # its number
     due: float  # seconds

@@ -159,7 +159,7 @@ class Soak:
                 self._hit(process, signals, left, work, size)
             code = process.wait()
             text = self._said(size)
-            self.saved += len(re.findall(r"told to stop; saved at step", text))
+            self.saved += len(re.findall(r"stopped by a signal; saved at step", text))
             if code == 0:
                 found = digests(work)
                 shutil.rmtree(config.parent)

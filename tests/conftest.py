@@ -1,4 +1,4 @@
-"""What every test relies on: a CPU, no network, no window."""
+"""Fixtures of every test: a CPU, no network, no window."""
 
 import atexit
 import os
@@ -23,7 +23,7 @@ if not os.environ.get("TRBERT_TEST_PROGRAMS"):
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["TRBERT_TEST_PROGRAMS"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(10**10)
-# What depends on the program that users run asks for `optimized`:
+# A test that depends on the program that users run asks for `optimized`:
 # parity with the published models, speed, what devices send each other.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # A shell starts background jobs, and with them a whole CI run, deaf to Ctrl-C; `nohup` to SIGHUP. The tests

@@ -40,7 +40,7 @@ INPUTS = {
     "sent_start_mapping", "sent_end_mapping", "sent_labels", "switch_labels", "teacher_switch_logits",
     "teacher_sent_logits",
 }
-# What a case may say besides its configuration. One that says more was run in a way that is not known here.
+# Keys of a case besides its configuration. One with other keys was run in a way that is not known here.
 CONSTANTS = {
     "name", "note", "config", "K", "alpha", "temperature", "learning_rate", "adam_epsilon", "adam_betas",
     "weight_decay", "clip_global_norm", "total_steps", "warmup_steps", "back_layer", "reduction_layers",
@@ -227,7 +227,7 @@ def load(folder: Path, execution: str = "masked") -> Case:
 
 
 def _flat(name: str, x: np.ndarray) -> np.ndarray:
-    """What is recorded of rows, [..., S] or [..., stages], with all rows along one axis."""
+    """The recorded values of rows, [..., S] or [..., stages], with all rows along one axis."""
     by_row = ("kept_ratio", "kept_stage", "action_stage", "selector_logit_stage")
     return x.reshape(-1, x.shape[-1]) if name.startswith(by_row) else x
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong: each mistake ends in one clear line and code 2, and nothing is half written.
+"""Mistakes of users: each ends in one clear line and code 2, and nothing is half written.
 
 Paths are relative to a folder that holds config.yaml, data/, model/ and, once a run has begun, work/.
 """

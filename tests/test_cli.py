@@ -69,7 +69,7 @@ TRAIN, EVALUATE = "train --config c", "evaluate --model m --data d"
 JOIN = f"{TRAIN} --coordinator a:1 --num-processes 2 --process-id"
 
 
-# What the message names, and commands that are wrong there.
+# A part of the message, and commands that are wrong there.
 WRONG: dict[str, list[str]] = {
     "COMMAND": [""],
     "'fly'": ["fly"],
@@ -362,7 +362,7 @@ def test_predict_refuses_bad_standard_input(
     type_in(monkeypatch, content)
     assert main(["predict", "--model", "m", "--output", str(tmp_path / "out.jsonl")]) == 2
     assert capsys.readouterr().err.startswith(f"trbert: error: {place}")
-    # What was predicted before the mistake is not lost.
+    # Predictions made before the mistake are not lost.
     assert [len(lines_of(path.read_text())) for path in tmp_path.iterdir()] == [kept] * bool(kept)
 
 

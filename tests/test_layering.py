@@ -177,7 +177,7 @@ def test_dependencies_are_those_declared() -> None:
     outside = imported - sys.stdlib_module_names - {"trbert_jax", *optional}
     used = {name.lower().replace("_", "-") for module in outside for name in distributions[module]}
     assert outside <= distributions.keys()
-    # What jax, flax and the like bring along, so not worth a line of its own.
+    # Dependencies of jax, flax and the like, so not worth a line of their own.
     assert used - required <= {"ml-dtypes", "jaxlib", "etils", "pydantic-core"}
     # tensorflow-datasets imports importlib_resources to prepare a data set, and does not declare it.
     assert required - used == {"importlib-resources"}, "declared, but nothing imports it"

@@ -76,7 +76,7 @@ class Published:
         return [" ".join(self.tokenizer.convert_ids_to_tokens(found.tokens[a:b].tolist())) for a, b in ends]
 
     def counts(self, split: str) -> dict[str, int]:
-        """What became of a split, without what is 0."""
+        """Counts of a split, without those that are 0."""
         self.inputs(split)
         return {name: count for name, count in self.splits.notes[split].items() if count}
 

@@ -226,9 +226,9 @@ class DeviceMesh:
         return self.num_processes > 1 and multihost_utils.reached_preemption_sync_point(next(_ASKED))
 
     def stop_here(self, where: str) -> None:
-        """Raises a PreemptedError in all of several processes after one was told to stop. Collective."""
+        """Raises a PreemptedError in all of several processes once a signal stopped one. Collective."""
         if self.told_to_stop():
-            raise PreemptedError(f"told to stop {where}")
+            raise PreemptedError(f"stopped by a signal {where}")
 
     def broadcast(self, text: str) -> str:
         """Returns the first process's `text`, at most `LONGEST_MESSAGE` bytes of it, in every process."""

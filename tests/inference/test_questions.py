@@ -434,7 +434,7 @@ _COMPILED = ("segments", "candidates")  # the others take as long again, togethe
 def test_questions_are_compiled_ahead(
     models: dict[str, Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
 ) -> None:
-    """What `trbert compile` makes is all that questions need afterwards: the program refuses other inputs."""
+    """Questions need nothing but the programs of `trbert compile`: the program refuses other inputs."""
     model = TRBert.from_pretrained(models[kind])
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(TRBert, "from_pretrained", lambda path: model)

@@ -161,7 +161,7 @@ def test_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.7
     for words in ("| reduced | 0.7 | 3.50x |", "| 2x | 0.3, 0.6 | 2.00x |", "25 examples of imdb, test"):
         assert words in card
-    # What an owner writes around the numbers stays.
+    # Text that an owner writes around the numbers stays.
     point = dataclasses.replace(tiny_models.POINT, name="4x")
     new = dataclasses.replace(CONFIG, operating_points=(point,))
     assert with_numbers(card + "Mine.", new) == model_card(new) + "Mine."

@@ -81,7 +81,7 @@ def torch_state(path: Path) -> None:
 
 
 OLD = ("model_type", "architectures", "trbert")
-# What is done to a folder, and what a warning names.
+# A change to a folder, and the words of the warning.
 ODD: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "module": (renamed("module.{}".format), ()),
     "_orig_mod": (renamed("_orig_mod.{}".format), ()),

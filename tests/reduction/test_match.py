@@ -1,4 +1,4 @@
-"""What selectors read about the other segment: the documented formulas, in each backend."""
+"""Features of the other segment that selectors read: the documented formulas, in each backend."""
 
 import dataclasses
 from pathlib import Path

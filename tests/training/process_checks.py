@@ -1,4 +1,4 @@
-"""What two processes tell each other; a program, started twice.
+"""Messages between two processes; a program, started twice.
 
 python tests/training/process_checks.py PORT NUMBER CONFIG CONFIG_OF_ANOTHER_SEED    prints one JSON value
 """

@@ -21,7 +21,7 @@ STAGES = ("finetune", "init", "policy", "joint")
 EXECUTIONS = ("masked", "packed")
 UPDATES, ROWS_AN_UPDATE = 20, 32
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-# What each stage's batches bring of earlier stages.
+# Outputs of earlier stages in each stage's batches.
 EXTRAS = {"finetune": (), "init": ("rank",), "policy": ("guide",), "joint": ("teacher_logits",)}
 _ALL_EXTRAS = {name for names in EXTRAS.values() for name in names}
 

@@ -44,7 +44,7 @@ def placed(trained, adamw, layout, control):
 
 steps.first_state = placed
 """
-# Before the command: at the start of the update number 7 it is told to stop.
+# Runs before the command: sends it a signal at the start of update 7.
 STOPPING = """
 import signal
 from trbert_jax.training import loop
@@ -73,7 +73,7 @@ def assert_same_training(one: Path, other: Path, trained: Sequence[str] = TRAINE
         for left, right in zip(*lines, strict=True):
             assert left.keys() == right.keys()
             for name in left:
-                # What is left of a gradient whose parts nearly cancel, as in distillation from the model
+                # The rest of a gradient whose parts nearly cancel, as in distillation from the model
                 # itself, shows the rounding of the updates before it; parameters are held to as much.
                 close = 1e-4 if name == "gradient_norm" else 1e-5
                 assert left[name] == pytest.approx(right[name], abs=close, rel=close), (stage, name)
@@ -148,7 +148,7 @@ def test_sigterm_stops_both_processes_wherever_they_are(tmp_path: Path) -> None:
         outputs = finish(processes)
         assert [code for code, _, _ in outputs] == [143, 143], (moment, outputs)
         assert time.monotonic() - asked < 120, moment
-        assert "told to stop" in outputs[0][2]
+        assert "stopped by a signal" in outputs[0][2]
         assert not (two / "work" / "evaluate" / "done.json").exists()
     outputs = finish(start_together(config))
     assert [code for code, _, _ in outputs] == [0, 0], outputs
@@ -161,7 +161,7 @@ def test_sigterm_stops_both_processes_wherever_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_resumes_on_other_devices_by_another_strategy(one_device: Path, tmp_path: Path) -> None:
-    """Begun on eight devices of which two share the state, told to stop in update 8 of 12."""
+    """Begun on eight devices of which two share the state, stopped by a signal in update 8 of 12."""
     begun, finetune = tmp_path / "begun", "--stages=finetune"
     data = {"path": str(one_device / "data")}  # the folder moves, the data does not
 

@@ -12,7 +12,7 @@ from trbert_jax import parallel
 from trbert_jax.errors import UserError
 from trbert_jax.parallel import make_mesh
 
-# What is sent between devices, and what rounding does, are those of the programs that users run.
+# Communication between devices, and rounding, are those of the programs that users run.
 pytestmark = pytest.mark.usefixtures("optimized")
 
 

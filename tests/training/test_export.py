@@ -87,7 +87,7 @@ def export_update(step: StageStep, layout: DeviceMesh, passes: int) -> None:
 
 
 def export_device_update(step: StageStep, passes: int) -> None:
-    """What the strategy pmap runs on each device: copies of the state in, its own rows, copies out."""
+    """The program of strategy pmap on each device: copies of the state in, its own rows, copies out."""
     axis = steps._DEVICES
     each, mesh = PartitionSpec(axis), AbstractMesh((DEVICES,), (axis,), axis_types=(AxisType.Auto,))
     layout: Any = SimpleNamespace(local_devices=range(DEVICES), mesh=mesh, strategy="pmap")

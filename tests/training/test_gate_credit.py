@@ -79,7 +79,7 @@ def by_hand(thresholded: bool) -> list[np.ndarray]:
         return (chance * worth + direct) / np.asarray(selections[stage].scored).sum(-1, keepdims=True)
 
     second = coefficients(1, np.asarray(gained[1]))
-    # What the first point keeps is judged by the second, and changes how that judges other tokens.
+    # Tokens that the first point keeps are judged by the second, and changes how that judges other tokens.
     gained, _ = slope(bias, jnp.asarray(second))
     passed = unit * np.where(selections[1].scored & free, probs[1], 0)
     return [coefficients(0, gained[0] + passed) / copies, second / copies]

@@ -1,6 +1,7 @@
 """Training on one's own texts without a YAML file."""
 
 import csv
+import dataclasses
 import json
 import random
 import shlex
@@ -14,8 +15,12 @@ import yaml
 from trbert_jax import TRBert
 from trbert_jax.cli import main
 from trbert_jax.config import RunConfig, load_config, load_stored, to_dict
+from trbert_jax.errors import UserError
+from trbert_jax.tasks import Splits
 from trbert_jax.training import own_run
+from trbert_jax.training.experiment import Experiment
 from trbert_jax.training.own_run import choose_settings
+from trbert_jax.training.stages import STAGES
 
 TEAMS = {"billing": ("invoice", "refund"), "shipping": ("parcel", "courier")}
 TEAMS["account"] = ("password", "login")
@@ -85,10 +90,10 @@ def test_one_long_text_does_not_widen_all(tmp_path: Path) -> None:
 
 
 def test_the_recipe_is_that_of_the_configs() -> None:
-    """Except for the selectors, which learn in init alone."""
     plus = yaml.safe_load((Path(__file__).parents[2] / "configs/base/plus.yaml").read_text(encoding="utf-8"))
-    merged = {name: {**plus[name], **keys, "hard_fraction": 0.4} for name, keys in own_run.RECIPE.items()}
-    assert merged == {name: {**plus[name], "hard_fraction": 0.4} for name in own_run.RECIPE}
+    assert {name: {**plus[name], **keys} for name, keys in own_run.RECIPE.items()} == {
+        name: plus[name] for name in own_run.RECIPE
+    }
 
 
 @pytest.mark.parametrize(
@@ -103,11 +108,42 @@ def test_the_recipe_is_that_of_the_configs() -> None:
 def test_training_by_size(
     count: int, max_length: int, width: int, batch: tuple[int, int], epochs: tuple[int, int], rate: float
 ) -> None:
-    sections = own_run._training(count, max_length, width)
+    sections = own_run._training(count, count, max_length, width)
     trained = [sections[name] for name in ("finetune", "init", "joint")]
     assert {(s["batch_size"], s["accumulation_steps"]) for s in trained} == {batch}
     assert (sections["finetune"]["epochs"], sections["joint"]["epochs"]) == epochs
     assert sections["finetune"]["learning_rate"] == rate
+
+
+def test_texts_without_labels(tmp_path: Path, model: Path) -> None:
+    """They follow those with labels, so that the first examples of any number have one."""
+    data, more = write_tickets(tmp_path / "t.csv", 40), tmp_path / "more.jsonl"
+    lines = [{"text": f"text {i}", "label": "unknown"} for i in range(30)]
+    more.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"text": " "}]))
+    config = choose(data, model, unlabeled=str(more))
+    splits, count = Splits(config), config.finetune.max_examples
+    assert count is not None
+    records = splits.records("train")
+    assert [record.label >= 0 for record in records] == [True] * count + [False] * 30
+    assert [record.text for record in records[count:]] == [line["text"] for line in lines]
+    assert splits.records(splits.part(count)) == records[:count]
+    parts = [
+        {record.id for record in splits.records(splits.part(n))} for n in (count - 5, count + 4, count + 9)
+    ]
+    assert [len(part) for part in parts] == [count - 5, count + 4, count + 9]
+    assert parts[0] < {record.id for record in records[:count]} < parts[1] < parts[2]
+    assert splits.task.labels == tuple(sorted(TEAMS))
+    with pytest.raises(UserError, match=r"finetune.max_examples: missing"):
+        choose(data, model, f"data.unlabeled={more}")
+    with pytest.raises(UserError, match=r"data.unlabeled: .*no such file"):
+        choose(data, model, unlabeled="absent.csv")
+    with pytest.raises(UserError, match=r"data.unlabeled: is for text only"):
+        choose("hf:imdb", model, unlabeled=str(more))
+    many = Experiment(
+        dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, max_examples=50))
+    )
+    with pytest.raises(UserError, match=f"finetune.max_examples: 50 is more than the {count} training texts"):
+        STAGES["finetune"].examples(many, many.base_model())
 
 
 def test_the_settings_used_are_written_and_run_again(

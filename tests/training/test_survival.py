@@ -1,4 +1,4 @@
-"""Training that is told to stop, finds a damaged checkpoint, runs out of disk or of numbers."""
+"""Training that is stopped by a signal, finds a damaged checkpoint, runs out of disk or of numbers."""
 
 import json
 import re

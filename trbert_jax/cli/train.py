@@ -46,7 +46,7 @@ def _own_run(args: Arguments) -> RunConfig:
     return choose_settings(args.data, args.model, args.output, data, args.overrides, args.speedup)
 
 
-OWN = "dev test text_field text_pair_field label_field"
+OWN = "dev test unlabeled text_field text_pair_field label_field"
 
 
 @command(
@@ -59,6 +59,7 @@ OWN = "dev test text_field text_pair_field label_field"
         "--speedup", "X", FACTOR, "for --data: times fewer FLOPs to reach (default 3; less for few layers)"
     ),
     *(option(f"--{name}", "FILE", str, f"for --data: {name} set") for name in ("dev", "test")),
+    option("--unlabeled", "FILE", str, "for --data: more texts, whose labels are not read"),
     *FIELDS,
     LABEL_FIELD,
     option("--stages", "A,B", list_of(NAME), "run only these stages"),

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from trbert_jax.config.sections import STAGES, DataConfig, JointConfig, RunConfig
 from trbert_jax.datasets import find_dataset
-from trbert_jax.datasets.registry import FIELD_KEYS, OWN_KEYS, SPLITS
+from trbert_jax.datasets.registry import FIELD_KEYS, FILE_KEYS, OWN_KEYS
 from trbert_jax.errors import UserError
 from trbert_jax.reduction.rules import DEFAULT_RULE, RULES
 
@@ -24,10 +24,12 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
     for key in OWN_KEYS:
         if key not in dataset.reads and getattr(data, key) != getattr(DataConfig, key):
             readers = "text, hf:NAME and tfds:NAME" if key in FIELD_KEYS else "text and hf:NAME"
-            readers = "text" if key in SPLITS else readers
+            readers = "text" if key in FILE_KEYS else readers
             yield f"data.{key}", f"is for {readers} only; {data.name} has its own, remove it"
     if "train" in dataset.reads and not data.train and not data.path:
         yield "data.train", "missing, expected a file of texts with labels, or its folder in data.path"
+    if data.unlabeled and config.finetune.max_examples is None:
+        yield "finetune.max_examples", "missing, expected the number of texts with labels, for data.unlabeled"
     if data.labels is not None and len(set(data.labels)) < max(2, len(data.labels)):
         yield "data.labels", f"expected two or more different names, got {list(data.labels)}"
     if model.max_positions is not None and model.max_positions < model.max_length:

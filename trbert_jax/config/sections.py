@@ -91,6 +91,7 @@ class DataConfig(Section):
     train: FilePath | None = None  # file of rows, or a folder of some; text only; null for that of `path`
     dev: FilePath | None = None  # the same; without a dev set, a part of the training examples serves as one
     test: FilePath | None = None  # the same; without a test set, set evaluate.split to dev
+    unlabeled: FilePath | None = None  # the same, for stages that read no labels; needs finetune.max_examples
     text_field: Text = "text"  # field of the text; text, hf and tfds only, as the next two
     text_pair_field: Text | None = None  # field of a second text; null for single texts
     label_field: Text = "label"  # field of the label

@@ -1,7 +1,7 @@
 """Reads one's own labeled texts, or pairs of texts: `data.name: text`.
 
 The files may have any format of `tables`, any names of fields and any classes. Without a dev set, a share of
-each class of the training set serves as one.
+each class of the training set serves as one. Texts without labels follow those of the training set.
 """
 
 import abc
@@ -236,13 +236,23 @@ class FileTexts(OwnTexts):
         stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
         return _read_files(files, stamps, fields_of(options), skip)
 
+    def load(self, path: PathLike, split: str, bad: BadRecords, options: Options) -> list[Any]:
+        examples = super().load(path, split, bad, options)
+        if split != "train" or not options.get("unlabeled"):
+            return examples
+        rows, limit = self._with_text(None, "unlabeled", bad.skip, options, warn=True), options.get("limit")
+        for error in rows.skipped:
+            bad.add(error)
+        rest: Options = {**options, "limit": None if limit is None else limit - len(examples)}
+        return [*examples, *sample([row.example for row in rows.rows], split, rest)]
+
     def read_file(
         self, path: str | Path, bad: BadRecords | None = None, labels: Sequence[str] = ()
     ) -> list[Any]:
         return read_labeled(path, labels, bad or BadRecords(), Fields())
 
 
-@functools.lru_cache(maxsize=2)  # classes and examples both need the training set
+@functools.lru_cache(maxsize=3)  # classes and examples both need the training set
 def _read_files(files: tuple[Path, ...], stamps: object, fields: Fields, skip: bool) -> Rows:
     parts = [read_file(file, fields, skip, may_be_empty=not skip) for file in files]
     source = str(files[0] if len(files) == 1 else files[0].parent)
@@ -286,7 +296,8 @@ def _files(path: PathLike, split: str, options: Options) -> tuple[Path, ...]:
 
 
 def _named(options: Options) -> dict[str, str | None]:
-    return {"train": options.get("train"), "dev": options.get("dev"), "test": options.get("test")}
+    names = {"train": options.get("train"), "dev": options.get("dev"), "test": options.get("test")}
+    return {**names, "unlabeled": options.get("unlabeled")}
 
 
 def _is_data(file: Path) -> bool:

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "dev", "test")
 # Keys of `data` for one's own texts; a data set of a fixed format reads none of them.
 FIELD_KEYS = ("text_field", "text_pair_field", "label_field")
-OWN_KEYS = (*SPLITS, *FIELD_KEYS, "labels", "dev_share")
+FILE_KEYS = (*SPLITS, "unlabeled")  # files of one's own texts
+OWN_KEYS = (*FILE_KEYS, *FIELD_KEYS, "labels", "dev_share")
 DEV_SHARE = 0.1  # default of `data.dev_share`
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class Options(TypedDict, total=False):
     train: str | None
     dev: str | None
     test: str | None
+    unlabeled: str | None
     text_field: str
     text_pair_field: str | None
     label_field: str

@@ -88,7 +88,7 @@ def _race(item: Any, where: str, bad: BadRecords) -> Iterator[ChoiceQuestion]:
 
 def _trivia_qa(item: Any, where: str, bad: BadRecords) -> Iterator[SpanQuestion]:
     question_id, question = reading.text(item, "question_id"), reading.text(item, "question")
-    # What the catalog writes for the test set, which has no answers.
+    # Values of the catalog for the test set, which has no answers.
     withheld = item["answer"]["value"] == "<unk>" and not item["answer"]["normalized_aliases"]
     answers = () if withheld else triviaqa.accepted_answers(item, "answer", "normalized_aliases")
     for pages, document in (("entity_pages", "wiki_context"), ("search_results", "search_context")):

@@ -146,7 +146,7 @@ def signals(ended_by_sigterm: bool, last: bool) -> Iterator[None]:
             return
         number = asked[-1]
         stopped.append(now)
-        raise KeyboardInterrupt if number == signal.SIGINT else PreemptedError("told to stop", number)
+        raise KeyboardInterrupt if number == signal.SIGINT else PreemptedError("stopped by a signal", number)
 
     def again(lost: Any) -> None:
         if not isinstance(lost.exc_value, KeyboardInterrupt | PreemptedError):

@@ -98,7 +98,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     pad_token_id: int = 0
     labels: tuple[str, ...] = ("0", "1")  # label names in the order of their ids, one per class
-    # What makes a score, and no label, of a classifier's one output: `sigmoid` or `identity`; else empty.
+    # How one output of a classifier becomes a score, not a label: `sigmoid` or `identity`; else empty.
     score: str = ""
     selector_hidden: int = 32  # width of a selector's hidden layer
     # Whether selectors read how well a token matches the other segment, see `reduction.match`.

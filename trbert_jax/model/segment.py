@@ -20,7 +20,7 @@ from trbert_jax.model.config import ModelConfig
 from trbert_jax.model.layers import PROJECTIONS, TransformerLayer
 from trbert_jax.model.tiles import Arrays, Group, Rows, Tiling, only, over_tiles, read, write
 
-# What is stored of each token and layer for the backward pass: the layer's input; also query, key, value and
+# Values of each token and layer stored for the backward pass: the layer's input; also query, key, value and
 # context; also the inputs of the layer's norms and of its activation.
 KEPT = ("states", "attention", "all")
 

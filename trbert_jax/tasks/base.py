@@ -27,7 +27,7 @@ class Score:
     metrics: dict[str, float]
     files: dict[str, Any]  # file name -> JSON value, in the form that the official scorer reads
     null_threshold: float | None = None  # the one with the best metrics; None if the task has none
-    # What a report has besides the metrics, as JSON: `classes` and `confusion_matrix`, see `class_scores`.
+    # Contents of a report besides the metrics, as JSON: `classes` and `confusion_matrix`, see `class_scores`.
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -260,6 +260,10 @@ class Experiment:
     def training_examples(self, model: Pretrained, limit: int | None, labeled: int | None) -> Examples:
         """Returns `limit` training examples, None for all; the label is -1 except of `labeled` of them."""
         whole, part = self.data.part(limit), self.data.part(labeled)
+        if self.config.data.unlabeled and any(x.label < 0 for x in self.data.records(part)):
+            count = sum(x.label >= 0 for x in self.data.records(part))
+            wrong = f"{labeled} is more than the {count} training texts with labels"
+            raise UserError(f"finetune.max_examples: {wrong}; the others are those of data.unlabeled")
         key = (whole, part, model.tokenizer)
         if labeled is None or whole == part or not self.features(whole, model).has_labels:
             return self.features(whole, model)

@@ -307,7 +307,7 @@ def train(training: Training) -> tuple[Params, dict[str, Any]]:
                     devices.on_main(save)
             if stopping:
                 devices.on_main(store.wait)
-                raise PreemptedError(f"{stage.name}: told to stop; saved at step {done} of {total}")
+                raise PreemptedError(f"{stage.name}: stopped by a signal; saved at step {done} of {total}")
         devices.on_main(store.wait)
 
     best = store.best_step()

@@ -37,7 +37,7 @@ _TRAINING = {
     "init": ((200, 1, 3, 1e-3), (200, 1, 4, 3e-3)),
     "joint": ((1000, 2, 8, 1e-4), (600, 3, 10, 3e-4)),
 }
-# What else the recipe sets, as in configs/base/plus.yaml, but for selectors that learn in init alone.
+# Other settings of the recipe, as in configs/base/plus.yaml.
 RECIPE: dict[str, dict[str, Any]] = {
     "score": {"kind": "gate", "max_examples": 4000},
     "init": {"loss": "bce"},
@@ -71,11 +71,13 @@ def choose_settings(
     if data.partition(":")[0] in FAMILIES and not file.exists():
         source = {"name": data}
     values: dict[str, Any] = {"workdir": output, "data": {**source, **given}, "model": {"init": model}}
-    config = build_config(values, overrides)
+    limit = {"finetune": {"max_examples": 1}} if given.get("unlabeled") else {}  # until they are counted
+    config = build_config({**values, **limit}, overrides)
     splits = Splits(config)
     if splits.task.name != "classification":
         raise UserError(f"{data}: holds questions; train on them with --config")
-    labels, records = splits.task.labels, splits.records("train")
+    labels, texts = splits.task.labels, splits.records("train")
+    records = [record for record in texts if record.label >= 0] if limit else texts
     try:
         has_test = any(record.label >= 0 for record in splits.records("test"))
     except MissingSplitError:
@@ -84,15 +86,19 @@ def choose_settings(
     sample = splits.task.texts([records[i] for i in sorted(chosen.tolist())])
     longest, width, layers = _fit(config, sample)
     values["model"] |= {"max_length": longest, **({"scratch": _SHAPE} if model == SCRATCH else {})}
-    values |= _training(len(records), longest, width)
+    values |= _training(len(records), len(texts), longest, width)
+    values["finetune"] |= {"max_examples": len(records)} if limit else {}
     values["joint"]["target_speedup"] = speedup or min(3.0, max(1.5, layers / 2))
     values["stages"] = [stage for stage in STAGES if stage in ("evaluate", "finetune", "teacher", *RECIPE)]
     values["evaluate"] = {"split": "test" if has_test else "dev", "baselines": ["random"]}
+    config = build_config(values, overrides)
     logger.info(
-        "%s: %d examples of %d classes for training; texts are cut at %d tokens, results are those of %s",
-        *(data, len(records), len(labels), longest, values["evaluate"]["split"]),
+        "%s: %d examples of %d classes for training, %d more without labels; "
+        "texts are cut at %d tokens, results are those of %s",
+        *(data, len(records), len(labels), len(texts) - len(records)),
+        *(config.model.max_length, config.evaluate.split),
     )
-    return build_config(values, overrides)
+    return config
 
 
 def _fit(config: RunConfig, texts: Sequence[str]) -> tuple[int, int, int]:
@@ -122,8 +128,8 @@ def _fit(config: RunConfig, texts: Sequence[str]) -> tuple[int, int, int]:
     return min(most, _STEP * math.ceil((longest + 2) / _STEP)), width, layers
 
 
-def _training(count: int, max_length: int, width: int) -> dict[str, Any]:
-    """Returns the sections of the training stages for `count` texts."""
+def _training(count: int, total: int, max_length: int, width: int) -> dict[str, Any]:
+    """Returns the sections of the training stages for `count` texts with labels, `total` with the others."""
     size = 8 if count < 2_000 else 16 if count < 20_000 else 32
     passes = max(1, size // 8) if max_length > 128 else 1
     sections: dict[str, Any] = {"score": dict(RECIPE["score"])}
@@ -132,7 +138,7 @@ def _training(count: int, max_length: int, width: int) -> dict[str, Any]:
         sections[stage] = {
             "batch_size": size // passes,
             "accumulation_steps": passes,
-            "epochs": min(max(round(updates * size / count), fewest), most),
+            "epochs": min(max(round(updates * size / (total if stage == "joint" else count)), fewest), most),
             "learning_rate": rate,
             **RECIPE.get(stage, {}),
         }
