@@ -16,15 +16,15 @@ from trbert_jax.parallel import make_mesh
 pytestmark = pytest.mark.usefixtures("optimized")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "backend", "ways"),  # `fsdp 4`: with the second axis, an update in 4 passes
     [
-        ("finetune", "masked", ("fsdp 1",)),
-        pytest.param("finetune", "masked", ("pmap 4",), marks=pytest.mark.slow),
-        pytest.param("finetune", "packed", ("jit 4",), marks=pytest.mark.slow),
-        pytest.param("init", "packed", ("fsdp 1", "pmap 1"), marks=pytest.mark.slow),
-        pytest.param("policy", "masked", ("fsdp 4", "pmap 1"), marks=pytest.mark.slow),
-        pytest.param("joint", "packed", ("fsdp 4",), marks=pytest.mark.slow),
+        ("finetune", "masked", ("fsdp 1", "pmap 4")),
+        ("finetune", "packed", ("jit 4",)),
+        ("init", "packed", ("fsdp 1", "pmap 1")),
+        ("policy", "masked", ("fsdp 4", "pmap 1")),
+        ("joint", "packed", ("fsdp 4",)),
     ],
 )
 def test_eight_devices_train_as_one_does(stage: str, backend: str, ways: tuple[str, ...]) -> None:
