@@ -1,6 +1,6 @@
 """Tokenize texts into word pieces that know which characters they stand for.
 
-Answers are cut out of the original text by these characters (`cut_text`), never put together from word
+Answers are cut out of the original text by these characters (`cut_span`), never put together from word
 pieces. See docs/question_answering.md, "Answers as text".
 """
 
@@ -226,11 +226,6 @@ def locate(chars: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
     first = int(np.searchsorted(chars[:, 1], start, side="right"))
     last = int(np.searchsorted(chars[:, 0], end, side="left")) - 1
     return (first, last) if first <= last else None
-
-
-def cut_text(text: str, start: int, end: int) -> str:
-    """Returns the text of `cut_span`."""
-    return text[slice(*cut_span(text, start, end))]
 
 
 def cut_span(text: str, start: int, end: int) -> tuple[int, int]:
