@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "measured": shlex.join(["python", "benchmarks/learned.py", *sys.argv[1:]]),
         "seed": config.seed,
         "data": config.data.name,
-        "labels": config.finetune.max_examples or config.data.max_train_examples or args.labels,
+        "labels": args.labels or config.finetune.max_examples or config.data.max_train_examples,
         "metric": task.metric,
         "full_score": task.full_score,
         "dense": summarize(on_test, dense.config, metrics),
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--dev", type=Path, metavar="FILE")
     parser.add_argument("--test", type=Path, metavar="FILE")
     parser.add_argument("--speedups", type=lambda x: [*map(float, x.split(","))], metavar="X,X")
-    parser.add_argument("--labels", type=int, help="training labels, if the configuration reads all")
+    parser.add_argument("--labels", type=int, help="training labels, if the configuration has no limit or a larger one")
     parser.add_argument("--command", metavar="TEXT", help="the command that trained the models")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--timed", type=int, default=64, help="texts to time (default 64)")
