@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--dev", type=Path, metavar="FILE")
     parser.add_argument("--test", type=Path, metavar="FILE")
     parser.add_argument("--speedups", type=lambda x: [*map(float, x.split(","))], metavar="X,X")
-    parser.add_argument("--labels", type=int, help="training labels, if the configuration has no limit or a larger one")
+    parser.add_argument("--labels", type=int, help="training labels, where the configuration allows more")
     parser.add_argument("--command", metavar="TEXT", help="the command that trained the models")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--timed", type=int, default=64, help="texts to time (default 64)")
