@@ -149,8 +149,8 @@ def test_sizes() -> None:
     assert len(entries) <= 16
     assert len(FLOORS) <= 8
     assert len(list(PACKAGE.rglob("*.py"))) <= 126
-    assert lines(PACKAGE) <= 24_524
-    assert lines(ROOT / "tests") <= 17_162
+    assert lines(PACKAGE) <= 24_528
+    assert lines(ROOT / "tests") <= 17_164
 
 
 @pytest.mark.parametrize("module", MODULES)

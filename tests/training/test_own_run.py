@@ -137,6 +137,9 @@ def test_texts_without_labels(tmp_path: Path, model: Path) -> None:
         choose(data, model, f"data.unlabeled={more}")
     with pytest.raises(UserError, match=r"data.unlabeled: .*no such file"):
         choose(data, model, unlabeled="absent.csv")
+    (tmp_path / "empty.csv").write_text("text\n")
+    with pytest.raises(UserError, match=r"empty.csv: has no usable record; expected rows with a text, in"):
+        choose(data, model, unlabeled=str(tmp_path / "empty.csv"))
     with pytest.raises(UserError, match=r"data.unlabeled: is for text only"):
         choose("hf:imdb", model, unlabeled=str(more))
     many = Experiment(

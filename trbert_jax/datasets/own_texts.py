@@ -36,7 +36,8 @@ from trbert_jax.io import find_path
 
 logger = logging.getLogger(__name__)
 
-FORMAT = f"rows with a text and a label, in a file of {', '.join(FORMATS)}"
+TEXTS = f"rows with a text, in a file of {', '.join(FORMATS)}"
+FORMAT = TEXTS.replace("text", "text and a label", 1)
 # Names of a split's file or folder, in order of preference; a file may be divided, `train-00000-of-00002`.
 _NAMES = {"train": ("train", "training"), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
 _ENDING = rf"\.(?:{'|'.join(FORMATS)})(?:\.gz)?"
@@ -243,8 +244,9 @@ class FileTexts(OwnTexts):
         rows, limit = self._with_text(None, "unlabeled", bad.skip, options, warn=True), options.get("limit")
         for error in rows.skipped:
             bad.add(error)
+        texts = reading.collect((row.example for row in rows.rows), rows.source, bad, TEXTS)
         rest: Options = {**options, "limit": None if limit is None else limit - len(examples)}
-        return [*examples, *sample([row.example for row in rows.rows], split, rest)]
+        return [*examples, *sample(texts, split, rest)]
 
     def read_file(
         self, path: str | Path, bad: BadRecords | None = None, labels: Sequence[str] = ()
@@ -269,7 +271,9 @@ def _files(path: PathLike, split: str, options: Options) -> tuple[Path, ...]:
         found = tuple(sorted(f for f in file.iterdir() if _is_data(f))) if file.is_dir() else (file,)
         if not file.exists() or not found:
             problem = "no file of rows in this folder" if file.exists() else "no such file"
-            problem = f"data.{split}: {given}: {problem}; expected {FORMAT}"
+            problem = (
+                f"data.{split}: {given}: {problem}; expected {TEXTS if split == 'unlabeled' else FORMAT}"
+            )
             raise UserError(problem) from FileNotFoundError(given)
         return found
     if path is None:
