@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 
@@ -112,6 +112,13 @@ def with_classes(rows: Rows, labels: Sequence[str], bad: BadRecords, expected: s
     return reading.collect(examples(), rows.source, bad, expected)
 
 
+def without_classes(rows: Rows, bad: BadRecords) -> list[Example]:
+    """Returns the examples of rows whose labels are not read, and hands over the bad records."""
+    for error in rows.skipped:
+        bad.add(error)
+    return [row.example for row in rows.rows]
+
+
 def read_labeled(
     path: str | Path, labels: Sequence[str], bad: BadRecords, fields: Fields, may_lack_labels: bool = False
 ) -> list[Example]:
@@ -122,9 +129,7 @@ def read_labeled(
     """
     rows = read_file(find_path(path), fields, bad.skip)
     if rows.rows and may_lack_labels and not has_labels(rows):
-        for error in rows.skipped:
-            bad.add(error)
-        return [row.example for row in rows.rows]
+        return without_classes(rows, bad)
     if rows.rows and not has_labels(rows):
         advice = "name the field of the labels, or label the texts with `trbert predict`"
         raise UserError(f"{path}: no record has the field {fields.label!r}; {advice}")
@@ -185,9 +190,7 @@ class OwnTexts(DataSet, abc.ABC):
         rows = self._with_text(path, source, bad.skip, options, warn=source == split)
         if split == "test" and not has_labels(rows):
             logger.warning("%s: no record has a label; texts are labeled, but not scored", rows.source)
-            for error in rows.skipped:
-                bad.add(error)
-            return sample([row.example for row in rows.rows], split, options)
+            return sample(without_classes(rows, bad), split, options)
         examples = with_classes(rows, self.read_labels(path, bad, **options), bad)
         if from_train:
             share = options.get("dev_share", DEV_SHARE)
@@ -242,9 +245,7 @@ class FileTexts(OwnTexts):
         if split != "train" or not options.get("unlabeled"):
             return examples
         rows, limit = self._with_text(None, "unlabeled", bad.skip, options, warn=True), options.get("limit")
-        for error in rows.skipped:
-            bad.add(error)
-        texts = reading.collect((row.example for row in rows.rows), rows.source, bad, TEXTS)
+        texts = reading.collect(without_classes(rows, bad), rows.source, bad, TEXTS)
         rest: Options = {**options, "limit": None if limit is None else limit - len(examples)}
         return [*examples, *sample(texts, split, rest)]
 
@@ -266,14 +267,13 @@ def _read_files(files: tuple[Path, ...], stamps: object, fields: Fields, skip: b
 
 def _files(path: PathLike, split: str, options: Options) -> tuple[Path, ...]:
     """Returns the files of a split: those named, else those of the folder `path`; empty if there are none."""
-    if given := _named(options)[split]:
+    if given := cast(dict[str, Any], options).get(split):
         file = find_path(given)
         found = tuple(sorted(f for f in file.iterdir() if _is_data(f))) if file.is_dir() else (file,)
         if not file.exists() or not found:
             problem = "no file of rows in this folder" if file.exists() else "no such file"
-            problem = (
-                f"data.{split}: {given}: {problem}; expected {TEXTS if split == 'unlabeled' else FORMAT}"
-            )
+            expected = TEXTS if split == "unlabeled" else FORMAT
+            problem = f"data.{split}: {given}: {problem}; expected {expected}"
             raise UserError(problem) from FileNotFoundError(given)
         return found
     if path is None:
@@ -297,11 +297,6 @@ def _files(path: PathLike, split: str, options: Options) -> tuple[Path, ...]:
         if named:
             return tuple(named)
     return ()
-
-
-def _named(options: Options) -> dict[str, str | None]:
-    names = {"train": options.get("train"), "dev": options.get("dev"), "test": options.get("test")}
-    return {**names, "unlabeled": options.get("unlabeled")}
 
 
 def _is_data(file: Path) -> bool:
